@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_CPU_RENDEZVOUS_H_
+#define JAX_EP_CSRC_CPU_RENDEZVOUS_H_
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "csrc/core/status.h"
+#include "csrc/cpu/calls.h"
+
+namespace jax_ep {
+
+// Where the ranks of one call site meet. One object per custom call of a compiled program,
+// shared by all devices that run the program; so calls of different sites can never be
+// mistaken for each other, in whatever order each device's scheduler runs them.
+//
+// Ranks of one execution (`run_id`) and one group (`group_index`: the position along the mesh's
+// other axes) meet; a site inside a loop is met repeatedly by each rank, in program order, so an
+// arrival joins the oldest open meeting that lacks its rank.
+class Rendezvous {
+ public:
+  struct Arrival {
+    int64_t run_id = 0;
+    int32_t group_index = 0;
+    int32_t rank = 0;
+    int32_t num_ranks = 1;
+    std::chrono::milliseconds timeout{60'000};
+    std::string group_name;  // for messages, e.g. "EpGroup 3 (axis 'expert')"
+    Call call;
+  };
+  // Called exactly once. Where the meeting completes inside join(), the last arriver's callback
+  // runs on its own thread before join() returns; every other callback runs on a thread of the
+  // library that runs nothing else meanwhile, because XLA continues the waiting device's program
+  // inside it, and that may block.
+  using Done = std::function<void(const Status&)>;
+
+  Rendezvous();
+  // No rank is waiting when it is destroyed, unless the program was abandoned: then each waiting
+  // rank gets an error.
+  ~Rendezvous();
+  Rendezvous(const Rendezvous&) = delete;
+  Rendezvous& operator=(const Rendezvous&) = delete;
+
+  // Never blocks for another rank. The last rank to arrive checks that all agree and executes
+  // the operation for all (on its thread and the workers'). If a rank has not come when the
+  // meeting's deadline (its first arrival + timeout) passes, those that did get DeadlineExceeded
+  // naming the missing ranks, and so does a rank that comes later, at once.
+  void join(Arrival arrival, Done done);
+
+  // Meetings that lack a rank now, over all rendezvous of the process (for tests and leak checks).
+  static int64_t num_open_meetings();
+  // Rendezvous alive in the process (for tests and leak checks).
+  static int64_t num_alive();
+
+ private:
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CPU_RENDEZVOUS_H_

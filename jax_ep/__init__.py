@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert-parallel communication for Mixture-of-Experts models in JAX.
+
+`dispatch` sends tokens to the ranks that host their experts, `combine` brings the results back.
+Importing this package does no work: names are loaded when they are first used, so that
+`jax_ep.reference` needs no JAX and nothing needs Flax or the compiled module but what uses them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_ep import reference as reference
+    from jax_ep._src.api import combine as combine
+    from jax_ep._src.api import dispatch as dispatch
+    from jax_ep._src.config import EpConfig as EpConfig
+    from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
+    from jax_ep._src.errors import EpUnavailable as EpUnavailable
+    from jax_ep._src.group import EpGroup as EpGroup
+    from jax_ep._src.moe import moe as moe
+    from jax_ep._src.routing import load_balance_loss as load_balance_loss
+    from jax_ep._src.routing import route as route
+    from jax_ep._src.routing import router_z_loss as router_z_loss
+    from jax_ep._src.routing import update_bias as update_bias
+    from jax_ep._src.types import Dispatched as Dispatched
+    from jax_ep._src.types import DispatchHandle as DispatchHandle
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "EpConfig": "jax_ep._src.config",
+    "EpGroup": "jax_ep._src.group",
+    "EpGroupClosed": "jax_ep._src.errors",
+    "EpUnavailable": "jax_ep._src.errors",
+    "DispatchHandle": "jax_ep._src.types",
+    "Dispatched": "jax_ep._src.types",
+    "combine": "jax_ep._src.api",
+    "dispatch": "jax_ep._src.api",
+    "load_balance_loss": "jax_ep._src.routing",
+    "moe": "jax_ep._src.moe",
+    "route": "jax_ep._src.routing",
+    "router_z_loss": "jax_ep._src.routing",
+    "update_bias": "jax_ep._src.routing",
+}
+_SUBMODULES = ("flax", "reference")
+
+__all__ = [
+    "DispatchHandle",
+    "Dispatched",
+    "EpConfig",
+    "EpGroup",
+    "EpGroupClosed",
+    "EpUnavailable",
+    "combine",
+    "dispatch",
+    "load_balance_loss",
+    "moe",
+    "reference",
+    "route",
+    "router_z_loss",
+    "update_bias",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"jax_ep.{name}")
+    else:
+        raise AttributeError(f"module 'jax_ep' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_SUBMODULES})

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `ffi`: this library's own handlers, through the primitives of `primitives.py`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src import compat
+from jax_ep._src.backends.plan import Plan
+from jax_ep._src.backends.primitives import combine_p, dispatch_p, plan_p
+from jax_ep._src.spec import OpSpec
+from jax_ep._src.types import DispatchHandle
+
+
+def _with_group_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """(group_rank, *operands), all varying over the same mesh axes.
+
+    `group_rank` is int32[2]: which of the mesh's EP groups this is, and the rank in it. Groups
+    are told apart by their position along the other manual axes over which an operand varies;
+    along an axis over which none varies the groups hold the same data, and may share meetings.
+    """
+    rank = jax.lax.axis_index(spec.axis_names)
+    tracked = bool(compat.varying_axes(rank))  # False under check_vma=False
+    axes = compat.varying_axes(rank, *operands)
+    others = tuple(
+        name
+        for name in jax.sharding.get_abstract_mesh().manual_axes
+        if name not in spec.axis_names and (name in axes or not tracked)
+    )
+    group_index = jax.lax.axis_index(others) if others else jnp.zeros_like(rank)
+    rank, group_index = compat.as_varying(axes, rank, group_index)
+    group_rank = jnp.stack([group_index, rank]).astype(jnp.int32)
+    return group_rank, *compat.as_varying(axes, *operands)
+
+
+def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
+    """Works out every selection's row, exchanging the routing of all ranks."""
+    outputs = plan_p.bind(*_with_group_rank(spec, topk_idx), spec=spec)
+    slot, row_source, row_topk_idx, group_sizes, tokens_per_expert, num_dropped = outputs
+    return Plan(
+        slot=slot,
+        row_source=row_source,
+        row_topk_idx=row_topk_idx,
+        group_sizes=group_sizes,
+        tokens_per_expert=tokens_per_expert,
+        num_dropped=num_dropped,
+    )
+
+
+def dispatch(
+    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
+) -> tuple[jax.Array, jax.Array | None]:
+    """Sends rows and, where given, one scalar per selection."""
+    scalars = jnp.zeros((0,), jnp.float32) if token_scalars is None else token_scalars
+    operands = _with_group_rank(
+        spec, x, scalars, handle.topk_idx, handle.slot, handle.row_source
+    )
+    call = _dispatch_fp8 if spec.fp8_wire else _dispatch
+    rows, row_scalars = call(spec, *operands)
+    return rows, None if token_scalars is None else row_scalars
+
+
+def combine(
+    spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
+) -> jax.Array:
+    """Sums every token's rows, times their weights where given."""
+    absent = jnp.zeros((0,), jnp.float32)
+    operands = _with_group_rank(
+        spec,
+        y,
+        absent if weights is None else weights,
+        absent,
+        handle.topk_idx,
+        handle.slot,
+        handle.row_source,
+        handle.row_topk_idx,
+    )
+    out, _ = combine_p.bind(*operands, spec=spec)
+    return out
+
+
+def _dispatch(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, row_scalars = dispatch_p.bind(*operands, spec=spec)
+    return rows, row_scalars
+
+
+# Rows go out in FP8, gradients come back in the rows' own dtype: the derivative of rounding is
+# taken to be 1 (straight through), which no linear rule could say.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch_fp8(
+    spec: OpSpec,
+    group_rank: jax.Array,
+    x: jax.Array,
+    token_scalars: jax.Array,
+    topk_idx: jax.Array,
+    slot: jax.Array,
+    row_source: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    return _dispatch(spec, group_rank, x, token_scalars, topk_idx, slot, row_source)
+
+
+def _dispatch_fp8_fwd(spec: OpSpec, *operands: jax.Array) -> tuple:
+    return _dispatch(spec, *operands), operands
+
+
+def _dispatch_fp8_bwd(spec: OpSpec, operands: tuple, cotangents: tuple) -> tuple:
+    group_rank, x, token_scalars, topk_idx, slot, row_source = operands
+    del x
+    rows_bar, row_scalars_bar = cotangents
+    absent = jax.lax.slice_in_dim(slot.reshape(-1), 0, 0)
+    x_bar, token_scalars_bar = combine_p.bind(
+        group_rank,
+        rows_bar,
+        absent.astype(jnp.float32),
+        row_scalars_bar,
+        topk_idx,
+        slot,
+        row_source,
+        absent,
+        spec=spec.for_cotangents(),
+    )
+    del token_scalars
+    return None, x_bar, token_scalars_bar, None, None, None
+
+
+_dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)

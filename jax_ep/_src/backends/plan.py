@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Plan`: what a backend works out from the routing, before any row travels."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Fields as in `DispatchHandle` and `Dispatched`."""
+
+    slot: jax.Array
+    row_source: jax.Array
+    row_topk_idx: jax.Array
+    group_sizes: jax.Array
+    tokens_per_expert: jax.Array
+    num_dropped: jax.Array
+    arrival_slot: jax.Array | None = None
+    arrival_topk: jax.Array | None = None

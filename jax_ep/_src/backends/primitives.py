@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JAX primitives over the FFI targets: shapes, lowering, differentiation, batching.
+
+* `plan_p` (not differentiable): routing -> slots and counts.
+* `dispatch_p`: rows and scalars travel from tokens to slots. Linear.
+* `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
+  and the exact transpose of `dispatch_p` over the same slots; that is all that reverse mode needs.
+
+Operands come first as arrays, `group_rank` (int32[2], see `ffi.py`) before all; all operands vary
+over the same manual mesh axes. An operand that does not take part has shape `[0]`; rows that do
+not take part have `H = 0`. No operation has side effects: what one hands to another is an array.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_ep._src import compat
+from jax_ep._src.spec import OpSpec
+
+_INT32 = np.dtype(np.int32)
+_FLOAT32 = np.dtype(np.float32)
+
+plan_p = Primitive("jax_ep_plan")
+dispatch_p = Primitive("jax_ep_dispatch")
+combine_p = Primitive("jax_ep_combine")
+_ALL = (plan_p, dispatch_p, combine_p)
+for _primitive in _ALL:
+    _primitive.multiple_results = True
+
+
+def is_absent(array: Any) -> bool:
+    """Whether an optional operand or result does not take part."""
+    return tuple(array.shape) == (0,)
+
+
+def _check_same_axes(name: str, *avals: Any) -> None:
+    axes = {frozenset(aval.manual_axis_type.varying) for aval in avals}
+    if len(axes) > 1:
+        raise ValueError(f"{name}: operands vary over different mesh axes: {axes}")
+
+
+# --- abstract evaluation -----------------------------------------------------------------------
+
+
+def _plan_abstract(group_rank: Any, topk_idx: Any, *, spec: OpSpec) -> list[Any]:
+    _check_same_axes("jax_ep_plan", group_rank, topk_idx)
+    shapes = (
+        topk_idx.shape,  # slot
+        (spec.recv_capacity,),  # row_source
+        spec.row_topk_shape,
+        (spec.num_row_groups,),  # group_sizes
+        (spec.num_local_experts,),  # tokens_per_expert
+        (),  # num_dropped
+    )
+    return [compat.like(topk_idx, shape, _INT32) for shape in shapes]
+
+
+def _dispatch_abstract(
+    group_rank: Any,
+    x: Any,
+    token_scalars: Any,
+    topk_idx: Any,
+    slot: Any,
+    row_source: Any,
+    *,
+    spec: OpSpec,
+) -> list[Any]:
+    _check_same_axes(
+        "jax_ep_dispatch", group_rank, x, token_scalars, topk_idx, slot, row_source
+    )
+    scalars_shape = (0,) if is_absent(token_scalars) else spec.row_scalars_shape
+    return [
+        compat.like(x, (spec.recv_capacity, x.shape[1]), x.dtype),
+        compat.like(x, scalars_shape, _FLOAT32),
+    ]
+
+
+def _combine_abstract(
+    group_rank: Any,
+    y: Any,
+    weights: Any,
+    row_scalars: Any,
+    topk_idx: Any,
+    slot: Any,
+    row_source: Any,
+    row_topk_idx: Any,
+    *,
+    spec: OpSpec,
+) -> list[Any]:
+    del spec
+    _check_same_axes(
+        "jax_ep_combine", group_rank, y, weights, row_scalars, topk_idx, slot, row_source,
+        row_topk_idx,
+    )  # fmt: skip
+    scalars_shape = (0,) if is_absent(row_scalars) else topk_idx.shape
+    return [
+        compat.like(y, (topk_idx.shape[0], y.shape[1]), y.dtype),
+        compat.like(y, scalars_shape, _FLOAT32),
+    ]
+
+
+plan_p.def_abstract_eval(_plan_abstract)
+dispatch_p.def_abstract_eval(_dispatch_abstract)
+combine_p.def_abstract_eval(_combine_abstract)
+
+
+# --- lowering ----------------------------------------------------------------------------------
+
+
+def _plan_lowering(ctx: Any, *operands: Any, spec: OpSpec) -> Any:
+    return jax.ffi.ffi_lowering("jax_ep_plan")(ctx, *operands, ep=spec.ffi_attributes())
+
+
+def _dispatch_lowering(ctx: Any, *operands: Any, spec: OpSpec) -> Any:
+    return jax.ffi.ffi_lowering("jax_ep_dispatch")(
+        ctx,
+        *operands,
+        ep=spec.ffi_attributes(),
+        wire=np.int32(spec.fp8_wire),
+        zero_fill=np.bool_(spec.zero_fill),
+    )
+
+
+def _combine_lowering(ctx: Any, *operands: Any, spec: OpSpec) -> Any:
+    # The last two operands are there for differentiation only.
+    ctx = ctx.replace(avals_in=ctx.avals_in[:-2])
+    return jax.ffi.ffi_lowering("jax_ep_combine")(ctx, *operands[:-2], ep=spec.ffi_attributes())
+
+
+mlir.register_lowering(plan_p, _plan_lowering, platform="cpu")
+mlir.register_lowering(dispatch_p, _dispatch_lowering, platform="cpu")
+mlir.register_lowering(combine_p, _combine_lowering, platform="cpu")
+
+
+# --- differentiation ---------------------------------------------------------------------------
+
+
+def _zero_tangents(outputs: Sequence[jax.Array]) -> list[Any]:
+    return [ad.Zero.from_primal_value(out) for out in outputs]
+
+
+def _plan_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
+    del tangents  # integers
+    outputs = plan_p.bind(*primals, spec=spec)
+    return outputs, _zero_tangents(outputs)
+
+
+def _no_rows(like: jax.Array) -> jax.Array:
+    """Rows that do not take part, as many as `like` has and varying over the same axes."""
+    return like[:, :0]
+
+
+def _no_scalars(like: jax.Array) -> jax.Array:
+    """A float32 operand that does not take part, varying over the same axes as `like`."""
+    return jax.lax.slice_in_dim(like.reshape(-1), 0, 0).astype(jnp.float32)
+
+
+def _tangents_of(outputs: Sequence[Any], rows: Any, scalars: Any, linear: Any) -> list[Any]:
+    """Runs `linear(rows, scalars)` on the tangents that are not zero, the others absent."""
+    if type(rows) is ad.Zero and type(scalars) is ad.Zero:
+        return _zero_tangents(outputs)
+    out_rows, out_scalars = linear(rows, scalars)
+    zeros = _zero_tangents(outputs)
+    return [
+        zeros[0] if type(rows) is ad.Zero else out_rows,
+        zeros[1] if type(scalars) is ad.Zero else out_scalars,
+    ]
+
+
+def _dispatch_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
+    group_rank, x, token_scalars, topk_idx, slot, row_source = primals
+    outputs = dispatch_p.bind(*primals, spec=spec)
+
+    def linear(x_dot: Any, scalars_dot: Any) -> Any:
+        return dispatch_p.bind(
+            group_rank,
+            _no_rows(x) if type(x_dot) is ad.Zero else x_dot,
+            _no_scalars(topk_idx) if type(scalars_dot) is ad.Zero else scalars_dot,
+            topk_idx,
+            slot,
+            row_source,
+            spec=spec.for_cotangents(),
+        )
+
+    del token_scalars
+    return outputs, _tangents_of(outputs, tangents[1], tangents[2], linear)
+
+
+def _dispatch_transpose(
+    cotangents: Sequence[Any],
+    group_rank: Any,
+    x: Any,
+    token_scalars: Any,
+    topk_idx: Any,
+    slot: Any,
+    row_source: Any,
+    *,
+    spec: OpSpec,
+) -> list[Any]:
+    """The transpose of a dispatch is an unweighted combine over the same slots."""
+    rows_bar, row_scalars_bar = cotangents
+    if type(rows_bar) is ad.Zero and type(row_scalars_bar) is ad.Zero:
+        return [None] * 6
+    dtype = x.aval.dtype if ad.is_undefined_primal(x) else x.dtype
+    no_scalars = _no_scalars(topk_idx)
+    empty_rows = jnp.broadcast_to(row_source[:, None], (spec.recv_capacity, 1))[:, :0]
+    x_bar, token_scalars_bar = combine_p.bind(
+        group_rank,
+        empty_rows.astype(dtype) if type(rows_bar) is ad.Zero else rows_bar,
+        no_scalars,
+        no_scalars if type(row_scalars_bar) is ad.Zero else row_scalars_bar,
+        topk_idx,
+        slot,
+        row_source,
+        no_scalars.astype(jnp.int32),
+        spec=spec.for_cotangents(),
+    )
+    wants_x = ad.is_undefined_primal(x) and type(rows_bar) is not ad.Zero
+    wants_scalars = ad.is_undefined_primal(token_scalars) and type(row_scalars_bar) is not ad.Zero
+    return [
+        None,
+        x_bar if wants_x else None,
+        token_scalars_bar if wants_scalars else None,
+        None,
+        None,
+        None,
+    ]
+
+
+def row_weights(weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array) -> jax.Array:
+    """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
+    if not is_absent(row_topk_idx):
+        weights = jnp.sum(jnp.where(row_topk_idx >= 0, weights, 0.0), axis=1)
+    return jnp.where(row_source >= 0, weights, 0.0)[:, None]
+
+
+def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
+    """A weighted combine is bilinear; its tangent is one unweighted combine of the rows' tangents.
+
+    So reverse mode sends the output's cotangent once, and the products are left to XLA.
+    """
+    group_rank, y, weights, row_scalars, topk_idx, slot, row_source, row_topk_idx = primals
+    y_dot, weights_dot, scalars_dot = tangents[1:4]
+    outputs = combine_p.bind(*primals, spec=spec)
+    del row_scalars
+    rows_dot = y_dot
+    if not is_absent(weights):
+        terms = []
+        if type(y_dot) is not ad.Zero:
+            factor = row_weights(weights, row_source, row_topk_idx)
+            terms.append(factor * y_dot.astype(jnp.float32))
+        if type(weights_dot) is not ad.Zero:
+            factor = row_weights(weights_dot, row_source, row_topk_idx)
+            # What rows without a token hold is nobody's business: it may be NaN.
+            held = jnp.where((row_source >= 0)[:, None], y, jnp.zeros((), y.dtype))
+            terms.append(factor * held.astype(jnp.float32))
+        rows_dot = sum(terms[1:], terms[0]).astype(y.dtype) if terms else y_dot
+
+    def linear(rows_dot: Any, scalars_dot: Any) -> Any:
+        return combine_p.bind(
+            group_rank,
+            _no_rows(y) if type(rows_dot) is ad.Zero else rows_dot,
+            _no_scalars(topk_idx),
+            _no_scalars(topk_idx) if type(scalars_dot) is ad.Zero else scalars_dot,
+            topk_idx,
+            slot,
+            row_source,
+            _no_scalars(topk_idx).astype(jnp.int32),
+            spec=spec.for_cotangents(),
+        )
+
+    return outputs, _tangents_of(outputs, rows_dot, scalars_dot, linear)
+
+
+def _combine_transpose(
+    cotangents: Sequence[Any],
+    group_rank: Any,
+    y: Any,
+    weights: Any,
+    row_scalars: Any,
+    topk_idx: Any,
+    slot: Any,
+    row_source: Any,
+    row_topk_idx: Any,
+    *,
+    spec: OpSpec,
+) -> list[Any]:
+    """The transpose of an unweighted combine is a dispatch over the same slots."""
+    del weights, row_topk_idx  # only the unweighted form is ever transposed, see _combine_jvp
+    out_bar, token_scalars_bar = cotangents
+    if type(out_bar) is ad.Zero and type(token_scalars_bar) is ad.Zero:
+        return [None] * 8
+    dtype = y.aval.dtype if ad.is_undefined_primal(y) else y.dtype
+    rows_bar, row_scalars_bar = dispatch_p.bind(
+        group_rank,
+        topk_idx[:, :0].astype(dtype) if type(out_bar) is ad.Zero else out_bar,
+        _no_scalars(topk_idx) if type(token_scalars_bar) is ad.Zero else token_scalars_bar,
+        topk_idx,
+        slot,
+        row_source,
+        spec=spec.for_cotangents(),
+    )
+    wants_y = ad.is_undefined_primal(y) and type(out_bar) is not ad.Zero
+    wants_scalars = ad.is_undefined_primal(row_scalars) and type(token_scalars_bar) is not ad.Zero
+    return [
+        None,
+        rows_bar if wants_y else None,
+        None,
+        row_scalars_bar if wants_scalars else None,
+        None,
+        None,
+        None,
+        None,
+    ]
+
+
+ad.primitive_jvps[plan_p] = _plan_jvp
+ad.primitive_jvps[dispatch_p] = _dispatch_jvp
+ad.primitive_jvps[combine_p] = _combine_jvp
+ad.primitive_transposes[dispatch_p] = _dispatch_transpose
+ad.primitive_transposes[combine_p] = _combine_transpose
+
+
+# --- batching ----------------------------------------------------------------------------------
+
+
+def _batch(
+    primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], *, spec: OpSpec
+) -> tuple[list[Any], list[int]]:
+    """One call for each element of the batch, in order, so that ranks meet in the same order."""
+    batched = [jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None]
+
+    def one(elements: list[Any]) -> list[Any]:
+        element = iter(elements)
+        operands = [
+            next(element) if d is not None else a for a, d in zip(args, dims, strict=True)
+        ]
+        return primitive.bind(*operands, spec=spec)
+
+    outputs = jax.lax.map(one, batched)
+    return list(outputs), [0] * len(outputs)
+
+
+def _outside_shard_map(*args: Any, name: str, **params: Any) -> Any:
+    del args, params
+    raise NotImplementedError(f"{name} runs inside jax.shard_map only")
+
+
+for _primitive in _ALL:
+    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
+    _primitive.def_impl(functools.partial(_outside_shard_map, name=_primitive.name))

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between the supported versions of JAX (0.10.2 to 0.12), and what is hard to say.
+
+Each entry gives its reason. Everything here is public API of JAX.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def varying_axes(*arrays: jax.Array) -> frozenset[str]:
+    """Mesh axes over which any of the arrays varies, by `shard_map`'s typing.
+
+    Empty outside `shard_map`, and under `check_vma=False`, which does not track it. The type of
+    an array has had this as `manual_axis_type` since 0.10; before that it was `vma`.
+    """
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        axes |= frozenset(jax.typeof(array).manual_axis_type.varying)
+    return axes
+
+
+def as_varying(axes: frozenset[str], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, typed as varying over (at least) `axes`. Replaces `lax.pvary`, gone in 0.10."""
+
+    def cast(array: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return tuple(cast(array) for array in arrays)
+
+
+def like(aval: "jax.core.AbstractValue", shape: tuple[int, ...], dtype: np.dtype):  # noqa: ANN201
+    """An abstract array of another shape and dtype that varies over the same axes as `aval`.
+
+    The sharding is replaced with it: one of another number of dimensions is refused.
+    """
+    spec = PartitionSpec(*([None] * len(shape)))
+    return aval.update(
+        shape=shape,
+        dtype=dtype,
+        weak_type=False,
+        sharding=NamedSharding(aval.sharding.mesh, spec),
+    )

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EpConfig`: everything about an EP group's sizes and formats that is known before any data is.
+
+Imports no JAX, so that sizes can be worked out anywhere.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_WIRE_DTYPES = {"float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
+_INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpConfig:
+    """Sizes and formats of one EP group. Frozen, hashable, checked when it is made.
+
+    Attributes:
+        num_experts: `E`, experts of the layer, over all ranks; the group's number of ranks must
+            divide it.
+        num_topk: `K`, selections per token, at most `num_experts`.
+        hidden: `H`, elements of a token row.
+        max_tokens_per_rank: the most tokens that one rank may pass to one `dispatch`.
+        dtype: of token rows: float32, bfloat16 or float16.
+        wire_dtype: None (rows travel in `dtype`), or float8_e4m3fn: `dispatch` sends rows in
+            FP8 with one float32 scale per 128 channels. Combine and gradients travel in `dtype`.
+        layout: "expert" (one row per selection, grouped by local expert) or "rank" (one row per
+            token and destination rank).
+        recv_capacity: `C`, rows of a rank's receive buffer. None: the worst case of the group,
+            so that nothing can be dropped.
+        expert_alignment: rows; every expert starts at a multiple of it. Layout "expert" only.
+        zero_fill: whether received rows that hold no token are zeros. False leaves them
+            unspecified, which saves the time to write them.
+
+    Raises:
+        ValueError: a field has a value that is not allowed; the message names the field, the
+            value and what is allowed.
+    """
+
+    num_experts: int
+    num_topk: int
+    hidden: int
+    max_tokens_per_rank: int
+    dtype: Any = ml_dtypes.bfloat16
+    wire_dtype: Any = None
+    layout: Literal["expert", "rank"] = "expert"
+    recv_capacity: int | None = None
+    expert_alignment: int = 1
+    zero_fill: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):
+            self._check_positive_int(field)
+        if self.num_topk > self.num_experts:
+            raise ValueError(
+                f"EpConfig.num_topk is {self.num_topk}; it must be at most num_experts "
+                f"({self.num_experts}), because a token's experts are distinct"
+            )
+        object.__setattr__(self, "dtype", self._known_dtype("dtype", self.dtype, _DTYPES))
+        if self.wire_dtype is not None:
+            wire = self._known_dtype("wire_dtype", self.wire_dtype, _WIRE_DTYPES, "None")
+            object.__setattr__(self, "wire_dtype", wire)
+        if self.layout not in ("expert", "rank"):
+            raise ValueError(
+                f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'"
+            )
+        if self.recv_capacity is not None:
+            self._check_positive_int("recv_capacity")
+        self._check_positive_int("expert_alignment")
+        if self.layout == "rank" and self.expert_alignment != 1:
+            raise ValueError(
+                f"EpConfig.expert_alignment is {self.expert_alignment}; layout 'rank' has no "
+                "groups of experts to align, so it must be 1 there"
+            )
+        if not isinstance(self.zero_fill, (bool, np.bool_)):
+            raise ValueError(f"EpConfig.zero_fill is {self.zero_fill!r}; allowed: True, False")
+        object.__setattr__(self, "zero_fill", bool(self.zero_fill))
+
+    def _check_positive_int(self, field: str) -> None:
+        value = getattr(self, field)
+        ok = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+        if not ok or not 1 <= value <= _INT32_MAX:
+            none = "None or " if field == "recv_capacity" else ""
+            raise ValueError(
+                f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {_INT32_MAX}"
+            )
+        object.__setattr__(self, field, int(value))
+
+    @staticmethod
+    def _known_dtype(
+        field: str, value: Any, known: dict[str, np.dtype], also: str | None = None
+    ) -> np.dtype:
+        allowed = ", ".join(([also] if also else []) + list(known))
+        try:
+            dtype = np.dtype(value)
+        except TypeError:
+            dtype = None
+        if dtype is None or dtype.name not in known:
+            got = value if dtype is None else dtype.name
+            raise ValueError(f"EpConfig.{field} is {got!r}; allowed: {allowed}")
+        return known[dtype.name]
+
+    def with_capacity_factor(self, factor: float, *, num_ranks: int = 1) -> "EpConfig":
+        """Returns this config with room for `factor` times the rows of perfectly even routing.
+
+        Sets `recv_capacity = ceil(factor * max_tokens_per_rank * num_topk)` rows, plus what the
+        alignment can need: up to `expert_alignment - 1` rows for each local expert.
+
+        Args:
+            factor: rows per row of even routing; above 0. 1.0 holds what a rank receives when
+                all experts are equally popular.
+            num_ranks: ranks of the group, if known: alignment is then paid for the
+                `num_experts / num_ranks` local experts instead of for all experts.
+
+        Raises:
+            ValueError: a bad factor or number of ranks.
+        """
+        if not isinstance(factor, numbers.Real) or not 0 < float(factor) < math.inf:
+            raise ValueError(f"capacity factor is {factor!r}; it must be a finite number above 0")
+        if num_ranks < 1 or self.num_experts % num_ranks:
+            raise ValueError(
+                f"num_ranks is {num_ranks!r}; it must divide num_experts ({self.num_experts})"
+            )
+        rows = math.ceil(float(factor) * self.max_tokens_per_rank * self.num_topk)
+        return dataclasses.replace(
+            self, recv_capacity=self._aligned_rows(rows, self.num_experts // num_ranks)
+        )
+
+    def _aligned_rows(self, rows: int, num_groups: int) -> int:
+        """`rows` rows in at most `num_groups` groups, each padded to the alignment."""
+        align = self.expert_alignment
+        padded = rows + min(num_groups, rows) * (align - 1)
+        return -(-padded // align) * align
+
+    def worst_case_rows(self, num_ranks: int) -> int:
+        """Rows of a rank's receive buffer into which every routing fits.
+
+        Args:
+            num_ranks: ranks of the group; must divide `num_experts`.
+        """
+        tokens = num_ranks * self.max_tokens_per_rank
+        if self.layout == "rank":
+            return tokens
+        num_local_experts = self.num_experts // num_ranks
+        rows = tokens * min(self.num_topk, num_local_experts)
+        align = self.expert_alignment
+        # Every group is a multiple of the alignment, so their sum is one too.
+        return (rows + min(num_local_experts, rows) * (align - 1)) // align * align
+
+    def capacity(self, num_ranks: int) -> int:
+        """`C`: `recv_capacity`, or the worst case of `num_ranks` ranks where that is None."""
+        if self.recv_capacity is not None:
+            return self.recv_capacity
+        return self.worst_case_rows(num_ranks)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EpGroup`: the ranks that exchange tokens, and how."""
+
+import itertools
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+import jax
+import numpy as np
+
+from jax_ep._src import native
+from jax_ep._src.config import EpConfig
+from jax_ep._src.errors import EpGroupClosed, EpUnavailable
+
+_logger = logging.getLogger("jax_ep")
+_BACKENDS = ("ffi", "xla")
+_INT32_MAX = 2**31 - 1
+
+
+class EpGroup:
+    """The ranks along one or several axes of a mesh, and the formats of their exchange.
+
+    One object covers an EP group for each coordinate of the mesh's other axes: on a mesh
+    `("data", "expert")` of shape (2, 4), `EpGroup(mesh, "expert", config)` is two groups of four
+    ranks. A rank is a position along the axes, in row-major order where there are several; it
+    does not depend on device numbers.
+
+    It is a context manager, and hashable, so that functions passed to `jit` may close over it.
+    Groups are equal only to themselves. Several groups live side by side in one process.
+
+    Attributes:
+        mesh: the mesh it was made for.
+        axis_name: as it was given.
+        axis_names: the same, always a tuple.
+        config: as it was given.
+        backend: "ffi" or "xla": what serves this group.
+        timeout: seconds after which a rank that has not come is given up.
+        num_ranks: `R`.
+        num_local_experts: `L`, experts of each rank.
+        recv_capacity: `C`, rows of each rank's receive buffer.
+        heap_bytes: bytes of symmetric heap that each rank holds. 0 on the CPU, where ranks share
+            an address space, and with the `xla` backend.
+    """
+
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        axis_name: str | Sequence[str],
+        config: EpConfig,
+        *,
+        backend: str | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        """Makes a group. Call it outside `jit`, in every process of the mesh.
+
+        Args:
+            mesh: a `jax.sharding.Mesh` of devices.
+            axis_name: the axis (or axes) along which the experts are spread.
+            config: sizes and formats.
+            backend: "ffi" (this library's own kernels), "xla" (collectives of XLA), or None: the
+                best that can serve this mesh. An explicit choice never falls back.
+            timeout: seconds that ranks wait for one that does not come before all of them fail
+                with an error that names it. Backend `ffi` only.
+
+        Raises:
+            ValueError: a bad argument, or a config that does not fit the number of ranks.
+            EpUnavailable: the backend that was asked for cannot serve; the message says why.
+        """
+        self.axis_name = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+        self.axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        if not isinstance(mesh, jax.sharding.Mesh):
+            raise ValueError(f"mesh is a {type(mesh).__name__}; allowed: a jax.sharding.Mesh")
+        _check_axes(mesh, self.axis_names)
+        if not isinstance(config, EpConfig):
+            raise ValueError(f"config is a {type(config).__name__}; allowed: an EpConfig")
+        if not 0 < float(timeout) < math.inf:
+            raise ValueError(f"timeout is {timeout!r}; allowed: a finite number of seconds above 0")
+        if backend is not None and backend not in _BACKENDS:
+            raise ValueError(f"backend is {backend!r}; allowed: None, 'ffi', 'xla'")
+        self.mesh = mesh
+        self.config = config
+        self.timeout = float(timeout)
+        self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
+        if config.num_experts % self.num_ranks:
+            raise ValueError(
+                f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
+                f"group's {self.num_ranks} ranks (axis {self.axis_name!r} of the mesh)"
+            )
+        self.num_local_experts = config.num_experts // self.num_ranks
+        self.recv_capacity = config.capacity(self.num_ranks)
+        if self.recv_capacity > _INT32_MAX:
+            raise ValueError(
+                f"the receive buffer would have {self.recv_capacity} rows; at most {_INT32_MAX} "
+                "are supported: set EpConfig.recv_capacity (see with_capacity_factor) or lower "
+                "max_tokens_per_rank"
+            )
+        self.heap_bytes = 0
+        self.backend = _choose_backend(mesh, backend)
+        self._closed = False
+        self._lock = threading.Lock()
+        self.group_id = self._register()
+
+    def _register(self) -> int:
+        number = next(_numbers)
+        self.name = f"EpGroup {number} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
+        if self.backend != "ffi":
+            return -1
+        ext = native.load()
+        native.register_targets()
+        return ext.create_group(self.name, self.num_ranks, self.timeout)
+
+    def close(self) -> None:
+        """Frees what the group holds. Using it afterwards is an error; closing twice is not.
+
+        Functions compiled with the group fail when they are called afterwards (backend `ffi`).
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self.group_id >= 0:
+            native.load().close_group(self.group_id)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` has been called."""
+        return self._closed
+
+    def check_open(self) -> None:
+        """Raises `EpGroupClosed` after `close()`."""
+        if self._closed:
+            raise EpGroupClosed(f"{self.name} has been closed; make a new EpGroup")
+
+    def __enter__(self) -> "EpGroup":
+        self.check_open()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"EpGroup(axis_name={self.axis_name!r}, num_ranks={self.num_ranks}, "
+            f"backend={self.backend!r}, config={self.config}"
+            f"{', closed' if self._closed else ''})"
+        )
+
+
+# For names in messages; ids of the compiled module count only its own groups.
+_numbers = itertools.count()
+
+
+def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
+    known = tuple(mesh.axis_names)
+    if not axis_names or len(set(axis_names)) != len(axis_names):
+        raise ValueError(f"axis_name is {axis_names!r}; allowed: one or more distinct axes")
+    for name in axis_names:
+        if name not in known:
+            raise ValueError(f"axis_name {name!r} is not an axis of the mesh; allowed: {known}")
+
+
+def _why_not_ffi(mesh: jax.sharding.Mesh) -> str | None:
+    """Why the `ffi` backend cannot serve a mesh; None if it can."""
+    devices = np.asarray(mesh.devices).flat
+    platforms = {device.platform for device in devices}
+    if platforms != {"cpu"}:
+        return f"it has no kernels for platform {'/'.join(sorted(platforms))} in this release"
+    if len({device.process_index for device in devices}) > 1:
+        return "on CPU it serves the devices of one process, and this mesh spans several"
+    return native.why_unavailable()
+
+
+def _choose_backend(mesh: jax.sharding.Mesh, asked: str | None) -> str:
+    if asked == "xla":
+        return "xla"
+    why_not = _why_not_ffi(mesh)
+    if asked == "ffi" and why_not is not None:
+        raise EpUnavailable(f"backend 'ffi' cannot serve this group: {why_not}")
+    backend = "ffi" if why_not is None else "xla"
+    _log_choice_once(backend, why_not)
+    return backend
+
+
+_logged: set[tuple[str, str | None]] = set()
+
+
+def _log_choice_once(backend: str, why_not: str | None) -> None:
+    if (backend, why_not) in _logged:
+        return
+    _logged.add((backend, why_not))
+    if why_not is None:
+        _logger.info("EP backend: ffi")
+    else:
+        _logger.warning("EP backend: xla, because ffi cannot serve: %s", why_not)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OpSpec`: the static parameters of one EP operation, as a backend needs them."""
+
+import dataclasses
+
+import numpy as np
+
+from jax_ep._src.group import EpGroup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """Hashable, so that it can be a parameter of a primitive and part of a compilation's key.
+
+    Attributes:
+        group_id: the group's id in the compiled module; -1 where it has none.
+        axis_names: mesh axes of the group.
+        num_ranks: `R`.
+        num_experts: `E`.
+        num_topk: `K`.
+        expert_alignment: rows.
+        layout: "expert" or "rank".
+        recv_capacity: `C`.
+        zero_fill: whether `dispatch` zeroes rows that hold no token.
+        fp8_wire: whether rows of `dispatch` travel as float8_e4m3fn.
+    """
+
+    group_id: int
+    axis_names: tuple[str, ...]
+    num_ranks: int
+    num_experts: int
+    num_topk: int
+    expert_alignment: int
+    layout: str
+    recv_capacity: int
+    zero_fill: bool
+    fp8_wire: bool
+
+    @classmethod
+    def of(cls, group: EpGroup) -> "OpSpec":
+        """The parameters of a group's forward operations."""
+        config = group.config
+        return cls(
+            group_id=group.group_id,
+            axis_names=group.axis_names,
+            num_ranks=group.num_ranks,
+            num_experts=config.num_experts,
+            num_topk=config.num_topk,
+            expert_alignment=config.expert_alignment,
+            layout=config.layout,
+            recv_capacity=group.recv_capacity,
+            zero_fill=config.zero_fill,
+            fp8_wire=config.wire_dtype is not None,
+        )
+
+    def for_cotangents(self) -> "OpSpec":
+        """The same exchange of a gradient: in its own dtype, and with zeros in empty rows."""
+        return dataclasses.replace(self, zero_fill=True, fp8_wire=False)
+
+    @property
+    def num_local_experts(self) -> int:
+        """`L`."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def num_row_groups(self) -> int:
+        """Length of `group_sizes`."""
+        return self.num_local_experts if self.layout == "expert" else self.num_ranks
+
+    @property
+    def row_scalars_shape(self) -> tuple[int, ...]:
+        """Shape of what the weights of received rows have."""
+        if self.layout == "expert":
+            return (self.recv_capacity,)
+        return (self.recv_capacity, self.num_topk)
+
+    @property
+    def row_topk_shape(self) -> tuple[int, ...]:
+        """Shape of the local experts of received rows; absent in layout "expert"."""
+        return (0,) if self.layout == "expert" else (self.recv_capacity, self.num_topk)
+
+    def ffi_attributes(self) -> dict[str, np.generic]:
+        """The dictionary attribute "ep" of every FFI target, as `xla_ffi/site.h` decodes it."""
+        return {
+            "group_id": np.int64(self.group_id),
+            "num_ranks": np.int32(self.num_ranks),
+            "num_experts": np.int32(self.num_experts),
+            "num_topk": np.int32(self.num_topk),
+            "expert_alignment": np.int32(self.expert_alignment),
+            "layout": np.int32(("expert", "rank").index(self.layout)),
+        }

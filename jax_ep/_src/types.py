@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `dispatch` returns: pytrees that cross `jit`, `shard_map`, `scan` and `checkpoint`."""
+
+import dataclasses
+
+import jax
+
+from jax_ep._src.config import EpConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchHandle:
+    """Where every selection's row is. Made by `dispatch`, read by `combine` and by gradients.
+
+    All arrays are int32 and belong to one rank. Treat them as opaque except for debugging: other
+    backends may keep more.
+
+    Attributes:
+        topk_idx: `[T, K]`, the routing that was dispatched.
+        slot: `[T, K]`, row of each selection in its destination's receive buffer; -1 where there
+            is no selection or the row was dropped.
+        row_source: `[C]`, `source rank * T + source token` of each received row; -1 where a row
+            holds no token.
+        row_topk_idx: `[C, K]` in layout "rank": local expert of each of the token's selections,
+            or -1. Shape `[0]` in layout "expert".
+        arrival_slot: `[R, T, min(K, L)]`, only of the `xla` backend: this rank's row of each
+            token's selections in ascending order of experts; -1 past the last one.
+        arrival_topk: like `arrival_slot`: the selection's position in the token's top-k.
+        config: of the group that dispatched.
+        num_ranks: of the group that dispatched.
+    """
+
+    topk_idx: jax.Array
+    slot: jax.Array
+    row_source: jax.Array
+    row_topk_idx: jax.Array
+    arrival_slot: jax.Array | None = None
+    arrival_topk: jax.Array | None = None
+    config: EpConfig = dataclasses.field(metadata={"static": True})
+    num_ranks: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """What one rank received.
+
+    Attributes:
+        x: `[C, H]`, `config.dtype`. Layout "expert": one row per selection, sorted by (local
+            expert, source rank, source token). Layout "rank": one row per token, sorted by
+            (source rank, source token).
+        weights: float32, `[C]` in layout "expert", `[C, K]` in layout "rank"; 0 where there is no
+            selection. None if `dispatch` got none.
+        topk_idx: `[C, K]` int32 in layout "rank": local expert, or -1. None in layout "expert".
+        group_sizes: int32. Layout "expert": `[L]`, rows of each local expert, alignment padding
+            included. Layout "rank": `[R]`, rows from each source rank.
+        tokens_per_expert: `[L]` int32, selections that each local expert was asked for, before
+            any drop.
+        num_dropped: `[]` int32, rows of this rank that found no room in `recv_capacity`.
+        handle: for `combine`.
+    """
+
+    x: jax.Array
+    weights: jax.Array | None
+    topk_idx: jax.Array | None
+    group_sizes: jax.Array
+    tokens_per_expert: jax.Array
+    num_dropped: jax.Array
+    handle: DispatchHandle

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: everything that jax_ep computes, in NumPy, all ranks at once.
+
+It is written to be read next to the definitions, with loops where a loop is clearest. It imports
+no JAX and nothing of the rest of jax_ep, so that a mistake there cannot be repeated here.
+
+Arrays of all ranks have a leading axis `R`. Values are float64, except where the definition itself
+rounds: received rows, the FP8 wire, and `combine(..., exact_bits=True)`, which follows the defined
+sequence of float32 operations so that its result can be compared with a backend's bit by bit.
+"""
+
+from jax_ep.reference._exchange import (
+    Dispatched,
+    combine,
+    combine_error_bound,
+    combine_scalars,
+    combine_vjp,
+    dispatch,
+    dispatch_scalars,
+    dispatch_vjp,
+)
+from jax_ep.reference._layer import (
+    load_balance_loss,
+    moe,
+    moe_dense,
+    route,
+    router_z_loss,
+    silu,
+    update_bias,
+)
+from jax_ep.reference._plan import Plan, plan
+from jax_ep.reference._rounding import dequantize_fp8, fma32, quantize_fp8, round_to
+
+__all__ = [
+    "Dispatched",
+    "Plan",
+    "combine",
+    "combine_error_bound",
+    "combine_scalars",
+    "combine_vjp",
+    "dequantize_fp8",
+    "dispatch",
+    "dispatch_scalars",
+    "dispatch_vjp",
+    "fma32",
+    "load_balance_loss",
+    "moe",
+    "moe_dense",
+    "plan",
+    "quantize_fp8",
+    "round_to",
+    "route",
+    "router_z_loss",
+    "silu",
+    "update_bias",
+]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing, its losses, and the expert layer, in float64."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from jax_ep.reference._exchange import combine, dispatch
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """`x * sigmoid(x)`."""
+    return x * _sigmoid(x)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    # Neither branch can overflow.
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1.0 / (1.0 + small), small / (1.0 + small))
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x - x.max(axis=-1, keepdims=True, initial=-np.inf))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _largest(values: np.ndarray, count: int) -> list[int]:
+    """Indices of the `count` largest values, largest first; of equals, the lower index first."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def route(
+    logits: ArrayLike,
+    *,
+    num_topk: int,
+    score: str = "softmax",
+    bias: ArrayLike | None = None,
+    num_groups: int | None = None,
+    num_topk_groups: int | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses every token's experts and their weights.
+
+    Args:
+        logits: `[T, E]`.
+        num_topk: `K`.
+        score: "softmax" over the experts, or "sigmoid" of each.
+        bias: `[E]`, added to the scores when experts are chosen, not when they are weighed.
+        num_groups: experts are in this many equal groups, of which a token may use only
+        num_topk_groups: those with the largest sum of their two largest biased scores.
+        normalize: divide a token's weights by their sum plus 1e-20.
+        scale: then multiply them by this.
+
+    Returns:
+        `topk_idx [T, K]` int32, largest biased score first, and `topk_weights [T, K]` float64.
+    """
+    logits = np.asarray(logits).astype(np.float64)
+    scores = {"softmax": _softmax, "sigmoid": _sigmoid}[score](logits)
+    num_tokens, num_experts = scores.shape
+    topk_idx = np.zeros((num_tokens, num_topk), np.int32)
+    topk_weights = np.zeros((num_tokens, num_topk))
+    for token in range(num_tokens):
+        ranked = scores[token].copy()
+        if bias is not None:
+            ranked += np.asarray(bias).astype(np.float64)
+        if num_groups is not None:
+            groups = ranked.reshape(num_groups, num_experts // num_groups)
+            group_scores = np.array([np.sort(group)[-2:].sum() for group in groups])
+            for group in _largest(group_scores, num_groups)[num_topk_groups:]:
+                groups[group] = -np.inf
+        topk_idx[token] = _largest(ranked, num_topk)
+        weights = scores[token, topk_idx[token]]
+        if normalize:
+            weights = weights / (weights.sum() + 1e-20)
+        topk_weights[token] = weights * scale
+    return topk_idx, topk_weights
+
+
+def load_balance_loss(logits: ArrayLike, topk_idx: ArrayLike, *, score: str = "softmax") -> float:
+    """`E * sum_e f_e P_e`: 1 where all experts are equally popular.
+
+    `f_e` is the share of expert `e` in all selections, `P_e` the mean over tokens of its score
+    divided by the token's sum of scores. Tokens without a selection do not count.
+
+    Args:
+        logits: `[..., E]`; any leading axes, all of them together are one batch.
+        topk_idx: `[..., K]`, -1 where nothing is selected.
+        score: "softmax" or "sigmoid".
+    """
+    logits = np.asarray(logits).astype(np.float64)
+    num_experts = logits.shape[-1]
+    topk_idx = np.asarray(topk_idx).reshape(-1, np.shape(topk_idx)[-1])
+    scores = {"softmax": _softmax, "sigmoid": _sigmoid}[score](logits.reshape(-1, num_experts))
+    probabilities = scores / scores.sum(axis=-1, keepdims=True)
+    is_used = (topk_idx >= 0).any(axis=-1)
+    if not is_used.any():
+        return 0.0
+    counts = np.array([(topk_idx == expert).sum() for expert in range(num_experts)])
+    fractions = counts / counts.sum()
+    return float(num_experts * (fractions * probabilities[is_used].mean(axis=0)).sum())
+
+
+def router_z_loss(logits: ArrayLike, topk_idx: ArrayLike | None = None) -> float:
+    """The mean over tokens of `log(sum_e exp(logit_e))` squared.
+
+    Args:
+        logits: `[..., E]`.
+        topk_idx: `[..., K]`; if given, tokens without a selection do not count.
+    """
+    logits = np.asarray(logits).astype(np.float64)
+    logits = logits.reshape(-1, logits.shape[-1])
+    if topk_idx is not None:
+        logits = logits[(np.asarray(topk_idx) >= 0).any(axis=-1).reshape(-1)]
+    if not len(logits):
+        return 0.0
+    largest = logits.max(axis=-1)
+    log_z = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
+    return float((log_z**2).mean())
+
+
+def update_bias(bias: ArrayLike, tokens_per_expert: ArrayLike, *, rate: float) -> np.ndarray:
+    """Raises the bias of experts with less than the mean load by `rate`, lowers the others'."""
+    load = [int(n) for n in np.asarray(tokens_per_expert)]
+    # In whole numbers, so that an expert with exactly the mean load keeps its bias.
+    signs = [np.sign(sum(load) - len(load) * n) for n in load]
+    return np.asarray(bias).astype(np.float64) + rate * np.array(signs, np.float64)
+
+
+def moe(
+    x: ArrayLike,
+    topk_idx: ArrayLike,
+    topk_weights: ArrayLike,
+    w_gate: ArrayLike,
+    w_up: ArrayLike,
+    w_down: ArrayLike,
+    *,
+    activation: Callable[[np.ndarray], np.ndarray] = silu,
+    wire_dtype: DTypeLike | None = None,
+    layout: str = "expert",
+    recv_capacity: int | None = None,
+    max_tokens_per_rank: int | None = None,
+    expert_alignment: int = 1,
+) -> np.ndarray:
+    """Dispatch, gated FFN of every row, combine; with the drops that the capacity causes.
+
+    Args:
+        x: `[R, T, H]`.
+        topk_idx: `[R, T, K]`.
+        topk_weights: `[R, T, K]`.
+        w_gate: `[E, H, F]`, of all experts.
+        w_up: `[E, H, F]`.
+        w_down: `[E, F, H]`.
+        activation: of the gate.
+        wire_dtype: see `dispatch`.
+        layout: see `plan`.
+        recv_capacity: see `plan`.
+        max_tokens_per_rank: see `plan`.
+        expert_alignment: see `plan`.
+
+    Returns:
+        `[R, T, H]` float64.
+    """
+    topk_weights, w_gate, w_up, w_down = (
+        np.asarray(a).astype(np.float64) for a in (topk_weights, w_gate, w_up, w_down)
+    )
+    recv = dispatch(
+        x,
+        topk_idx,
+        num_experts=len(w_gate),
+        dtype=np.float64,
+        wire_dtype=wire_dtype,
+        layout=layout,
+        recv_capacity=recv_capacity,
+        max_tokens_per_rank=max_tokens_per_rank,
+        expert_alignment=expert_alignment,
+    )
+    y = np.zeros_like(recv.x)
+    for source, token, k in np.argwhere(recv.plan.slot >= 0):
+        expert = recv.plan.topk_idx[source, token, k]
+        at = expert // recv.plan.num_local_experts, recv.plan.slot[source, token, k]
+        gate = activation(recv.x[at] @ w_gate[expert])
+        value = (gate * (recv.x[at] @ w_up[expert])) @ w_down[expert]
+        # Weighted here, because in layout "rank" a row can be for several experts.
+        y[at] += topk_weights[source, token, k] * value
+    return combine(y, recv.plan, exact_bits=False)
+
+
+def moe_dense(
+    x: ArrayLike,
+    topk_idx: ArrayLike,
+    topk_weights: ArrayLike,
+    w_gate: ArrayLike,
+    w_up: ArrayLike,
+    w_down: ArrayLike,
+    *,
+    activation: Callable[[np.ndarray], np.ndarray] = silu,
+) -> np.ndarray:
+    """What `moe` computes without drops and FP8, by applying every expert to every token.
+
+    Args:
+        x: `[..., T, H]`.
+        topk_idx: `[..., T, K]`.
+        topk_weights: `[..., T, K]`.
+        w_gate: `[E, H, F]`.
+        w_up: `[E, H, F]`.
+        w_down: `[E, F, H]`.
+        activation: of the gate.
+
+    Returns:
+        `[..., T, H]` float64.
+    """
+    x, topk_weights, w_gate, w_up, w_down = (
+        np.asarray(a).astype(np.float64) for a in (x, topk_weights, w_gate, w_up, w_down)
+    )
+    out = np.zeros_like(x)
+    for e in range(len(w_gate)):
+        weight = np.where(np.asarray(topk_idx) == e, topk_weights, 0.0).sum(axis=-1)
+        value = (activation(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]
+        out += weight[..., None] * value
+    return out

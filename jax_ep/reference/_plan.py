@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which row every selection gets."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where everything goes. `R` ranks, `T` tokens each, `C` rows each, `L` local experts.
+
+    Attributes:
+        layout: "expert" or "rank".
+        num_experts: `E = R * L`; expert `e` is local expert `e % L` of rank `e // L`.
+        capacity: `C`.
+        topk_idx: `[R, T, K]` as given.
+        slot: `[R, T, K]` row of a selection at its destination; -1: none, or dropped.
+        row_source: `[R, C]` source rank * T + source token; -1: the row holds no token.
+        row_topk_idx: `[R, C, K]` local expert or -1; None in layout "expert".
+        group_sizes: `[R, L]` rows of each expert, padding included; layout "rank": `[R, R]` rows
+            from each source rank. Rows past the capacity are not counted.
+        tokens_per_expert: `[R, L]` selections asked for, before any drop.
+        num_dropped: `[R]` rows dropped at each destination.
+    """
+
+    layout: str
+    num_experts: int
+    capacity: int
+    topk_idx: np.ndarray
+    slot: np.ndarray
+    row_source: np.ndarray
+    row_topk_idx: np.ndarray | None
+    group_sizes: np.ndarray
+    tokens_per_expert: np.ndarray
+    num_dropped: np.ndarray
+
+    @property
+    def num_local_experts(self) -> int:
+        """`L`."""
+        return self.num_experts // self.topk_idx.shape[0]
+
+
+def plan(
+    topk_idx: ArrayLike,
+    *,
+    num_experts: int,
+    layout: str = "expert",
+    recv_capacity: int | None = None,
+    max_tokens_per_rank: int | None = None,
+    expert_alignment: int = 1,
+) -> Plan:
+    """Gives every selection its row.
+
+    Args:
+        topk_idx: `[R, T, K]` global experts, distinct within a token, or -1.
+        num_experts: `E`, a multiple of `R`.
+        layout: "expert" or "rank".
+        recv_capacity: `C`; None: the worst case for `max_tokens_per_rank`.
+        max_tokens_per_rank: None: `T`.
+        expert_alignment: rows; 1 in layout "rank".
+
+    Raises:
+        ValueError: an index is out of range or repeated within a token.
+    """
+    topk_idx = np.asarray(topk_idx, np.int32)
+    num_ranks, num_tokens, num_topk = topk_idx.shape
+    if num_experts % num_ranks:
+        raise ValueError(f"num_experts is {num_experts}; it must be a multiple of {num_ranks}")
+    _check_indices(topk_idx, num_experts)
+    num_local = num_experts // num_ranks
+    if recv_capacity is None:
+        most_tokens = num_ranks * (
+            num_tokens if max_tokens_per_rank is None else max_tokens_per_rank
+        )
+        if layout == "expert":
+            rows = most_tokens * min(num_topk, num_local)
+            padded = rows + min(num_local, rows) * (expert_alignment - 1)
+            recv_capacity = padded // expert_alignment * expert_alignment
+        else:
+            recv_capacity = most_tokens
+    if layout == "expert":
+        return _plan_expert_rows(topk_idx, num_experts, recv_capacity, expert_alignment)
+    if layout == "rank" and expert_alignment == 1:
+        return _plan_rank_rows(topk_idx, num_experts, recv_capacity)
+    raise ValueError(f"layout {layout!r} with expert_alignment {expert_alignment} is not defined")
+
+
+def _check_indices(topk_idx: np.ndarray, num_experts: int) -> None:
+    for rank, token, k in np.ndindex(topk_idx.shape):
+        expert = topk_idx[rank, token, k]
+        where = f"topk_idx of rank {rank}, token {token}, k {k} is {expert}"
+        if not -1 <= expert < num_experts:
+            raise ValueError(f"{where}; allowed: -1 to {num_experts - 1}")
+        if expert >= 0 and expert in topk_idx[rank, token, :k]:
+            raise ValueError(f"{where}, which the token has selected already")
+
+
+def _plan_expert_rows(topk_idx: np.ndarray, num_experts: int, capacity: int, align: int) -> Plan:
+    num_ranks, num_tokens, _ = topk_idx.shape
+    num_local = num_experts // num_ranks
+    slot = np.full(topk_idx.shape, -1, np.int32)
+    row_source = np.full((num_ranks, capacity), -1, np.int32)
+    group_sizes = np.zeros((num_ranks, num_local), np.int32)
+    tokens_per_expert = np.zeros((num_ranks, num_local), np.int32)
+    num_dropped = np.zeros(num_ranks, np.int32)
+    for rank in range(num_ranks):
+        start = 0
+        for local in range(num_local):
+            # argwhere goes by source rank, then token: the order of the rows.
+            selections = np.argwhere(topk_idx == rank * num_local + local)
+            for row, (source, token, k) in enumerate(selections, start):
+                if row < capacity:
+                    slot[source, token, k] = row
+                    row_source[rank, row] = source * num_tokens + token
+                else:
+                    num_dropped[rank] += 1
+            end = start + -(-len(selections) // align) * align
+            group_sizes[rank, local] = min(end, capacity) - min(start, capacity)
+            tokens_per_expert[rank, local] = len(selections)
+            start = end
+    return Plan(
+        layout="expert",
+        num_experts=num_experts,
+        capacity=capacity,
+        topk_idx=topk_idx,
+        slot=slot,
+        row_source=row_source,
+        row_topk_idx=None,
+        group_sizes=group_sizes,
+        tokens_per_expert=tokens_per_expert,
+        num_dropped=num_dropped,
+    )
+
+
+def _plan_rank_rows(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Plan:
+    num_ranks, num_tokens, num_topk = topk_idx.shape
+    num_local = num_experts // num_ranks
+    slot = np.full(topk_idx.shape, -1, np.int32)
+    row_source = np.full((num_ranks, capacity), -1, np.int32)
+    row_topk_idx = np.full((num_ranks, capacity, num_topk), -1, np.int32)
+    group_sizes = np.zeros((num_ranks, num_ranks), np.int32)
+    tokens_per_expert = np.zeros((num_ranks, num_local), np.int32)
+    num_dropped = np.zeros(num_ranks, np.int32)
+    for rank in range(num_ranks):
+        row = 0
+        for source, token in np.ndindex(num_ranks, num_tokens):
+            local = topk_idx[source, token] - rank * num_local
+            here = (local >= 0) & (local < num_local)
+            if not here.any():
+                continue
+            tokens_per_expert[rank, local[here]] += 1
+            if row < capacity:
+                slot[source, token, here] = row
+                row_source[rank, row] = source * num_tokens + token
+                row_topk_idx[rank, row, here] = local[here]
+                group_sizes[rank, source] += 1
+            else:
+                num_dropped[rank] += 1
+            row += 1
+    return Plan(
+        layout="rank",
+        num_experts=num_experts,
+        capacity=capacity,
+        topk_idx=topk_idx,
+        slot=slot,
+        row_source=row_source,
+        row_topk_idx=row_topk_idx,
+        group_sizes=group_sizes,
+        tokens_per_expert=tokens_per_expert,
+        num_dropped=num_dropped,
+    )
