@@ -24,8 +24,12 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, num_blocks * SCALE_BLOCK - hidden)))
     blocks = padded.reshape(num_tokens, num_blocks, SCALE_BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=2)
-    scales = jnp.maximum(amax, _MIN_AMAX) / _MAX
-    quantized = (blocks / scales[..., None]).astype(jnp.float8_e4m3fn)
+    # The barriers hide that the divisors are a constant and a broadcast: XLA would multiply by
+    # their reciprocals, which rounds differently.
+    largest = jax.lax.optimization_barrier(jnp.full_like(amax, _MAX))
+    scales = jnp.maximum(amax, _MIN_AMAX) / largest
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(scales[..., None], blocks.shape))
+    quantized = (blocks / divisor).astype(jnp.float8_e4m3fn)
     return quantized.reshape(num_tokens, -1)[:, :hidden], scales
 
 

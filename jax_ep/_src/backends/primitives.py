@@ -143,7 +143,7 @@ mlir.register_lowering(combine_p, _combine_lowering, platform="cpu")
 
 
 def _zero_tangents(outputs: Sequence[jax.Array]) -> list[Any]:
-    return [ad.Zero.from_primal_value(out) for out in outputs]
+    return [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outputs]
 
 
 def _plan_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
