@@ -33,9 +33,7 @@ struct EpShape {
     return layout == Layout::kExpert ? num_local_experts() : num_ranks;
   }
   // Scalars (weights) that each received row carries: one (kExpert), or one per k (kRank).
-  [[nodiscard]] int32_t scalars_per_row() const {
-    return layout == Layout::kExpert ? 1 : num_topk;
-  }
+  [[nodiscard]] int32_t scalars_per_row() const { return layout == Layout::kExpert ? 1 : num_topk; }
 };
 
 }  // namespace jax_ep

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/calls.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <type_traits>
+
+#include "csrc/core/float_env.h"
+#include "csrc/cpu/rank_list.h"
+
+namespace jax_ep {
+namespace {
+
+// A static parameter before it becomes text: ranks are compared at every call, messages are rare.
+struct Field {
+  std::string_view name;
+  int64_t value = 0;
+  std::string_view text;  // how to print the value, if not as a number
+};
+
+struct Fields {
+  std::array<Field, 13> items;
+  size_t size = 0;
+
+  void add(std::string_view name, int64_t value, std::string_view text = {}) {
+    items[size++] = {name, value, text};
+  }
+  void add_flag(std::string_view name, bool value) { add(name, value, value ? "true" : "false"); }
+  template <typename Enum>
+  void add_enum(std::string_view field, Enum value) {
+    add(field, static_cast<int64_t>(value), name(value));
+  }
+  [[nodiscard]] std::span<const Field> span() const { return {items.data(), size}; }
+};
+
+void add_shape(Fields& fields, const EpShape& shape) {
+  fields.add("num_ranks", shape.num_ranks);
+  fields.add("num_experts", shape.num_experts);
+  fields.add("num_topk", shape.num_topk);
+  fields.add("num_tokens", shape.num_tokens);
+  fields.add("recv_capacity", shape.recv_capacity);
+  fields.add("expert_alignment", shape.expert_alignment);
+  fields.add_enum("layout", shape.layout);
+}
+
+Fields fields_of(const PlanCall& call) {
+  Fields fields;
+  add_shape(fields, call.shape);
+  return fields;
+}
+
+Fields fields_of(const DispatchCall& call) {
+  Fields fields;
+  add_shape(fields, call.shape);
+  fields.add("hidden", call.hidden);
+  fields.add("scalars", call.scalars);
+  fields.add_enum("dtype", call.dtype);
+  fields.add_enum("wire", call.wire);
+  fields.add_flag("zero_fill", call.zero_fill);
+  return fields;
+}
+
+Fields fields_of(const CombineCall& call) {
+  Fields fields;
+  add_shape(fields, call.shape);
+  fields.add("hidden", call.hidden);
+  fields.add_flag("weighted", call.weighted);
+  fields.add("scalars", call.scalars);
+  fields.add_enum("dtype", call.dtype);
+  return fields;
+}
+
+Fields fields_of(const Call& call) {
+  return std::visit([](const auto& typed) { return fields_of(typed); }, call);
+}
+
+std::string text_of(const Field& field) {
+  return field.text.empty() ? std::to_string(field.value) : std::string(field.text);
+}
+
+// "ranks disagree: hidden is 512 on ranks 0,1,3 and 256 on rank 2". `text` gives a rank's value.
+template <typename Text>
+Status disagreement(std::string_view name, int32_t num_ranks, const Text& text) {
+  std::vector<std::string> values;
+  std::vector<std::vector<int32_t>> ranks;  // of each value
+  for (int32_t rank = 0; rank < num_ranks; ++rank) {
+    const std::string value = text(rank);
+    const auto it = std::find(values.begin(), values.end(), value);
+    if (it == values.end()) {
+      values.push_back(value);
+      ranks.push_back({rank});
+    } else {
+      ranks[static_cast<size_t>(it - values.begin())].push_back(rank);
+    }
+  }
+  std::string message = "ranks disagree: " + std::string(name) + " is ";
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) message += i + 1 == values.size() ? " and " : ", ";
+    message += values[i] + (ranks[i].size() == 1 ? " on rank " : " on ranks ");
+    message += format_ranks(ranks[i]);
+  }
+  return Status::invalid_argument(std::move(message));
+}
+
+Status out_of_range(std::string_view name, int64_t value, const std::string& allowed) {
+  return Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                                  ", but must be " + allowed);
+}
+
+// What the operations rely on: no division by zero, and rows and tokens that int32 can count.
+Status check_shape(const EpShape& shape, size_t num_calls) {
+  constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
+  if (shape.num_ranks < 1 || static_cast<size_t>(shape.num_ranks) != num_calls) {
+    return out_of_range("num_ranks",
+                        shape.num_ranks,
+                        "the number of ranks that meet, " + std::to_string(num_calls));
+  }
+  if (shape.num_experts < 1 || shape.num_experts % shape.num_ranks != 0) {
+    return out_of_range("num_experts",
+                        shape.num_experts,
+                        "a positive multiple of num_ranks, " + std::to_string(shape.num_ranks));
+  }
+  if (shape.num_topk < 1 || shape.num_topk > shape.num_experts) {
+    return out_of_range("num_topk",
+                        shape.num_topk,
+                        "in [1, num_experts = " + std::to_string(shape.num_experts) + "]");
+  }
+  if (shape.num_tokens < 0 || shape.num_tokens > kMaxIndex / shape.num_ranks) {
+    return out_of_range(
+        "num_tokens",
+        shape.num_tokens,
+        "in [0, (2^31 - 1) / num_ranks], with num_ranks = " + std::to_string(shape.num_ranks));
+  }
+  if (shape.recv_capacity < 0 || shape.recv_capacity > kMaxIndex) {
+    return out_of_range("recv_capacity", shape.recv_capacity, "in [0, 2^31 - 1]");
+  }
+  const bool aligned = shape.layout == Layout::kExpert;
+  if (shape.expert_alignment < 1 || (!aligned && shape.expert_alignment != 1)) {
+    return out_of_range("expert_alignment",
+                        shape.expert_alignment,
+                        aligned ? "at least 1" : "1 where layout is rank");
+  }
+  return {};
+}
+
+Status check_rows(const EpShape& shape, int64_t hidden, int32_t scalars) {
+  if (hidden < 0) return out_of_range("hidden", hidden, "at least 0");
+  if (scalars != 0 && scalars != shape.num_topk) {
+    return out_of_range("scalars", scalars, "0 or num_topk, " + std::to_string(shape.num_topk));
+  }
+  return {};
+}
+
+Status check_parameters(const PlanCall& call, size_t num_calls) {
+  return check_shape(call.shape, num_calls);
+}
+
+template <typename RowsCall>
+Status check_parameters(const RowsCall& call, size_t num_calls) {
+  if (Status status = check_shape(call.shape, num_calls); !status.ok()) return status;
+  return check_rows(call.shape, call.hidden, call.scalars);
+}
+
+Status run(std::span<const PlanCall> by_rank, WorkerPool& workers) {
+  return run_plan(by_rank, workers);
+}
+Status run(std::span<const DispatchCall> by_rank, WorkerPool& workers) {
+  return run_dispatch(by_rank, workers);
+}
+Status run(std::span<const CombineCall> by_rank, WorkerPool& workers) {
+  return run_combine(by_rank, workers);
+}
+
+}  // namespace
+
+std::string_view op_name(const Call& call) {
+  constexpr std::array<std::string_view, std::variant_size_v<Call>> kNames = {
+      "plan", "dispatch", "combine"};
+  return kNames[call.index()];
+}
+
+std::vector<Property> properties(const Call& call) {
+  std::vector<Property> result;
+  for (const Field& field : fields_of(call).span()) result.push_back({field.name, text_of(field)});
+  return result;
+}
+
+Status check_agreement(std::span<const Call> by_rank) {
+  if (by_rank.empty()) return {};
+  const auto num_ranks = static_cast<int32_t>(by_rank.size());
+  const auto call_of = [&](int32_t rank) -> const Call& {
+    return by_rank[static_cast<size_t>(rank)];
+  };
+  for (const Call& call : by_rank) {
+    if (call.index() == by_rank[0].index()) continue;
+    return disagreement(
+        "op", num_ranks, [&](int32_t rank) { return std::string(op_name(call_of(rank))); });
+  }
+  const Fields expected = fields_of(by_rank[0]);
+  size_t first = expected.size;  // the first field in which some rank differs
+  for (const Call& call : by_rank.subspan(1)) {
+    const Fields fields = fields_of(call);
+    for (size_t i = 0; i < first; ++i) {
+      if (fields.items[i].value != expected.items[i].value) first = i;
+    }
+  }
+  if (first == expected.size) return {};
+  return disagreement(expected.items[first].name, num_ranks, [&](int32_t rank) {
+    return text_of(fields_of(call_of(rank)).items[first]);
+  });
+}
+
+Status execute(std::span<const Call> by_rank, WorkerPool& workers) {
+  if (by_rank.empty()) return {};
+  // Results must not depend on which rank's thread runs this; the workers' modes are default.
+  const ScopedDefaultFloatEnv float_env;
+  return std::visit(
+      [&](const auto& first) -> Status {
+        using Op = std::decay_t<decltype(first)>;
+        if (Status status = check_parameters(first, by_rank.size()); !status.ok()) return status;
+        std::vector<Op> calls;
+        calls.reserve(by_rank.size());
+        for (const Call& call : by_rank) calls.push_back(std::get<Op>(call));
+        return run(calls, workers);
+      },
+      by_rank[0]);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Combine is driven by the sources too: each token pulls the rows of its selections from the
+// slots where they are, in ascending order of experts, so the order of the sum is that of the
+// experts alone. Every output row is written by one task.
+//
+// Extra memory, per thread: 24 K bytes, and the fixed scratch of the row kernels.
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/calls.h"
+#include "csrc/cpu/chunks.h"
+#include "csrc/cpu/first_error.h"
+#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/selections.h"
+
+namespace jax_ep {
+namespace {
+
+// A selection that has a row, as one number: those of a token, sorted, ascend by expert.
+class SortKey {
+ public:
+  SortKey() = default;
+  SortKey(int32_t expert, int32_t k)
+      : bits_(static_cast<uint64_t>(expert) << 32 | static_cast<uint32_t>(k)) {}
+  [[nodiscard]] int32_t expert() const { return static_cast<int32_t>(bits_ >> 32); }
+  [[nodiscard]] int32_t k() const { return static_cast<int32_t>(bits_ & 0xFFFF'FFFF); }
+  friend bool operator<(SortKey a, SortKey b) { return a.bits_ < b.bits_; }
+
+ private:
+  uint64_t bits_ = 0;
+};
+
+void sort(std::span<SortKey> keys) {
+  constexpr size_t kInsertionLimit = 32;
+  if (keys.size() > kInsertionLimit) {
+    std::sort(keys.begin(), keys.end());
+    return;
+  }
+  for (size_t i = 1; i < keys.size(); ++i) {
+    const SortKey key = keys[i];
+    size_t at = i;
+    for (; at > 0 && key < keys[at - 1]; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
+  }
+}
+
+class Combiner {
+ public:
+  Combiner(std::span<const CombineCall> calls, WorkerPool& workers)
+      : calls_(calls),
+        workers_(workers),
+        first_(calls[0]),
+        shape_(first_.shape),
+        num_topk_(shape_.num_topk),
+        num_local_(shape_.num_local_experts()),
+        row_bytes_(first_.hidden * size_bytes(first_.dtype)),
+        kernels_(row_kernels(first_.dtype)) {}
+
+  Status run() {
+    const int64_t token_bytes = (num_topk_ + 1) * row_bytes_ + num_topk_ * 64;
+    workers_.parallel_for(shape_.num_ranks * shape_.num_tokens,
+                          items_per_chunk(token_bytes),
+                          [this](int64_t begin, int64_t end) { combine_tokens(begin, end); });
+    return first_error_.take();
+  }
+
+ private:
+  const CombineCall& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+
+  // Tokens are numbered through all ranks.
+  void combine_tokens(int64_t begin, int64_t end) {
+    std::vector<SortKey> keys(static_cast<size_t>(num_topk_));
+    std::vector<Term> terms(static_cast<size_t>(num_topk_));
+    for (int64_t token = begin; token < end; ++token) {
+      const CombineCall& source = call(token / shape_.num_tokens);
+      const int64_t first = token % shape_.num_tokens * num_topk_;
+      size_t num_keys = 0;
+      for (int32_t k = 0; k < num_topk_; ++k) {
+        const int32_t expert = source.topk_idx[first + k];
+        const int32_t slot = source.slot[first + k];
+        if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
+        if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
+        if (first_.scalars > 0) {
+          source.token_scalars[first + k] =
+              slot < 0 ? 0.0F : row_scalar(call(expert / num_local_).row_scalars, slot, k);
+        }
+      }
+      if (row_bytes_ == 0) continue;
+      sort({keys.data(), num_keys});
+      const size_t num_terms = collect_terms(source.slot + first, {keys.data(), num_keys}, terms);
+      auto* const out = static_cast<std::byte*>(source.out);
+      kernels_.sum_terms(
+          {terms.data(), num_terms}, first_.hidden, out + token % shape_.num_tokens * row_bytes_);
+    }
+  }
+
+  // Where a float32 of a row, per selection, lies: [C] or [C, K].
+  float row_scalar(const float* scalars, int32_t slot, int32_t k) const {
+    return shape_.layout == Layout::kExpert ? scalars[slot]
+                                            : scalars[int64_t{slot} * num_topk_ + k];
+  }
+
+  // A weight of 1 leaves fma(weight, y, acc) = y + acc.
+  size_t collect_terms(const int32_t* slot,
+                       std::span<const SortKey> keys,
+                       std::vector<Term>& terms) const {
+    size_t num_terms = 0;
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const int32_t rank = keys[i].expert() / num_local_;
+      const bool ends_rank = i + 1 == keys.size() || keys[i + 1].expert() / num_local_ != rank;
+      // Without weights a row of the rank layout, which holds the sum of its experts, counts once.
+      if (!first_.weighted && shape_.layout == Layout::kRank && !ends_rank) continue;
+      const CombineCall& dest = call(rank);
+      const int32_t k = keys[i].k();
+      const int32_t row = slot[k];
+      const float weight = first_.weighted ? row_scalar(dest.weights, row, k) : 1.0F;
+      const auto* const rows = static_cast<const std::byte*>(dest.y);
+      terms[num_terms++] = {rows + row * row_bytes_, weight, ends_rank};
+    }
+    return num_terms;
+  }
+
+  void report(int64_t token, int32_t k, int32_t expert, int32_t slot) {
+    const auto rank = static_cast<int32_t>(token / shape_.num_tokens);
+    first_error_.report(
+        token * num_topk_ + k,
+        invalid_selection(shape_, rank, token % shape_.num_tokens, k, expert, slot));
+  }
+
+  const std::span<const CombineCall> calls_;
+  WorkerPool& workers_;
+  const CombineCall& first_;  // all ranks have the same parameters
+  const EpShape& shape_;
+  const int32_t num_topk_;
+  const int32_t num_local_;
+  const int64_t row_bytes_;
+  const RowKernels& kernels_;
+  FirstError first_error_;
+};
+
+}  // namespace
+
+Status run_combine(std::span<const CombineCall> by_rank, WorkerPool& workers) {
+  return Combiner(by_rank, workers).run();
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dispatch is driven by the sources: each token's row is read once and copied to every slot it
+// has. The rows that hold no token are cleared from the destinations' side. Slots are distinct,
+// so no two tasks write the same bytes.
+//
+// Extra memory, per thread: one row (FP8 wire) and 8 R bytes (rank layout).
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/calls.h"
+#include "csrc/cpu/chunks.h"
+#include "csrc/cpu/first_error.h"
+#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/selections.h"
+
+namespace jax_ep {
+namespace {
+
+class Dispatcher {
+ public:
+  Dispatcher(std::span<const DispatchCall> calls, WorkerPool& workers)
+      : calls_(calls),
+        workers_(workers),
+        first_(calls[0]),
+        shape_(first_.shape),
+        num_topk_(shape_.num_topk),
+        num_local_(shape_.num_local_experts()),
+        row_bytes_(first_.hidden * size_bytes(first_.dtype)),
+        scalars_per_row_(first_.scalars > 0 ? shape_.scalars_per_row() : 0),
+        kernels_(row_kernels(first_.dtype)) {}
+
+  Status run() {
+    // kRank copies a row less often than K times, but that is known only when it is done.
+    const int64_t token_bytes = num_topk_ * (row_bytes_ + 4 * scalars_per_row_ + 16);
+    workers_.parallel_for(shape_.num_ranks * shape_.num_tokens,
+                          items_per_chunk(token_bytes),
+                          [this](int64_t begin, int64_t end) { copy_tokens(begin, end); });
+    const int64_t cleared_bytes = (first_.zero_fill ? row_bytes_ : 0) + 4 * scalars_per_row_;
+    if (cleared_bytes == 0) return first_error_.take();
+    workers_.parallel_for(shape_.num_ranks * shape_.recv_capacity,
+                          items_per_chunk(cleared_bytes),
+                          [this](int64_t begin, int64_t end) { clear_empty_rows(begin, end); });
+    return first_error_.take();
+  }
+
+ private:
+  const DispatchCall& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+
+  // Tokens are numbered through all ranks.
+  void copy_tokens(int64_t begin, int64_t end) {
+    const bool once_per_rank = shape_.layout == Layout::kRank;
+    // The last token that was copied to the rank.
+    std::vector<int64_t> copied(once_per_rank ? static_cast<size_t>(shape_.num_ranks) : 0, -1);
+    std::vector<std::byte> received(first_.wire == Wire::kSame ? 0
+                                                               : static_cast<size_t>(row_bytes_));
+    for (int64_t token = begin; token < end; ++token) {
+      const DispatchCall& source = call(token / shape_.num_tokens);
+      const int64_t first = token % shape_.num_tokens * num_topk_;
+      const void* row = nullptr;
+      for (int32_t k = 0; k < num_topk_; ++k) {
+        const int32_t expert = source.topk_idx[first + k];
+        const int32_t slot = source.slot[first + k];
+        if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
+        if (slot < 0) continue;
+        const int32_t dest = expert / num_local_;
+        if (row == nullptr) row = travelling_row(source, token, received.data());
+        if (once_per_rank) {
+          int64_t& last = copied[static_cast<size_t>(dest)];
+          const bool is_new = last != token;
+          last = token;
+          if (is_new) copy_row(row, dest, slot);
+          copy_scalar_by_rank(source, first, k, dest, slot, is_new);
+        } else {
+          copy_row(row, dest, slot);
+          if (scalars_per_row_ > 0) call(dest).row_scalars[slot] = source.token_scalars[first + k];
+        }
+      }
+    }
+  }
+
+  // The token's row as it reaches its destinations; `scratch` holds it on the FP8 wire.
+  const void* travelling_row(const DispatchCall& source, int64_t token, std::byte* scratch) const {
+    const auto* const row =
+        static_cast<const std::byte*>(source.x) + token % shape_.num_tokens * row_bytes_;
+    if (first_.wire == Wire::kSame || row_bytes_ == 0) return row;
+    kernels_.round_to_fp8(row, first_.hidden, scratch);
+    return scratch;
+  }
+
+  void copy_row(const void* row, int32_t dest, int32_t slot) const {
+    if (row_bytes_ == 0) return;
+    auto* const rows = static_cast<std::byte*>(call(dest).rows);
+    std::memcpy(rows + slot * row_bytes_, row, static_cast<size_t>(row_bytes_));
+  }
+
+  void copy_scalar_by_rank(const DispatchCall& source,
+                           int64_t first,
+                           int32_t k,
+                           int32_t dest,
+                           int32_t slot,
+                           bool is_new) const {
+    if (scalars_per_row_ == 0) return;
+    float* const scalars = call(dest).row_scalars + int64_t{slot} * num_topk_;
+    if (is_new) std::fill_n(scalars, num_topk_, 0.0F);
+    scalars[k] = source.token_scalars[first + k];
+  }
+
+  // Rows are numbered through all ranks.
+  void clear_empty_rows(int64_t begin, int64_t end) {
+    const int64_t capacity = shape_.recv_capacity;
+    const int64_t num_sources = shape_.num_ranks * shape_.num_tokens;
+    for (int64_t i = begin; i < end;) {
+      const int64_t dest = i / capacity;
+      const int32_t* const row_source = call(dest).row_source;
+      const int64_t row = i % capacity;
+      const int64_t last_row = std::min(capacity, row + end - i);
+      int64_t next = row;
+      while (next < last_row && row_source[next] == -1) ++next;
+      clear_rows(call(dest), row, next);
+      if (next < last_row && !in_range_or_none(row_source[next], num_sources)) {
+        return report_row_source(dest, next);
+      }
+      while (next < last_row && row_source[next] >= 0 && row_source[next] < num_sources) ++next;
+      i += next - row;
+    }
+  }
+
+  void clear_rows(const DispatchCall& dest, int64_t begin, int64_t end) const {
+    if (begin == end) return;
+    const auto count = static_cast<size_t>(end - begin);
+    if (first_.zero_fill && row_bytes_ > 0) {
+      auto* const rows = static_cast<std::byte*>(dest.rows);
+      std::memset(rows + begin * row_bytes_, 0, count * static_cast<size_t>(row_bytes_));
+    }
+    if (scalars_per_row_ > 0) {
+      std::fill_n(dest.row_scalars + begin * scalars_per_row_,
+                  static_cast<int64_t>(count) * scalars_per_row_,
+                  0.0F);
+    }
+  }
+
+  void report(int64_t token, int32_t k, int32_t expert, int32_t slot) {
+    const auto rank = static_cast<int32_t>(token / shape_.num_tokens);
+    first_error_.report(
+        token * num_topk_ + k,
+        invalid_selection(shape_, rank, token % shape_.num_tokens, k, expert, slot));
+  }
+
+  void report_row_source(int64_t rank, int64_t row) {
+    // After all selections, which are the likelier cause.
+    const int64_t position =
+        shape_.num_ranks * shape_.num_tokens * num_topk_ + rank * shape_.recv_capacity + row;
+    first_error_.report(position,
+                        Status::invalid_argument(
+                            "rank " + std::to_string(rank) + ": row_source[" + std::to_string(row) +
+                            "] is " + std::to_string(call(rank).row_source[row]) +
+                            ", but must be -1 (no token) or a token of all ranks in [0, " +
+                            std::to_string(shape_.num_ranks * shape_.num_tokens) + ")"));
+  }
+
+  const std::span<const DispatchCall> calls_;
+  WorkerPool& workers_;
+  const DispatchCall& first_;  // all ranks have the same parameters
+  const EpShape& shape_;
+  const int32_t num_topk_;
+  const int32_t num_local_;
+  const int64_t row_bytes_;
+  const int64_t scalars_per_row_;  // 0: no scalars travel
+  const RowKernels& kernels_;
+  FirstError first_error_;
+};
+
+}  // namespace
+
+Status run_dispatch(std::span<const DispatchCall> by_rank, WorkerPool& workers) {
+  return Dispatcher(by_rank, workers).run();
+}
+
+}  // namespace jax_ep

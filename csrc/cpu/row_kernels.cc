@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/row_kernels.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+
+#include "csrc/core/float_formats.h"
+
+// The bodies are inlined into one function per instruction set, whose attributes they take on.
+#define JAX_EP_INLINE_BODY [[gnu::always_inline]] inline
+
+#ifdef __x86_64__
+#define JAX_EP_AVX2 __attribute__((target("avx2,fma")))
+#define JAX_EP_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
+
+namespace jax_ep {
+namespace {
+
+// Channels that are summed at a time: two such float32 arrays stay in the L1 cache.
+constexpr int64_t kSumBlock = 1024;
+
+// Where a term stands among the terms of its rank.
+template <typename Format, bool kFirst, bool kLast>
+JAX_EP_INLINE_BODY void add_term(const typename Format::Storage* __restrict row,
+                                 float weight,
+                                 int64_t count,
+                                 float* __restrict partial,
+                                 float* __restrict sum) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float before = kFirst ? 0.0F : partial[i];
+    const float after = std::fma(weight, Format::to_float(row[i]), before);
+    if constexpr (kLast) {
+      sum[i] += Format::to_float(Format::from_float(after));
+    } else {
+      partial[i] = after;
+    }
+  }
+}
+
+template <typename Format>
+JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms, int64_t hidden, void* out) {
+  using Storage = typename Format::Storage;
+  float partial[kSumBlock];
+  float sum[kSumBlock];
+  for (int64_t begin = 0; begin < hidden; begin += kSumBlock) {
+    const int64_t count = std::min(kSumBlock, hidden - begin);
+    std::fill_n(sum, count, 0.0F);
+    bool is_first = true;
+    for (const Term& term : terms) {
+      const Storage* const row = static_cast<const Storage*>(term.row) + begin;
+      if (is_first && term.ends_rank) {
+        add_term<Format, true, true>(row, term.weight, count, partial, sum);
+      } else if (is_first) {
+        add_term<Format, true, false>(row, term.weight, count, partial, sum);
+      } else if (term.ends_rank) {
+        add_term<Format, false, true>(row, term.weight, count, partial, sum);
+      } else {
+        add_term<Format, false, false>(row, term.weight, count, partial, sum);
+      }
+      is_first = term.ends_rank;
+    }
+    Storage* const result = static_cast<Storage*>(out) + begin;
+    for (int64_t i = 0; i < count; ++i) result[i] = Format::from_float(sum[i]);
+  }
+}
+
+template <typename Format>
+JAX_EP_INLINE_BODY void round_to_fp8_body(const void* x, int64_t hidden, void* out) {
+  using Storage = typename Format::Storage;
+  for (int64_t begin = 0; begin < hidden; begin += kScaleBlock) {
+    const int64_t count = std::min(kScaleBlock, hidden - begin);
+    const Storage* const from = static_cast<const Storage*>(x) + begin;
+    Storage* const to = static_cast<Storage*>(out) + begin;
+    // Magnitudes compare as integers like as numbers, and a NaN is above all.
+    uint32_t max_bits = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto bits = std::bit_cast<uint32_t>(Format::to_float(from[i])) & ~float32_bits::kSign;
+      max_bits = std::max(max_bits, bits);
+    }
+    const auto amax = std::bit_cast<float>(max_bits);
+    const float scale = (amax < 1e-4F ? 1e-4F : amax) / 448.0F;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t quantized = float_to_float8_e4m3fn(Format::to_float(from[i]) / scale);
+      to[i] = Format::from_float(float8_e4m3fn_to_float(quantized) * scale);
+    }
+  }
+}
+
+template <typename Format>
+struct Baseline {
+  static void sum_terms(std::span<const Term> terms, int64_t hidden, void* out) {
+    sum_terms_body<Format>(terms, hidden, out);
+  }
+  static void round_to_fp8(const void* x, int64_t hidden, void* out) {
+    round_to_fp8_body<Format>(x, hidden, out);
+  }
+};
+
+#ifdef __x86_64__
+template <typename Format>
+struct Avx2 {
+  JAX_EP_AVX2 static void sum_terms(std::span<const Term> terms, int64_t hidden, void* out) {
+    sum_terms_body<Format>(terms, hidden, out);
+  }
+  JAX_EP_AVX2 static void round_to_fp8(const void* x, int64_t hidden, void* out) {
+    round_to_fp8_body<Format>(x, hidden, out);
+  }
+};
+
+template <typename Format>
+struct Avx512 {
+  JAX_EP_AVX512 static void sum_terms(std::span<const Term> terms, int64_t hidden, void* out) {
+    sum_terms_body<Format>(terms, hidden, out);
+  }
+  JAX_EP_AVX512 static void round_to_fp8(const void* x, int64_t hidden, void* out) {
+    round_to_fp8_body<Format>(x, hidden, out);
+  }
+};
+#endif
+
+template <template <typename> class Compiled>
+const RowKernels& kernels_of(DType dtype) {
+  static constexpr RowKernels kFloat32{&Compiled<Float32>::sum_terms,
+                                       &Compiled<Float32>::round_to_fp8};
+  static constexpr RowKernels kBFloat16{&Compiled<BFloat16>::sum_terms,
+                                        &Compiled<BFloat16>::round_to_fp8};
+  static constexpr RowKernels kFloat16{&Compiled<Float16>::sum_terms,
+                                       &Compiled<Float16>::round_to_fp8};
+  switch (dtype) {
+    case DType::kBFloat16: return kBFloat16;
+    case DType::kFloat16: return kFloat16;
+    default: return kFloat32;
+  }
+}
+
+Isa best_isa() {
+  constexpr std::array kBestFirst = {Isa::kAvx512, Isa::kAvx2};
+  for (const Isa isa : kBestFirst) {
+    if (is_supported(isa)) return isa;
+  }
+  return Isa::kBaseline;
+}
+
+}  // namespace
+
+bool is_supported(Isa isa) {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  switch (isa) {
+    case Isa::kBaseline: return true;
+    case Isa::kAvx2: return avx2;
+    case Isa::kAvx512:
+      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+const RowKernels& row_kernels(DType dtype) {
+  static const Isa isa = best_isa();
+  return row_kernels(dtype, isa);
+}
+
+const RowKernels& row_kernels(DType dtype, [[maybe_unused]] Isa isa) {
+#ifdef __x86_64__
+  if (isa == Isa::kAvx512) return kernels_of<Avx512>(dtype);
+  if (isa == Isa::kAvx2) return kernels_of<Avx2>(dtype);
+#endif
+  return kernels_of<Baseline>(dtype);
+}
+
+}  // namespace jax_ep

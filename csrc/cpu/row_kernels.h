@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic over the channels of rows, compiled for several instruction sets.
+#ifndef JAX_EP_CSRC_CPU_ROW_KERNELS_H_
+#define JAX_EP_CSRC_CPU_ROW_KERNELS_H_
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "csrc/core/dtype.h"
+
+namespace jax_ep {
+
+// A row that a token's sum takes in.
+struct Term {
+  const void* row;  // [H]
+  float weight;
+  bool ends_rank;  // the last of its destination rank
+};
+
+// For rows of one dtype.
+struct RowKernels {
+  // out [H] = the sum, over ranks, of the ranks' partial sums; see run_combine. No terms: zeros.
+  void (*sum_terms)(std::span<const Term> terms, int64_t hidden, void* out);
+  // out [H] = what arrives of x [H] over the FP8 wire: quantized, and converted back.
+  void (*round_to_fp8)(const void* x, int64_t hidden, void* out);
+};
+
+// Instruction sets that the kernels were compiled for. The results' bits are the same.
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+constexpr std::string_view name(Isa isa) {
+  switch (isa) {
+    case Isa::kBaseline: return "baseline";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+  }
+  return "unknown";
+}
+
+// Whether this processor can run them.
+bool is_supported(Isa isa);
+
+// Those for the best instruction set of this processor.
+const RowKernels& row_kernels(DType dtype);
+const RowKernels& row_kernels(DType dtype, Isa isa);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CPU_ROW_KERNELS_H_
