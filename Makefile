@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target does its own set-up, once, in $(VENV); see `make help`. Assumed: Python 3.11 or newer
+# with its headers, make, and a C++20 compiler. Everything else comes from PyPI, CMake and Ninja too.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+SANITIZE ?=
+# ON in CI. Not for everybody: newer compilers have new warnings.
+WERROR ?= OFF
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+CONSTRAINTS := tools/constraints.txt
+CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.h')
+# What the compiled module is built from.
+NATIVE := pyproject.toml CMakeLists.txt $(shell find cmake csrc xla_ffi -type f -not -path 'csrc/tests/*')
+# Part of a stamp's name, so that another PYTHON gets its own set-up.
+PY_TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+READY := $(VENV)/.ready-$(PY_TAG)
+INSTALLED := $(VENV)/.installed-$(PY_TAG)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train test test-cpp test-python bench lint lint-python lint-cpp lint-types lint-layers \
+  lint-spelling lint-project format wheel clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@echo
+	@echo 'Variables: ARGS="..." goes to the program or to pytest; PYTHON=python3.12 VENV=.venv-3.12'
+	@echo 'use another Python; JOBS=N tests at a time; SANITIZE=address,undefined or thread (test-cpp).'
+
+train: $(INSTALLED)-examples ## Train a Mixture-of-Experts language model on 8 CPU devices
+	$(BIN)/python examples/train_moe_lm.py $(ARGS)
+
+test: test-cpp test-python ## Run all tests
+
+test-python: $(INSTALLED)-test ## Run the Python tests
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+bench: $(INSTALLED)-bench ## Measure dispatch and combine against baselines of lax collectives
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Library and tests of csrc alone, without Python or JAX.
+comma := ,
+CPP_BUILD := build/cpp/$(if $(SANITIZE),$(subst $(comma),-,$(SANITIZE)),plain)
+# ThreadSanitizer of older compilers refuses the widely randomized addresses of newer kernels.
+CTEST = $(if $(filter thread,$(SANITIZE)),$(shell setarch -R true 2>/dev/null && echo setarch -R)) $(BIN)/ctest
+
+test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thread: with sanitizers)
+	@if printf '#include <gtest/gtest.h>\n' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
+	  set -e -x; \
+	  $(BIN)/cmake -S csrc -B $(CPP_BUILD) -G Ninja \
+	    -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DJAX_EP_SANITIZE=$(SANITIZE) -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING; \
+	  $(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS); \
+	  $(CTEST) --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error \
+	    -Q -O $(abspath $(CPP_BUILD))/test.log || { cat $(CPP_BUILD)/test.log; exit 1; }; \
+	  tail -n 3 $(CPP_BUILD)/test.log; \
+	else \
+	  echo '################################################################################'; \
+	  echo '# SKIPPED: the C++ unit tests. They need GoogleTest, which was not found.'; \
+	  echo '# Debian, Ubuntu: apt-get install libgtest-dev'; \
+	  echo '################################################################################'; \
+	fi
+
+lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project ## Check everything that a machine can check
+
+lint-python: $(INSTALLED)-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+
+lint-cpp: $(INSTALLED)-dev
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+lint-types: $(INSTALLED)-dev
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+lint-layers: $(INSTALLED)-dev
+	$(BIN)/lint-imports --no-cache
+
+lint-spelling: $(INSTALLED)-dev
+	$(BIN)/typos
+
+lint-project: $(READY)
+	$(BIN)/python tools/lint/check_includes.py
+	$(BIN)/python tools/lint/check_size.py
+
+format: $(INSTALLED)-dev ## Format all sources, and mend what ruff can
+	$(BIN)/ruff check --fix --quiet
+	$(BIN)/ruff format --quiet
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+wheel: $(READY) ## Build a wheel for this Python into dist/
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean: ## Remove the virtual environment and everything built
+	rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+
+# jax is here, before any build, because its jaxlib brings the headers on Python 3.11.
+$(READY): $(CONSTRAINTS)
+	@command -v $(PYTHON) >/dev/null || { echo 'jax_ep: there is no $(PYTHON). Install Python 3.11 or' \
+	  'newer, or name it: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) tools/check_setup.py
+	@echo '==> $(VENV): a virtual environment of Python $(PY_TAG), with build tools and JAX'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c $(CONSTRAINTS) cmake jax nanobind ninja scikit-build-core
+	@touch $@
+
+# Without isolation: only the compiler's work that a change makes necessary is done again.
+define install_extra
+	@echo '==> $(VENV): jax_ep[$*], built from these sources'
+	@headers=$$($(BIN)/python tools/ffi_headers.py build/ffi_headers) && \
+	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation \
+	  --config-settings=cmake.define.JAX_EP_FFI_INCLUDE_DIR="$$headers" \
+	  --config-settings=cmake.define.JAX_EP_WERROR=$(WERROR) -e '.[$*]'
+	@touch $@
+endef
+
+$(INSTALLED)-%: $(READY) $(NATIVE)
+	$(install_extra)
