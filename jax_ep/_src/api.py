@@ -78,7 +78,7 @@ def dispatch(
     return Dispatched(
         x=rows,
         weights=weights,
-        topk_idx=plan.row_topk_idx if config.layout == "rank" else None,
+        topk_idx=plan.row_topk_idx,
         group_sizes=plan.group_sizes,
         tokens_per_expert=plan.tokens_per_expert,
         num_dropped=plan.num_dropped,

@@ -71,9 +71,7 @@ class EpConfig:
             wire = self._known_dtype("wire_dtype", self.wire_dtype, _WIRE_DTYPES, "None")
             object.__setattr__(self, "wire_dtype", wire)
         if self.layout not in ("expert", "rank"):
-            raise ValueError(
-                f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'"
-            )
+            raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
         if self.recv_capacity is not None:
             self._check_positive_int("recv_capacity")
         self._check_positive_int("expert_alignment")

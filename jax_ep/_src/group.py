@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`EpGroup`: the ranks that exchange tokens, and how."""
 
+import contextlib
 import itertools
 import logging
 import math
@@ -115,6 +116,7 @@ class EpGroup:
     def close(self) -> None:
         """Frees what the group holds. Using it afterwards is an error; closing twice is not.
 
+        Waits for computations in flight on the group's devices whose results somebody holds.
         Functions compiled with the group fail when they are called afterwards (backend `ffi`).
         """
         with self._lock:
@@ -122,6 +124,7 @@ class EpGroup:
                 return
             self._closed = True
         if self.group_id >= 0:
+            _wait_for_results(set(self.mesh.devices.flat))
             native.load().close_group(self.group_id)
 
     @property
@@ -152,6 +155,18 @@ class EpGroup:
             f"backend={self.backend!r}, config={self.config}"
             f"{', closed' if self._closed else ''})"
         )
+
+
+def _wait_for_results(devices: set[jax.Device]) -> None:
+    """Blocks until every array on these devices is there.
+
+    Programs run asynchronously: one launched before `close()` must still find its group.
+    """
+    for array in jax.live_arrays():
+        # An array of a failed program raises its error to whoever reads it, not here.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if not array.is_deleted() and not devices.isdisjoint(array.devices()):
+                array.block_until_ready()
 
 
 # For names in messages; ids of the compiled module count only its own groups.

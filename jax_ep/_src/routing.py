@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_ep._src.compat import as_varying, varying_axes
+
 Score = Literal["softmax", "sigmoid"]
 AxisName = str | Sequence[str] | None
 
@@ -210,8 +212,15 @@ def _only_best_groups(ranked: jax.Array, num_groups: int, num_topk_groups: int) 
 def _sum_over(axis_name: AxisName, *values: jax.Array) -> tuple[jax.Array, ...]:
     if axis_name is None:
         return values
-    axes = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-    return tuple(jax.lax.psum(value, axes) for value in values)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    return tuple(jax.lax.psum(_varying_over_all_or_none(value, axes), axes) for value in values)
+
+
+def _varying_over_all_or_none(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """psum refuses a value that varies over some of the axes, as tokens with copies along one do."""
+    if varying_axes(value) & frozenset(axes):
+        (value,) = as_varying(frozenset(axes), value)
+    return value
 
 
 def _at_least_one(count: jax.Array) -> jax.Array:

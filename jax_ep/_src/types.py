@@ -23,7 +23,7 @@ class DispatchHandle:
         row_source: `[C]`, `source rank * T + source token` of each received row; -1 where a row
             holds no token.
         row_topk_idx: `[C, K]` in layout "rank": local expert of each of the token's selections,
-            or -1. Shape `[0]` in layout "expert".
+            or -1. None in layout "expert".
         arrival_slot: `[R, T, min(K, L)]`, only of the `xla` backend: this rank's row of each
             token's selections in ascending order of experts; -1 past the last one.
         arrival_topk: like `arrival_slot`: the selection's position in the token's top-k.
@@ -34,7 +34,7 @@ class DispatchHandle:
     topk_idx: jax.Array
     slot: jax.Array
     row_source: jax.Array
-    row_topk_idx: jax.Array
+    row_topk_idx: jax.Array | None
     arrival_slot: jax.Array | None = None
     arrival_topk: jax.Array | None = None
     config: EpConfig = dataclasses.field(metadata={"static": True})

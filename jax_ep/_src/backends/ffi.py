@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backend `ffi`: this library's own handlers, through the primitives of `primitives.py`."""
+"""Backend `ffi`: this library's own handlers, through the primitives of `primitives.py`.
+
+The functions are jitted so that `shard_map` without `jit` compiles each of them as one program, in
+which arrays of size 0 (absent operands) are no inputs: XLA refuses a program that has only such.
+"""
 
 import functools
 
@@ -34,6 +38,7 @@ def _with_group_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...
     return group_rank, *compat.as_varying(axes, *operands)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     """Works out every selection's row, exchanging the routing of all ranks."""
     outputs = plan_p.bind(*_with_group_rank(spec, topk_idx), spec=spec)
@@ -41,26 +46,26 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     return Plan(
         slot=slot,
         row_source=row_source,
-        row_topk_idx=row_topk_idx,
+        row_topk_idx=row_topk_idx if spec.layout == "rank" else None,
         group_sizes=group_sizes,
         tokens_per_expert=tokens_per_expert,
         num_dropped=num_dropped,
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def dispatch(
     spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sends rows and, where given, one scalar per selection."""
     scalars = jnp.zeros((0,), jnp.float32) if token_scalars is None else token_scalars
-    operands = _with_group_rank(
-        spec, x, scalars, handle.topk_idx, handle.slot, handle.row_source
-    )
+    operands = _with_group_rank(spec, x, scalars, handle.topk_idx, handle.slot, handle.row_source)
     call = _dispatch_fp8 if spec.fp8_wire else _dispatch
     rows, row_scalars = call(spec, *operands)
     return rows, None if token_scalars is None else row_scalars
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def combine(
     spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
 ) -> jax.Array:
@@ -74,7 +79,7 @@ def combine(
         handle.topk_idx,
         handle.slot,
         handle.row_source,
-        handle.row_topk_idx,
+        jnp.zeros((0,), jnp.int32) if handle.row_topk_idx is None else handle.row_topk_idx,
     )
     out, _ = combine_p.bind(*operands, spec=spec)
     return out

@@ -6,13 +6,14 @@ import dataclasses
 import jax
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Fields as in `DispatchHandle` and `Dispatched`."""
 
     slot: jax.Array
     row_source: jax.Array
-    row_topk_idx: jax.Array
+    row_topk_idx: jax.Array | None
     group_sizes: jax.Array
     tokens_per_expert: jax.Array
     num_dropped: jax.Array

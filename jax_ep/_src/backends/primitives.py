@@ -72,9 +72,7 @@ def _dispatch_abstract(
     *,
     spec: OpSpec,
 ) -> list[Any]:
-    _check_same_axes(
-        "jax_ep_dispatch", group_rank, x, token_scalars, topk_idx, slot, row_source
-    )
+    _check_same_axes("jax_ep_dispatch", group_rank, x, token_scalars, topk_idx, slot, row_source)
     scalars_shape = (0,) if is_absent(token_scalars) else spec.row_scalars_shape
     return [
         compat.like(x, (spec.recv_capacity, x.shape[1]), x.dtype),
@@ -234,9 +232,11 @@ def _dispatch_transpose(
     ]
 
 
-def row_weights(weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array) -> jax.Array:
+def row_weights(
+    weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
+) -> jax.Array:
     """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
-    if not is_absent(row_topk_idx):
+    if row_topk_idx is not None and not is_absent(row_topk_idx):
         weights = jnp.sum(jnp.where(row_topk_idx >= 0, weights, 0.0), axis=1)
     return jnp.where(row_source >= 0, weights, 0.0)[:, None]
 
@@ -339,9 +339,7 @@ def _batch(
 
     def one(elements: list[Any]) -> list[Any]:
         element = iter(elements)
-        operands = [
-            next(element) if d is not None else a for a, d in zip(args, dims, strict=True)
-        ]
+        operands = [next(element) if d is not None else a for a, d in zip(args, dims, strict=True)]
         return primitive.bind(*operands, spec=spec)
 
     outputs = jax.lax.map(one, batched)

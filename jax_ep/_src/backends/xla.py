@@ -23,6 +23,7 @@ from jax_ep._src.types import DispatchHandle
 # --- plan --------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     """Gathers the routing of all ranks; every rank works out all rows."""
     (topk_idx,) = _varying(spec, topk_idx)
@@ -125,9 +126,9 @@ def _arrivals(
 
 def _row_topk_idx(
     spec: OpSpec, experts: jax.Array, mine: jax.Array, row_source: jax.Array, rank: jax.Array
-) -> jax.Array:
+) -> jax.Array | None:
     if spec.layout == "expert":
-        return jax.lax.slice_in_dim(row_source, 0, 0)
+        return None
     local = jnp.where(mine, experts - rank * spec.num_local_experts, -1)
     return _take_rows(local.reshape(-1, spec.num_topk), row_source, -1)
 
@@ -135,7 +136,7 @@ def _row_topk_idx(
 def _take_rows(source: jax.Array, index: jax.Array, fill: float) -> jax.Array:
     """`source[index]`, or `fill` where the index is negative."""
     if source.shape[0] == 0:
-        return jnp.full((index.shape[0], *source.shape[1:]), fill, source.dtype)
+        source = jnp.full((1, *source.shape[1:]), fill, source.dtype)
     taken = jnp.take(source, jnp.maximum(index, 0), axis=0)
     has = (index >= 0).reshape((-1,) + (1,) * (source.ndim - 1))
     return jnp.where(has, taken, jnp.asarray(fill, source.dtype))
@@ -144,6 +145,7 @@ def _take_rows(source: jax.Array, index: jax.Array, fill: float) -> jax.Array:
 # --- dispatch and combine ----------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def dispatch(
     spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -154,6 +156,7 @@ def dispatch(
     return rows, None if token_scalars is None else row_scalars
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def combine(
     spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
 ) -> jax.Array:
@@ -182,9 +185,10 @@ def _dispatch(
         )
     else:
         rows = _take_rows(gather(x), handle.row_source, 0)
-    if is_absent(token_scalars):
-        return rows, token_scalars
-    return rows, _row_scalars(spec, gather(token_scalars), handle)
+    if not is_absent(token_scalars):
+        token_scalars = _row_scalars(spec, gather(token_scalars), handle)
+    # Without tokens nothing that varies went into them.
+    return compat.as_varying(compat.varying_axes(handle.row_source), rows, token_scalars)
 
 
 def _row_scalars(spec: OpSpec, gathered: jax.Array, handle: DispatchHandle) -> jax.Array:
@@ -234,9 +238,7 @@ def _return_to_sources(spec: OpSpec, partial: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(
-    spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHandle
-) -> jax.Array:
+def _combine(spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHandle) -> jax.Array:
     return _combine_rows(spec, y, None if is_absent(weights) else weights, handle)
 
 
@@ -261,9 +263,7 @@ def _combine_rows(
     return total.astype(y.dtype)
 
 
-def _combine_fwd(
-    spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHandle
-) -> Any:
+def _combine_fwd(spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHandle) -> Any:
     return _combine(spec, y, weights, handle), (y, weights, handle)
 
 

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moe`: dispatch, the experts' gated feed-forward networks, combine."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ep._src.api import combine, dispatch
+from jax_ep._src.group import EpGroup
+from jax_ep._src.types import Dispatched
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeStats:
+    """What one rank's experts were asked for in one call of `moe_with_stats`.
+
+    Attributes:
+        tokens_per_expert: `[L]` int32, selections of each local expert by the tokens of all ranks
+            of the group, before any drop.
+        num_dropped: `[]` int32, of those the ones that found no room in this rank's receive
+            buffer. The drop rate of a group is the sum of this over the sum of the other.
+    """
+
+    tokens_per_expert: jax.Array
+    num_dropped: jax.Array
+
+
+def moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    group: EpGroup,
+    activation: Activation = jax.nn.silu,
+) -> jax.Array:
+    """Sends every token through its experts and returns the weighted sum of their outputs.
+
+    Expert `e` computes `(activation(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]`, by
+    `jax.lax.ragged_dot` over the received rows. Runs inside `jax.shard_map` over the group's
+    axes; shapes are per rank, `L` is `group.num_local_experts` and `F` any size. Differentiable
+    in everything but `topk_idx`.
+
+    Args:
+        x: tokens, `[T, H]` of `config.dtype`.
+        topk_idx: `[T, K]` int32, as `dispatch` takes it: global experts, or -1.
+        topk_weights: `[T, K]` float32, the factors in the sum.
+        w_gate: `[L, H, F]` of `config.dtype`, this rank's experts.
+        w_up: like `w_gate`.
+        w_down: `[L, F, H]` of `config.dtype`.
+        group: an open `EpGroup` whose config has layout "expert".
+        activation: of the gate, elementwise.
+
+    Returns:
+        `[T, H]` of `config.dtype`; 0 for a token with no selection. A row that was dropped for
+        lack of room counts as 0.
+
+    Raises:
+        ValueError: an argument does not fit the group's config, the layout is "rank", or the call
+            is not inside `shard_map` over the group's axes.
+        EpGroupClosed: the group has been closed.
+    """
+    out, _ = moe_with_stats(
+        x, topk_idx, topk_weights, w_gate, w_up, w_down, group=group, activation=activation
+    )
+    return out
+
+
+def moe_with_stats(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    group: EpGroup,
+    activation: Activation = jax.nn.silu,
+) -> tuple[jax.Array, MoeStats]:
+    """`moe`, and what this rank's experts were asked for.
+
+    Args:
+        x: as in `moe`, like all the others.
+        topk_idx: see `moe`.
+        topk_weights: see `moe`.
+        w_gate: see `moe`.
+        w_up: see `moe`.
+        w_down: see `moe`.
+        group: see `moe`.
+        activation: see `moe`.
+
+    Returns:
+        What `moe` returns, and a `MoeStats`.
+
+    Raises:
+        ValueError: as `moe` does.
+        EpGroupClosed: as `moe` does.
+    """
+    _check_group(group)
+    _check_weights(group, w_gate, w_up, w_down)
+    if topk_weights is None:
+        raise ValueError("topk_weights is None; allowed: float32[T, K]")
+    recv = dispatch(x, topk_idx, topk_weights, group=group)
+    with jax.named_scope("jax_ep.experts"):
+        rows = recv.x if group.config.zero_fill else _without_garbage(recv)
+        gate = jax.lax.ragged_dot(rows, w_gate, recv.group_sizes)
+        up = jax.lax.ragged_dot(rows, w_up, recv.group_sizes)
+        y = jax.lax.ragged_dot(activation(gate) * up, w_down, recv.group_sizes)
+    out = combine(y, recv.handle, recv.weights, group=group)
+    stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
+    return out, stats
+
+
+def _without_garbage(recv: Dispatched) -> jax.Array:
+    """Received rows, zeros where they hold no token.
+
+    Rows past the last group need no care: no product over groups reads them, and `combine` and
+    its gradient skip them. Alignment padding is inside the groups, though, and the gradient of
+    the weights multiplies those rows by zeros, which would not remove a NaN.
+    """
+    held = (recv.handle.row_source >= 0)[:, None]
+    return jnp.where(held, recv.x, jnp.zeros((), recv.x.dtype))
+
+
+def _check_group(group: Any) -> None:
+    if not isinstance(group, EpGroup):
+        raise ValueError(f"group is a {type(group).__name__}; allowed: an EpGroup")
+    if group.config.layout != "expert":
+        raise ValueError(
+            f"group has EpConfig.layout {group.config.layout!r}; allowed for moe: 'expert', "
+            "because ragged_dot needs the rows of each expert next to each other"
+        )
+
+
+def _check_weights(group: EpGroup, w_gate: Any, w_up: Any, w_down: Any) -> None:
+    num_local, hidden = group.num_local_experts, group.config.hidden
+    is_sized = isinstance(w_gate, (jax.Array, np.ndarray)) and w_gate.ndim == 3
+    inner = w_gate.shape[2] if is_sized else "F"
+    _check_array("w_gate", w_gate, (num_local, hidden, inner), group)
+    _check_array("w_up", w_up, (num_local, hidden, inner), group)
+    _check_array("w_down", w_down, (num_local, inner, hidden), group)
+
+
+def _check_array(name: str, value: Any, shape: tuple[int | str, ...], group: EpGroup) -> None:
+    dtype = group.config.dtype
+    wanted = f"{dtype.name}[{', '.join(str(size) for size in shape)}]"
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name} is a {type(value).__name__}; allowed: an array, {wanted}")
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{name} is {value.dtype}{list(value.shape)}; allowed: {wanted}, of the "
+            f"{group.num_local_experts} experts on each of the group's {group.num_ranks} ranks"
+        )
