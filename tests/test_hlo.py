@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler is given: exactly our custom calls, and no collective beside them."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from problems import PROBLEMS
+from programs import make_group
+
+import jax_ep
+
+PROBLEM = PROBLEMS["eight_ranks"]
+COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+
+
+def _compiled_text(f, group, *args) -> str:
+    spec = P(group.axis_name)
+    mapped = jax.shard_map(f, mesh=group.mesh, in_specs=spec, out_specs=spec)
+    return jax.jit(mapped).lower(*args).compile().as_text()
+
+
+def _custom_calls(text: str) -> collections.Counter:
+    return collections.Counter(re.findall(r'custom_call_target="(jax_ep_\w+)"', text))
+
+
+def _num_collectives(text: str) -> int:
+    return sum(len(re.findall(rf"= \S+ {name}(?:-start)?\(", text)) for name in COLLECTIVES)
+
+
+def _global(array):
+    return array.reshape(-1, array.shape[-1])
+
+
+def _args():
+    return [_global(a) for a in (PROBLEM.x, PROBLEM.topk_idx, PROBLEM.topk_weights)]
+
+
+def _block(x, idx, w, *, group):
+    received = jax_ep.dispatch(x, idx, w, group=group)
+    return jax_ep.combine(jnp.sin(received.x), received.handle, received.weights, group=group)
+
+
+def _loss(x, idx, w, *, group):
+    return jnp.sum(jnp.cos(_block(x, idx, w, group=group)))
+
+
+def test_forward_is_one_call_of_each_kind():
+    with make_group(PROBLEM, "ffi") as group:
+        text = _compiled_text(functools.partial(_block, group=group), group, *_args())
+    assert _custom_calls(text) == {"jax_ep_plan": 1, "jax_ep_dispatch": 1, "jax_ep_combine": 1}
+    assert _num_collectives(text) == 0
+
+
+@pytest.mark.parametrize("wire", [None, "float8_e4m3fn"])
+def test_backward_is_one_dispatch_and_one_combine_and_no_plan(wire):
+    problem = PROBLEM.replace(wire_dtype=wire)
+    with make_group(problem, "ffi") as group:
+        grad = jax.grad(functools.partial(_loss, group=group), argnums=(0, 2))
+        text = _compiled_text(grad, group, *_args())
+    # The forward combine is there for the loss's cosine only.
+    assert _custom_calls(text) == {"jax_ep_plan": 1, "jax_ep_dispatch": 2, "jax_ep_combine": 2}
+    assert _num_collectives(text) == 0
+
+
+def test_remat_of_everything_repeats_the_forward_once():
+    with make_group(PROBLEM, "ffi") as group:
+        block = jax.checkpoint(
+            functools.partial(_loss, group=group),
+            policy=jax.checkpoint_policies.nothing_saveable,
+        )
+        text = _compiled_text(jax.grad(block, argnums=(0, 2)), group, *_args())
+    counts = _custom_calls(text)
+    assert counts["jax_ep_plan"] <= 2
+    assert counts["jax_ep_dispatch"] <= 3
+    assert _num_collectives(text) == 0
+
+
+def test_a_scan_holds_the_calls_once():
+    with make_group(PROBLEM, "ffi") as group:
+
+        def scanned(x, idx, w):
+            def step(x, _):
+                return _block(x, idx, w, group=group), None
+
+            return jax.lax.scan(step, x, None, length=5)[0]
+
+        text = _compiled_text(scanned, group, *_args())
+    assert sum(_custom_calls(text).values()) == 3
+    assert _num_collectives(text) == 0
+
+
+def test_no_custom_call_has_a_side_effect():
+    with make_group(PROBLEM, "ffi") as group:
+        grad = jax.grad(functools.partial(_loss, group=group), argnums=(0, 2))
+        spec = P("expert")
+        mapped = jax.shard_map(grad, mesh=group.mesh, in_specs=spec, out_specs=spec)
+        text = jax.jit(mapped).lower(*_args()).as_text()
+    calls = [line for line in text.splitlines() if "@jax_ep_" in line]
+    assert calls
+    assert not [line for line in calls if "has_side_effect = true" in line]
+
+
+def test_the_xla_backend_is_collectives_alone():
+    with make_group(PROBLEM, "xla") as group:
+        text = _compiled_text(functools.partial(_block, group=group), group, *_args())
+    assert not _custom_calls(text)
+    assert _num_collectives(text) > 0
+
+
+def test_other_routing_does_not_compile_again(backend):
+    with make_group(PROBLEM, backend) as group:
+        spec = P("expert")
+        mapped = jax.jit(
+            jax.shard_map(
+                functools.partial(_block, group=group), mesh=group.mesh, in_specs=spec,
+                out_specs=spec,
+            )
+        )  # fmt: skip
+        x, idx, w = _args()
+        mapped(x, idx, w)
+        mapped(x, idx[::-1].copy(), w)
+        assert mapped._cache_size() == 1
+
+
+def test_a_wider_result_of_dispatch_is_not_kept_for_the_backward():
+    # Unweighted, nothing but the handle is a residual: no [C, H] array is saved.
+    with make_group(PROBLEM, "ffi") as group:
+
+        def linear(x, idx):
+            received = jax_ep.dispatch(x, idx, group=group)
+            return jax_ep.combine(received.x, received.handle, group=group)
+
+        def on_rank(x, idx):
+            _, vjp = jax.vjp(lambda x: linear(x, idx), x)
+            return [a for a in jax.tree.leaves(vjp) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+        shapes = jax.eval_shape(
+            jax.shard_map(on_rank, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert")),
+            *_args()[:2],
+        )
+        capacity = group.recv_capacity
+    assert all(s.size < capacity * PROBLEM.hidden for s in jax.tree.leaves(shapes))
