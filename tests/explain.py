@@ -4,9 +4,9 @@
 import itertools
 
 import numpy as np
-from problems import EpProblem
 
 from jax_ep import reference
+from problems import EpProblem
 
 _MOST_LINES = 8
 

@@ -7,6 +7,7 @@ A drawn problem carries its routing written out, so that a failure prints all th
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
+
 from problems import EpProblem, Table
 
 RANKS = (1, 2, 3, 4, 6, 8)

@@ -14,11 +14,11 @@ import hypothesis
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import problems
 import pytest
-import strategies
 
 import jax_ep
+import problems
+import strategies
 from jax_ep import EpConfig, reference
 
 SIZES = {"num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4}

@@ -184,7 +184,7 @@ def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
 
 def _why_not_ffi(mesh: jax.sharding.Mesh) -> str | None:
     """Why the `ffi` backend cannot serve a mesh; None if it can."""
-    devices = np.asarray(mesh.devices).flat
+    devices = list(np.asarray(mesh.devices).flat)
     platforms = {device.platform for device in devices}
     if platforms != {"cpu"}:
         return f"it has no kernels for platform {'/'.join(sorted(platforms))} in this release"

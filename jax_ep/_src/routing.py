@@ -217,7 +217,7 @@ def _sum_over(axis_name: AxisName, *values: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _varying_over_all_or_none(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """psum refuses a value that varies over some of the axes, as tokens with copies along one do."""
+    """For psum: it refuses what varies over some axes only, like tokens with copies along one."""
     if varying_axes(value) & frozenset(axes):
         (value,) = as_varying(frozenset(axes), value)
     return value

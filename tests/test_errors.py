@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages of dispatch and combine for arguments that do not fit, at trace time."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from problems import EpProblem
+from programs import make_group, make_mesh, over_ranks
+
+import jax_ep
+
+PROBLEM = EpProblem(
+    name="errors", num_ranks=2, num_tokens=4, num_topk=2, num_experts=4, hidden=8,
+    max_tokens_per_rank=6,
+)  # fmt: skip
+
+
+@pytest.fixture
+def group(backend):
+    with make_group(PROBLEM, backend) as group:
+        yield group
+
+
+def _array(shape, dtype=np.float32):
+    return np.zeros((2, *shape), dtype)
+
+
+DISPATCH = {
+    "x_hidden": ({"x": _array((4, 7))}, "x is float32[4, 7]; allowed: float32[T, 8]"),
+    "x_rank": ({"x": _array((4, 8, 1))}, "x is float32[4, 8, 1]; allowed: float32[T, 8]"),
+    "x_dtype": ({"x": _array((4, 8), np.float16)}, "x is float16[4, 8]; allowed: float32[T, 8]"),
+    "too_many_tokens": (
+        {"x": _array((7, 8)), "topk_idx": _array((7, 2), np.int32), "topk_weights": None},
+        "x has 7 tokens; allowed: up to config.max_tokens_per_rank, which is 6",
+    ),
+    "idx_shape": (
+        {"topk_idx": _array((4, 3), np.int32)},
+        "topk_idx is int32[4, 3]; allowed: int32[4, 2]",
+    ),
+    "idx_dtype": (
+        {"topk_idx": _array((4, 2), np.uint8)},
+        "topk_idx is uint8[4, 2]; allowed: int32[4, 2]",
+    ),
+    "weights_shape": (
+        {"topk_weights": _array((3, 2))},
+        "topk_weights is float32[3, 2]; allowed: float32[4, 2]",
+    ),
+    "weights_dtype": (
+        {"topk_weights": _array((4, 2), np.float16)},
+        "topk_weights is float16[4, 2]; allowed: float32[4, 2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISPATCH)
+def test_dispatch_names_the_argument(case, group):
+    change, message = DISPATCH[case]
+    good = {
+        "x": PROBLEM.x,
+        "topk_idx": PROBLEM.topk_idx,
+        "topk_weights": PROBLEM.topk_weights,
+    }
+    arguments = {**good, **change}
+    has_weights = arguments["topk_weights"] is not None
+
+    def on_rank(x, idx, w=None):
+        return jax_ep.dispatch(x, idx, w, group=group).x
+
+    given = [a for a in arguments.values() if a is not None]
+    assert has_weights == (len(given) == 3)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        over_ranks(group, on_rank)(*given)
+
+
+COMBINE = {
+    "y_rows": ((_array((15, 8)), None), "y is float32[15, 8]; allowed: float32[24, 8]"),
+    "y_dtype": (
+        (_array((24, 8), np.float16), None),
+        "y is float16[24, 8]; allowed: float32[24, 8]",
+    ),
+    "weights": (
+        (_array((24, 8)), _array((24, 2))),
+        "weights is float32[24, 2]; allowed: float32[24]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMBINE)
+def test_combine_names_the_argument(case, group):
+    (y, weights), message = COMBINE[case]
+
+    def on_rank(x, idx, y, *weights):
+        handle = jax_ep.dispatch(x, idx, group=group).handle
+        return jax_ep.combine(y, handle, *weights, group=group)
+
+    given = [y] if weights is None else [y, weights]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        over_ranks(group, on_rank)(PROBLEM.x, PROBLEM.topk_idx, *given)
+
+
+def test_a_handle_of_another_group_is_refused(group, backend):
+    other_problem = PROBLEM.replace(expert_alignment=8)
+    with make_group(other_problem, backend, mesh=group.mesh) as other:
+
+        def on_rank(x, idx):
+            received = jax_ep.dispatch(x, idx, group=group)
+            return jax_ep.combine(received.x, received.handle, group=other)
+
+        with pytest.raises(ValueError, match="handle is of a dispatch with 2 ranks") as caught:
+            over_ranks(group, on_rank)(PROBLEM.x, PROBLEM.topk_idx)
+        assert "expert_alignment=8" in str(caught.value)
+
+
+def test_a_handle_of_the_other_backend_is_refused(group, backend):
+    name = {"ffi": "xla", "xla": "ffi"}[backend]
+    with make_group(PROBLEM, name, mesh=group.mesh) as other:
+
+        def on_rank(x, idx):
+            received = jax_ep.dispatch(x, idx, group=group)
+            return jax_ep.combine(received.x, received.handle, group=other)
+
+        with pytest.raises(ValueError, match=f"another backend; this group's is '{name}'"):
+            over_ranks(group, on_rank)(PROBLEM.x, PROBLEM.topk_idx)
+
+
+def test_something_else_than_a_handle_or_a_group(group):
+    def combine_rows(x):
+        return jax_ep.combine(x, x, group=group)
+
+    with pytest.raises(ValueError, match=re.escape("allowed: Dispatched.handle")):
+        over_ranks(group, combine_rows)(PROBLEM.x)
+    with pytest.raises(ValueError, match="group is a str; allowed: an EpGroup"):
+        over_ranks(group, lambda x, i: jax_ep.dispatch(x, i, group="expert"))(
+            PROBLEM.x, PROBLEM.topk_idx
+        )
+    with pytest.raises(ValueError, match="x is a list; allowed: an array"):
+        over_ranks(group, lambda i: jax_ep.dispatch([1.0], i, group=group).x)(PROBLEM.topk_idx)
+
+
+def test_outside_shard_map(group):
+    message = (
+        "dispatch must be called inside jax.shard_map over the group's axes ('expert',); not "
+        "manual here: ['expert']"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax_ep.dispatch(PROBLEM.x[0], PROBLEM.topk_idx[0], group=group)
+
+
+def test_inside_shard_map_over_another_mesh(group):
+    mesh = make_mesh((4,), ("expert",))
+
+    def on_rank(x, idx):
+        return jax_ep.dispatch(x, idx, group=group).x
+
+    mapped = jax.shard_map(on_rank, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    with pytest.raises(ValueError, match="axis 'expert' has 4 devices here, and 2 in the mesh"):
+        mapped(jnp.zeros((8, 8)), jnp.zeros((8, 2), jnp.int32))
+
+
+def test_the_primitives_refuse_operands_that_vary_over_different_axes():
+    from jax_ep._src.backends.primitives import plan_p
+    from jax_ep._src.spec import OpSpec
+
+    with make_group(PROBLEM, "ffi") as group:
+
+        def on_rank(idx):
+            return plan_p.bind(jnp.zeros(2, jnp.int32), idx, spec=OpSpec.of(group))[0]
+
+        with pytest.raises(ValueError, match="jax_ep_plan: operands vary over different mesh axes"):
+            over_ranks(group, on_rank)(PROBLEM.topk_idx)
+
+
+def test_the_primitives_say_that_they_run_inside_shard_map_only():
+    from jax_ep._src.backends.primitives import plan_p
+    from jax_ep._src.spec import OpSpec
+
+    with make_group(PROBLEM, "ffi") as group:
+        spec = dataclasses.replace(OpSpec.of(group))
+        with pytest.raises(NotImplementedError, match="runs inside jax.shard_map only"):
+            plan_p.bind(jnp.zeros(2, jnp.int32), jnp.zeros((4, 2), jnp.int32), spec=spec)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EpGroup: sizes, choice of the backend, life and death, and its error messages."""
+
+import logging
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from problems import PROBLEMS, EpProblem
+from programs import exchange, make_group, make_mesh, over_ranks
+
+import jax_ep
+from jax_ep._src import group as group_module
+from jax_ep._src import native
+
+PROBLEM = EpProblem(name="group", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
+CONFIG = jax_ep.EpConfig(**PROBLEM.config_kwargs())
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh((2, 4), ("data", "expert"))
+
+
+def test_sizes(mesh, backend):
+    with jax_ep.EpGroup(mesh, "expert", CONFIG, backend=backend) as group:
+        assert (group.num_ranks, group.num_local_experts) == (4, 2)
+        assert group.recv_capacity == CONFIG.capacity(4) == 4 * 3 * 2
+        assert group.heap_bytes == 0
+        assert group.backend == backend
+        assert f"backend='{backend}'" in repr(group)
+    with jax_ep.EpGroup(mesh, ("data", "expert"), CONFIG, backend=backend) as group:
+        assert (group.num_ranks, group.num_local_experts) == (8, 1)
+
+
+def test_it_is_hashable_and_equal_only_to_itself(mesh):
+    with (
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as one,
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as other,
+    ):
+        assert len({one, other, one}) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": "no mesh"}, "mesh is a str; allowed: a jax.sharding.Mesh"),
+        ({"axis_name": "exprt"}, "axis_name 'exprt' is not an axis of the mesh; allowed: "),
+        ({"axis_name": ()}, "axis_name is (); allowed: one or more distinct axes"),
+        ({"axis_name": ("expert", "expert")}, "allowed: one or more distinct axes"),
+        ({"config": {}}, "config is a dict; allowed: an EpConfig"),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed: None, 'ffi', 'xla'"),
+        ({"timeout": 0}, "timeout is 0; allowed: a finite number of seconds above 0"),
+        ({"timeout": float("inf")}, "timeout is inf; allowed: a finite number"),
+        (
+            {"config": jax_ep.EpConfig(num_experts=6, num_topk=1, hidden=1, max_tokens_per_rank=1)},
+            "EpConfig.num_experts is 6; it must be a multiple of the group's 4 ranks",
+        ),
+        (
+            {
+                "config": jax_ep.EpConfig(
+                    num_experts=256, num_topk=64, hidden=1, max_tokens_per_rank=2**27
+                )
+            },
+            "set EpConfig.recv_capacity",
+        ),
+    ],
+)
+def test_bad_arguments(mesh, change, message):
+    arguments = {"mesh": mesh, "axis_name": "expert", "config": CONFIG, **change}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax_ep.EpGroup(**arguments)
+
+
+def test_close_is_idempotent_and_use_after_close_is_an_error(mesh, backend):
+    group = jax_ep.EpGroup(mesh, "expert", CONFIG, backend=backend)
+    assert not group.closed
+    group.close()
+    group.close()
+    assert group.closed
+    assert "closed" in repr(group)
+    with pytest.raises(jax_ep.EpGroupClosed, match="has been closed; make a new EpGroup"):
+        over_ranks(group, lambda x, idx: jax_ep.dispatch(x, idx, group=group))(
+            PROBLEM.x, PROBLEM.topk_idx
+        )
+    with pytest.raises(jax_ep.EpGroupClosed), group:
+        pass
+
+
+def test_close_frees_what_the_registry_held(mesh):
+    before = native.load().num_groups()
+    groups = [jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi") for _ in range(3)]
+    assert native.load().num_groups() == before + 3
+    for group in groups:
+        group.close()
+    assert native.load().num_groups() == before
+
+
+def test_groups_of_different_configs_side_by_side(backend):
+    problems = [PROBLEMS["tiny"], PROBLEMS["eight_ranks"], PROBLEMS["bfloat16_by_rank"]]
+    open_groups = [make_group(problem, backend) for problem in problems]
+    for problem in problems:
+        got = exchange(problem, backend)
+        np.testing.assert_array_equal(got.received.group_sizes, problem.dispatched.group_sizes)
+    for group in open_groups:
+        group.close()
+
+
+def test_the_choice_of_the_backend_is_logged_once(mesh, caplog, monkeypatch):
+    monkeypatch.setattr(group_module, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="jax_ep"):
+        for _ in range(3):
+            with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
+                assert group.backend == "ffi"
+    assert [r.message for r in caplog.records] == ["EP backend: ffi"]
+
+
+def test_without_the_compiled_module_only_xla_is_there(mesh, caplog, monkeypatch):
+    why_not = "the compiled module jax_ep._ext does not load (no such file)"
+    monkeypatch.setattr(native, "_try_load", lambda: (None, why_not))
+    monkeypatch.setattr(group_module, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="jax_ep"):
+        for _ in range(2):
+            with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
+                assert group.backend == "xla"
+    assert len(caplog.records) == 1
+    assert why_not in caplog.text
+    with pytest.raises(jax_ep.EpUnavailable, match="does not load"):
+        jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi")
+
+
+def test_it_may_be_closed_over_by_jit_and_passed_as_static(mesh):
+    with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
+        x = np.ones((24, PROBLEM.hidden), np.float32)
+        idx = np.tile(np.array([[0, 5]], np.int32), (24, 1))
+
+        def run(x, idx, group):
+            def on_rank(x, idx):
+                received = jax_ep.dispatch(x, idx, group=group)
+                return jax_ep.combine(received.x, received.handle, group=group)
+
+            spec = P(("data", "expert"))
+            return jax.shard_map(on_rank, mesh=group.mesh, in_specs=spec, out_specs=spec)(x, idx)
+
+        np.testing.assert_array_equal(jax.jit(run, static_argnums=2)(x, idx, group), 2 * x)

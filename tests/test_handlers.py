@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FFI handlers check every buffer and attribute themselves, whatever the Python above does.
+
+They are called without the primitives, by one rank on one device.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ep._src import native
+
+T, K, H, C, E = 3, 2, 4, 6, 4
+I32, F32 = np.int32, np.float32
+
+
+@pytest.fixture
+def group_id():
+    ext = native.load()
+    native.register_targets()
+    group = ext.create_group("EpGroup of one rank", 1, 5.0)
+    yield group
+    ext.close_group(group)
+
+
+def _attrs(group_id, **changes):
+    attrs = {
+        "group_id": np.int64(group_id),
+        "num_ranks": I32(1),
+        "num_experts": I32(E),
+        "num_topk": I32(K),
+        "expert_alignment": I32(1),
+        "layout": I32(0),
+    }
+    return {**attrs, **changes}
+
+
+def _struct(shape, dtype=I32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# name -> shape, dtype of operands and results; and the attributes beside "ep".
+TARGETS = {
+    "jax_ep_plan": (
+        {"group_rank": ((2,), I32), "topk_idx": ((T, K), I32)},
+        {
+            "slot": ((T, K), I32),
+            "row_source": ((C,), I32),
+            "row_topk_idx": ((0,), I32),
+            "group_sizes": ((E,), I32),
+            "tokens_per_expert": ((E,), I32),
+            "num_dropped": ((), I32),
+        },
+        {},
+    ),
+    "jax_ep_dispatch": (
+        {
+            "group_rank": ((2,), I32),
+            "x": ((T, H), F32),
+            "token_scalars": ((T, K), F32),
+            "topk_idx": ((T, K), I32),
+            "slot": ((T, K), I32),
+            "row_source": ((C,), I32),
+        },
+        {"rows": ((C, H), F32), "row_scalars": ((C,), F32)},
+        {"wire": I32(0), "zero_fill": np.bool_(True)},
+    ),
+    "jax_ep_combine": (
+        {
+            "group_rank": ((2,), I32),
+            "y": ((C, H), F32),
+            "weights": ((C,), F32),
+            "row_scalars": ((C,), F32),
+            "topk_idx": ((T, K), I32),
+            "slot": ((T, K), I32),
+        },
+        {"out": ((T, H), F32), "token_scalars": ((T, K), F32)},
+        {},
+    ),
+}
+
+
+def _call(target, group_id, *, buffers=None, attrs=None, ep=None, values=None):
+    """Calls a target with some shapes, attributes or values replaced; returns its results."""
+    operands, results, others = TARGETS[target]
+    buffers = buffers or {}
+    unknown = set(buffers) - set(operands) - set(results)
+    assert not unknown
+    operands = {n: buffers.get(n, s) for n, s in operands.items()}
+    results = [_struct(*buffers.get(n, s)) for n, s in results.items()]
+    values = {"topk_idx": np.tile(np.arange(K), (T, 1)), **(values or {})}
+    arrays = [
+        jnp.asarray(values[n] if n in values and n not in buffers else np.zeros(shape), dtype)
+        for n, (shape, dtype) in operands.items()
+    ]
+    call = jax.ffi.ffi_call(target, results)
+    out = jax.jit(
+        lambda *a: call(*a, ep=_attrs(group_id, **(ep or {})), **{**others, **(attrs or {})})
+    )(*arrays)
+    return jax.block_until_ready(out)
+
+
+def _refusal(*args, **kwargs) -> str:
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        _call(*args, **kwargs)
+    message = str(caught.value)
+    assert "INVALID_ARGUMENT" in message
+    return message
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_well_formed_calls_are_accepted(target, group_id):
+    _call(target, group_id)
+
+
+BUFFERS = [(target, name) for target, parts in TARGETS.items() for p in parts[:2] for name in p]
+
+
+# The plan's row_source has no other size to agree with: it says what the capacity is.
+SIZED = [b for b in BUFFERS if b != ("jax_ep_plan", "row_source")]
+
+
+@pytest.mark.parametrize(("target", "name"), SIZED)
+def test_a_buffer_of_another_shape_is_named(target, name, group_id):
+    operands, results, _ = TARGETS[target]
+    shape, dtype = {**operands, **results}[name]
+    wrong = (*shape[:-1], shape[-1] + 1) if shape else (1,)
+    message = _refusal(target, group_id, buffers={name: (wrong, dtype)})
+    # Two buffers disagree: whichever is named, both sizes are shown.
+    assert "buffer '" in message, message
+    assert "expected" in message, message
+
+
+@pytest.mark.parametrize(("target", "name"), BUFFERS)
+def test_a_buffer_of_another_rank_is_named(target, name, group_id):
+    operands, results, _ = TARGETS[target]
+    shape, dtype = {**operands, **results}[name]
+    message = _refusal(target, group_id, buffers={name: ((*shape, 1, 1), dtype)})
+    assert f"buffer '{name}' is " in message, message
+
+
+@pytest.mark.parametrize(("target", "name"), BUFFERS)
+def test_a_buffer_of_another_dtype_is_named(target, name, group_id):
+    operands, results, _ = TARGETS[target]
+    shape, _ = {**operands, **results}[name]
+    message = _refusal(target, group_id, buffers={name: (shape, np.uint16)})
+    assert f"buffer '{name}' is XLA type" in message, message
+    assert "expected " in message, message
+
+
+@pytest.mark.parametrize("name", ["rows", "out"])
+def test_rows_in_and_out_have_one_dtype(name, group_id):
+    target = "jax_ep_dispatch" if name == "rows" else "jax_ep_combine"
+    shape = TARGETS[target][1][name][0]
+    message = _refusal(target, group_id, buffers={name: (shape, jnp.bfloat16)})
+    source = "x" if name == "rows" else "y"
+    assert f"buffer '{name}' is bfloat16; expected the dtype of '{source}', float32" in message
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("num_ranks", 0, "1 or more"),
+        ("num_experts", 0, "a positive multiple of num_ranks"),
+        ("num_topk", 0, "1 or more"),
+        ("expert_alignment", 0, "1 or more"),
+        ("layout", 2, "0 (expert), 1 (rank)"),
+    ],
+)
+def test_a_bad_attribute_is_named(target, name, value, allowed, group_id):
+    message = _refusal(target, group_id, ep={name: I32(value)})
+    assert f"attribute ep.{name} is {value}; allowed: {allowed}" in message, message
+
+
+def test_a_bad_wire_is_named(group_id):
+    message = _refusal("jax_ep_dispatch", group_id, attrs={"wire": I32(7)})
+    assert "attribute wire is 7; allowed: 0 (same), 1 (float8_e4m3fn)" in message
+
+
+@pytest.mark.parametrize("rank", [-1, 1])
+def test_a_rank_outside_the_group_is_named(rank, group_id):
+    message = _refusal("jax_ep_plan", group_id, values={"group_rank": np.array([0, rank])})
+    assert f"rank is {rank}" in message or f"rank {rank}" in message, message
+
+
+@pytest.mark.parametrize("target", ["jax_ep_dispatch", "jax_ep_combine"])
+@pytest.mark.parametrize(("name", "value"), [("slot", C), ("slot", -2), ("topk_idx", E)])
+def test_a_handle_that_points_outside_is_refused_before_anything_is_written(
+    target, name, value, group_id
+):
+    bad = np.tile(np.arange(K), (T, 1))
+    bad[1, 1] = value
+    message = _refusal(target, group_id, values={name: bad})
+    assert name in message, message
+    assert str(value) in message, message
+
+
+def test_an_unknown_group_is_refused():
+    native.register_targets()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="FAILED_PRECONDITION.*has been closed"):
+        _call("jax_ep_plan", 10**9)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `xla` over several processes: 2 processes x 4 devices, checked against the oracle."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+NUM_PROCESSES = 2
+DEVICES_EACH = 4
+
+WORKER = """
+import sys
+import jax
+import numpy as np
+jax.config.update("jax_num_cpu_devices", {devices})
+jax.distributed.initialize({address!r}, num_processes={processes}, process_id=int(sys.argv[1]))
+import jax_ep
+from jax.sharding import NamedSharding, PartitionSpec as P
+from problems import PROBLEMS
+from jax_ep import reference
+
+problem = PROBLEMS["eight_ranks"]
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+config = jax_ep.EpConfig(**problem.config_kwargs())
+try:
+    jax_ep.EpGroup(mesh, "expert", config, backend="ffi")
+except jax_ep.EpUnavailable as e:
+    assert "spans several" in str(e), e
+else:
+    raise AssertionError("ffi served a mesh of several processes")
+group = jax_ep.EpGroup(mesh, "expert", config)
+assert group.backend == "xla"
+
+def on_rank(x, idx, w):
+    x, idx, w = x[0], idx[0], w[0]
+    received = jax_ep.dispatch(x, idx, w, group=group)
+    def loss(x):
+        r = jax_ep.dispatch(x, idx, w, group=group)
+        return jax_ep.combine(r.x, r.handle, r.weights, group=group).sum()
+    out = jax_ep.combine(received.x, received.handle, group=group)
+    return received.x[None], out[None], jax.grad(loss)(x)[None]
+
+sharding = NamedSharding(mesh, P("expert"))
+args = [
+    jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i])
+    for a in (problem.x, problem.topk_idx, problem.topk_weights)
+]
+got = jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))(*args)
+rows = problem.dispatched.x
+want = (
+    rows,
+    reference.combine(rows, problem.plan, dtype=problem.np_dtype),
+    np.broadcast_to(problem.topk_weights.sum(-1, keepdims=True), problem.x.shape),
+)
+for g, w in zip(got, want, strict=True):
+    for shard in g.addressable_shards:
+        np.testing.assert_allclose(np.asarray(shard.data), w[shard.index], rtol=1e-5)
+print("process", sys.argv[1], "agrees with the oracle on", len(jax.local_devices()), "devices")
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_of_four_devices_agree_with_the_oracle():
+    here = pathlib.Path(__file__).parent
+    code = WORKER.format(
+        devices=DEVICES_EACH, processes=NUM_PROCESSES, address=f"127.0.0.1:{_free_port()}"
+    )
+    path = os.pathsep.join(p for p in [str(here), *sys.path] if p)
+    env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", code, str(i)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(NUM_PROCESSES)
+    ]
+    try:
+        outputs = [p.communicate(timeout=200)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for i, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"process {i}:\n{output[-4000:]}"
+        assert f"process {i} agrees with the oracle on {DEVICES_EACH} devices" in output
