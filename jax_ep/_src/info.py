@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m jax_ep info`: what is here, what works with it, and what is missing for what."""
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import platform
+from collections.abc import Iterable
+
+Row = tuple[str, str, str]  # what, its state, what is missing or what it is for
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[Row]:
+    rows = [("Python", platform.python_version(), "")]
+    needs = {
+        "jax-ep": "",
+        "jax": "",
+        "jaxlib": "",
+        "flax": "pip install 'jax-ep[flax]', for jax_ep.flax",
+        "optax": "pip install 'jax-ep[examples]', for examples/train_moe_lm.py",
+        "orbax-checkpoint": "pip install 'jax-ep[examples]', for examples/train_moe_lm.py",
+    }
+    for package, hint in needs.items():
+        version = _version(package)
+        rows.append((package, version or "not installed", "" if version else hint))
+    return rows
+
+
+def _devices() -> list[Row]:
+    import jax
+
+    kinds: dict[tuple[str, str], int] = {}
+    for device in jax.devices():
+        key = (device.platform, device.device_kind)
+        kinds[key] = kinds.get(key, 0) + 1
+    rows: list[Row] = [
+        (f"devices ({name})", f"{count} x {kind}", "") for (name, kind), count in kinds.items()
+    ]
+    rows.append(("processes", str(jax.process_count()), ""))
+    cores = f"{os.cpu_count()} CPU cores"
+    if hasattr(os, "sched_getaffinity"):
+        cores += f", {len(os.sched_getaffinity(0))} of them for this process"
+    rows.append(("host", f"{platform.machine()}, {cores}", ""))
+    if set(kinds) and all(name == "cpu" for name, _ in kinds) and len(jax.devices()) == 1:
+        hint = "XLA_FLAGS=--xla_force_host_platform_device_count=8 shows several CPU devices"
+        rows.append(("ranks", "1", hint))
+    return rows
+
+
+def _backends() -> list[Row]:
+    import jax
+
+    from jax_ep._src import native
+
+    why_not = native.why_unavailable()
+    if why_not is None:
+        major, minor = native.load().ffi_api_version
+        ffi = ("ffi on CPU", f"available (XLA FFI {major}.{minor})", "")
+    else:
+        ffi = ("ffi on CPU", "not available", why_not)
+    on_gpu = "no kernels for it in this release; groups on GPUs use the xla backend"
+    rows = [
+        ffi,
+        ("ffi on CUDA", "not available", on_gpu),
+        ("xla", "available", "collectives of XLA, on every platform"),
+    ]
+    multi = jax.process_count() > 1
+    if multi:
+        rows.append(("ffi", "not for this mesh", "it serves the devices of one process on CPU"))
+    return rows
+
+
+def _peer_access() -> Row:
+    import jax
+
+    num_gpus = sum(device.platform in ("gpu", "cuda") for device in jax.local_devices())
+    if num_gpus < 2:
+        return ("peer access", f"no ({num_gpus} GPUs here)", "scale-up needs two or more GPUs")
+    return ("peer access", f"not probed ({num_gpus} GPUs here)", "the CUDA backend probes it")
+
+
+def _nvshmem() -> Row:
+    version = _version("nvidia-nvshmem-cu13")
+    if version:
+        return ("NVSHMEM", version, "")
+    if ctypes.util.find_library("nvshmem_host"):
+        return ("NVSHMEM", "found in the system", "")
+    return ("NVSHMEM", "not found", "scale-out between nodes (not in this release)")
+
+
+def _nics() -> Row:
+    folder = pathlib.Path("/sys/class/infiniband")
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if names:
+        return ("RDMA NICs", ", ".join(names), "")
+    return ("RDMA NICs", "none", "scale-out between nodes (not in this release)")
+
+
+def _table(rows: Iterable[Row]) -> str:
+    rows = [("what", "here", "missing for / note"), *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def report() -> str:
+    """The table that `python -m jax_ep info` prints. Starts JAX's backends."""
+    rows = _versions()
+    if importlib.util.find_spec("jax") is not None:
+        rows += [*_devices(), *_backends(), _peer_access()]
+    return _table([*rows, _nvshmem(), _nics()])
