@@ -4,6 +4,8 @@
 import argparse
 import sys
 
+from jax_ep._src import info
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
@@ -11,8 +13,6 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="devices, backends, versions, and what is missing for what")
     parser.parse_args(argv)
-
-    from jax_ep._src import info
 
     print(info.report())
     return 0

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from problems import EpProblem
 
 import jax_ep
+from problems import EpProblem
 
 
 def make_mesh(shape: Sequence[int], names: Sequence[str], *, order: Any = None) -> Mesh:

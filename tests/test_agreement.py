@@ -3,15 +3,15 @@
 
 import functools
 
-import explain
 import hypothesis
 import numpy as np
 import pytest
+
+import explain
 import strategies
+from jax_ep import reference
 from problems import PROBLEMS, EpProblem, params
 from programs import exchange
-
-from jax_ep import reference
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import EpProblem
-from programs import make_group, make_mesh, over_ranks
 
 import jax_ep
+from problems import EpProblem
+from programs import make_group, make_mesh, over_ranks
 
 PROBLEM = EpProblem(
     name="errors", num_ranks=2, num_tokens=4, num_topk=2, num_experts=4, hidden=8,
@@ -181,5 +181,5 @@ def test_the_primitives_say_that_they_run_inside_shard_map_only():
 
     with make_group(PROBLEM, "ffi") as group:
         spec = dataclasses.replace(OpSpec.of(group))
-        with pytest.raises(NotImplementedError, match="runs inside jax.shard_map only"):
+        with pytest.raises(NotImplementedError, match=r"runs inside jax\.shard_map only"):
             plan_p.bind(jnp.zeros(2, jnp.int32), jnp.zeros((4, 2), jnp.int32), spec=spec)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import EpProblem
-from programs import make_group, make_mesh
 
 from jax_ep import combine, dispatch
 from jax_ep._src import native
+from problems import EpProblem
+from programs import make_group, make_mesh
 
 PROBLEM = EpProblem(name="failures", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import strategies
-from problems import PROBLEMS, EpProblem
-from programs import make_group, over_ranks
 
 import jax_ep
+import strategies
 from jax_ep import reference
+from problems import PROBLEMS, EpProblem
+from programs import make_group, over_ranks
 
 GRADIENT_PROBLEMS = [
     name
@@ -66,8 +66,8 @@ def test_vjps_are_the_oracles(name, backend):
         np.testing.assert_allclose(g.astype(np.float64), w, rtol=rtol, atol=rtol * size)
 
 
-# Not through _vjps: XLA does not compile a shard_map all of whose inputs have size 0. That of jaxlib
-# 0.11.2 crashes on this one too; the runs on 0.10.2 and 0.12 cover it.
+# Not through _vjps: XLA does not compile a shard_map all of whose inputs have size 0. That of
+# jaxlib 0.11.2 crashes on this one too; the runs on 0.10.2 and 0.12 cover it.
 @pytest.mark.skipif(jax.__version_info__[:2] == (0, 11), reason="XLA crashes; runs on other JAX")
 @pytest.mark.parametrize("name", ["no_tokens", "no_tokens_by_rank"])
 def test_without_tokens_gradients_are_zero(name, backend):
@@ -113,11 +113,12 @@ def _adjoint_program(problem: EpProblem, backend: str):
 
     def on_rank(x, topk_idx, topk_weights, rows, row_weights):
         received = jax_ep.dispatch(x, topk_idx, topk_weights, group=group)
-        _, vjp = jax.vjp(
-            lambda x, w: (lambda r: (r.x, r.weights))(jax_ep.dispatch(x, topk_idx, w, group=group)),
-            x,
-            topk_weights,
-        )
+
+        def send(x, w):
+            sent = jax_ep.dispatch(x, topk_idx, w, group=group)
+            return sent.x, sent.weights
+
+        _, vjp = jax.vjp(send, x, topk_weights)
         combined = jax_ep.combine(rows, received.handle, group=group)
         return received.x, received.weights, combined, *vjp((rows, row_weights))
 

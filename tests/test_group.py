@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import PROBLEMS, EpProblem
-from programs import exchange, make_group, make_mesh, over_ranks
 
 import jax_ep
 from jax_ep._src import group as group_module
 from jax_ep._src import native
+from problems import PROBLEMS, EpProblem
+from programs import exchange, make_group, make_mesh, over_ranks
 
 PROBLEM = EpProblem(name="group", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
 CONFIG = jax_ep.EpConfig(**PROBLEM.config_kwargs())

@@ -199,5 +199,5 @@ def test_a_handle_that_points_outside_is_refused_before_anything_is_written(
 
 def test_an_unknown_group_is_refused():
     native.register_targets()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="FAILED_PRECONDITION.*has been closed"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"FAILED_PRECONDITION.*has been closed"):
         _call("jax_ep_plan", 10**9)

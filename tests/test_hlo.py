@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import PROBLEMS
-from programs import make_group
 
 import jax_ep
+from problems import PROBLEMS
+from programs import make_group
 
 PROBLEM = PROBLEMS["eight_ranks"]
 COLLECTIVES = (

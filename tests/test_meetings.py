@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import EpProblem
-from programs import make_group, make_mesh
 
 import jax_ep
+from problems import EpProblem
+from programs import make_group, make_mesh
 
 WIDTH = 128
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import PROBLEMS
-from programs import make_group, make_mesh
 
 import jax_ep
+from problems import PROBLEMS
+from programs import make_group, make_mesh
 
 PROBLEM = PROBLEMS["deepseek"].replace(dtype="float32", num_tokens=4, hidden=8)
 FOUR = PROBLEM.replace(num_ranks=4)

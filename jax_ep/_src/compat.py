@@ -4,6 +4,8 @@
 Each entry gives its reason. Everything here is public API of JAX.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -31,7 +33,7 @@ def as_varying(axes: frozenset[str], *arrays: jax.Array) -> tuple[jax.Array, ...
     return tuple(cast(array) for array in arrays)
 
 
-def like(aval: "jax.core.AbstractValue", shape: tuple[int, ...], dtype: np.dtype):  # noqa: ANN201
+def like(aval: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     """An abstract array of another shape and dtype that varies over the same axes as `aval`.
 
     The sharding is replaced with it: one of another number of dimensions is refused.

@@ -86,7 +86,7 @@ class EpConfig:
 
     def _check_positive_int(self, field: str) -> None:
         value = getattr(self, field)
-        ok = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+        ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not ok or not 1 <= value <= _INT32_MAX:
             none = "None or " if field == "recv_capacity" else ""
             raise ValueError(

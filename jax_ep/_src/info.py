@@ -3,11 +3,14 @@
 
 import ctypes.util
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import platform
 from collections.abc import Iterable
+
+import jax
+
+from jax_ep._src import native
 
 Row = tuple[str, str, str]  # what, its state, what is missing or what it is for
 
@@ -36,8 +39,6 @@ def _versions() -> list[Row]:
 
 
 def _devices() -> list[Row]:
-    import jax
-
     kinds: dict[tuple[str, str], int] = {}
     for device in jax.devices():
         key = (device.platform, device.device_kind)
@@ -57,10 +58,6 @@ def _devices() -> list[Row]:
 
 
 def _backends() -> list[Row]:
-    import jax
-
-    from jax_ep._src import native
-
     why_not = native.why_unavailable()
     if why_not is None:
         major, minor = native.load().ffi_api_version
@@ -73,15 +70,12 @@ def _backends() -> list[Row]:
         ("ffi on CUDA", "not available", on_gpu),
         ("xla", "available", "collectives of XLA, on every platform"),
     ]
-    multi = jax.process_count() > 1
-    if multi:
+    if jax.process_count() > 1:
         rows.append(("ffi", "not for this mesh", "it serves the devices of one process on CPU"))
     return rows
 
 
 def _peer_access() -> Row:
-    import jax
-
     num_gpus = sum(device.platform in ("gpu", "cuda") for device in jax.local_devices())
     if num_gpus < 2:
         return ("peer access", f"no ({num_gpus} GPUs here)", "scale-up needs two or more GPUs")
@@ -114,7 +108,5 @@ def _table(rows: Iterable[Row]) -> str:
 
 def report() -> str:
     """The table that `python -m jax_ep info` prints. Starts JAX's backends."""
-    rows = _versions()
-    if importlib.util.find_spec("jax") is not None:
-        rows += [*_devices(), *_backends(), _peer_access()]
-    return _table([*rows, _nvshmem(), _nics()])
+    rows = [*_versions(), *_devices(), *_backends(), _peer_access(), _nvshmem(), _nics()]
+    return _table(rows)

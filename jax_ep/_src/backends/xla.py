@@ -188,18 +188,34 @@ def _dispatch(
     if not is_absent(token_scalars):
         token_scalars = _row_scalars(spec, gather(token_scalars), handle)
     # Without tokens nothing that varies went into them.
-    return compat.as_varying(compat.varying_axes(handle.row_source), rows, token_scalars)
+    axes = compat.varying_axes(handle.row_source)
+    rows, token_scalars = compat.as_varying(axes, rows, token_scalars)
+    return rows, token_scalars
+
+
+def _arrived(handle: DispatchHandle) -> tuple[jax.Array, jax.Array]:
+    """`arrival_slot` and `arrival_topk`, which the plan of this backend always makes."""
+    assert handle.arrival_slot is not None
+    assert handle.arrival_topk is not None
+    return handle.arrival_slot, handle.arrival_topk
+
+
+def _row_topk(handle: DispatchHandle) -> jax.Array:
+    """`row_topk_idx`, which layout "rank" always has."""
+    assert handle.row_topk_idx is not None
+    return handle.row_topk_idx
 
 
 def _row_scalars(spec: OpSpec, gathered: jax.Array, handle: DispatchHandle) -> jax.Array:
     """Scalars of the received rows, from all ranks' `[R * T, K]`."""
     if spec.layout == "rank":
         taken = _take_rows(gathered, handle.row_source, 0.0)
-        return jnp.where(handle.row_topk_idx >= 0, taken, 0.0)
+        return jnp.where(_row_topk(handle) >= 0, taken, 0.0)
+    slot, topk = _arrived(handle)
     by_source = gathered.reshape(spec.num_ranks, -1, spec.num_topk)
-    arrived = jnp.take_along_axis(by_source, handle.arrival_topk, axis=2)
+    arrived = jnp.take_along_axis(by_source, topk, axis=2)
     empty = jnp.zeros((spec.recv_capacity,), jnp.float32)
-    return empty.at[_or_past_end(spec, handle.arrival_slot)].set(arrived, mode="drop")
+    return empty.at[_or_past_end(spec, slot)].set(arrived, mode="drop")
 
 
 def _dispatch_fwd(
@@ -222,7 +238,7 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 def _token_scalars(spec: OpSpec, row_scalars: jax.Array, handle: DispatchHandle) -> jax.Array:
     """Scalars of received rows back at their selections, `[T, K]`."""
-    slot, topk = handle.arrival_slot, handle.arrival_topk
+    slot, topk = _arrived(handle)
     flat = row_scalars.reshape(-1)
     index = slot if spec.layout == "expert" else slot * spec.num_topk + topk
     value = jnp.where(slot >= 0, flat[jnp.maximum(index, 0)], 0.0)
@@ -245,7 +261,7 @@ def _combine(spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHan
 def _combine_rows(
     spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
 ) -> jax.Array:
-    slot, topk = handle.arrival_slot, handle.arrival_topk
+    slot, topk = _arrived(handle)
     # In layout "rank" all of a token's selections share one row; without weights it counts once.
     num_terms = 1 if spec.layout == "rank" and weights is None else slot.shape[2]
     acc = jnp.zeros((*slot.shape[:2], y.shape[1]), jnp.float32)
@@ -279,7 +295,7 @@ def _combine_bwd(spec: OpSpec, residuals: Any, out_bar: jax.Array) -> Any:
     wide = rows_bar.astype(jnp.float32)
     weights_bar = jnp.sum(wide * held.astype(jnp.float32), axis=1)
     if spec.layout == "rank":
-        weights_bar = jnp.where(handle.row_topk_idx >= 0, weights_bar[:, None], 0.0)
+        weights_bar = jnp.where(_row_topk(handle) >= 0, weights_bar[:, None], 0.0)
     return (factor * wide).astype(y.dtype), weights_bar, None
 
 
