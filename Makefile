@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Each target does its own set-up, once, in $(VENV); see `make help`. Assumed: Python 3.11 or newer
-# with its headers, make, and a C++20 compiler. Everything else comes from PyPI, CMake and Ninja too.
+# with its headers, make, and a C++20 compiler. All else comes from PyPI, CMake and Ninja too.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CONSTRAINTS := tools/constraints.txt
 CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.h')
 # What the compiled module is built from.
-NATIVE := pyproject.toml CMakeLists.txt $(shell find cmake csrc xla_ffi -type f -not -path 'csrc/tests/*')
+NATIVE := pyproject.toml CMakeLists.txt \
+  $(shell find cmake csrc xla_ffi -type f -not -path 'csrc/tests/*')
 # Part of a stamp's name, so that another PYTHON gets its own set-up.
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready-$(PY_TAG)
@@ -42,19 +43,21 @@ test-python: $(INSTALLED)-test ## Run the Python tests
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
 
 bench: $(INSTALLED)-bench ## Measure dispatch and combine against baselines of lax collectives
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 # Library and tests of csrc alone, without Python or JAX.
 comma := ,
 CPP_BUILD := build/cpp/$(if $(SANITIZE),$(subst $(comma),-,$(SANITIZE)),plain)
 # ThreadSanitizer of older compilers refuses the widely randomized addresses of newer kernels.
-CTEST = $(if $(filter thread,$(SANITIZE)),$(shell setarch -R true 2>/dev/null && echo setarch -R)) $(BIN)/ctest
+CTEST = $(if $(filter thread,$(SANITIZE)),$(shell setarch -R true 2>/dev/null && echo setarch -R)) \
+  $(BIN)/ctest
 
 test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thread: with sanitizers)
 	@if printf '#include <gtest/gtest.h>\n' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
 	  set -e -x; \
 	  $(BIN)/cmake -S csrc -B $(CPP_BUILD) -G Ninja \
-	    -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DJAX_EP_SANITIZE=$(SANITIZE) -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING; \
+	    -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DJAX_EP_SANITIZE=$(SANITIZE) \
+	    -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING; \
 	  $(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS); \
 	  $(CTEST) --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error \
 	    -Q -O $(abspath $(CPP_BUILD))/test.log || { cat $(CPP_BUILD)/test.log; exit 1; }; \
@@ -66,7 +69,7 @@ test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thre
 	  echo '################################################################################'; \
 	fi
 
-lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project ## Check everything that a machine can check
+lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project ## Check the sources
 
 lint-python: $(INSTALLED)-dev
 	$(BIN)/ruff check
@@ -101,8 +104,8 @@ clean: ## Remove the virtual environment and everything built
 
 # jax is here, before any build, because its jaxlib brings the headers on Python 3.11.
 $(READY): $(CONSTRAINTS)
-	@command -v $(PYTHON) >/dev/null || { echo 'jax_ep: there is no $(PYTHON). Install Python 3.11 or' \
-	  'newer, or name it: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo 'jax_ep: there is no $(PYTHON). Install Python 3.11' \
+	  'or newer, or name it: make PYTHON=python3.12 ...' >&2; exit 1; }
 	@$(PYTHON) tools/check_setup.py
 	@echo '==> $(VENV): a virtual environment of Python $(PY_TAG), with build tools and JAX'
 	@$(PYTHON) -m venv $(VENV)

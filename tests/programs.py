@@ -63,18 +63,26 @@ class Exchanged:
     unweighted: np.ndarray
 
 
-def exchange(problem: EpProblem, backend: str, **kwargs: Any) -> Exchanged:
-    """Dispatches the problem's tokens, combines its expert outputs with and without weights."""
-    with make_group(problem, backend, **kwargs) as group:
+def exchange_program(group: jax_ep.EpGroup) -> Callable:
+    """Dispatches `x, topk_idx, topk_weights` and combines `y`, with and without weights."""
 
-        def on_rank(x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
-            received = jax_ep.dispatch(x, topk_idx, topk_weights, group=group)
-            weighted = jax_ep.combine(y, received.handle, received.weights, group=group)
-            unweighted = jax_ep.combine(y, received.handle, group=group)
-            return received, weighted, unweighted
+    def on_rank(x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
+        received = jax_ep.dispatch(x, topk_idx, topk_weights, group=group)
+        weighted = jax_ep.combine(y, received.handle, received.weights, group=group)
+        unweighted = jax_ep.combine(y, received.handle, group=group)
+        return received, weighted, unweighted
 
-        outs = over_ranks(group, on_rank)(
-            problem.x, problem.topk_idx, problem.topk_weights, problem.expert_outputs()
-        )
-        received, weighted, unweighted = jax.tree.map(np.asarray, outs)
+    return over_ranks(group, on_rank)
+
+
+def run_exchange(program: Callable, problem: EpProblem) -> Exchanged:
+    """Runs an `exchange_program` on a problem's tokens and expert outputs."""
+    outs = program(problem.x, problem.topk_idx, problem.topk_weights, problem.expert_outputs())
+    received, weighted, unweighted = jax.tree.map(np.asarray, outs)
     return Exchanged(received=received, weighted=weighted, unweighted=unweighted)
+
+
+def exchange(problem: EpProblem, backend: str, **kwargs: Any) -> Exchanged:
+    """A problem's exchange by a group of its own."""
+    with make_group(problem, backend, **kwargs) as group:
+        return run_exchange(exchange_program(group), problem)

@@ -87,12 +87,32 @@ constexpr uint8_t float_to_float8_e4m3fn(float value) {
   return static_cast<uint8_t>(sign | (magnitude > kLastThatRoundsTo448 ? 0x7F : finite));
 }
 
+// The value nearest to a float32 that the 16-bit formats hold, as a float32: what a conversion
+// there and back gives, without leaving 32 bits, which vector code pays for. A NaN stays as it is.
+constexpr float round_to_bfloat16(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF'0000;
+  return value != value ? value : std::bit_cast<float>(rounded);
+}
+
+constexpr float round_to_float16(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits & float32_bits::kSign;
+  const uint32_t magnitude = bits ^ sign;
+  const uint32_t normal = (magnitude + 0x0FFF + ((magnitude >> 13) & 1)) & ~uint32_t{0x1FFF};
+  const uint32_t in_range = normal < float32_bits::pow2(16) ? normal : float32_bits::kInfinity;
+  const auto subnormal = std::bit_cast<uint32_t>((std::bit_cast<float>(magnitude) + 0.5F) - 0.5F);
+  const uint32_t number = magnitude < float32_bits::pow2(-14) ? subnormal : in_range;
+  return value != value ? value : std::bit_cast<float>(sign | number);
+}
+
 // One type per DType, for templates over the element type of rows.
 struct Float32 {
   using Storage = float;
   static constexpr DType kDType = DType::kFloat32;
   static constexpr float to_float(Storage value) { return value; }
   static constexpr Storage from_float(float value) { return value; }
+  static constexpr float round(float value) { return value; }
 };
 
 struct BFloat16 {
@@ -100,6 +120,7 @@ struct BFloat16 {
   static constexpr DType kDType = DType::kBFloat16;
   static constexpr float to_float(Storage value) { return bfloat16_to_float(value); }
   static constexpr Storage from_float(float value) { return float_to_bfloat16(value); }
+  static constexpr float round(float value) { return round_to_bfloat16(value); }
 };
 
 struct Float16 {
@@ -107,6 +128,7 @@ struct Float16 {
   static constexpr DType kDType = DType::kFloat16;
   static constexpr float to_float(Storage value) { return float16_to_float(value); }
   static constexpr Storage from_float(float value) { return float_to_float16(value); }
+  static constexpr float round(float value) { return round_to_float16(value); }
 };
 
 }  // namespace jax_ep

@@ -31,7 +31,8 @@ struct Fields {
   void add_enum(std::string_view field, Enum value) {
     add(field, static_cast<int64_t>(value), name(value));
   }
-  [[nodiscard]] std::span<const Field> span() const { return {items.data(), size}; }
+  [[nodiscard]] const Field* begin() const { return items.data(); }
+  [[nodiscard]] const Field* end() const { return items.data() + size; }
 };
 
 void add_shape(Fields& fields, const EpShape& shape) {
@@ -182,7 +183,7 @@ std::string_view op_name(const Call& call) {
 
 std::vector<Property> properties(const Call& call) {
   std::vector<Property> result;
-  for (const Field& field : fields_of(call).span()) result.push_back({field.name, text_of(field)});
+  for (const Field& field : fields_of(call)) result.push_back({field.name, text_of(field)});
   return result;
 }
 

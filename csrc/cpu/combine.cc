@@ -69,31 +69,71 @@ class Combiner {
  private:
   const CombineCall& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
 
-  // Tokens are numbered through all ranks.
+  // What a token sums, and where to.
+  struct TokenSum {
+    std::vector<Term> terms;  // the first num_terms of [K]
+    size_t num_terms = 0;
+    std::byte* out = nullptr;
+  };
+
+  // Tokens are numbered through all ranks. A token's rows, which lie anywhere in memory, are
+  // fetched while the one before it is summed.
   void combine_tokens(int64_t begin, int64_t end) {
-    std::vector<SortKey> keys(static_cast<size_t>(num_topk_));
-    std::vector<Term> terms(static_cast<size_t>(num_topk_));
+    const auto num_topk = static_cast<size_t>(num_topk_);
+    std::vector<SortKey> keys(num_topk);
+    TokenSum current{std::vector<Term>(num_topk)};
+    TokenSum next{std::vector<Term>(num_topk)};
     for (int64_t token = begin; token < end; ++token) {
-      const CombineCall& source = call(token / shape_.num_tokens);
-      const int64_t first = token % shape_.num_tokens * num_topk_;
-      size_t num_keys = 0;
-      for (int32_t k = 0; k < num_topk_; ++k) {
-        const int32_t expert = source.topk_idx[first + k];
-        const int32_t slot = source.slot[first + k];
-        if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
-        if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
-        if (first_.scalars > 0) {
-          source.token_scalars[first + k] =
-              slot < 0 ? 0.0F : row_scalar(call(expert / num_local_).row_scalars, slot, k);
-        }
-      }
-      if (row_bytes_ == 0) continue;
-      sort({keys.data(), num_keys});
-      const size_t num_terms = collect_terms(source.slot + first, {keys.data(), num_keys}, terms);
-      auto* const out = static_cast<std::byte*>(source.out);
-      kernels_.sum_terms(
-          {terms.data(), num_terms}, first_.hidden, out + token % shape_.num_tokens * row_bytes_);
+      if (!collect(token, keys, next)) return;
+      prefetch(next);
+      sum(current);
+      std::swap(current, next);
     }
+    sum(current);
+  }
+
+  // Brings the token's scalars back, and lists its terms in the order of the sum.
+  bool collect(int64_t token, std::vector<SortKey>& keys, TokenSum& result) {
+    const CombineCall& source = call(token / shape_.num_tokens);
+    const int64_t first = token % shape_.num_tokens * num_topk_;
+    size_t num_keys = 0;
+    for (int32_t k = 0; k < num_topk_; ++k) {
+      const int32_t expert = source.topk_idx[first + k];
+      const int32_t slot = source.slot[first + k];
+      if (!is_valid_selection(shape_, expert, slot)) {
+        report(token, k, expert, slot);
+        return false;
+      }
+      if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
+      if (first_.scalars > 0) {
+        source.token_scalars[first + k] =
+            slot < 0 ? 0.0F : row_scalar(call(expert / num_local_).row_scalars, slot, k);
+      }
+    }
+    if (row_bytes_ == 0) return true;
+    const std::span<SortKey> used(keys.data(), num_keys);
+    sort(used);
+    result.num_terms = collect_terms(source.slot + first, used, result.terms);
+    result.out = static_cast<std::byte*>(source.out) + token % shape_.num_tokens * row_bytes_;
+    return true;
+  }
+
+  void prefetch(const TokenSum& token) const {
+    // Of a longer row, the processor itself fetches the rest once it sees the first lines read.
+    constexpr int64_t kPrefetchedBytes = PFB;
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = std::min(row_bytes_, kPrefetchedBytes);
+    for (size_t i = 0; i < token.num_terms; ++i) {
+      const auto* const row = static_cast<const std::byte*>(token.terms[i].row);
+      for (int64_t at = 0; at < bytes; at += kLine) {
+        __builtin_prefetch(row + at, /*rw=*/0, /*locality=*/2);
+      }
+    }
+  }
+
+  void sum(const TokenSum& token) const {
+    if (token.out == nullptr) return;  // before the first token, or no rows travel
+    kernels_.sum_terms({token.terms.data(), token.num_terms}, first_.hidden, token.out);
   }
 
   // Where a float32 of a row, per selection, lies: [C] or [C, K].

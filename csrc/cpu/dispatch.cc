@@ -14,6 +14,7 @@
 #include "csrc/cpu/chunks.h"
 #include "csrc/cpu/first_error.h"
 #include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/row_writer.h"
 #include "csrc/cpu/selections.h"
 
 namespace jax_ep {
@@ -30,6 +31,7 @@ class Dispatcher {
         num_local_(shape_.num_local_experts()),
         row_bytes_(first_.hidden * size_bytes(first_.dtype)),
         scalars_per_row_(first_.scalars > 0 ? shape_.scalars_per_row() : 0),
+        streaming_(bytes_written() > kStreamBytes),
         kernels_(row_kernels(first_.dtype)) {}
 
   Status run() {
@@ -47,10 +49,19 @@ class Dispatcher {
   }
 
  private:
+  // At most, in rows, on all ranks.
+  [[nodiscard]] int64_t bytes_written() const {
+    const int64_t per_rank = first_.zero_fill
+                                 ? shape_.recv_capacity
+                                 : std::min(shape_.recv_capacity, shape_.num_tokens * num_topk_);
+    return shape_.num_ranks * per_rank * row_bytes_;
+  }
+
   const DispatchCall& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
 
   // Tokens are numbered through all ranks.
   void copy_tokens(int64_t begin, int64_t end) {
+    const RowWriter writer(streaming_);
     const bool once_per_rank = shape_.layout == Layout::kRank;
     // The last token that was copied to the rank.
     std::vector<int64_t> copied(once_per_rank ? static_cast<size_t>(shape_.num_ranks) : 0, -1);
@@ -59,7 +70,7 @@ class Dispatcher {
     for (int64_t token = begin; token < end; ++token) {
       const DispatchCall& source = call(token / shape_.num_tokens);
       const int64_t first = token % shape_.num_tokens * num_topk_;
-      const void* row = nullptr;
+      const std::byte* row = nullptr;
       for (int32_t k = 0; k < num_topk_; ++k) {
         const int32_t expert = source.topk_idx[first + k];
         const int32_t slot = source.slot[first + k];
@@ -67,14 +78,15 @@ class Dispatcher {
         if (slot < 0) continue;
         const int32_t dest = expert / num_local_;
         if (row == nullptr) row = travelling_row(source, token, received.data());
+        std::byte* const to = static_cast<std::byte*>(call(dest).rows) + slot * row_bytes_;
         if (once_per_rank) {
           int64_t& last = copied[static_cast<size_t>(dest)];
           const bool is_new = last != token;
           last = token;
-          if (is_new) copy_row(row, dest, slot);
+          if (is_new) writer.copy(to, row, row_bytes_);
           copy_scalar_by_rank(source, first, k, dest, slot, is_new);
         } else {
-          copy_row(row, dest, slot);
+          writer.copy(to, row, row_bytes_);
           if (scalars_per_row_ > 0) call(dest).row_scalars[slot] = source.token_scalars[first + k];
         }
       }
@@ -82,18 +94,14 @@ class Dispatcher {
   }
 
   // The token's row as it reaches its destinations; `scratch` holds it on the FP8 wire.
-  const void* travelling_row(const DispatchCall& source, int64_t token, std::byte* scratch) const {
+  const std::byte* travelling_row(const DispatchCall& source,
+                                  int64_t token,
+                                  std::byte* scratch) const {
     const auto* const row =
         static_cast<const std::byte*>(source.x) + token % shape_.num_tokens * row_bytes_;
     if (first_.wire == Wire::kSame || row_bytes_ == 0) return row;
     kernels_.round_to_fp8(row, first_.hidden, scratch);
     return scratch;
-  }
-
-  void copy_row(const void* row, int32_t dest, int32_t slot) const {
-    if (row_bytes_ == 0) return;
-    auto* const rows = static_cast<std::byte*>(call(dest).rows);
-    std::memcpy(rows + slot * row_bytes_, row, static_cast<size_t>(row_bytes_));
   }
 
   void copy_scalar_by_rank(const DispatchCall& source,
@@ -110,6 +118,7 @@ class Dispatcher {
 
   // Rows are numbered through all ranks.
   void clear_empty_rows(int64_t begin, int64_t end) {
+    const RowWriter writer(streaming_);
     const int64_t capacity = shape_.recv_capacity;
     const int64_t num_sources = shape_.num_ranks * shape_.num_tokens;
     for (int64_t i = begin; i < end;) {
@@ -119,7 +128,7 @@ class Dispatcher {
       const int64_t last_row = std::min(capacity, row + end - i);
       int64_t next = row;
       while (next < last_row && row_source[next] == -1) ++next;
-      clear_rows(call(dest), row, next);
+      clear_rows(call(dest), row, next, writer);
       if (next < last_row && !in_range_or_none(row_source[next], num_sources)) {
         return report_row_source(dest, next);
       }
@@ -128,17 +137,18 @@ class Dispatcher {
     }
   }
 
-  void clear_rows(const DispatchCall& dest, int64_t begin, int64_t end) const {
+  void clear_rows(const DispatchCall& dest,
+                  int64_t begin,
+                  int64_t end,
+                  const RowWriter& writer) const {
     if (begin == end) return;
-    const auto count = static_cast<size_t>(end - begin);
-    if (first_.zero_fill && row_bytes_ > 0) {
+    if (first_.zero_fill) {
       auto* const rows = static_cast<std::byte*>(dest.rows);
-      std::memset(rows + begin * row_bytes_, 0, count * static_cast<size_t>(row_bytes_));
+      writer.clear(rows + begin * row_bytes_, (end - begin) * row_bytes_);
     }
     if (scalars_per_row_ > 0) {
-      std::fill_n(dest.row_scalars + begin * scalars_per_row_,
-                  static_cast<int64_t>(count) * scalars_per_row_,
-                  0.0F);
+      std::fill_n(
+          dest.row_scalars + begin * scalars_per_row_, (end - begin) * scalars_per_row_, 0.0F);
     }
   }
 
@@ -169,6 +179,7 @@ class Dispatcher {
   const int32_t num_local_;
   const int64_t row_bytes_;
   const int64_t scalars_per_row_;  // 0: no scalars travel
+  const bool streaming_;
   const RowKernels& kernels_;
   FirstError first_error_;
 };

@@ -34,7 +34,7 @@ JAX_EP_INLINE_BODY void add_term(const typename Format::Storage* __restrict row,
     const float before = kFirst ? 0.0F : partial[i];
     const float after = std::fma(weight, Format::to_float(row[i]), before);
     if constexpr (kLast) {
-      sum[i] += Format::to_float(Format::from_float(after));
+      sum[i] += Format::round(after);
     } else {
       partial[i] = after;
     }
