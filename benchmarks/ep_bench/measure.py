@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the comparison: check, time in turns, then memory in processes of their own."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ep_bench import memory
+from ep_bench.cases import Case
+from ep_bench.checks import Expected
+from ep_bench.timing import Spread, paired_ratio, time_in_turns
+from ep_bench.variants import (
+    BASELINES,
+    DIRECTIONS,
+    VARIANTS,
+    Variant,
+    as_numpy,
+    make_mesh,
+    open_variant,
+    put,
+)
+
+# The slow fallback is no baseline: a third of the samples must do.
+ROUNDS_PER_SAMPLE = {"xla": 3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        cases: sizes.
+        dtypes: keys of `DTYPES`.
+        num_pairs: samples of `ours` and of each baseline, taken in pairs.
+        backend: of `ours`; None: the library's choice.
+        with_memory: whether to measure memory too.
+    """
+
+    cases: Sequence[Case]
+    dtypes: Sequence[str]
+    num_pairs: int
+    backend: str | None
+    with_memory: bool
+
+    @property
+    def num_steps(self) -> int:
+        """How often `run` reports a step."""
+        times = len(self.cases) * len(self.dtypes) * len(DIRECTIONS) * self.num_pairs
+        return times + (len(self.cases) * len(VARIANTS) if self.with_memory else 0)
+
+
+Step = Callable[[str], None]
+
+
+def run(settings: Settings, step: Step) -> list[dict[str, Any]]:
+    """Measures everything; one result for each case, dtype and direction.
+
+    Args:
+        settings: what to measure.
+        step: called with a few words after each round, and after each memory measurement.
+
+    Raises:
+        WrongResultError: a variant does not compute what it should.
+    """
+    mesh = make_mesh()
+    results = []
+    for case in settings.cases:
+        for dtype in settings.dtypes:
+            results += _measure_times(case, dtype, mesh, settings, step)
+    if settings.with_memory:
+        for case in settings.cases:
+            of_case = [r for r in results if r["case"] == case.name]
+            _add_memory(case, of_case, settings, step)
+    return results
+
+
+def _measure_times(
+    case: Case, dtype: str, mesh: jax.sharding.Mesh, settings: Settings, step: Step
+) -> list[dict[str, Any]]:
+    inputs = case.inputs(dtype)
+    expected = Expected.of(case, inputs, dtype)
+    args = put(inputs, mesh)
+    results = []
+    with contextlib.ExitStack() as stack:
+        variants = {
+            key: stack.enter_context(open_variant(key, case, dtype, mesh, settings.backend))
+            for key in VARIANTS
+        }
+        if variants["ours"].backend == "xla":
+            del variants["xla"]  # the same thing twice
+        for direction, with_gradient in DIRECTIONS.items():
+            functions = {key: v.compile(with_gradient) for key, v in variants.items()}
+            errors = _check(functions, variants, args, expected, with_gradient)
+            what = f"{case.name} {dtype} {direction}"
+            samples = time_in_turns(
+                functions,
+                args,
+                num_rounds=settings.num_pairs,
+                every=ROUNDS_PER_SAMPLE,
+                on_round=lambda what=what: step(what),
+            )
+            results.append(
+                {
+                    **_description(case, dtype, direction),
+                    "variants": {
+                        key: _timing(variants[key], samples[key], errors[key]) for key in variants
+                    },
+                    **_ratios(samples),
+                }
+            )
+    return results
+
+
+def _check(
+    functions: Mapping[str, Any],
+    variants: Mapping[str, Variant],
+    args: tuple[jax.Array, ...],
+    expected: Expected,
+    with_gradient: bool,
+) -> dict[str, float]:
+    """Compiles, warms up and checks every function; see `Expected.check`."""
+    names = ("x_bar", "topk_weights_bar") if with_gradient else ("out",)
+    return {
+        key: expected.check(variants[key].label, names, as_numpy(function(*args)))
+        for key, function in functions.items()
+    }
+
+
+def _description(case: Case, dtype: str, direction: str) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        **dataclasses.asdict(case),
+        "dtype": dtype,
+        "direction": direction,
+        "recv_capacity": case.recv_capacity,
+        "max_received": case.max_received,
+        "bucket_capacity": case.bucket_capacity,
+        "logical_bytes": case.logical_bytes(dtype),
+    }
+
+
+def _timing(variant: Variant, samples: np.ndarray, error: float) -> dict[str, Any]:
+    taken = samples[~np.isnan(samples)]
+    return {
+        "label": variant.label,
+        "seconds": dataclasses.asdict(Spread.of(taken)),
+        "samples": [float(s) for s in taken],
+        "error_of_allowed": error,
+    }
+
+
+def _ratios(samples: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Time of `ours` by the time of each baseline, in pairs; and which baseline is the faster."""
+    faster = min(BASELINES, key=lambda key: np.median(samples[key]))
+    ratios = {
+        key: dataclasses.asdict(paired_ratio(samples["ours"], samples[key])) for key in BASELINES
+    }
+    return {"ratios": ratios, "faster_baseline": faster, "ratio": ratios[faster]}
+
+
+def _add_memory(
+    case: Case, results: Sequence[dict[str, Any]], settings: Settings, step: Step
+) -> None:
+    for key in VARIANTS:
+        of_variant = [r for r in results if key in r["variants"]]
+        if of_variant:
+            found = memory.probe_in_subprocess(
+                key, case, list(settings.dtypes), settings.backend if key == "ours" else None
+            )
+            by_name = {(f["dtype"], f["direction"]): f for f in found}
+            for result in of_variant:
+                measured = by_name[result["dtype"], result["direction"]]
+                for field in ("peak_rss_bytes", "planned_bytes"):
+                    result["variants"][key][field] = measured[field]
+        step(f"{case.name} memory of {key}")

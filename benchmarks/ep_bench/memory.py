@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of a call: what the kernel saw, and what XLA planned."""
+
+import ctypes
+import functools
+import gc
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ep_bench.cases import NUM_RANKS, Case
+from ep_bench.variants import DIRECTIONS, make_mesh, open_variant, put
+
+PROBE = pathlib.Path(__file__).resolve().parents[1] / "peak_memory.py"
+_NUM_CALLS = 3
+_RESET_PEAK = "5"  # see clear_refs in proc(5)
+
+
+def _status_bytes(field: str) -> int:
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
+
+
+def peak_rss_increase(call: Callable[[], Any]) -> int | None:
+    """How far a few calls raise the peak of this process's resident memory, in bytes.
+
+    Inputs, code and what the process holds anyway are there before, and do not count. Memory that
+    was freed earlier is given back to the kernel first, or it would be reused unseen.
+
+    Returns:
+        None where the kernel does not tell (it takes Linux with a writable
+        /proc/self/clear_refs, and glibc).
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        before = _status_bytes("VmRSS")
+        for _ in range(_NUM_CALLS):
+            jax.block_until_ready(call())
+        return max(_status_bytes("VmHWM") - before, 0)
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def probe(key: str, case: Case, dtypes: list[str], backend: str | None) -> list[dict[str, Any]]:
+    """Measures one variant in this process; the caller made it for nothing else."""
+    mesh = make_mesh()
+    found = []
+    for dtype in dtypes:
+        args = put(case.inputs(dtype), mesh)
+        with open_variant(key, case, dtype, mesh, backend) as variant:
+            for direction, with_gradient in DIRECTIONS.items():
+                function = variant.compile(with_gradient)
+                planned = function.lower(*args).compile().memory_analysis()
+                planned_bytes = planned.temp_size_in_bytes + planned.output_size_in_bytes
+                call = functools.partial(function, *args)
+                jax.block_until_ready(call())
+                found.append(
+                    {
+                        "dtype": dtype,
+                        "direction": direction,
+                        "peak_rss_bytes": peak_rss_increase(call),
+                        "planned_bytes": NUM_RANKS * planned_bytes,
+                    }
+                )
+    return found
+
+
+def probe_in_subprocess(
+    key: str, case: Case, dtypes: list[str], backend: str | None
+) -> list[dict[str, Any]]:
+    """`probe` in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the message has what it wrote.
+    """
+    command = [sys.executable, str(PROBE), key, case.name, "--dtypes", ",".join(dtypes)]
+    command += ["--backend", backend] if backend else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {key} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

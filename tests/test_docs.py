@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages tell the truth: their code runs, prints what they show, and their links resolve.
+
+In README.md and docs/, a block marked `python` is run, those of a page in order and in one
+namespace. A block marked `output` holds what the `python` block before it prints; spaces and line
+breaks count alike, and groups are not told apart by their numbers.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import jax_ep
+from jax_ep._src import group as group_module
+from jax_ep._src import native
+from programs import make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def _blocks(page: pathlib.Path) -> list[tuple[str, str, int]]:
+    """(language, text, number of the first line) of each fenced block."""
+    text = page.read_text()
+    return [(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in _BLOCK.finditer(text)]
+
+
+def _normal(text: str) -> str:
+    return re.sub(r"EpGroup \d+", "EpGroup N", " ".join(text.split()))
+
+
+def _ids(pages):
+    return [page.stem for page in pages]
+
+
+WITH_CODE = [page for page in PAGES if any(kind == "python" for kind, _, _ in _blocks(page))]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=_ids(WITH_CODE))
+def test_code_runs_and_prints_what_the_page_shows(page):
+    namespace = {"__name__": "__main__"}
+    printed = None
+    for kind, text, line in _blocks(page):
+        if kind == "python":
+            # Lines of a failure are then those of the page.
+            code = compile("\n" * (line - 1) + text, str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as stream:
+                exec(code, namespace)
+            printed = stream.getvalue()
+        elif kind == "output":
+            assert printed is not None, f"{page.name}:{line}: output without code"
+            assert _normal(printed) == _normal(text), f"{page.name}:{line} differs:\n{printed}"
+            printed = None
+
+
+def test_pages_show_what_their_code_prints():
+    """A print that the page does not show says nothing to anybody, and is checked by nobody."""
+    for page in WITH_CODE:
+        blocks = _blocks(page)
+        for (kind, text, line), after in zip(blocks, [*blocks[1:], ("", "", 0)], strict=True):
+            if kind == "python" and re.search(r"^\s{0,4}print\(", text, re.MULTILINE):
+                shows = after[0] == "output" or "def " in text
+                assert shows, f"{page.name}:{line}: what this prints is not shown"
+
+
+CHECK_README = """
+import numpy as np
+from jax_ep import reference
+
+def dense(x, router, w):
+    idx, weights = reference.route(x @ router, num_topk=2)
+    y = np.einsum("th,ehf->tef", x, w)
+    return sum(weights[:, k, None] * y[np.arange(len(x)), idx[:, k]] for k in range(2))
+
+want = dense(*(np.asarray(a, np.float64) for a in (x, router, w)))
+np.testing.assert_allclose(np.asarray(out), want, rtol=1e-4, atol=1e-3)
+assert group.backend == "ffi" and group.num_ranks == 8 and group.closed
+print("checked")
+"""
+
+
+def test_the_readmes_quickstart_runs():
+    code = [text for kind, text, _ in _blocks(README) if kind == "python"]
+    assert len(code[0].splitlines()) <= 25, "the quickstart is to be quick"
+    shown = [text for kind, text, _ in _blocks(README) if kind == "output"]
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", "\n".join([*code, CHECK_README])],
+        env={**env, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _normal(done.stdout) == _normal("\n".join([*shown, "checked"]))
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_the_readmes_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)", README.read_text(), re.MULTILINE))
+    assert {"train", "test", "bench"} <= named <= targets
+
+
+# --- links -------------------------------------------------------------------------------------
+
+
+def _anchors(page: pathlib.Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=["root", *_ids(PAGES)])
+def test_relative_links_resolve(page):
+    prose = _BLOCK.sub("", page.read_text())
+    for link in _LINK.findall(prose):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), f"{page.name} links to {link}, which is not there"
+        assert not anchor or anchor in _anchors(target), f"{page.name}: no heading for {link}"
+
+
+def test_the_index_names_every_page():
+    index = set(_LINK.findall((ROOT / "docs" / "README.md").read_text()))
+    assert {page.name for page in PAGES} - {"README.md"} <= index
+
+
+# --- the API reference -------------------------------------------------------------------------
+
+
+def _generator() -> types.ModuleType:
+    path = ROOT / "tools" / "docs" / "api_reference.py"
+    spec = importlib.util.spec_from_file_location("api_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_api_reference_is_up_to_date():
+    written = (ROOT / "docs" / "api.md").read_text()
+    assert written == _generator().page(), "run python tools/docs/api_reference.py"
+
+
+def test_the_api_reference_has_every_public_name():
+    described = _generator().names()
+    for title, names in described.items():
+        module = importlib.import_module(title)
+        public = {n for n in module.__all__ if not isinstance(getattr(module, n), types.ModuleType)}
+        if title == "jax_ep.flax.linen":
+            public.remove("LayerStats")  # the same as NNX's
+        assert public == set(names), title
+
+
+# --- errors that code on a page cannot show ----------------------------------------------------
+
+
+def _mesh_of(**device):
+    devices = np.array([types.SimpleNamespace(**device), types.SimpleNamespace(**device)])
+    return types.SimpleNamespace(devices=devices)
+
+
+def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
+    page = _normal((ROOT / "docs" / "errors.md").read_text())
+    on_gpu = group_module._why_not_ffi(_mesh_of(platform="cuda", process_index=0))
+    assert on_gpu in page
+    two_processes = _mesh_of(platform="cpu", process_index=0)
+    two_processes.devices[1].process_index = 1
+    assert group_module._why_not_ffi(two_processes) in page
+
+    def import_nothing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    config = jax_ep.EpConfig(num_experts=2, num_topk=1, hidden=1, max_tokens_per_rank=1)
+    broken = types.SimpleNamespace(import_module=import_nothing)
+    monkeypatch.setattr(native, "importlib", broken)
+    monkeypatch.setattr(native, "_try_load", native._try_load.__wrapped__)  # not the cached one
+    with pytest.raises(jax_ep.EpUnavailable) as caught:
+        jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, backend="ffi")
+    assert _normal(str(caught.value)) in page
+
+
+def test_the_errors_page_has_the_message_that_the_c_tests_expect():
+    tests = ROOT / "csrc" / "tests" / "calls_test.cc"
+    if not tests.exists():
+        pytest.skip("the C++ sources are not here")
+    page = _normal((ROOT / "docs" / "errors.md").read_text())
+    messages = re.findall(r'"(ranks disagree: [^"]*)"', tests.read_text())
+    assert any(_normal(message) in page for message in messages)
