@@ -241,6 +241,14 @@ def row_weights(
     return jnp.where(row_source >= 0, weights, 0.0)[:, None]
 
 
+# Rematerialized, so that the backward keeps the rows in their own dtype and not in float32.
+@jax.checkpoint
+def _scaled_rows(factor: jax.Array, y: jax.Array, row_source: jax.Array) -> jax.Array:
+    """`factor * y` in float32; 0 for rows without a token, which may hold NaN."""
+    held = jnp.where((row_source >= 0)[:, None], y, jnp.zeros((), y.dtype))
+    return factor * held.astype(jnp.float32)
+
+
 def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
     """A weighted combine is bilinear; its tangent is one unweighted combine of the rows' tangents.
 
@@ -258,9 +266,7 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
             terms.append(factor * y_dot.astype(jnp.float32))
         if type(weights_dot) is not ad.Zero:
             factor = row_weights(weights_dot, row_source, row_topk_idx)
-            # What rows without a token hold is nobody's business: it may be NaN.
-            held = jnp.where((row_source >= 0)[:, None], y, jnp.zeros((), y.dtype))
-            terms.append(factor * held.astype(jnp.float32))
+            terms.append(_scaled_rows(factor, y, row_source))
         rows_dot = sum(terms[1:], terms[0]).astype(y.dtype) if terms else y_dot
 
     def linear(rows_dot: Any, scalars_dot: Any) -> Any:

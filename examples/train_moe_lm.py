@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a byte-level Mixture-of-Experts language model with expert parallelism.
+
+    python examples/train_moe_lm.py
+
+The text is Python's standard library, whose sources are on every machine. By default the model is
+spread over 8 devices as data 2 x expert 4; on a machine without accelerators these are 8 devices
+that JAX makes of the CPU. `--help` lists the options.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from moe_lm.options import Options, parse
+
+
+def set_up_devices(options: Options) -> None:
+    """Asks JAX for as many CPU devices as the mesh has, unless the user has decided otherwise."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        count = f"--xla_force_host_platform_device_count={options.num_devices}"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    options = parse(argv)
+    set_up_devices(options)
+    # Only now, because JAX reads the environment when it is imported.
+    from moe_lm.training import train  # noqa: PLC0415
+
+    return train(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Mixture-of-Experts layer for Flax Linen."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AxisType
+
+from jax_ep._src.group import EpGroup
+from jax_ep._src.moe import Activation
+from jax_ep._src.routing import Score
+from jax_ep.flax import _layer
+from jax_ep.flax._layer import Initializer, LayerStats
+
+__all__ = ["BIAS", "STATS", "LayerStats", "MoE", "update_bias"]
+
+STATS = "moe_stats"
+"""Collection of the statistics of a call; apply with `mutable=[STATS]` to get them."""
+
+BIAS = "moe_bias"
+"""Collection of selection biases, which are not parameters."""
+
+
+class MoE(nn.Module):
+    """Router, gated experts spread over an `EpGroup`, and shared experts.
+
+    The same layer as `jax_ep.flax.nnx.MoE`, which says how tokens and experts are spread and what
+    the capacity is: with the same parameters, which have the same names and shapes, it gives the
+    same output. Works in `nn.jit`, `nn.remat` and `nn.scan`.
+
+    Collections:
+
+    * "params": `router`, `w_gate`, `w_up`, `w_down`, and `shared_gate`, `shared_up`, `shared_down`
+      if there are shared experts; boxed in `nn.Partitioned`, which shards the experts over the
+      group's axes.
+    * `BIAS`: `selection_bias`, `[E]` float32; only with `selection_bias=True`. See `update_bias`.
+    * `STATS`, sown: `tokens_per_expert`, `num_dropped`, `load_balance_loss`, `router_z_loss`, a
+      tuple each with one entry per call, see `LayerStats`. The losses are differentiable.
+
+    Attributes:
+        group: an open `EpGroup` whose config has layout "expert", on a mesh whose axes have type
+            `AxisType.Auto` (that is not the default of `jax.make_mesh`).
+        ffn: `F`, inner size of one expert.
+        num_shared_experts: experts that every token uses besides its top-k, each of size `F`.
+        activation: of the gate, elementwise; the same function for equal layers.
+        score: of the router, see `jax_ep.route`.
+        selection_bias: whether there is a bias that decides who is chosen.
+        num_groups: see `jax_ep.route`.
+        num_topk_groups: see `jax_ep.route`.
+        normalize: see `jax_ep.route`.
+        scale: see `jax_ep.route`.
+        data_axes: mesh axes over which the tokens are split, besides the group's. None: all
+            others.
+        param_dtype: of the parameters but the router's, which are float32.
+        kernel_init: of one expert's matrices, and of the shared ones.
+        router_init: of the router.
+
+    Raises:
+        ValueError: an attribute has a value that is not allowed (at `init` and `apply`).
+    """
+
+    group: EpGroup
+    ffn: int
+    num_shared_experts: int = 0
+    activation: Activation = jax.nn.silu
+    score: Score = "softmax"
+    selection_bias: bool = False
+    num_groups: int | None = None
+    num_topk_groups: int | None = None
+    normalize: bool = True
+    scale: float = 1.0
+    data_axes: Sequence[str] | None = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    router_init: Initializer = nn.initializers.lecun_normal()
+
+    def setup(self) -> None:
+        """Declares parameters and state."""
+        if isinstance(self.group, EpGroup) and AxisType.Explicit in self.group.mesh.axis_types:
+            raise ValueError(
+                f"group has a mesh with axis_types {self.group.mesh.axis_types}; allowed in "
+                "Linen: AxisType.Auto, because nn.Partitioned cannot shard over explicit axes"
+            )
+        self.spec = _layer.LayerSpec(
+            group=self.group,
+            ffn=self.ffn,
+            num_shared_experts=self.num_shared_experts,
+            activation=self.activation,
+            score=self.score,
+            num_groups=self.num_groups,
+            num_topk_groups=self.num_topk_groups,
+            normalize=self.normalize,
+            scale=self.scale,
+            data_axes=None if self.data_axes is None else tuple(self.data_axes),
+            param_dtype=self.param_dtype,
+        )
+        params = {}
+        for name, param in self.spec.params().items():
+            init = param.init(self.router_init if name == "router" else self.kernel_init)
+            init = nn.with_partitioning(init, param.partition, mesh=self.group.mesh)
+            params[name] = self.param(name, init, param.shape, param.dtype)
+        self.weights = params
+        num_experts = self.group.config.num_experts
+        self.bias = (
+            self.variable(BIAS, "selection_bias", jnp.zeros, (num_experts,), jnp.float32)
+            if self.selection_bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Runs the layer and sows the statistics of this call into the collection `STATS`.
+
+        Args:
+            x: `[..., H]`, floating point; the router sees it in float32, the experts in
+                `EpConfig.dtype`. At most `EpConfig.max_tokens_per_rank` tokens per device.
+
+        Returns:
+            `[..., H]` of `EpConfig.dtype`.
+
+        Raises:
+            ValueError: `x` does not fit the group's config.
+            EpGroupClosed: the group has been closed.
+        """
+        out, stats = self.with_stats(x)
+        # Variables from init() are passed on to apply(), which would append to what is in there.
+        if not self.is_initializing():
+            for name, value in stats.as_dict().items():
+                self.sow(STATS, name, value)
+        return out
+
+    def with_stats(self, x: jax.Array) -> tuple[jax.Array, LayerStats]:
+        """Runs the layer and returns the statistics instead of sowing them.
+
+        Args:
+            x: as in `__call__`.
+
+        Returns:
+            What `__call__` returns, and the statistics of this call.
+
+        Raises:
+            ValueError: as `__call__` does.
+            EpGroupClosed: as `__call__` does.
+        """
+        bias = None if self.bias is None else self.bias.value
+        return _layer.apply(self.spec, self.weights, bias, x)
+
+
+def update_bias(
+    biases: Mapping[str, Any], stats: Mapping[str, Any], *, rate: float
+) -> dict[str, Any]:
+    """One step of balancing without an auxiliary loss, for all MoE layers of a model.
+
+    To be called once per training step, outside of the function that is differentiated; see
+    `jax_ep.update_bias`. Layers that are stacked by `nn.scan` are updated each by its own load.
+
+    Args:
+        biases: the collection `BIAS`.
+        stats: the collection `STATS` of the step; the last call of a layer counts.
+        rate: the step; 0.001 in the papers.
+
+    Returns:
+        The collection `BIAS` for the next step.
+
+    Raises:
+        ValueError: `stats` has no load for a layer of `biases`.
+    """
+    updated: dict[str, Any] = {}
+    for name, value in biases.items():
+        if isinstance(value, Mapping):
+            updated[name] = update_bias(value, stats.get(name, {}), rate=rate)
+        elif "tokens_per_expert" not in stats:
+            raise ValueError(
+                "stats has no 'tokens_per_expert' for a layer that has a bias; allowed: the "
+                f"collection {STATS!r} of a call of the same model"
+            )
+        else:
+            updated[name] = _layer.updated_bias(value, stats["tokens_per_expert"][-1], rate)
+    return updated
