@@ -130,6 +130,25 @@ def test_other_routing_does_not_compile_again(backend):
         assert mapped._cache_size() == 1
 
 
+def test_the_backward_keeps_rows_in_their_own_dtype(backend):
+    problem = PROBLEM.replace(dtype="bfloat16")
+    with make_group(problem, backend) as group:
+
+        def on_rank(x, idx, w):
+            _, vjp = jax.vjp(lambda x, w: _block(x, idx, w, group=group), x, w)
+            return jax.tree.leaves(vjp)
+
+        args = _global(problem.x), _global(problem.topk_idx), _global(problem.topk_weights)
+        kept = jax.eval_shape(
+            jax.shard_map(on_rank, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert")),
+            *args,
+        )
+        rows = problem.num_ranks * group.recv_capacity
+    wide = [a for a in kept if a.shape == (rows, problem.hidden) and a.dtype == jnp.float32]
+    assert [a for a in kept if a.shape == (rows, problem.hidden)]
+    assert not wide
+
+
 def test_a_wider_result_of_dispatch_is_not_kept_for_the_backward():
     # Unweighted, nothing but the handle is a residual: no [C, H] array is saved.
     with make_group(PROBLEM, "ffi") as group:

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import gc
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -20,6 +21,12 @@ from ep_bench.variants import DIRECTIONS, make_mesh, open_variant, put
 PROBE = pathlib.Path(__file__).resolve().parents[1] / "peak_memory.py"
 _NUM_CALLS = 3
 _RESET_PEAK = "5"  # see clear_refs in proc(5)
+# What is freed goes back to the kernel at once, so that the next use of it is seen; see mallopt(3).
+_EXACT_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 
 
 def _status_bytes(field: str) -> int:
@@ -30,8 +37,7 @@ def _status_bytes(field: str) -> int:
 def peak_rss_increase(call: Callable[[], Any]) -> int | None:
     """How far a few calls raise the peak of this process's resident memory, in bytes.
 
-    Inputs, code and what the process holds anyway are there before, and do not count. Memory that
-    was freed earlier is given back to the kernel first, or it would be reused unseen.
+    Inputs, code and what the process holds anyway are there before, and do not count.
 
     Returns:
         None where the kernel does not tell (it takes Linux with a writable
@@ -57,10 +63,10 @@ def probe(key: str, case: Case, dtypes: list[str], backend: str | None) -> list[
         args = put(case.inputs(dtype), mesh)
         with open_variant(key, case, dtype, mesh, backend) as variant:
             for direction, with_gradient in DIRECTIONS.items():
-                function = variant.compile(with_gradient)
-                planned = function.lower(*args).compile().memory_analysis()
+                compiled = variant.compile(with_gradient).lower(*args).compile()
+                planned = compiled.memory_analysis()
                 planned_bytes = planned.temp_size_in_bytes + planned.output_size_in_bytes
-                call = functools.partial(function, *args)
+                call = functools.partial(compiled, *args)
                 jax.block_until_ready(call())
                 found.append(
                     {
@@ -83,7 +89,8 @@ def probe_in_subprocess(
     """
     command = [sys.executable, str(PROBE), key, case.name, "--dtypes", ",".join(dtypes)]
     command += ["--backend", backend] if backend else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **_EXACT_MALLOC}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {key} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

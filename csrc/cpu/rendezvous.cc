@@ -68,7 +68,7 @@ Status execute_meeting(const Meeting& meeting) {
 }  // namespace
 
 // Outlives the Rendezvous while a deadline or a join() is still at work on it.
-struct Rendezvous::Impl : std::enable_shared_from_this<Rendezvous::Impl> {
+struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   using MeetingPtr = std::shared_ptr<Meeting>;
   using Key = std::pair<int64_t, int32_t>;  // run_id, group_index
 

@@ -13,8 +13,7 @@
 
 #ifdef __x86_64__
 #define JAX_EP_AVX2 __attribute__((target("avx2,fma")))
-#define JAX_EP_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define JAX_EP_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
 namespace jax_ep {
@@ -22,6 +21,14 @@ namespace {
 
 // Channels that are summed at a time: two such float32 arrays stay in the L1 cache.
 constexpr int64_t kSumBlock = 1024;
+
+template <typename Storage>
+JAX_EP_INLINE_BODY void prefetch(const Storage* row, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(Storage);
+  for (int64_t i = 0; i < count; i += kLine) {
+    __builtin_prefetch(row + i, /*rw=*/0, /*locality=*/2);
+  }
+}
 
 // Where a term stands among the terms of its rank.
 template <typename Format, bool kFirst, bool kLast>
@@ -42,7 +49,10 @@ JAX_EP_INLINE_BODY void add_term(const typename Format::Storage* __restrict row,
 }
 
 template <typename Format>
-JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms, int64_t hidden, void* out) {
+JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms,
+                                       std::span<const Term> next,
+                                       int64_t hidden,
+                                       void* out) {
   using Storage = typename Format::Storage;
   float partial[kSumBlock];
   float sum[kSumBlock];
@@ -50,8 +60,10 @@ JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms, int64_t hidd
     const int64_t count = std::min(kSumBlock, hidden - begin);
     std::fill_n(sum, count, 0.0F);
     bool is_first = true;
-    for (const Term& term : terms) {
+    for (size_t i = 0; i < terms.size(); ++i) {
+      const Term& term = terms[i];
       const Storage* const row = static_cast<const Storage*>(term.row) + begin;
+      if (i < next.size()) prefetch(static_cast<const Storage*>(next[i].row) + begin, count);
       if (is_first && term.ends_rank) {
         add_term<Format, true, true>(row, term.weight, count, partial, sum);
       } else if (is_first) {
@@ -92,8 +104,11 @@ JAX_EP_INLINE_BODY void round_to_fp8_body(const void* x, int64_t hidden, void* o
 
 template <typename Format>
 struct Baseline {
-  static void sum_terms(std::span<const Term> terms, int64_t hidden, void* out) {
-    sum_terms_body<Format>(terms, hidden, out);
+  static void sum_terms(std::span<const Term> terms,
+                        std::span<const Term> next,
+                        int64_t hidden,
+                        void* out) {
+    sum_terms_body<Format>(terms, next, hidden, out);
   }
   static void round_to_fp8(const void* x, int64_t hidden, void* out) {
     round_to_fp8_body<Format>(x, hidden, out);
@@ -103,8 +118,11 @@ struct Baseline {
 #ifdef __x86_64__
 template <typename Format>
 struct Avx2 {
-  JAX_EP_AVX2 static void sum_terms(std::span<const Term> terms, int64_t hidden, void* out) {
-    sum_terms_body<Format>(terms, hidden, out);
+  JAX_EP_AVX2 static void sum_terms(std::span<const Term> terms,
+                                    std::span<const Term> next,
+                                    int64_t hidden,
+                                    void* out) {
+    sum_terms_body<Format>(terms, next, hidden, out);
   }
   JAX_EP_AVX2 static void round_to_fp8(const void* x, int64_t hidden, void* out) {
     round_to_fp8_body<Format>(x, hidden, out);
@@ -113,8 +131,11 @@ struct Avx2 {
 
 template <typename Format>
 struct Avx512 {
-  JAX_EP_AVX512 static void sum_terms(std::span<const Term> terms, int64_t hidden, void* out) {
-    sum_terms_body<Format>(terms, hidden, out);
+  JAX_EP_AVX512 static void sum_terms(std::span<const Term> terms,
+                                      std::span<const Term> next,
+                                      int64_t hidden,
+                                      void* out) {
+    sum_terms_body<Format>(terms, next, hidden, out);
   }
   JAX_EP_AVX512 static void round_to_fp8(const void* x, int64_t hidden, void* out) {
     round_to_fp8_body<Format>(x, hidden, out);

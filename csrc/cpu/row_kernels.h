@@ -21,7 +21,11 @@ struct Term {
 // For rows of one dtype.
 struct RowKernels {
   // out [H] = the sum, over ranks, of the ranks' partial sums; see run_combine. No terms: zeros.
-  void (*sum_terms)(std::span<const Term> terms, int64_t hidden, void* out);
+  // Meanwhile the rows of `next`, of which a call will be made next, are fetched into the cache.
+  void (*sum_terms)(std::span<const Term> terms,
+                    std::span<const Term> next,
+                    int64_t hidden,
+                    void* out);
   // out [H] = what arrives of x [H] over the FP8 wire: quantized, and converted back.
   void (*round_to_fp8)(const void* x, int64_t hidden, void* out);
 };

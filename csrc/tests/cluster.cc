@@ -2,6 +2,7 @@
 #include "csrc/tests/cluster.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -81,14 +82,15 @@ void Cluster::choose_experts(RankBuffers& rank) {
   }
 }
 
-// Numbers of many magnitudes, so that every rounding shows; and zeros of both signs.
+// Numbers of many magnitudes, 2^-8 to 2^7, so that every rounding shows; and zeros of both signs.
 std::vector<float> Cluster::random_floats(int64_t size) {
-  std::normal_distribution<float> normal;
-  std::uniform_int_distribution<int> exponent(-6, 6);
   std::vector<float> values(at(size));
   for (float& value : values) {
-    value = std::ldexp(normal(random_), exponent(random_));
-    if (random_() % 16 == 0) value = std::copysign(0.0F, value);
+    const auto bits = static_cast<uint32_t>(random_());
+    const uint32_t exponent = 127 - 8 + (bits >> 23) % 16;
+    const bool is_zero = (bits & 0xF) == 0;
+    value = std::bit_cast<float>((bits & 0x807F'FFFF) | exponent << 23);
+    if (is_zero) value = std::copysign(0.0F, value);
   }
   return values;
 }

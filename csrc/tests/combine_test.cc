@@ -133,7 +133,7 @@ TEST(Combine, WithoutWeightsIsTheAdjointOfDispatch) {
                                      .num_experts = 6,
                                      .num_topk = 3,
                                      .num_tokens = 8,
-                                     .recv_capacity = layout == Layout::kExpert ? 15 : 8,  // drops
+                                     .recv_capacity = layout == Layout::kExpert ? 10 : 6,  // drops
                                      .layout = layout},
                            .hidden = 5,
                            .weighted = false};

@@ -149,29 +149,33 @@ INSTANTIATE_TEST_SUITE_P(Problems, DispatchOf, testing::ValuesIn(problems()), []
   return describe(info.param);
 });
 
-// Larger than one unit of work, so that workers take part in copying and in clearing.
+// Larger than one unit of work, so that workers take part in copying and in clearing; and larger
+// than the caches, so that rows are streamed.
 TEST(Dispatch, OfManyBytesIsAsDefined) {
   for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
-    ClusterOptions options{.shape = {.num_ranks = 4,
-                                     .num_experts = 8,
-                                     .num_topk = 2,
-                                     .num_tokens = 130,
-                                     .layout = layout},
-                           .hidden = 1000};
-    options.shape.recv_capacity = worst_case_capacity(options.shape);
-    Cluster cluster(options);
-    ASSERT_TRUE(cluster.plan().ok());
-    ASSERT_TRUE(cluster.dispatch().ok());
-    reference::PerRank<float> expected =
-        reference::dispatch_rows(options.shape,
-                                 cluster.all(&RankBuffers::topk_idx),
-                                 cluster.planned(),
-                                 cluster.all(&RankBuffers::x),
-                                 options.hidden);
-    for (std::vector<float>& values : expected) {
-      for (float& value : values) value = value == value ? value : 0;  // NaN: no token
+    for (const int64_t hidden : {1000, 2100}) {
+      ClusterOptions options{.shape = {.num_ranks = 4,
+                                       .num_experts = 8,
+                                       .num_topk = 2,
+                                       .num_tokens = 130,
+                                       .layout = layout},
+                             .hidden = hidden};
+      options.shape.recv_capacity = worst_case_capacity(options.shape);
+      Cluster cluster(options);
+      ASSERT_TRUE(cluster.plan().ok());
+      ASSERT_TRUE(cluster.dispatch().ok());
+      reference::PerRank<float> expected =
+          reference::dispatch_rows(options.shape,
+                                   cluster.all(&RankBuffers::topk_idx),
+                                   cluster.planned(),
+                                   cluster.all(&RankBuffers::x),
+                                   options.hidden);
+      for (std::vector<float>& values : expected) {
+        for (float& value : values) value = value == value ? value : 0;  // NaN: no token
+      }
+      // Not EXPECT_EQ, which would print them.
+      EXPECT_TRUE(cluster.all(&RankBuffers::rows) == expected) << options;
     }
-    EXPECT_EQ(cluster.all(&RankBuffers::rows), expected);
   }
 }
 

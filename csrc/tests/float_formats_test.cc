@@ -149,6 +149,41 @@ TEST_P(FloatFormats, KeepsNansAndInfinities) {
   }
 }
 
+// round(value) is the conversion there and back, for values of every exponent.
+template <typename F>
+void expect_round_is_there_and_back(float value) {
+  const float there_and_back = F::to_float(F::from_float(value));
+  const float rounded = F::round(value);
+  if (std::isnan(value)) {
+    EXPECT_TRUE(std::isnan(rounded)) << std::hexfloat << value;
+  } else {
+    EXPECT_EQ(std::bit_cast<uint32_t>(rounded), std::bit_cast<uint32_t>(there_and_back))
+        << std::hexfloat << value;
+  }
+}
+
+TEST(Round, IsTheConversionThereAndBack) {
+  std::mt19937 random(5);
+  for (uint32_t top = 0; top < 1U << 16; ++top) {  // sign, exponent and the bits that stay
+    for (const uint32_t low : {0U,
+                               1U,
+                               0x0FFFU,
+                               0x1000U,
+                               0x1001U,
+                               0x7FFFU,
+                               0x8000U,
+                               0x8001U,
+                               0xF000U,
+                               0xFFFFU,
+                               static_cast<uint32_t>(random()) & 0xFFFF}) {
+      const auto value = std::bit_cast<float>(top << 16 | low);
+      expect_round_is_there_and_back<Float32>(value);
+      expect_round_is_there_and_back<BFloat16>(value);
+      expect_round_is_there_and_back<Float16>(value);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, FloatFormats, testing::ValuesIn(kCodecs), [](const auto& info) {
   return std::string(info.param.name);
 });
