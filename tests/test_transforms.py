@@ -190,6 +190,28 @@ def test_on_a_mesh(name, transform, backend):
         _check(change(f), change(dense), *tokens, group=group, spec=P((*group.axis_names, *rest)))
 
 
+def test_grad_and_scan_around_shard_map(backend):
+    # What a block needs for its backward crosses the shard_map and is stacked by the scan; no
+    # array of size 0 may be among it, because XLA of jaxlib 0.11.2 crashes on those.
+    with make_group(FOUR, backend) as group:
+        x, idx, w = _tokens(FOUR)
+        spec = P("expert")
+        mapped = jax.shard_map(
+            functools.partial(block, group=group), mesh=group.mesh, in_specs=spec, out_specs=spec
+        )
+
+        def loss(f, x, w):
+            def step(x, _):
+                return jnp.tanh(f(x, idx, w)), None
+
+            return jnp.sum(jnp.cos(jax.lax.scan(step, x, None, length=3)[0]))
+
+        got = jax.jit(jax.grad(functools.partial(loss, mapped), (0, 1)))(x, w)
+        want = jax.grad(functools.partial(loss, dense), (0, 1))(x, w)
+    for g, r in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, r, rtol=2e-5, atol=2e-5)
+
+
 def test_gradients_of_replicated_parameters_are_summed(backend):
     with make_group(FOUR, backend) as group:
         x, idx, w = _tokens(FOUR)

@@ -61,7 +61,7 @@ def cross_entropy(model: Flavor, params: Any, text: jax.Array) -> tuple[jax.Arra
 def make_optimizer(options: Options) -> optax.GradientTransformation:
     """AdamW with a linear warm-up, then a cosine to a tenth of the learning rate."""
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if options.warmup else options.lr,
+        init_value=options.lr / (options.warmup + 1),
         peak_value=options.lr,
         warmup_steps=options.warmup,
         decay_steps=max(options.steps, options.warmup + 1),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_ep._src import compat
 from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.primitives import combine_p, dispatch_p, plan_p
+from jax_ep._src.backends.primitives import absent_scalars, combine_p, dispatch_p, plan_p
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import DispatchHandle
 
@@ -58,7 +58,7 @@ def dispatch(
     spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sends rows and, where given, one scalar per selection."""
-    scalars = jnp.zeros((0,), jnp.float32) if token_scalars is None else token_scalars
+    scalars = absent_scalars(x) if token_scalars is None else token_scalars
     operands = _with_group_rank(spec, x, scalars, handle.topk_idx, handle.slot, handle.row_source)
     call = _dispatch_fp8 if spec.fp8_wire else _dispatch
     rows, row_scalars = call(spec, *operands)
@@ -70,7 +70,7 @@ def combine(
     spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
 ) -> jax.Array:
     """Sums every token's rows, times their weights where given."""
-    absent = jnp.zeros((0,), jnp.float32)
+    absent = absent_scalars(y)
     operands = _with_group_rank(
         spec,
         y,
@@ -79,7 +79,7 @@ def combine(
         handle.topk_idx,
         handle.slot,
         handle.row_source,
-        jnp.zeros((0,), jnp.int32) if handle.row_topk_idx is None else handle.row_topk_idx,
+        handle.row_source if handle.row_topk_idx is None else handle.row_topk_idx,
     )
     out, _ = combine_p.bind(*operands, spec=spec)
     return out
@@ -106,26 +106,25 @@ def _dispatch_fp8(
 
 
 def _dispatch_fp8_fwd(spec: OpSpec, *operands: jax.Array) -> tuple:
-    return _dispatch(spec, *operands), operands
+    group_rank, _, _, *handle = operands
+    return _dispatch(spec, *operands), (group_rank, *handle)
 
 
-def _dispatch_fp8_bwd(spec: OpSpec, operands: tuple, cotangents: tuple) -> tuple:
-    group_rank, x, token_scalars, topk_idx, slot, row_source = operands
-    del x
+def _dispatch_fp8_bwd(spec: OpSpec, residuals: tuple, cotangents: tuple) -> tuple:
+    group_rank, topk_idx, slot, row_source = residuals
     rows_bar, row_scalars_bar = cotangents
-    absent = jax.lax.slice_in_dim(slot.reshape(-1), 0, 0)
+    absent = absent_scalars(slot)
     x_bar, token_scalars_bar = combine_p.bind(
         group_rank,
         rows_bar,
-        absent.astype(jnp.float32),
+        absent,
         row_scalars_bar,
         topk_idx,
         slot,
         row_source,
-        absent,
+        row_source,  # for row_topk_idx, which nothing reads where there are no weights
         spec=spec.for_cotangents(),
     )
-    del token_scalars
     return None, x_bar, token_scalars_bar, None, None, None
 
 

@@ -150,14 +150,20 @@ def _plan_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) 
     return outputs, _zero_tangents(outputs)
 
 
-def _no_rows(like: jax.Array) -> jax.Array:
+# What is absent is cut out of an operand that is not: a constant, and whatever a tangent's linear
+# function has from outside, becomes a residual of an enclosing `shard_map`, and in a loop jaxlib
+# 0.11.2 crashes on residuals of size 0 (Shardy's ManualComputationUnusedInputsPattern).
+
+
+def _no_rows(like: jax.Array, dtype: np.dtype) -> jax.Array:
     """Rows that do not take part, as many as `like` has and varying over the same axes."""
-    return like[:, :0]
+    flat = like[:, None] if like.ndim == 1 else like
+    return flat[:, :0].astype(dtype)
 
 
-def _no_scalars(like: jax.Array) -> jax.Array:
-    """A float32 operand that does not take part, varying over the same axes as `like`."""
-    return jax.lax.slice_in_dim(like.reshape(-1), 0, 0).astype(jnp.float32)
+def absent_scalars(like: jax.Array, dtype: np.dtype = _FLOAT32) -> jax.Array:
+    """An operand that does not take part, varying over the same axes as `like`."""
+    return jax.lax.slice_in_dim(like.reshape(-1), 0, 0).astype(dtype)
 
 
 def _tangents_of(outputs: Sequence[Any], rows: Any, scalars: Any, linear: Any) -> list[Any]:
@@ -179,8 +185,8 @@ def _dispatch_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSp
     def linear(x_dot: Any, scalars_dot: Any) -> Any:
         return dispatch_p.bind(
             group_rank,
-            _no_rows(x) if type(x_dot) is ad.Zero else x_dot,
-            _no_scalars(topk_idx) if type(scalars_dot) is ad.Zero else scalars_dot,
+            _no_rows(scalars_dot, x.dtype) if type(x_dot) is ad.Zero else x_dot,
+            absent_scalars(x_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
             topk_idx,
             slot,
             row_source,
@@ -207,7 +213,7 @@ def _dispatch_transpose(
     if type(rows_bar) is ad.Zero and type(row_scalars_bar) is ad.Zero:
         return [None] * 6
     dtype = x.aval.dtype if ad.is_undefined_primal(x) else x.dtype
-    no_scalars = _no_scalars(topk_idx)
+    no_scalars = absent_scalars(topk_idx)
     empty_rows = jnp.broadcast_to(row_source[:, None], (spec.recv_capacity, 1))[:, :0]
     x_bar, token_scalars_bar = combine_p.bind(
         group_rank,
@@ -217,7 +223,7 @@ def _dispatch_transpose(
         topk_idx,
         slot,
         row_source,
-        no_scalars.astype(jnp.int32),
+        row_source,  # for row_topk_idx, which nothing reads where there are no weights
         spec=spec.for_cotangents(),
     )
     wants_x = ad.is_undefined_primal(x) and type(rows_bar) is not ad.Zero
@@ -236,7 +242,7 @@ def row_weights(
     weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
 ) -> jax.Array:
     """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
-    if row_topk_idx is not None and not is_absent(row_topk_idx):
+    if row_topk_idx is not None:
         weights = jnp.sum(jnp.where(row_topk_idx >= 0, weights, 0.0), axis=1)
     return jnp.where(row_source >= 0, weights, 0.0)[:, None]
 
@@ -256,29 +262,30 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
     """
     group_rank, y, weights, row_scalars, topk_idx, slot, row_source, row_topk_idx = primals
     y_dot, weights_dot, scalars_dot = tangents[1:4]
+    by_row = row_topk_idx if spec.layout == "rank" else None
     outputs = combine_p.bind(*primals, spec=spec)
     del row_scalars
     rows_dot = y_dot
     if not is_absent(weights):
         terms = []
         if type(y_dot) is not ad.Zero:
-            factor = row_weights(weights, row_source, row_topk_idx)
+            factor = row_weights(weights, row_source, by_row)
             terms.append(factor * y_dot.astype(jnp.float32))
         if type(weights_dot) is not ad.Zero:
-            factor = row_weights(weights_dot, row_source, row_topk_idx)
+            factor = row_weights(weights_dot, row_source, by_row)
             terms.append(_scaled_rows(factor, y, row_source))
         rows_dot = sum(terms[1:], terms[0]).astype(y.dtype) if terms else y_dot
 
     def linear(rows_dot: Any, scalars_dot: Any) -> Any:
         return combine_p.bind(
             group_rank,
-            _no_rows(y) if type(rows_dot) is ad.Zero else rows_dot,
-            _no_scalars(topk_idx),
-            _no_scalars(topk_idx) if type(scalars_dot) is ad.Zero else scalars_dot,
+            _no_rows(scalars_dot, y.dtype) if type(rows_dot) is ad.Zero else rows_dot,
+            absent_scalars(scalars_dot if type(rows_dot) is ad.Zero else rows_dot),
+            absent_scalars(rows_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
             topk_idx,
             slot,
             row_source,
-            _no_scalars(topk_idx).astype(jnp.int32),
+            row_source,  # for row_topk_idx, which nothing reads where there are no weights
             spec=spec.for_cotangents(),
         )
 
@@ -307,7 +314,7 @@ def _combine_transpose(
     rows_bar, row_scalars_bar = dispatch_p.bind(
         group_rank,
         topk_idx[:, :0].astype(dtype) if type(out_bar) is ad.Zero else out_bar,
-        _no_scalars(topk_idx) if type(token_scalars_bar) is ad.Zero else token_scalars_bar,
+        absent_scalars(topk_idx) if type(token_scalars_bar) is ad.Zero else token_scalars_bar,
         topk_idx,
         slot,
         row_source,
