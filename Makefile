@@ -76,7 +76,8 @@ lint-python: $(INSTALLED)-dev
 	$(BIN)/ruff format --check --quiet
 
 lint-cpp: $(INSTALLED)-dev
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo '$(BIN)/clang-format --dry-run -Werror (C++ files)'
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 lint-types: $(INSTALLED)-dev
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
@@ -94,7 +95,7 @@ lint-project: $(READY)
 format: $(INSTALLED)-dev ## Format all sources, and mend what ruff can
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
-	$(BIN)/clang-format -i $(CPP_FILES)
+	@$(BIN)/clang-format -i $(CPP_FILES)
 
 wheel: $(READY) ## Build a wheel for this Python into dist/
 	$(PIP) wheel --no-deps --wheel-dir dist .

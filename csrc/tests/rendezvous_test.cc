@@ -60,7 +60,7 @@ TEST_F(RendezvousTest, TheLastRankIsToldInsideJoinTheOthersElsewhere) {
   EXPECT_TRUE(last_told);
   EXPECT_EQ(told_on[kRanks - 1], std::this_thread::get_id());
   others_told.wait();
-  EXPECT_EQ(std::set(told_on.begin(), told_on.end()).size(), kRanks);
+  EXPECT_EQ(std::set(told_on.begin(), told_on.end()).size(), told_on.size());
   for (const ShiftRank& rank : all) EXPECT_TRUE(rank.is_right());
 }
 

@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NNX and the Linen layer against each other and against the oracle on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep import reference
+from jax_ep.flax import linen as ep_linen
+from jax_ep.flax import nnx as ep_nnx
+from programs import make_mesh
+
+HIDDEN, EXPERTS, TOPK, FFN = 16, 8, 2, 12
+DEEPSEEK = {
+    "score": "sigmoid",
+    "selection_bias": True,
+    "num_groups": 4,
+    "num_topk_groups": 2,
+    "scale": 2.5,
+    "num_shared_experts": 2,
+}
+OPTIONS = {
+    "plain": {},
+    "deepseek": DEEPSEEK,
+    "unnormalized": {"normalize": False, "activation": jax.nn.relu, "num_shared_experts": 1},
+}
+
+
+def make_group(mesh=None, axis_name="expert", *, capacity_factor=None, backend=None, **config):
+    config = {
+        "num_experts": EXPERTS,
+        "num_topk": TOPK,
+        "hidden": HIDDEN,
+        "max_tokens_per_rank": 16,
+        "dtype": jnp.float32,
+    } | config
+    config = jax_ep.EpConfig(**config)
+    if capacity_factor is not None:
+        config = config.with_capacity_factor(capacity_factor)
+    mesh = mesh or make_mesh((2, 4), ("data", "expert"))
+    return jax_ep.EpGroup(mesh, axis_name, config, backend=backend)
+
+
+@pytest.fixture(scope="module")
+def group():
+    with make_group() as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(7), (8, 6, HIDDEN))
+
+
+def make_nnx(group, seed=0, **options):
+    moe = ep_nnx.MoE(group, FFN, rngs=nnx.Rngs(seed), **options)
+    if moe.selection_bias is not None:
+        moe.selection_bias.set_value(jax.random.normal(jax.random.key(seed + 1), (EXPERTS,)) / 8)
+    return moe
+
+
+def to_linen(moe):
+    """The variables of a Linen layer with the same parameters: the names are the same."""
+    params = {path[-1]: v[...] for path, v in nnx.to_flat_state(nnx.state(moe, nnx.Param))}
+    biases = {p[-1]: v[...] for p, v in nnx.to_flat_state(nnx.state(moe, ep_nnx.SelectionBias))}
+    return {"params": params, ep_linen.BIAS: biases}
+
+
+def run_nnx(moe, x):
+    out = nnx.jit(lambda moe, x: moe(x))(moe, x)
+    return out, {k: v[...] for k, v in nnx.state(moe, ep_nnx.MoeStat).items()}
+
+
+def run_linen(layer, variables, x):
+    apply = jax.jit(functools.partial(layer.apply, mutable=[ep_linen.STATS]))
+    out, state = apply(variables, x)
+    return out, {k: v[-1] for k, v in state[ep_linen.STATS].items()}
+
+
+def routing_of(moe, x, options):
+    """Logits and the oracle's routing, all tokens in order."""
+    logits = np.asarray(x, np.float64).reshape(-1, HIDDEN) @ np.asarray(moe.router[...], np.float64)
+    names = ("score", "num_groups", "num_topk_groups", "normalize", "scale")
+    chosen = {name: options[name] for name in names if name in options}
+    bias = None if moe.selection_bias is None else moe.selection_bias[...]
+    return logits, *reference.route(logits, num_topk=TOPK, bias=bias, **chosen)
+
+
+def dense(moe, x, options):
+    """Every expert for every token, in NumPy on no device at all."""
+    tokens = np.asarray(x, np.float64).reshape(-1, HIDDEN)
+    activation = {jax.nn.relu: lambda a: np.maximum(a, 0)}.get(
+        options.get("activation"), reference.silu
+    )
+    _, topk_idx, topk_weights = routing_of(moe, x, options)
+    experts = [moe.w_gate[...], moe.w_up[...], moe.w_down[...]]
+    out = reference.moe_dense(tokens, topk_idx, topk_weights, *experts, activation=activation)
+    if options.get("num_shared_experts"):
+        shared = (moe.shared_gate, moe.shared_up, moe.shared_down)
+        gate, up, down = (np.asarray(w[...], np.float64) for w in shared)
+        assert gate.shape == (HIDDEN, options["num_shared_experts"] * FFN)
+        out = out + (activation(tokens @ gate) * (tokens @ up)) @ down
+    return out.reshape(x.shape)
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nnx_and_linen_are_the_dense_layer(name, group, x):
+    options = OPTIONS[name]
+    moe = make_nnx(group, **options)
+    out, stats = run_nnx(moe, x)
+    layer = ep_linen.MoE(group, FFN, **options)
+    linen_out, linen_stats = run_linen(layer, to_linen(moe), x)
+    assert out.shape == x.shape
+    np.testing.assert_array_equal(out, linen_out)
+    np.testing.assert_allclose(out, dense(moe, x, options), rtol=1e-4, atol=1e-5)
+
+    assert stats.keys() == linen_stats.keys()
+    for key, value in stats.items():
+        np.testing.assert_array_equal(value, linen_stats[key])
+    logits, topk_idx, _ = routing_of(moe, x, options)
+    load = np.bincount(topk_idx.ravel(), minlength=EXPERTS)
+    np.testing.assert_array_equal(stats["tokens_per_expert"], load)
+    assert stats["num_dropped"] == 0
+    score = options.get("score", "softmax")
+    balance = reference.load_balance_loss(logits, topk_idx, score=score)
+    np.testing.assert_allclose(stats["load_balance_loss"], balance, rtol=1e-5)
+    np.testing.assert_allclose(stats["router_z_loss"], reference.router_z_loss(logits), rtol=1e-5)
+
+
+def test_gradients_are_those_of_a_dense_layer(group, x):
+    moe = make_nnx(group, num_shared_experts=1)
+
+    def objective(out, balance, z):
+        return jnp.square(out).mean() + 0.1 * balance + 0.01 * z
+
+    @nnx.jit
+    def nnx_gradient(moe, x):
+        def loss(moe):
+            out = moe(x)
+            return objective(out, moe.load_balance_loss[...], moe.router_z_loss[...])
+
+        return nnx.value_and_grad(loss)(moe)
+
+    layer = ep_linen.MoE(group, FFN, num_shared_experts=1)
+
+    @jax.jit
+    @jax.value_and_grad
+    def linen_gradient(params, x):
+        out, state = layer.apply({"params": params}, x, mutable=[ep_linen.STATS])
+        stats = state[ep_linen.STATS]
+        return objective(out, stats["load_balance_loss"][0], stats["router_z_loss"][0])
+
+    @jax.jit
+    @jax.value_and_grad
+    def dense_gradient(p, x):
+        tokens = x.reshape(-1, HIDDEN)
+        logits = tokens @ p["router"]
+        idx, weights = jax_ep.route(logits, num_topk=TOPK)
+        weight = (jax.nn.one_hot(idx, EXPERTS) * weights[..., None]).sum(axis=1)
+        gate = jax.nn.silu(jnp.einsum("th,ehf->tef", tokens, p["w_gate"]))
+        up = jnp.einsum("th,ehf->tef", tokens, p["w_up"])
+        out = jnp.einsum("tef,efh,te->th", gate * up, p["w_down"], weight)
+        gate = jax.nn.silu(tokens @ p["shared_gate"])
+        out = out + (gate * (tokens @ p["shared_up"])) @ p["shared_down"]
+        return objective(out, jax_ep.load_balance_loss(logits, idx), jax_ep.router_z_loss(logits))
+
+    params = to_linen(moe)["params"]
+    value, grads = nnx_gradient(moe, x)
+    linen_value, linen_grads = linen_gradient(params, x)
+    dense_value, dense_grads = dense_gradient(params, x)
+    np.testing.assert_allclose(value, dense_value, rtol=1e-5)
+    np.testing.assert_allclose(linen_value, dense_value, rtol=1e-5)
+    for name, want in dense_grads.items():
+        np.testing.assert_allclose(grads[name][...], want, rtol=1e-3, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(linen_grads[name], want, rtol=1e-3, atol=1e-6, err_msg=name)
+        assert grads[name][...].sharding.is_equivalent_to(params[name].sharding, want.ndim)
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (3, 7), (0,), (8, 0), (16, 2)])
+def test_any_number_of_tokens(shape, group):
+    x = jax.random.normal(jax.random.key(1), (*shape, HIDDEN))
+    moe = make_nnx(group)
+    out = moe(x)
+    assert out.shape == x.shape
+    np.testing.assert_allclose(out, dense(moe, x, {}), rtol=1e-4, atol=1e-5)
+    assert moe.tokens_per_expert[...].sum() == TOPK * np.prod(shape)
+    logits, topk_idx, _ = routing_of(moe, x, {})
+    # Tokens that fill up the last device count for nothing.
+    want = reference.load_balance_loss(logits, topk_idx)
+    np.testing.assert_allclose(moe.load_balance_loss[...], want, rtol=1e-5)
+
+
+def test_the_router_sees_more_than_the_experts():
+    """In bfloat16 the tokens are rounded for the experts and not for the router."""
+    with make_group(dtype=jnp.bfloat16) as group:
+        moe = make_nnx(group, num_shared_experts=1)
+        x = jax.random.normal(jax.random.key(3), (8, 16, HIDDEN))
+        out, stats = run_nnx(moe, x)
+        logits, topk_idx, _ = routing_of(moe, x, {})
+    assert out.dtype == jnp.bfloat16
+    assert moe.w_gate.dtype == jnp.float32
+    load = np.bincount(topk_idx.ravel(), minlength=EXPERTS)
+    np.testing.assert_array_equal(stats["tokens_per_expert"], load)
+    want = dense(moe, x, {"num_shared_experts": 1})
+    np.testing.assert_allclose(out.astype(np.float64), want, rtol=0.05, atol=0.05)
+
+
+def test_other_meshes(x):
+    """A tuple of axes for the experts, and an axis along which all do the same."""
+    mesh = make_mesh((2, 2, 2), ("data", "expert", "tensor"))
+    with make_group(mesh) as group:
+        moe = make_nnx(group, data_axes=("data",))
+        out, stats = run_nnx(moe, x)
+        assert stats["tokens_per_expert"].sum() == TOPK * 48
+        want = dense(moe, x, {})
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+        all_axes = ep_linen.MoE(group, FFN)
+        np.testing.assert_allclose(all_axes.apply(to_linen(moe), x), want, rtol=1e-4, atol=1e-5)
+    with make_group(mesh, ("expert", "tensor")) as group:
+        moe = make_nnx(group)
+        np.testing.assert_allclose(moe(x), want, rtol=1e-4, atol=1e-5)
+        assert moe.w_up[...].sharding.spec[0] == ("expert", "tensor")
+
+
+# --- capacity ----------------------------------------------------------------------------------
+
+
+def test_capacity_factor_drops_as_the_oracle_does(x):
+    with make_group(capacity_factor=0.5, max_tokens_per_rank=6) as group:
+        moe = make_nnx(group)
+        out, stats = run_nnx(moe, x)
+        assert group.recv_capacity == 6
+    _, topk_idx, topk_weights = routing_of(moe, x, {})
+    dropped, want = 0, []
+    # Each coordinate of the data axis is a group of four ranks with six tokens each.
+    for part in range(2):
+        tokens = np.asarray(x).reshape(2, 4, 6, HIDDEN)[part]
+        idx, weights = (a.reshape(2, 4, 6, TOPK)[part] for a in (topk_idx, topk_weights))
+        experts = [moe.w_gate[...], moe.w_up[...], moe.w_down[...]]
+        want.append(reference.moe(tokens, idx, weights, *experts, recv_capacity=6))
+        plan = reference.plan(idx, num_experts=EXPERTS, recv_capacity=6)
+        dropped += plan.num_dropped.sum()
+    np.testing.assert_allclose(out, np.reshape(want, out.shape), rtol=1e-4, atol=1e-5)
+    assert stats["num_dropped"] == dropped > 20
+    assert stats["tokens_per_expert"].sum() == TOPK * 48
+
+
+# --- parameters and where they are -------------------------------------------------------------
+
+
+def test_metadata_shards_experts(group, x):
+    experts, everywhere = P("expert", None, None), P(None, None)
+    want = {"router": everywhere, "w_gate": experts, "w_up": experts, "w_down": experts}
+    want |= dict.fromkeys(("shared_gate", "shared_up", "shared_down"), everywhere)
+    moe = make_nnx(group, num_shared_experts=1)
+    specs = nnx.get_partition_spec(nnx.state(moe, nnx.Param))
+    assert {name: spec[...] for name, spec in specs.items()} == want
+    for name, spec in want.items():
+        array = getattr(moe, name)[...]
+        num_parts = 4 if spec == experts else 1
+        assert array.addressable_shards[0].data.shape[0] * num_parts == array.shape[0]
+
+    layer = ep_linen.MoE(group, FFN, num_shared_experts=1)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    assert nn.get_partition_spec(variables)["params"] == want
+    assert variables.keys() == {"params"}
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    shapes = {name: value.shape for name, value in to_linen(moe)["params"].items()}
+    assert jax.tree.map(jnp.shape, nn.unbox(variables)["params"]) == shapes
+
+
+def test_initial_values(group, x):
+    """One expert's matrix is drawn by its own fan-in, and no two are alike."""
+    calls = []
+
+    def initializer(key, shape, dtype):
+        calls.append((shape, dtype))
+        return jax.random.normal(key, shape, dtype)
+
+    options = {"param_dtype": jnp.bfloat16, "kernel_init": initializer, "num_shared_experts": 1}
+    moe = ep_nnx.MoE(group, FFN, rngs=nnx.Rngs(0), **options)
+    assert {shape for shape, _ in calls} == {(HIDDEN, FFN), (FFN, HIDDEN)}
+    assert {dtype for _, dtype in calls} == {np.dtype(jnp.bfloat16)}
+    assert moe.router.dtype == jnp.float32
+    assert moe.w_gate.dtype == jnp.bfloat16
+    assert len(np.unique(moe.w_up[...].astype(np.float32)[:, 0, 0])) == EXPERTS
+    layer = ep_linen.MoE(group, FFN, **options)
+    params = nn.unbox(layer.init(jax.random.key(0), x))["params"]
+    assert params["w_down"].dtype == jnp.bfloat16
+    assert params["router"].dtype == jnp.float32
+
+
+# --- selection bias ----------------------------------------------------------------------------
+
+
+def test_update_bias(group, x):
+    moe = make_nnx(group, **DEEPSEEK)
+    _, stats = run_nnx(moe, x)
+    before, load = moe.selection_bias[...], stats["tokens_per_expert"]
+    variables = to_linen(moe)
+    moe.update_bias(rate=0.25)
+    want = jax_ep.update_bias(before, load, rate=0.25)
+    assert not np.array_equal(want, before)
+    np.testing.assert_array_equal(moe.selection_bias[...], want)
+
+    layer = ep_linen.MoE(group, FFN, **DEEPSEEK)
+    _, state = layer.apply(variables, x, mutable=[ep_linen.STATS])
+    biases = {"a": {"b": variables[ep_linen.BIAS]}}
+    stats = {"a": {"b": state[ep_linen.STATS], "c": {}}}
+    updated = ep_linen.update_bias(biases, stats, rate=0.25)
+    np.testing.assert_array_equal(updated["a"]["b"]["selection_bias"], want)
+    with pytest.raises(ValueError, match=r"stats has no 'tokens_per_expert'.*'moe_stats'"):
+        ep_linen.update_bias(biases, {}, rate=0.25)
+    with pytest.raises(ValueError, match="selection_bias is False"):
+        make_nnx(group).update_bias(rate=0.25)
+
+
+def test_the_bias_is_no_parameter(group, x):
+    moe = make_nnx(group, selection_bias=True)
+    assert "selection_bias" not in nnx.state(moe, nnx.Param)
+    # A bias large enough to send every token to experts 3 and 5.
+    moe.selection_bias.set_value(jnp.zeros((EXPERTS,)).at[jnp.array([3, 5])].set(10.0))
+    _, stats = run_nnx(moe, x)
+    assert stats["tokens_per_expert"].tolist() == [0, 0, 0, 48, 0, 48, 0, 0]
+    layer = ep_linen.MoE(group, FFN, selection_bias=True)
+    variables = layer.init(jax.random.key(0), x)
+    assert variables.keys() == {"params", ep_linen.BIAS}
+    assert variables[ep_linen.BIAS]["selection_bias"].tolist() == [0.0] * EXPERTS
+
+
+# --- transformations ---------------------------------------------------------------------------
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, group, rngs):
+        self.moe = ep_nnx.MoE(group, FFN, selection_bias=True, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.moe(x)
+
+
+class LinenBlock(nn.Module):
+    group: jax_ep.EpGroup
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + ep_linen.MoE(self.group, FFN, selection_bias=True, name="moe")(x), None
+
+
+class LinenStack(nn.Module):
+    group: jax_ep.EpGroup
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            nn.remat(LinenBlock),
+            variable_axes={"params": 0, ep_linen.STATS: 0, ep_linen.BIAS: 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        return stack(self.group, name="blocks")(x, None)[0]
+
+
+def test_scan_and_remat_over_stacked_layers(x, backend):
+    """Three layers in one scan, rematerialized, in both flavors; against the same one by one."""
+    metadata = {nnx.PARTITION_NAME: None}
+    with make_group(backend=backend) as group:
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=metadata)
+        def make_blocks(rngs):
+            return NnxBlock(group, rngs)
+
+        blocks = make_blocks(nnx.Rngs(0))
+        assert blocks.moe.w_up[...].sharding.spec == P(None, "expert")
+
+        @nnx.jit
+        @nnx.value_and_grad
+        def gradient(blocks, x):
+            body = nnx.remat(lambda block, x: block(x))
+            axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+            out = nnx.scan(body, transform_metadata=metadata, **axes)(blocks, x)
+            return jnp.square(out).mean() + blocks.moe.load_balance_loss[...].sum()
+
+        value, grads = gradient(blocks, x)
+        assert blocks.moe.tokens_per_expert[...].sum(axis=1).tolist() == [TOPK * 48] * 3
+
+        stacked = {p[-1]: v[...] for p, v in nnx.to_flat_state(nnx.state(blocks, nnx.Param))}
+        biases = {"blocks": {"moe": {"selection_bias": jnp.zeros((3, EXPERTS))}}}
+        model = LinenStack(group)
+
+        def loss(params, x):
+            variables = {"params": {"blocks": {"moe": params}}, ep_linen.BIAS: biases}
+            out, state = model.apply(variables, x, mutable=[ep_linen.STATS])
+            stats = state[ep_linen.STATS]
+            balance = stats["blocks"]["moe"]["load_balance_loss"][0]
+            return jnp.square(out).mean() + balance.sum(), stats
+
+        (linen_value, stats), linen_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            stacked, x
+        )
+        one_by_one, sizes = x, []
+        for i in range(3):
+            moe = ep_linen.MoE(group, FFN)
+            out, stat = run_linen(
+                moe, {"params": {k: v[i] for k, v in stacked.items()}}, one_by_one
+            )
+            one_by_one = one_by_one + out
+            sizes.append(stat["load_balance_loss"])
+    want = jnp.square(one_by_one).mean() + sum(sizes)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(linen_value, want, rtol=1e-5)
+    for name, got in linen_grads.items():
+        assert np.abs(got).max() > 0
+        np.testing.assert_allclose(grads["moe"][name][...], got, rtol=1e-4, atol=1e-6)
+
+    blocks.moe.update_bias(rate=0.5)
+    updated = ep_linen.update_bias(biases, stats, rate=0.5)["blocks"]["moe"]["selection_bias"]
+    assert set(np.unique(updated)) <= {-0.5, 0.0, 0.5}
+    np.testing.assert_array_equal(blocks.moe.selection_bias[...], updated)
+
+
+def test_transformations_of_jax_itself(group, x):
+    """`with_stats` changes no variable, so that a function may close over the layer."""
+    moe = make_nnx(group)
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        out, stats = jax.checkpoint(moe.with_stats)(x)
+        return jnp.square(out).sum() + stats.router_z_loss
+
+    assert np.isfinite(gradient(x)).all()
+    assert moe.tokens_per_expert[...].sum() == 0
+    layer = ep_linen.MoE(group, FFN)
+    out, stats = layer.apply(to_linen(moe), x, method="with_stats")
+    np.testing.assert_array_equal(out, moe(x))
+    assert stats.tokens_per_expert.sum() == TOPK * 48
+
+
+def test_explicit_axes(x):
+    """A mesh as `jax.make_mesh` makes it: NNX works and keeps the sharding of `x`."""
+    devices = np.array(jax.devices()[:8]).reshape(2, 4)
+    mesh = Mesh(devices, ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)
+    with make_group(mesh) as group, jax.set_mesh(mesh):
+        moe = make_nnx(group, num_shared_experts=1)
+        x = jax.sharding.reshard(x, P("data"))
+        out = nnx.jit(lambda moe, x: x + moe(x))(moe, x)
+        assert jax.typeof(out).sharding.spec == P("data", None, None)
+        odd = moe(jnp.ones((5, HIDDEN)))
+        with pytest.raises(ValueError, match=r"axis_types .*; allowed in Linen: AxisType.Auto"):
+            ep_linen.MoE(group, FFN).init(jax.random.key(0), x)
+    want = dense(moe, x, {"num_shared_experts": 1})
+    np.testing.assert_allclose(out, np.asarray(x) + want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        odd, dense(moe, np.ones((5, HIDDEN)), {"num_shared_experts": 1}), rtol=1e-4, atol=1e-5
+    )
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group": None}, "group is a NoneType; allowed: an EpGroup"),
+        ({"ffn": 0}, "ffn is 0; allowed: an int, at least 1"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1; allowed: an int, at least 0"),
+        ({"num_shared_experts": True}, "num_shared_experts is True; allowed: an int"),
+        ({"score": "tanh"}, "score is 'tanh'; allowed: 'softmax', 'sigmoid'"),
+        ({"num_groups": 3, "num_topk_groups": 1}, "num_groups is 3 and .*; allowed"),
+        ({"data_axes": ("expert",)}, r"data_axes is .*; allowed: None, or .*: \('data',\)"),
+        ({"param_dtype": jnp.int32}, "param_dtype is 'int32'; allowed: a floating point type"),
+    ],
+)
+def test_bad_options(options, message, group, x):
+    options = {"group": group, "ffn": FFN} | options
+    with pytest.raises(ValueError, match=message):
+        ep_nnx.MoE(**options, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        ep_linen.MoE(**options).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.ones((8, HIDDEN + 1)), r"x is float32\[8, 17\]; allowed: .* \[..., 16\]"),
+        (jnp.ones((8, HIDDEN), jnp.int32), r"x is int32\[8, 16\]; allowed: floating point"),
+        ([1.0], "x is a list; allowed: an array"),
+        (
+            jnp.ones((8, 17, HIDDEN)),
+            "136 tokens, 17 on each of 8 devices .*; allowed: up to EpConfig.max_tokens_per_rank",
+        ),
+    ],
+)
+def test_bad_inputs(x, message, group):
+    with pytest.raises(ValueError, match=message):
+        make_nnx(group)(x)
+
+
+def test_layout_rank_and_closed_groups(x):
+    with make_group(layout="rank") as group:
+        with pytest.raises(ValueError, match="layout 'rank'; allowed for MoE: 'expert'"):
+            make_nnx(group)
+    with make_group() as group:
+        moe = make_nnx(group)
+        moe(x)
+    with pytest.raises(jax_ep.EpGroupClosed):
+        moe(x)
