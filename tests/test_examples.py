@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of examples/ run, and the language model learns what it says it learns."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+SMALL = [
+    *("--layers", "1", "--hidden", "64", "--heads", "2", "--ffn", "64", "--seq-len", "64"),
+    *("--eval-every", "0", "--sample-bytes", "40"),
+]
+TINY = [*SMALL, "--batch", "8"]
+
+pytestmark = pytest.mark.example
+
+
+def _environment() -> dict[str, str]:
+    """Without the test suite's own devices: the programs ask for what they need."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return {**kept, "PYTHONPATH": path, "MPLBACKEND": "Agg"}
+
+
+def _start(*args: object, out: pathlib.Path | None = None) -> subprocess.Popen:
+    command = [sys.executable, str(EXAMPLES / "train_moe_lm.py"), *map(str, args)]
+    if out is not None:
+        command += ["--out", str(out)]
+    return subprocess.Popen(
+        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _run(*args: object, out: pathlib.Path | None = None, status: int = 0) -> tuple[str, str]:
+    process = _start(*args, out=out)
+    stdout, stderr = process.communicate(timeout=250)
+    assert process.returncode == status, f"{stdout[-2000:]}\n{stderr[-3000:]}"
+    return stdout, stderr
+
+
+def _metrics(out: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses(out: pathlib.Path) -> list[float]:
+    return [m["loss"] for m in _metrics(out) if "loss" in m]
+
+
+def _number_after(text: str, stdout: str) -> float:
+    line = next(line for line in stdout.splitlines() if line.startswith(text))
+    return float(line[len(text) :].split()[0])
+
+
+def test_held_out_loss_ends_well_below_the_unigram_entropy(tmp_path):
+    args = ["--batch", 16, "--steps", 200, "--lr", 0.008, "--warmup", 20]
+    stdout, _ = _run(*SMALL, *args, out=tmp_path)
+    held_out = _number_after("held-out loss", stdout)
+    unigram = _number_after("unigram entropy", stdout)
+    assert held_out <= unigram - 0.7
+    assert "backend ffi" in stdout
+    assert "A sample that the model wrote:" in stdout
+    for name in ("loss.png", "expert_load.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    steps = [m for m in _metrics(tmp_path) if "loss" in m]
+    assert [m["step"] for m in steps] == list(range(1, 201))
+    for name in ("tokens_per_s", "drop_rate", "imbalance", "expert_load"):
+        assert all(name in m for m in steps)
+
+
+def test_the_first_20_losses_are_those_of_the_dense_model_on_one_device(tmp_path):
+    stdout, _ = _run(*TINY, "--steps", 20, "--flavor", "nnx", out=tmp_path / "ep")
+    assert "mesh data 2 x expert 4" in stdout
+    stdout, _ = _run(*TINY, "--steps", 20, "--dense", out=tmp_path / "dense")
+    assert "1 device, dense" in stdout
+    ep, dense = _losses(tmp_path / "ep"), _losses(tmp_path / "dense")
+    assert len(ep) == len(dense) == 20
+    assert max(abs(a - b) for a, b in zip(ep, dense, strict=True)) <= 1e-3
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(tmp_path):
+    args = [*TINY, "--steps", 40, "--checkpoint-every", 10]
+    _run(*args, out=tmp_path / "whole")
+
+    killed = _start(*args, out=tmp_path / "killed")
+    deadline = time.monotonic() + 200
+    checkpoint = tmp_path / "killed" / "checkpoints" / "20"
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+
+    _run(*args, "--resume", out=tmp_path / "killed")
+    whole, resumed = _losses(tmp_path / "whole"), _losses(tmp_path / "killed")
+    assert len(resumed) == 40
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--backend", "xla", "--flavor", "linen"],
+        ["--fp8-wire", "--capacity-factor", "1.0", "--mesh", "1x8"],
+    ],
+    ids=["xla_linen", "fp8_capacity_one_axis"],
+)
+def test_other_options_train_as_well(options, tmp_path):
+    stdout, _ = _run(*TINY, "--steps", 12, *options, out=tmp_path)
+    losses = _losses(tmp_path)
+    assert losses[-1] < losses[0] - 0.3
+    if "--backend" in options:
+        assert "backend xla" in stdout
+    if "--capacity-factor" in options:
+        # One expert on each device, and routing is never quite even.
+        assert max(m["drop_rate"] for m in _metrics(tmp_path) if "loss" in m) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--mesh", "2by4"], ["--mesh", "2by4", "DATAxEXPERT"]),
+        (["--mesh", "1x3"], ["3", "8"]),
+        (["--experts", "0"], ["--experts", "0", "allowed"]),
+        (["--capacity-factor", "-1"], ["--capacity-factor", "-1", "above 0"]),
+        (["--backend", "cuda"], ["--backend", "cuda", "ffi"]),
+        (["--flavor", "haiku"], ["--flavor", "haiku", "linen"]),
+        (["--topk", "9"], ["--topk", "9", "8"]),
+        (["--batch", "9"], ["--batch", "9"]),
+    ],
+)
+def test_a_bad_option_gets_a_clear_error(options, parts):
+    _, stderr = _run(*options, status=2)
+    message = stderr.splitlines()[-1]
+    assert "error: " in message, stderr
+    for part in parts:
+        assert part in message, message
+
+
+def test_the_tutorial_runs_and_checks_itself():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "tutorial_dispatch_combine.py")],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers under the transformations of Flax and of JAX, and on meshes with explicit axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from flax_layers import (
+    EXPERTS,
+    FFN,
+    HIDDEN,
+    TOPK,
+    dense,
+    make_group,
+    make_nnx,
+    run_linen,
+    to_linen,
+)
+from jax_ep.flax import linen as ep_linen
+from jax_ep.flax import nnx as ep_nnx
+
+
+@pytest.fixture(scope="module")
+def group():
+    with make_group() as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(7), (8, 6, HIDDEN))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, group, rngs):
+        self.moe = ep_nnx.MoE(group, FFN, selection_bias=True, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.moe(x)
+
+
+class LinenBlock(nn.Module):
+    group: jax_ep.EpGroup
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + ep_linen.MoE(self.group, FFN, selection_bias=True, name="moe")(x), None
+
+
+class LinenStack(nn.Module):
+    group: jax_ep.EpGroup
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            nn.remat(LinenBlock),
+            variable_axes={"params": 0, ep_linen.STATS: 0, ep_linen.BIAS: 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        return stack(self.group, name="blocks")(x, None)[0]
+
+
+def test_scan_and_remat_over_stacked_layers(x, backend):
+    """Three layers in one scan, rematerialized, in both flavors; against the same one by one."""
+    metadata = {nnx.PARTITION_NAME: None}
+    with make_group(backend=backend) as group:
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=metadata)
+        def make_blocks(rngs):
+            return NnxBlock(group, rngs)
+
+        blocks = make_blocks(nnx.Rngs(0))
+        assert blocks.moe.w_up[...].sharding.spec == P(None, "expert")
+
+        @nnx.jit
+        @nnx.value_and_grad
+        def gradient(blocks, x):
+            body = nnx.remat(lambda block, x: block(x))
+            axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+            out = nnx.scan(body, transform_metadata=metadata, **axes)(blocks, x)
+            return jnp.square(out).mean() + blocks.moe.load_balance_loss[...].sum()
+
+        value, grads = gradient(blocks, x)
+        assert blocks.moe.tokens_per_expert[...].sum(axis=1).tolist() == [TOPK * 48] * 3
+
+        stacked = {p[-1]: v[...] for p, v in nnx.to_flat_state(nnx.state(blocks, nnx.Param))}
+        biases = {"blocks": {"moe": {"selection_bias": jnp.zeros((3, EXPERTS))}}}
+        model = LinenStack(group)
+
+        def loss(params, x):
+            variables = {"params": {"blocks": {"moe": params}}, ep_linen.BIAS: biases}
+            out, state = model.apply(variables, x, mutable=[ep_linen.STATS])
+            stats = state[ep_linen.STATS]
+            balance = stats["blocks"]["moe"]["load_balance_loss"][0]
+            return jnp.square(out).mean() + balance.sum(), stats
+
+        (linen_value, stats), linen_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            stacked, x
+        )
+        one_by_one, sizes = x, []
+        for i in range(3):
+            moe = ep_linen.MoE(group, FFN)
+            out, stat = run_linen(
+                moe, {"params": {k: v[i] for k, v in stacked.items()}}, one_by_one
+            )
+            one_by_one = one_by_one + out
+            sizes.append(stat["load_balance_loss"])
+    want = jnp.square(one_by_one).mean() + sum(sizes)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(linen_value, want, rtol=1e-5)
+    for name, got in linen_grads.items():
+        assert np.abs(got).max() > 0
+        np.testing.assert_allclose(grads["moe"][name][...], got, rtol=1e-4, atol=1e-6)
+
+    blocks.moe.update_bias(rate=0.5)
+    updated = ep_linen.update_bias(biases, stats, rate=0.5)["blocks"]["moe"]["selection_bias"]
+    assert set(np.unique(updated)) <= {-0.5, 0.0, 0.5}
+    np.testing.assert_array_equal(blocks.moe.selection_bias[...], updated)
+
+
+def test_transformations_of_jax_itself(group, x):
+    """`with_stats` changes no variable, so that a function may close over the layer."""
+    moe = make_nnx(group)
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        out, stats = jax.checkpoint(moe.with_stats)(x)
+        return jnp.square(out).sum() + stats.router_z_loss
+
+    assert np.isfinite(gradient(x)).all()
+    assert moe.tokens_per_expert[...].sum() == 0
+    layer = ep_linen.MoE(group, FFN)
+    out, stats = layer.apply(to_linen(moe), x, method="with_stats")
+    np.testing.assert_array_equal(out, moe(x))
+    assert stats.tokens_per_expert.sum() == TOPK * 48
+
+
+def test_explicit_axes(x):
+    """A mesh as `jax.make_mesh` makes it: NNX works and keeps the sharding of `x`."""
+    devices = np.array(jax.devices()[:8]).reshape(2, 4)
+    mesh = Mesh(devices, ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)
+    with make_group(mesh) as group, jax.set_mesh(mesh):
+        moe = make_nnx(group, num_shared_experts=1)
+        x = jax.sharding.reshard(x, P("data"))
+        out = nnx.jit(lambda moe, x: x + moe(x))(moe, x)
+        assert jax.typeof(out).sharding.spec == P("data", None, None)
+        odd = moe(jnp.ones((5, HIDDEN)))
+        with pytest.raises(ValueError, match=r"axis_types .*; allowed in Linen: AxisType.Auto"):
+            ep_linen.MoE(group, FFN).init(jax.random.key(0), x)
+    want = dense(moe, x, {"num_shared_experts": 1})
+    np.testing.assert_allclose(out, np.asarray(x) + want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        odd, dense(moe, np.ones((5, HIDDEN)), {"num_shared_experts": 1}), rtol=1e-4, atol=1e-5
+    )
