@@ -69,10 +69,11 @@ class Checkpoints:
                 f"argument --resume: the checkpoint of step {step} is of a run with "
                 f"{', '.join(other)}; allowed: the same options, or another --out"
             )
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            _by_path(state),
-        )
+        # Not by jax.tree.map, which returns the names sorted, in another order than the leaves.
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in _by_path(state).items()
+        }
         arrays = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )["state"]
