@@ -113,8 +113,8 @@ def test_the_binary_is_built_for_the_oldest_supported_jaxlib():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'jax_ep' has no attribute 'dispach'"):
-        _ = jax_ep.dispach
+    with pytest.raises(AttributeError, match="module 'jax_ep' has no attribute 'no_such_name'"):
+        _ = jax_ep.no_such_name
     assert set(jax_ep.__all__) <= set(dir(jax_ep))
 
 

@@ -77,7 +77,7 @@ class Dispatcher {
         if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
         if (slot < 0) continue;
         const int32_t dest = expert / num_local_;
-        if (row == nullptr) row = travelling_row(source, token, received.data());
+        if (row == nullptr) row = traveling_row(source, token, received.data());
         std::byte* const to = static_cast<std::byte*>(call(dest).rows) + slot * row_bytes_;
         if (once_per_rank) {
           int64_t& last = copied[static_cast<size_t>(dest)];
@@ -94,9 +94,9 @@ class Dispatcher {
   }
 
   // The token's row as it reaches its destinations; `scratch` holds it on the FP8 wire.
-  const std::byte* travelling_row(const DispatchCall& source,
-                                  int64_t token,
-                                  std::byte* scratch) const {
+  const std::byte* traveling_row(const DispatchCall& source,
+                                 int64_t token,
+                                 std::byte* scratch) const {
     const auto* const row =
         static_cast<const std::byte*>(source.x) + token % shape_.num_tokens * row_bytes_;
     if (first_.wire == Wire::kSame || row_bytes_ == 0) return row;

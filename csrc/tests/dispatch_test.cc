@@ -25,7 +25,7 @@ std::vector<T> row_of(const std::vector<T>& buffer, int64_t row, int64_t columns
 class DispatchOf : public testing::TestWithParam<ClusterOptions> {
  protected:
   // x as it arrives.
-  static reference::PerRank<float> travelled(const Cluster& cluster) {
+  static reference::PerRank<float> traveled(const Cluster& cluster) {
     const ClusterOptions& options = cluster.options();
     reference::PerRank<float> x = cluster.all(&RankBuffers::x);
     if (options.wire == Wire::kSame) return x;
@@ -50,7 +50,7 @@ TEST_P(DispatchOf, RowsArriveAtTheirSlots) {
       reference::dispatch_rows(options.shape,
                                cluster.all(&RankBuffers::topk_idx),
                                cluster.planned(),
-                               travelled(cluster),
+                               traveled(cluster),
                                options.hidden);
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
   const std::vector<std::byte> empty(at(row_bytes),

@@ -50,7 +50,8 @@ class Options:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote the checkpoint."""
         names = ("layers", "hidden", "heads", "ffn", "experts", "shared_experts", "topk")
-        names += ("seq_len", "batch", "steps", "lr", "warmup", "balance_loss", "z_loss", "seed", "flavor")
+        names += ("seq_len", "batch", "steps", "lr", "warmup", "balance_loss", "z_loss", "seed")
+        names += ("flavor",)
         return {name: getattr(self, name) for name in names}
 
 

@@ -142,7 +142,7 @@ class LayerSpec:
     @property
     def token_axes(self) -> tuple[str, ...]:
         """Mesh axes over which the tokens are split."""
-        return (*self.data_axes, *self.expert_axes)
+        return (*(self.data_axes or ()), *self.expert_axes)
 
     @property
     def num_token_shards(self) -> int:
@@ -260,17 +260,17 @@ def _apply_blocks(
     token_spec = PartitionSpec(spec.token_axes, *[None] * (x.ndim - 1))
     param_specs = {name: PartitionSpec(*p.partition) for name, p in spec.params().items()}
     params = {name: _reshard(spec, params[name], s) for name, s in param_specs.items()}
-    stats_specs = LayerStats(
-        tokens_per_expert=PartitionSpec(spec.expert_axes),
-        num_dropped=PartitionSpec(),
-        load_balance_loss=PartitionSpec(),
-        router_z_loss=PartitionSpec(),
-    )
+    stats_specs: dict[str, Any] = {
+        "tokens_per_expert": PartitionSpec(spec.expert_axes),
+        "num_dropped": PartitionSpec(),
+        "load_balance_loss": PartitionSpec(),
+        "router_z_loss": PartitionSpec(),
+    }
     blocks = jax.shard_map(
         functools.partial(_block, spec, num_tokens),
         mesh=spec.group.mesh,
         in_specs=(param_specs, PartitionSpec(), token_spec),
-        out_specs=(token_spec, stats_specs),
+        out_specs=(token_spec, LayerStats(**stats_specs)),
     )
     if bias is not None:
         bias = _reshard(spec, bias, PartitionSpec())

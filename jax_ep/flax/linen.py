@@ -97,10 +97,12 @@ class MoE(nn.Module):
             data_axes=None if self.data_axes is None else tuple(self.data_axes),
             param_dtype=self.param_dtype,
         )
-        params = {}
+        params: dict[str, Any] = {}
         for name, param in self.spec.params().items():
             init = param.init(self.router_init if name == "router" else self.kernel_init)
-            init = nn.with_partitioning(init, param.partition, mesh=self.group.mesh)
+            # An entry may name several axes, which Flax's own annotation does not say.
+            partition: Any = param.partition
+            init = nn.with_partitioning(init, partition, mesh=self.group.mesh)
             params[name] = self.param(name, init, param.shape, param.dtype)
         self.weights = params
         num_experts = self.group.config.num_experts

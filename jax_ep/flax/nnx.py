@@ -175,5 +175,6 @@ class MoE(nnx.Module):
         """
         if self.selection_bias is None:
             raise ValueError("selection_bias is False for this MoE; allowed for update_bias: True")
-        bias, load = self.selection_bias.get_value(), self.tokens_per_expert.get_value()
+        stats: dict[str, Any] = vars(self)  # set by name in __init__
+        bias, load = self.selection_bias.get_value(), stats["tokens_per_expert"].get_value()
         self.selection_bias.set_value(_layer.updated_bias(bias, load, rate))
