@@ -59,7 +59,7 @@ test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thre
 	    -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DJAX_EP_SANITIZE=$(SANITIZE) \
 	    -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING; \
 	  $(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS); \
-	  $(CTEST) --test-dir $(CPP_BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error \
+	  $(CTEST) --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error \
 	    -Q -O $(abspath $(CPP_BUILD))/test.log || { cat $(CPP_BUILD)/test.log; exit 1; }; \
 	  tail -n 3 $(CPP_BUILD)/test.log; \
 	else \

@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = parser.add_argument_group("training")
     add(run, "--batch", positive, 16, "sequences per step, over all devices")
-    add(run, "--steps", positive, 300, "training steps")
+    add(run, "--steps", positive, 200, "training steps")
     add(run, "--lr", _number(float, 0, above=True), 4e-3, "highest learning rate")
     add(run, "--warmup", count, 50, "steps until the learning rate is at its highest")
     add(run, "--balance-loss", _number(float, 0), 0.01, "factor of the load-balance loss")
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add(run, "--seed", count, 0, "of initial parameters and of the order of the data")
 
     ep = parser.add_argument_group("expert parallelism")
-    add(ep, "--mesh", _mesh, (2, 4), "devices, as DATAxEXPERT", metavar="DATAxEXPERT")
+    add(ep, "--mesh", _mesh, "2x4", "devices, as DATAxEXPERT", metavar="DATAxEXPERT")
     add(ep, "--backend", str, "auto", "of dispatch and combine", choices=("auto", "ffi", "xla"))
     add(
         ep,
