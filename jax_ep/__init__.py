@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
     from jax_ep._src.group import EpGroup as EpGroup
+    from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
+    from jax_ep._src.moe import moe_with_stats as moe_with_stats
     from jax_ep._src.routing import load_balance_loss as load_balance_loss
     from jax_ep._src.routing import route as route
     from jax_ep._src.routing import router_z_loss as router_z_loss
@@ -38,7 +40,9 @@ _EXPORTS = {
     "combine": "jax_ep._src.api",
     "dispatch": "jax_ep._src.api",
     "load_balance_loss": "jax_ep._src.routing",
+    "MoeStats": "jax_ep._src.moe",
     "moe": "jax_ep._src.moe",
+    "moe_with_stats": "jax_ep._src.moe",
     "route": "jax_ep._src.routing",
     "router_z_loss": "jax_ep._src.routing",
     "update_bias": "jax_ep._src.routing",
@@ -52,10 +56,12 @@ __all__ = [
     "EpGroup",
     "EpGroupClosed",
     "EpUnavailable",
+    "MoeStats",
     "combine",
     "dispatch",
     "load_balance_loss",
     "moe",
+    "moe_with_stats",
     "reference",
     "route",
     "router_z_loss",

@@ -15,7 +15,7 @@ TEMPERATURE = 0.7
 def sample(
     model: Flavor, params: Any, prompt: bytes, *, num_bytes: int, seq_len: int, seed: int
 ) -> str:
-    """The prompt and `num_bytes` bytes that follow it; what is not UTF-8 is replaced.
+    """The prompt and `num_bytes` bytes that follow it; what no terminal should get is replaced.
 
     Every byte takes a pass over the last `seq_len` bytes: simple, and fast enough for a sample.
     """
@@ -25,7 +25,8 @@ def sample(
     window = min(seq_len, text.size)
     write = jax.jit(functools.partial(_write, model, num_bytes=num_bytes, window=window))
     text = write(params, text, jax.random.key(seed))
-    return bytes(jax.device_get(text).astype("uint8")).decode(errors="replace")
+    written = bytes(jax.device_get(text).astype("uint8")).decode(errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in written)
 
 
 def _write(

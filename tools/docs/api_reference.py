@@ -31,7 +31,7 @@ SECTIONS = (
                 "router_z_loss",
                 "update_bias",
             ),
-            "jax_ep._src.moe": ("moe",),
+            "jax_ep._src.moe": ("moe", "moe_with_stats", "MoeStats"),
             "jax_ep._src.errors": ("EpUnavailable", "EpGroupClosed"),
         },
     ),
