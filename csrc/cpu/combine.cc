@@ -3,7 +3,7 @@
 // slots where they are, in ascending order of experts, so the order of the sum is that of the
 // experts alone. Every output row is written by one task.
 //
-// Extra memory, per thread: 56 K bytes, and the fixed scratch of the row kernels.
+// Extra memory, per thread: 40 K bytes, and the fixed scratch of the row kernels.
 #include <algorithm>
 #include <cstddef>
 #include <string>

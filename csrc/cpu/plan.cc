@@ -2,7 +2,7 @@
 // The plan counts selections per (source rank, expert), turns the counts into first rows, and
 // hands out the rows in token order. It works on all ranks' arrays at once, one rank per task.
 //
-// Extra memory: 8 R (E + R) bytes of counts, which then serve as cursors, and while tokens are
+// Extra memory: at most 8 R (E + R) bytes of counts, then cursors, and while tokens are
 // scanned 4 (E + R) bytes per thread.
 #include <algorithm>
 #include <cstddef>

@@ -23,7 +23,7 @@ constexpr bool is_valid_selection(const EpShape& shape, int32_t expert, int32_t 
          in_range_or_none(slot, shape.recv_capacity) && (expert >= 0 || slot < 0);
 }
 
-// "rank 1: topk_idx[5, 3] is 64, but must be -1 (no selection) or in [0, 64)".
+// "rank 1: topk_idx[5, 3] is 64, but must be -1 (no selection) or an expert in [0, 64)".
 Status invalid_expert(const EpShape& shape, int32_t rank, int64_t token, int32_t k, int32_t expert);
 
 // Why is_valid_selection() is false.
