@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// The symmetric heap: one table gives every region's place and size. Host sizing, the kernels and
+// docs/protocol.md read it; nothing else knows an offset.
+//
+// Every rank of a group holds one heap of the same layout. Its first part is mapped by the group's
+// other ranks; the rest, from `peer_bytes` on, is the rank's own.
+#ifndef JAX_EP_CSRC_CORE_HEAP_LAYOUT_H_
+#define JAX_EP_CSRC_CORE_HEAP_LAYOUT_H_
+
+#include <cstdint>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/ep_shape.h"
+
+namespace jax_ep {
+
+// Ranks of one scale-up domain, and the largest sizes that the kernels are written for.
+inline constexpr int32_t kMaxRanks = 64;
+inline constexpr int32_t kMaxTopk = 32;  // a warp's lanes hold the selections of a token
+inline constexpr int32_t kMaxExperts = 4096;
+inline constexpr int64_t kMaxTokens = int64_t{1} << 20;
+
+// Rows are signaled chunk by chunk; a chunk is a run of consecutive tokens of one source rank.
+inline constexpr int32_t kMaxChunks = 1024;
+// The plan counts selections per tile: a longer run of tokens of one source rank.
+inline constexpr int32_t kMaxTiles = 64;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t align_up(int64_t value, int64_t alignment) {
+  return ceil_div(value, alignment) * alignment;
+}
+
+// Tokens of a chunk: few, so that a small batch spreads over many warps and a large one arrives
+// piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of T
+// alone, because the sender and the receiver must agree.
+constexpr int32_t chunk_tokens(int64_t num_tokens) {
+  const int64_t wanted = ceil_div(num_tokens, 128);
+  const int64_t few = wanted < 1 ? 1 : wanted > 8 ? 8 : wanted;
+  const int64_t least = ceil_div(num_tokens, kMaxChunks);
+  return static_cast<int32_t>(few > least ? few : least);
+}
+constexpr int32_t num_chunks(int64_t num_tokens) {
+  return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens)));
+}
+
+// Tokens of a tile: a multiple of a warp's 32; about 512 tiles over all ranks.
+constexpr int32_t tile_tokens(int64_t num_tokens, int32_t num_ranks) {
+  const int64_t wanted = 512 / num_ranks;
+  const int64_t tiles = wanted > kMaxTiles ? kMaxTiles : wanted;
+  const int64_t tokens = align_up(ceil_div(num_tokens, tiles), 32);
+  return static_cast<int32_t>(tokens < 32 ? 32 : tokens);
+}
+constexpr int32_t num_tiles(int64_t num_tokens, int32_t num_ranks) {
+  return static_cast<int32_t>(ceil_div(num_tokens, tile_tokens(num_tokens, num_ranks)));
+}
+
+// What a plan counts: selections per expert, and in layout "rank" tokens per rank too.
+constexpr int32_t num_bins(Layout layout, int32_t num_experts, int32_t num_ranks) {
+  return num_experts + (layout == Layout::kRank ? num_ranks : 0);
+}
+
+// The most rows that one rank holds of one token.
+constexpr int32_t max_rows_per_token(Layout layout, int32_t num_topk, int32_t num_local_experts) {
+  if (layout == Layout::kRank) return 1;
+  return num_topk < num_local_experts ? num_topk : num_local_experts;
+}
+
+// What a heap's size depends on; from the group's config.
+struct HeapShape {
+  int32_t num_ranks = 1;
+  int32_t num_experts = 1;
+  int32_t num_topk = 1;
+  int64_t max_tokens = 1;  // T of any call is at most this
+  int64_t hidden = 1;
+  DType dtype = DType::kFloat32;
+  Wire wire = Wire::kSame;
+  Layout layout = Layout::kExpert;
+};
+
+// The regions, in the order in which they lie in the heap.
+enum class Region : int32_t {
+  kAcknowledged,  // u32 [R]: by peer, the last epoch whose rows of ours it has read
+  kArrived,       // u32 [R, kMaxChunks]: by source and chunk, the epoch whose rows have arrived
+  kRouting,       // i32 [R, max_tokens, K]: topk_idx of every rank
+  kScalars,       // f32 [R, max_tokens, K]: scalars that travel with rows
+  kScales,        // f32 [R, max_tokens, scale_stride]: of FP8 rows; only with the FP8 wire
+  kRows,          // bytes [R, max_tokens, row_stride]: rows on their way
+  // From here on the rank's own.
+  kControl,  // u32: see Control
+  kCounts,   // u32 [R, tiles, bins]: selections per tile and bin, then the first position of each
+  kTotals,   // u32 [bins]: selections per bin
+};
+inline constexpr int32_t kNumRegions = 9;
+inline constexpr int32_t kFirstOwnRegion = static_cast<int32_t>(Region::kControl);
+
+// Words of Region::kControl.
+enum class Control : int32_t {
+  kEpoch,              // exchanges that this rank has finished
+  kBlocksDone,         // blocks of the running kernel that are done; 0 between kernels
+  kBarrierCount,       // blocks that have come to the grid barrier; 0 between barriers
+  kBarrierGeneration,  // grid barriers so far
+  kFailed,             // kernels' waits that ran out of time
+};
+inline constexpr int32_t kNumControlWords = 5;
+
+struct RegionInfo {
+  const char* name;
+  const char* shape;
+  const char* holds;
+  int64_t offset;  // bytes from the heap's start
+  int64_t bytes;
+};
+
+// The regions' places. Trivially copyable: kernels get it as a parameter.
+struct HeapLayout {
+  int64_t offset[kNumRegions];  // bytes
+  int64_t bytes[kNumRegions];
+  int64_t row_stride;    // bytes from a staged row to the next, a multiple of 16
+  int64_t scale_stride;  // float32 from one row's scales to the next's, a multiple of 4
+  int64_t max_tokens;
+  int64_t peer_bytes;   // the part that peers map
+  int64_t total_bytes;  // of the heap
+
+  constexpr int64_t at(Region region) const { return offset[static_cast<int32_t>(region)]; }
+};
+
+constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
+  constexpr int64_t kRegionAlignment = 256;
+  const int64_t ranks = shape.num_ranks;
+  const int64_t tokens = shape.max_tokens;
+  const int64_t topk = shape.num_topk;
+  const int64_t bins = num_bins(shape.layout, shape.num_experts, shape.num_ranks);
+  const bool fp8 = shape.wire == Wire::kFloat8E4M3;
+  HeapLayout layout{};
+  layout.row_stride = align_up(shape.hidden * size_bytes(shape.dtype), 16);
+  layout.scale_stride = fp8 ? align_up(ceil_div(shape.hidden, kScaleBlock), 4) : 0;
+  layout.max_tokens = tokens;
+  const int64_t bytes[kNumRegions] = {
+      4 * ranks,
+      4 * ranks * kMaxChunks,
+      4 * ranks * tokens * topk,
+      4 * ranks * tokens * topk,
+      4 * ranks * tokens * layout.scale_stride,
+      ranks * tokens * layout.row_stride,
+      4 * int64_t{kNumControlWords},
+      4 * ranks * num_tiles(tokens, shape.num_ranks) * bins,
+      4 * bins,
+  };
+  int64_t end = 0;
+  for (int32_t i = 0; i < kNumRegions; ++i) {
+    layout.offset[i] = end;
+    layout.bytes[i] = bytes[i];
+    end = align_up(end + bytes[i], kRegionAlignment);
+    if (i + 1 == kFirstOwnRegion) layout.peer_bytes = end;
+  }
+  layout.total_bytes = end;
+  return layout;
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CORE_HEAP_LAYOUT_H_

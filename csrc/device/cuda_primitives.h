@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// primitives.h on a GPU: sm_90 and later. Most of it is CCCL's; what CCCL has not is asm, one
+// instruction a wrapper, each with its least architecture and the reason.
+#ifndef JAX_EP_CSRC_DEVICE_CUDA_PRIMITIVES_H_
+#define JAX_EP_CSRC_DEVICE_CUDA_PRIMITIVES_H_
+
+#include <cuda/atomic>
+#include <cuda/ptx>
+#include <type_traits>
+
+namespace jax_ep::dev {
+
+JAX_EP_DEVICE u32 thread_id() { return threadIdx.x; }
+JAX_EP_DEVICE u32 block_id() { return blockIdx.x; }
+JAX_EP_DEVICE u32 num_threads() { return blockDim.x; }
+JAX_EP_DEVICE u32 num_blocks() { return gridDim.x; }
+JAX_EP_DEVICE u32 lane_id() { return threadIdx.x % kWarpSize; }
+JAX_EP_DEVICE u32 warp_id() { return threadIdx.x / kWarpSize; }
+
+// --- shared memory -----------------------------------------------------------------------------
+
+// A word of shared memory; the simulator checks every access to it.
+template <typename T>
+class Shared {
+ public:
+  Shared() = default;
+  Shared(const Shared&) = delete;
+  JAX_EP_DEVICE operator T() const { return value_; }
+  JAX_EP_DEVICE void operator=(T value) { value_ = value; }
+
+ private:
+  template <typename U>
+  friend JAX_EP_DEVICE Ptr<U> address_of(Shared<U>& word);
+  T value_;
+};
+
+template <typename T>
+JAX_EP_DEVICE Ptr<T> address_of(Shared<T>& word) {
+  return {&word.value_};
+}
+
+// The block's dynamic shared memory.
+template <typename S>
+JAX_EP_DEVICE S& shared() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return *reinterpret_cast<S*>(dynamic_shared_memory);
+}
+
+// --- blocks and warps --------------------------------------------------------------------------
+
+JAX_EP_DEVICE void block_sync() { __syncthreads(); }
+JAX_EP_DEVICE void warp_sync() { __syncwarp(); }
+JAX_EP_DEVICE u32 warp_shfl(u32 value, u32 lane) {
+  return __shfl_sync(0xFFFF'FFFF, value, static_cast<int>(lane));
+}
+JAX_EP_DEVICE u32 warp_ballot(bool predicate) { return __ballot_sync(0xFFFF'FFFF, predicate); }
+JAX_EP_DEVICE u32 warp_match(u32 value) { return __match_any_sync(0xFFFF'FFFF, value); }
+
+// --- memory ------------------------------------------------------------------------------------
+
+template <typename T>
+JAX_EP_DEVICE std::remove_const_t<T> ld(Ptr<T> from) {
+  return *from.raw;
+}
+template <typename T>
+JAX_EP_DEVICE void st(Ptr<T> to, std::type_identity_t<T> value) {
+  *to.raw = value;
+}
+
+template <Scope kScope>
+using WordRef =
+    cuda::atomic_ref<u32,
+                     kScope == Scope::kSys ? cuda::thread_scope_system : cuda::thread_scope_device>;
+
+template <Scope kScope>
+JAX_EP_DEVICE u32 ld_acquire(Ptr<u32> from) {
+  return WordRef<kScope>(*from.raw).load(cuda::memory_order_acquire);
+}
+template <Scope kScope>
+JAX_EP_DEVICE u32 ld_relaxed(Ptr<u32> from) {
+  return WordRef<kScope>(*from.raw).load(cuda::memory_order_relaxed);
+}
+template <Scope kScope>
+JAX_EP_DEVICE void st_release(Ptr<u32> to, u32 value) {
+  WordRef<kScope>(*to.raw).store(value, cuda::memory_order_release);
+}
+template <Scope kScope>
+JAX_EP_DEVICE void st_relaxed(Ptr<u32> to, u32 value) {
+  WordRef<kScope>(*to.raw).store(value, cuda::memory_order_relaxed);
+}
+template <Scope kScope>
+JAX_EP_DEVICE u32 fetch_add_acq_rel(Ptr<u32> to, u32 value) {
+  return WordRef<kScope>(*to.raw).fetch_add(value, cuda::memory_order_acq_rel);
+}
+template <Scope kScope>
+JAX_EP_DEVICE void fence_acq_rel() {
+  cuda::atomic_thread_fence(
+      cuda::memory_order_acq_rel,
+      kScope == Scope::kSys ? cuda::thread_scope_system : cuda::thread_scope_device);
+}
+// Relaxed, among the threads of the block; returns the old bits.
+JAX_EP_DEVICE u32 shared_or(Ptr<u32> word, u32 bits) {
+  return cuda::atomic_ref<u32, cuda::thread_scope_block>(*word.raw).fetch_or(
+      bits, cuda::memory_order_relaxed);
+}
+
+// --- bulk copies -------------------------------------------------------------------------------
+
+JAX_EP_DEVICE void mbar_init(Mbar* mbar, u32 arrivals) {
+  cuda::ptx::mbarrier_init(&mbar->word, arrivals);
+}
+// Makes initialized mbarriers known to the copy engines. Follow it with a barrier of the threads
+// that use them.
+JAX_EP_DEVICE void mbar_init_fence() {
+  cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+}
+JAX_EP_DEVICE void mbar_arrive_expect(Mbar* mbar, u32 bytes) {
+  (void)cuda::ptx::mbarrier_arrive_expect_tx(
+      cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared, &mbar->word, bytes);
+}
+JAX_EP_DEVICE void mbar_wait(Mbar* mbar, u32 parity) {
+  while (!cuda::ptx::mbarrier_try_wait_parity(&mbar->word, parity)) {
+  }
+}
+JAX_EP_DEVICE void bulk_load(Ptr<u32> to, Ptr<const std::byte> from, u32 bytes, Mbar* mbar) {
+  cuda::ptx::cp_async_bulk(
+      cuda::ptx::space_cluster, cuda::ptx::space_global, to.raw, from.raw, bytes, &mbar->word);
+}
+JAX_EP_DEVICE void bulk_store(Ptr<std::byte> to, Ptr<u32> from, u32 bytes) {
+  cuda::ptx::cp_async_bulk(
+      cuda::ptx::space_global, cuda::ptx::space_shared, to.raw, from.raw, bytes);
+}
+JAX_EP_DEVICE void bulk_commit() { cuda::ptx::cp_async_bulk_commit_group(); }
+template <int kPending>
+JAX_EP_DEVICE void bulk_wait() {
+  cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<kPending>{});
+}
+template <int kPending>
+JAX_EP_DEVICE void bulk_wait_read() {
+  cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<kPending>{});
+}
+JAX_EP_DEVICE void fence_proxy_async() { cuda::ptx::fence_proxy_async(); }
+
+// --- time --------------------------------------------------------------------------------------
+
+// A clock that all SMs share. Its steps are a microsecond on some GPUs.
+JAX_EP_DEVICE u64 now_ns() { return cuda::ptx::get_sreg_globaltimer(); }
+// Called by a thread that polls, between two looks.
+JAX_EP_DEVICE void spin_pause(const char* /*what*/) {}
+// Ends the kernel with an error; the context is lost.
+JAX_EP_DEVICE void trap() { __trap(); }
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_DEVICE_CUDA_PRIMITIVES_H_

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Addresses in the symmetric heaps: what heap_layout.h says, as pointers.
+#ifndef JAX_EP_CSRC_DEVICE_HEAP_H_
+#define JAX_EP_CSRC_DEVICE_HEAP_H_
+
+#include "csrc/device/primitives.h"
+#include "csrc/kernels/params.h"
+
+namespace jax_ep::dev {
+
+using i32 = std::int32_t;
+using i64 = std::int64_t;
+
+// A region of the heap of rank `holder`.
+template <typename T>
+JAX_EP_DEVICE Ptr<T> region(const RankView& view, i32 holder, Region which) {
+  return as<T>(Ptr<std::byte>{view.heap[holder] + view.layout.offset[static_cast<i32>(which)]});
+}
+
+JAX_EP_DEVICE Ptr<u32> control(const RankView& view, Control word) {
+  return region<u32>(view, view.rank, Region::kControl) + static_cast<i32>(word);
+}
+
+// Where `reader` tells `holder` which epoch it has read.
+JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, i32 holder, i32 reader) {
+  return region<u32>(view, holder, Region::kAcknowledged) + reader;
+}
+
+// Where `source` tells `holder` that a chunk has arrived.
+JAX_EP_DEVICE Ptr<u32> arrived(const RankView& view, i32 holder, i32 source, i32 chunk) {
+  return region<u32>(view, holder, Region::kArrived) + (i64{source} * kMaxChunks + chunk);
+}
+
+// What `holder` keeps of a token that `source` sent (dispatch, plan), or of a token of its own
+// that `source` sent back (combine).
+JAX_EP_DEVICE i64 staged(const RankView& view, i32 source, i64 token) {
+  return source * view.layout.max_tokens + token;
+}
+JAX_EP_DEVICE Ptr<i32> staged_routing(
+    const RankView& view, i32 holder, i32 source, i64 token, i32 num_topk) {
+  return region<i32>(view, holder, Region::kRouting) + staged(view, source, token) * num_topk;
+}
+JAX_EP_DEVICE Ptr<float> staged_scalars(
+    const RankView& view, i32 holder, i32 source, i64 token, i32 num_topk) {
+  return region<float>(view, holder, Region::kScalars) + staged(view, source, token) * num_topk;
+}
+JAX_EP_DEVICE Ptr<float> staged_scales(const RankView& view, i32 holder, i32 source, i64 token) {
+  return region<float>(view, holder, Region::kScales) +
+         staged(view, source, token) * view.layout.scale_stride;
+}
+JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 source, i64 token) {
+  return region<std::byte>(view, holder, Region::kRows) +
+         staged(view, source, token) * view.layout.row_stride;
+}
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_DEVICE_HEAP_H_

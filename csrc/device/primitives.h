@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hardware, as the kernels see it. Kernels reach memory, barriers and copy engines through
+// this header alone. nvcc gets PTX (cuda_primitives.h); g++ gets the simulator
+// (csrc/sim/primitives.h), which runs the same kernels under adversarial schedules.
+//
+// Both provide, in namespace jax_ep::dev (Ptr<T> is an address of global or shared memory):
+//
+//   identity  thread_id() block_id() num_threads() num_blocks() lane_id() warp_id()
+//   block     block_sync()  shared<S>()  Shared<T>  address_of(Shared<T>&)
+//   warp      warp_sync()  warp_shfl(value, lane)  warp_ballot(bool)  warp_match(value)
+//             (all 32 lanes take part; the last three order execution, never memory)
+//   weak      ld(Ptr<T>)  st(Ptr<T>, T)                  T of 1, 2, 4, 8 or 16 bytes
+//   strong    ld_acquire<Scope>(Ptr<u32>)  ld_relaxed<Scope>  st_release<Scope>(Ptr<u32>, value)
+//             st_relaxed<Scope>  fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old
+//             shared_or(Ptr<u32>, bits) -> old     relaxed, among the threads of a block
+//             fence_acq_rel<Scope>()
+//   bulk      mbar_init(Mbar*, arrivals)  mbar_init_fence()  mbar_arrive_expect(Mbar*, bytes)
+//             mbar_wait(Mbar*, parity)  bulk_load(Ptr shared, Ptr global, bytes, Mbar*)
+//             bulk_store(Ptr global, Ptr shared, bytes)  bulk_commit()
+//             bulk_wait<N>()       all but the last N groups of this thread are written
+//             bulk_wait_read<N>()  ... have been read from shared memory
+//             fence_proxy_async()
+//   time      now_ns()  spin_pause(what)  trap()
+//
+// Ordering is PTX's memory model. Bulk copies need 16-byte aligned addresses and sizes.
+#ifndef JAX_EP_CSRC_DEVICE_PRIMITIVES_H_
+#define JAX_EP_CSRC_DEVICE_PRIMITIVES_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define JAX_EP_DEVICE __device__ __forceinline__
+#define JAX_EP_HOST_DEVICE __host__ __device__ __forceinline__
+#define JAX_EP_UNROLL _Pragma("unroll")
+#else
+#define JAX_EP_DEVICE inline
+#define JAX_EP_HOST_DEVICE inline
+#define JAX_EP_UNROLL
+#endif
+
+namespace jax_ep::dev {
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+inline constexpr u32 kWarpSize = 32;
+
+// Whom a strong access, or a fence, synchronizes with: threads of this GPU, or of all GPUs that
+// map the memory.
+enum class Scope { kGpu, kSys };
+
+// 16 bytes, moved as one access (which is not atomic as a whole).
+struct alignas(16) Vec16 {
+  u32 word[4];
+};
+
+// The address of an object in global or shared memory. It has no operator*: use ld and st.
+template <typename T>
+struct Ptr {
+  T* raw = nullptr;
+  JAX_EP_HOST_DEVICE Ptr operator+(std::int64_t count) const { return {raw + count}; }
+};
+
+// The same address, for an access of another type.
+template <typename U, typename T>
+JAX_EP_HOST_DEVICE Ptr<U> as(Ptr<T> pointer) {
+  return {reinterpret_cast<U*>(pointer.raw)};
+}
+
+// A barrier in shared memory on which bulk loads complete.
+struct Mbar {
+  u64 word;
+};
+
+}  // namespace jax_ep::dev
+
+#ifdef __CUDACC__
+#include "csrc/device/cuda_primitives.h"
+#else
+#include "csrc/sim/primitives.h"
+#endif
+
+#endif  // JAX_EP_CSRC_DEVICE_PRIMITIVES_H_

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// The FP8 wire: a warp quantizes and restores a segment of a row in place, in shared memory, or a
+// row element by element. Values and scales are those of docs/numerics.md.
+#ifndef JAX_EP_CSRC_DEVICE_QUANTIZE_H_
+#define JAX_EP_CSRC_DEVICE_QUANTIZE_H_
+
+#include "csrc/device/convert.h"
+#include "csrc/device/heap.h"
+
+namespace jax_ep::dev {
+
+// The largest of `kLanes` neighboring lanes' magnitudes, or NaN.
+template <u32 kLanes>
+JAX_EP_DEVICE float largest_of_lanes(float value) {
+  for (u32 distance = kLanes / 2; distance > 0; distance /= 2) {
+    value = larger_or_nan(value, as_float(warp_shfl(as_bits(value), lane_id() ^ distance)));
+  }
+  return value;
+}
+
+// Quantizes `channels` elements, a multiple of 16, in place. Lane b gets the scale of block b of
+// the segment. All lanes; the result may be bulk stored by any of them.
+template <typename Rows, int kSegmentBytes>
+JAX_EP_DEVICE float quantize_segment(Ptr<u32> stage, i32 channels) {
+  constexpr int kVectors = kSegmentBytes / 16 / 32;
+  constexpr int kPerVector = 4 * Rows::kPerWord;
+  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector;
+  constexpr u32 kBlocksPerVector = kWarpSize / kLanesPerBlock;
+  const u32 lane = lane_id();
+  const i32 num_vectors = channels / kPerVector;
+  Vec16 held[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    const i32 v = static_cast<i32>(lane) + 32 * i;
+    held[i] = v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
+  }
+  warp_sync();  // everybody has read before anybody writes
+  float scale_of_lane = 0;
+  for (int i = 0; i < kVectors; ++i) {
+    float values[kPerVector];
+    float amax = 0;
+    for (int w = 0; w < 4; ++w) Rows::unpack(held[i].word[w], values + w * Rows::kPerWord);
+    for (int c = 0; c < kPerVector; ++c) amax = larger_or_nan(magnitude(values[c]), amax);
+    const float scale = fp8_scale(largest_of_lanes<kLanesPerBlock>(amax));
+    const u32 block_lane = lane % kBlocksPerVector * kLanesPerBlock;
+    const float block_scale = as_float(warp_shfl(as_bits(scale), block_lane));
+    if (lane / kBlocksPerVector == static_cast<u32>(i)) scale_of_lane = block_scale;
+    const i32 v = static_cast<i32>(lane) + 32 * i;
+    for (int w = 0; w < Rows::kPerWord && v < num_vectors; ++w) {
+      u32 word = 0;
+      for (int c = 0; c < 4; ++c) word |= u32{quantized(values[4 * w + c], scale)} << 8 * c;
+      st(stage + (v * Rows::kPerWord + w), word);
+    }
+  }
+  fence_proxy_async();  // the copy engines see what the lanes wrote
+  warp_sync();
+  return scale_of_lane;
+}
+
+// The inverse, in place, for a segment whose first block has its scale at `scales`.
+template <typename Rows, int kSegmentBytes>
+JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels, Ptr<const float> scales) {
+  constexpr int kChannels = kSegmentBytes / 4 * Rows::kPerWord;
+  constexpr int kVectors = (kChannels / 16 + 31) / 32;
+  const i32 num_vectors = channels / 16;
+  Vec16 held[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    const i32 v = static_cast<i32>(lane_id()) + 32 * i;
+    if (v < num_vectors) held[i] = ld(as<Vec16>(stage) + v);
+  }
+  warp_sync();
+  for (int i = 0; i < kVectors; ++i) {
+    const i32 v = static_cast<i32>(lane_id()) + 32 * i;
+    if (v >= num_vectors) continue;
+    const float scale = ld(scales + v * 16 / kScaleBlock);
+    for (int part = 0; part < 4 / Rows::kPerWord; ++part) {
+      Vec16 out;
+      for (int w = 0; w < 4; ++w) {
+        float values[Rows::kPerWord];
+        for (int c = 0; c < Rows::kPerWord; ++c) {
+          const int channel = (part * 4 + w) * Rows::kPerWord + c;
+          const u32 byte = held[i].word[channel / 4] >> channel % 4 * 8 & 0xFF;
+          values[c] = from_fp8(static_cast<u8>(byte)) * scale;
+        }
+        out.word[w] = Rows::pack(values);
+      }
+      st(as<Vec16>(stage) + (v * (4 / Rows::kPerWord) + part), out);
+    }
+  }
+  fence_proxy_async();
+  warp_sync();
+}
+
+// Block `block` of a row of any size, element by element: lane l holds channels l, l + 32, ...
+template <typename Rows>
+struct BlockOfElements {
+  static constexpr int kPerLane = kScaleBlock / kWarpSize;
+  float value[kPerLane];
+  float scale;
+
+  JAX_EP_DEVICE static i64 channel(i64 block, int i) {
+    return block * kScaleBlock + i * i64{kWarpSize} + lane_id();
+  }
+  // All lanes.
+  JAX_EP_DEVICE BlockOfElements(Ptr<const typename Rows::Element> row, i64 block, i64 hidden) {
+    float amax = 0;
+    for (int i = 0; i < kPerLane; ++i) {
+      const i64 c = channel(block, i);
+      value[i] = c < hidden ? Rows::to_float(ld(row + c)) : 0.0F;
+      amax = larger_or_nan(magnitude(value[i]), amax);
+    }
+    scale = fp8_scale(largest_of_lanes<kWarpSize>(amax));
+  }
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_DEVICE_QUANTIZE_H_

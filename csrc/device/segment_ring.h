@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// A warp's pipeline of row segments through shared memory: bulk loads run ahead of the bulk stores
+// that send each segment on.
+#ifndef JAX_EP_CSRC_DEVICE_SEGMENT_RING_H_
+#define JAX_EP_CSRC_DEVICE_SEGMENT_RING_H_
+
+#include "csrc/device/heap.h"
+
+namespace jax_ep::dev {
+
+// The pipeline's shared memory, one per warp.
+template <int kStageCount, int kBytes>
+struct SegmentStages {
+  static constexpr int kStages = kStageCount;
+  static constexpr int kSegmentBytes = kBytes;
+  static_assert(kStages >= 2 && kSegmentBytes % 512 == 0);
+
+  alignas(128) Shared<u32> stage[kStages][kSegmentBytes / 4];
+  Mbar loaded[kStages];
+};
+
+template <typename Stages>
+class SegmentRing {
+ public:
+  // Segments whose loads run ahead of the one in use. One stage more than these and that one, so
+  // that a load need not wait for the stores just issued.
+  static constexpr u32 kAhead = Stages::kStages - 2;
+
+  // All lanes; follow it with a block_sync.
+  JAX_EP_DEVICE explicit SegmentRing(Stages& stages) : stages_(stages) {
+    if (lane_id() != 0) return;
+    for (int i = 0; i < Stages::kStages; ++i) mbar_init(&stages_.loaded[i], 1);
+    mbar_init_fence();
+  }
+
+  JAX_EP_DEVICE bool may_load() const { return loads_ - uses_ <= kAhead; }
+
+  // All lanes: starts to load the next segment.
+  JAX_EP_DEVICE void load(Ptr<const std::byte> from, u32 bytes) {
+    // The stores out of this stage, two uses ago, have been read.
+    bulk_wait_read<1>();
+    warp_sync();
+    const u32 stage = loads_ % Stages::kStages;
+    if (lane_id() == 0) {
+      mbar_arrive_expect(&stages_.loaded[stage], bytes);
+      bulk_load(address_of(stages_.stage[stage][0]), from, bytes, &stages_.loaded[stage]);
+    }
+    ++loads_;
+  }
+
+  // All lanes: the oldest segment, once it is there. Follow its use with `used`.
+  JAX_EP_DEVICE Ptr<u32> wait() {
+    const u32 stage = uses_ % Stages::kStages;
+    mbar_wait(&stages_.loaded[stage], uses_ / Stages::kStages % 2);
+    return address_of(stages_.stage[stage][0]);
+  }
+
+  // All lanes, after their bulk stores of the segment.
+  JAX_EP_DEVICE void used() {
+    bulk_commit();
+    ++uses_;
+  }
+
+ private:
+  Stages& stages_;
+  u32 loads_ = 0;
+  u32 uses_ = 0;
+};
+
+// How a row is cut into segments, in channels.
+struct Segments {
+  i32 count;
+  i32 channels;  // of every segment but the last, which may have fewer
+
+  // Segments of at most `most` channels, in multiples of `unit`, of about the same size.
+  JAX_EP_DEVICE Segments(i64 hidden, i32 most, i32 unit)
+      : count(static_cast<i32>(ceil_div(hidden, most / unit * unit))),
+        channels(count == 0 ? 0 : static_cast<i32>(align_up(ceil_div(hidden, count), unit))) {
+    // Rounding up may have left nothing for the last.
+    if (count != 0) count = static_cast<i32>(ceil_div(hidden, channels));
+  }
+  JAX_EP_DEVICE i64 first(i32 segment) const { return i64{segment} * channels; }
+  JAX_EP_DEVICE i32 size(i32 segment, i64 hidden) const {
+    const i64 left = hidden - first(segment);
+    return left < channels ? static_cast<i32>(left) : channels;
+  }
+};
+
+// Streams the segments of the rows of tokens [first, last) through the ring. `needed(token)` says
+// whether a token's row travels, `from(token, segment)` and `bytes(segment)` what to load, and
+// `use(token, segment, stage)` sends a loaded segment on. All lanes see the same values.
+template <typename Ring, typename Needed, typename From, typename Bytes, typename Use>
+JAX_EP_DEVICE void stream_segments(Ring& ring,
+                                   i64 first,
+                                   i64 last,
+                                   i32 num_segments,
+                                   const Needed& needed,
+                                   const From& from,
+                                   const Bytes& bytes,
+                                   const Use& use) {
+  struct Position {
+    i64 token;
+    i32 segment;
+  };
+  const auto skip = [&](Position at) {
+    while (at.token < last && !needed(at.token)) ++at.token;
+    return at;
+  };
+  const auto next = [&](Position at) {
+    if (at.segment + 1 < num_segments) return Position{at.token, at.segment + 1};
+    return skip({at.token + 1, 0});
+  };
+  Position at = skip({first, 0});
+  Position ahead = at;
+  while (at.token < last) {
+    for (; ahead.token < last && ring.may_load(); ahead = next(ahead)) {
+      ring.load(from(ahead.token, ahead.segment), bytes(ahead.segment));
+    }
+    use(at.token, at.segment, ring.wait());
+    ring.used();
+    at = next(at);
+  }
+}
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_DEVICE_SEGMENT_RING_H_

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a kernel class becomes a __global__ function and is launched; for the .cu files here.
+#ifndef JAX_EP_CSRC_KERNELS_LAUNCH_CUH_
+#define JAX_EP_CSRC_KERNELS_LAUNCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include "csrc/kernels/launch.h"
+
+namespace jax_ep {
+
+// One block per SM: all blocks run at once, which their waits for each other rely on.
+template <typename Kernel, typename Tile, typename Params>
+__global__ void __launch_bounds__(Tile::kWarps * 32, 1)
+    run_kernel(const __grid_constant__ Params params) {
+  Kernel(params).run();
+}
+
+template <typename Kernel, typename Tile, typename Params>
+[[nodiscard]] cudaError_t load_kernel() {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(&run_kernel<Kernel, Tile, Params>),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(sizeof(typename Tile::SharedStorage)));
+}
+
+template <typename Kernel, typename Tile, typename Params>
+[[nodiscard]] cudaError_t launch_kernel(const Params& params,
+                                        int32_t num_blocks,
+                                        cudaStream_t stream) {
+  run_kernel<Kernel, Tile, Params><<<static_cast<unsigned>(num_blocks),
+                                     Tile::kWarps * 32,
+                                     sizeof(typename Tile::SharedStorage),
+                                     stream>>>(params);
+  return cudaGetLastError();
+}
+
+// What each kernel file loads.
+[[nodiscard]] cudaError_t load_plan();
+[[nodiscard]] cudaError_t load_dispatch();
+[[nodiscard]] cudaError_t load_combine();
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_KERNELS_LAUNCH_CUH_

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels' entry points for the host. Nothing here allocates, synchronizes or reads back, so
+// every call can be captured in a CUDA graph and replayed.
+#ifndef JAX_EP_CSRC_KERNELS_LAUNCH_H_
+#define JAX_EP_CSRC_KERNELS_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "csrc/kernels/params.h"
+
+namespace jax_ep {
+
+// Loads every kernel onto the current device. Call it before the first launch: a kernel that is
+// loaded lazily, while others of the group wait for it, can deadlock.
+[[nodiscard]] cudaError_t load_kernels();
+
+// Each enqueues its kernel with `num_blocks` blocks, all of which must fit on the device at once
+// (one block per SM).
+[[nodiscard]] cudaError_t launch_plan(const PlanParams& params,
+                                      int32_t num_blocks,
+                                      cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_dispatch(const DispatchParams& params,
+                                          int32_t num_blocks,
+                                          cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_combine(const CombineParams& params,
+                                         int32_t num_blocks,
+                                         cudaStream_t stream);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_KERNELS_LAUNCH_H_

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs random stories on the simulator.
+//   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--no-races] [--verbose]
+// Prints the first failure and exits with 1; the seed reproduces it.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "csrc/kernels/tests/story.h"
+
+namespace {
+
+struct Arguments {
+  uint64_t first = 1;
+  uint64_t last = 50;
+  double seconds = 1e9;
+  bool races = true;
+  bool verbose = false;
+  jax_ep::StoryLimits limits;
+};
+
+Arguments parse(int argc, char** argv) {
+  Arguments arguments;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    const bool has_value = i + 1 < argc;
+    if (flag == "--seeds" && has_value) {
+      char* rest = nullptr;
+      arguments.first = std::strtoull(argv[++i], &rest, 10);
+      arguments.last = *rest == ':' ? std::strtoull(rest + 1, nullptr, 10) : arguments.first;
+    } else if (flag == "--seconds" && has_value) {
+      arguments.seconds = std::atof(argv[++i]);
+      arguments.last = ~uint64_t{0};
+    } else if (flag == "--ranks" && has_value) {
+      arguments.limits.num_ranks = {std::atoi(argv[++i])};
+    } else if (flag == "--groups" && has_value) {
+      arguments.limits.groups = std::atoi(argv[++i]);
+    } else if (flag == "--no-races") {
+      arguments.races = false;
+    } else if (flag == "--verbose") {
+      arguments.verbose = true;
+    } else {
+      std::fprintf(stderr, "simulate: bad argument %s\n", argv[i]);
+      std::exit(2);
+    }
+  }
+  return arguments;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Arguments arguments = parse(argc, argv);
+  const auto start = std::chrono::steady_clock::now();
+  const auto elapsed = [start] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  uint64_t runs = 0;
+  uint64_t steps = 0;
+  uint64_t seed = arguments.first;
+  for (; seed <= arguments.last && elapsed() < arguments.seconds; ++seed) {
+    jax_ep::Story story = jax_ep::random_story(seed, arguments.limits);
+    story.check_races = arguments.races;
+    if (arguments.verbose) std::printf("seed %lu: %s\n", seed, describe(story).c_str());
+    const jax_ep::Outcome outcome = jax_ep::run_story(story, seed);
+    ++runs;
+    steps += outcome.report.steps;
+    if (outcome.report.ok()) continue;
+    std::printf(
+        "seed %lu failed: %s\n%s\n", seed, describe(story).c_str(), outcome.report.text().c_str());
+    return 1;
+  }
+  std::printf("%lu schedules passed (seeds %lu to %lu): %.1f schedules/s, %.2f million steps/s\n",
+              runs,
+              arguments.first,
+              seed - 1,
+              static_cast<double>(runs) / elapsed(),
+              static_cast<double>(steps) / 1e6 / elapsed());
+  return 0;
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// An EP group on the simulator: heaps, views and launches.
+#ifndef JAX_EP_CSRC_KERNELS_TESTS_SIMULATED_GROUP_H_
+#define JAX_EP_CSRC_KERNELS_TESTS_SIMULATED_GROUP_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "csrc/core/heap_layout.h"
+#include "csrc/kernels/params.h"
+#include "csrc/kernels/tests/rank_arrays.h"
+#include "csrc/sim/machine.h"
+
+namespace jax_ep {
+
+// A rank's memory on the machine.
+class SimulatedMemory : public DeviceMemory {
+ public:
+  SimulatedMemory(sim::Machine& machine, int32_t rank)
+      : machine_(machine), rank_(static_cast<uint32_t>(rank)) {}
+  void write(void* to, const void* from, size_t bytes) override {
+    machine_.write(rank_, to, from, bytes);
+  }
+  void read(void* to, const void* from, size_t bytes) override {
+    machine_.read(rank_, from, to, bytes);
+  }
+
+ private:
+  sim::Machine& machine_;
+  uint32_t rank_;
+};
+
+class SimulatedGroup {
+ public:
+  // Threads of the blocks that it launches, and the most shared memory of one.
+  static constexpr uint32_t kMaxThreads = 96;
+  static uint32_t max_shared_bytes();
+  // Bytes that a group takes of every rank's memory.
+  static uint64_t memory_bytes(const HeapShape& shape);
+
+  // Lays the group's heaps at `offset` of every rank's memory, all zeros. `name` is for reports.
+  SimulatedGroup(sim::Machine& machine,
+                 const HeapShape& shape,
+                 uint64_t offset,
+                 const std::string& name);
+
+  [[nodiscard]] RankView view(int32_t rank) const;
+  [[nodiscard]] ErrorRecord error(int32_t rank);
+
+  // Append a kernel to a rank's stream.
+  void launch(const PlanParams& params, uint32_t stream, uint32_t blocks);
+  void launch(const DispatchParams& params, uint32_t stream, uint32_t blocks);
+  void launch(const CombineParams& params, uint32_t stream, uint32_t blocks);
+
+ private:
+  [[nodiscard]] std::byte* heap(int32_t rank) const;
+
+  sim::Machine& machine_;
+  HeapLayout layout_;
+  int32_t num_ranks_;
+  uint64_t offset_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_KERNELS_TESTS_SIMULATED_GROUP_H_
