@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What csrc/sim/primitives.h needs of the engine: the primitives, with sizes and types erased.
+// Each is called on the fiber of a simulated thread. Meanings are those of
+// csrc/device/primitives.h.
+#ifndef JAX_EP_CSRC_SIM_DEVICE_API_H_
+#define JAX_EP_CSRC_SIM_DEVICE_API_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+namespace jax_ep::sim {
+
+using Location = std::source_location;
+
+enum class Order : uint8_t { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
+enum class MemoryScope : uint8_t { kGpu, kSys };
+enum class Collective : uint8_t { kSync, kShuffle, kBallot, kMatch };
+
+struct ThreadId {
+  uint32_t rank, stream, block, thread, num_blocks, num_threads;
+};
+const ThreadId& self();
+
+namespace ops {
+
+void* shared_base(std::size_t bytes);
+
+// An access whose location is unknown (shared memory words) is reported at the last known one.
+void load(const void* from, void* to, uint32_t bytes, Order order, MemoryScope scope, Location at);
+void store(void* to, const void* from, uint32_t bytes, Order order, MemoryScope scope, Location at);
+uint32_t fetch_add(void* to, uint32_t value, MemoryScope scope, Location at);
+uint32_t shared_or(void* to, uint32_t bits, Location at);
+void fence(MemoryScope scope, Location at);
+
+void barrier(uint32_t id, uint32_t threads, Location at);
+uint32_t collective(Collective kind, uint32_t value, uint32_t source_lane, Location at);
+
+void mbar_init(void* mbar, uint32_t arrivals, Location at);
+void mbar_init_fence(Location at);
+void mbar_arrive_expect(void* mbar, uint32_t bytes, Location at);
+void mbar_wait(void* mbar, uint32_t parity, Location at);
+void bulk_load(void* to, const void* from, uint32_t bytes, void* mbar, Location at);
+void bulk_store(void* to, const void* from, uint32_t bytes, Location at);
+void bulk_commit(Location at);
+void bulk_wait(uint32_t allowed_pending, bool reads_only, Location at);
+void fence_proxy_async(Location at);
+
+uint64_t now_ns();
+void spin_pause(const char* what, Location at);
+[[noreturn]] void trap(Location at);
+
+}  // namespace ops
+}  // namespace jax_ep::sim
+
+#endif  // JAX_EP_CSRC_SIM_DEVICE_API_H_

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// The primitives for kernels that g++ compiles: calls into the simulator. Included by
+// csrc/device/primitives.h, which says what they mean. Each takes its caller's source location,
+// so that reports name the kernel's line.
+#ifndef JAX_EP_CSRC_SIM_PRIMITIVES_H_
+#define JAX_EP_CSRC_SIM_PRIMITIVES_H_
+
+#include <bit>
+#include <cstddef>
+#include <type_traits>
+
+#include "csrc/device/primitives.h"
+#include "csrc/sim/device_api.h"
+
+namespace jax_ep::dev {
+
+using Location = sim::Location;
+
+constexpr sim::MemoryScope memory_scope(Scope scope) {
+  return scope == Scope::kGpu ? sim::MemoryScope::kGpu : sim::MemoryScope::kSys;
+}
+
+// ---- identity -----------------------------------------------------------------------------------
+inline u32 thread_id() { return sim::self().thread; }
+inline u32 block_id() { return sim::self().block; }
+inline u32 num_threads() { return sim::self().num_threads; }
+inline u32 num_blocks() { return sim::self().num_blocks; }
+inline u32 lane_id() { return sim::self().thread % kWarpSize; }
+inline u32 warp_id() { return sim::self().thread / kWarpSize; }
+
+// ---- weak accesses ------------------------------------------------------------------------------
+template <typename T>
+concept Accessible =
+    std::is_trivially_copyable_v<T> && (sizeof(T) <= 16 && std::has_single_bit(sizeof(T)));
+
+template <typename T>
+  requires Accessible<T>
+std::remove_const_t<T> ld(Ptr<T> from, Location at = Location::current()) {
+  std::remove_const_t<T> value;
+  sim::ops::load(from.raw, &value, sizeof value, sim::Order::kWeak, sim::MemoryScope::kSys, at);
+  return value;
+}
+template <typename T>
+  requires Accessible<T>
+void st(Ptr<T> to, std::type_identity_t<T> value, Location at = Location::current()) {
+  sim::ops::store(to.raw, &value, sizeof value, sim::Order::kWeak, sim::MemoryScope::kSys, at);
+}
+
+// ---- block and warp -----------------------------------------------------------------------------
+// A word of shared memory, for members of the struct S of shared<S>(). Reads and writes are weak
+// accesses, reported at the location of the thread's previous primitive.
+template <typename T>
+class Shared {
+  static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);
+
+ public:
+  Shared() = delete;
+  Shared(const Shared&) = delete;
+
+  operator T() const { return ld(address(), Location()); }
+  Shared& operator=(T value) {
+    st(address(), value, Location());
+    return *this;
+  }
+  Shared& operator=(const Shared& other) { return *this = static_cast<T>(other); }
+
+  Ptr<T> address() { return {&value_}; }
+  Ptr<const T> address() const { return {&value_}; }
+
+ private:
+  T value_;
+};
+
+template <typename T>
+Ptr<T> address_of(Shared<T>& word) {
+  return word.address();
+}
+
+// The start of the block's dynamic shared memory.
+template <typename S>
+S& shared() {
+  return *static_cast<S*>(sim::ops::shared_base(sizeof(S)));
+}
+
+inline void block_sync(Location at = Location::current()) {
+  sim::ops::barrier(0, num_threads(), at);
+}
+inline void warp_sync(Location at = Location::current()) {
+  sim::ops::collective(sim::Collective::kSync, 0, 0, at);
+}
+template <typename T>
+  requires(sizeof(T) == 4)
+T warp_shfl(T value, u32 lane, Location at = Location::current()) {
+  const u32 bits = std::bit_cast<u32>(value);
+  return std::bit_cast<T>(sim::ops::collective(sim::Collective::kShuffle, bits, lane, at));
+}
+inline u32 warp_ballot(bool predicate, Location at = Location::current()) {
+  return sim::ops::collective(sim::Collective::kBallot, predicate, 0, at);
+}
+inline u32 warp_match(u32 value, Location at = Location::current()) {
+  return sim::ops::collective(sim::Collective::kMatch, value, 0, at);
+}
+
+// ---- strong accesses ----------------------------------------------------------------------------
+template <typename T>
+concept StronglyAccessible = Accessible<T> && (sizeof(T) == 4 || sizeof(T) == 8);
+
+template <Scope kScope, StronglyAccessible T>
+std::remove_const_t<T> ld_acquire(Ptr<T> from, Location at = Location::current()) {
+  std::remove_const_t<T> value;
+  sim::ops::load(from.raw, &value, sizeof value, sim::Order::kAcquire, memory_scope(kScope), at);
+  return value;
+}
+template <Scope kScope, StronglyAccessible T>
+std::remove_const_t<T> ld_relaxed(Ptr<T> from, Location at = Location::current()) {
+  std::remove_const_t<T> value;
+  sim::ops::load(from.raw, &value, sizeof value, sim::Order::kRelaxed, memory_scope(kScope), at);
+  return value;
+}
+template <Scope kScope, StronglyAccessible T>
+void st_release(Ptr<T> to, std::type_identity_t<T> value, Location at = Location::current()) {
+  sim::ops::store(to.raw, &value, sizeof value, sim::Order::kRelease, memory_scope(kScope), at);
+}
+template <Scope kScope, StronglyAccessible T>
+void st_relaxed(Ptr<T> to, std::type_identity_t<T> value, Location at = Location::current()) {
+  sim::ops::store(to.raw, &value, sizeof value, sim::Order::kRelaxed, memory_scope(kScope), at);
+}
+template <Scope kScope>
+u32 fetch_add_acq_rel(Ptr<u32> to, u32 value, Location at = Location::current()) {
+  return sim::ops::fetch_add(to.raw, value, memory_scope(kScope), at);
+}
+inline u32 shared_or(Ptr<u32> to, u32 bits, Location at = Location::current()) {
+  return sim::ops::shared_or(to.raw, bits, at);
+}
+template <Scope kScope>
+void fence_acq_rel(Location at = Location::current()) {
+  sim::ops::fence(memory_scope(kScope), at);
+}
+
+// ---- bulk copies --------------------------------------------------------------------------------
+inline void mbar_init(Mbar* mbar, u32 arrivals, Location at = Location::current()) {
+  sim::ops::mbar_init(mbar, arrivals, at);
+}
+inline void mbar_init_fence(Location at = Location::current()) { sim::ops::mbar_init_fence(at); }
+inline void mbar_arrive_expect(Mbar* mbar, u32 bytes, Location at = Location::current()) {
+  sim::ops::mbar_arrive_expect(mbar, bytes, at);
+}
+inline void mbar_wait(Mbar* mbar, u32 parity, Location at = Location::current()) {
+  sim::ops::mbar_wait(mbar, parity, at);
+}
+template <typename T, typename U>
+void bulk_load(
+    Ptr<T> shared_to, Ptr<U> from, u32 bytes, Mbar* mbar, Location at = Location::current()) {
+  sim::ops::bulk_load(shared_to.raw, from.raw, bytes, mbar, at);
+}
+template <typename T, typename U>
+void bulk_store(Ptr<T> to, Ptr<U> shared_from, u32 bytes, Location at = Location::current()) {
+  sim::ops::bulk_store(to.raw, shared_from.raw, bytes, at);
+}
+inline void bulk_commit(Location at = Location::current()) { sim::ops::bulk_commit(at); }
+template <u32 kPending>
+void bulk_wait(Location at = Location::current()) {
+  sim::ops::bulk_wait(kPending, /*reads_only=*/false, at);
+}
+template <u32 kPending>
+void bulk_wait_read(Location at = Location::current()) {
+  sim::ops::bulk_wait(kPending, /*reads_only=*/true, at);
+}
+inline void fence_proxy_async(Location at = Location::current()) {
+  sim::ops::fence_proxy_async(at);
+}
+
+// ---- time ---------------------------------------------------------------------------------------
+inline u64 now_ns() { return sim::ops::now_ns(); }
+inline void spin_pause(const char* what, Location at = Location::current()) {
+  sim::ops::spin_pause(what, at);
+}
+[[noreturn]] inline void trap(Location at = Location::current()) { sim::ops::trap(at); }
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_SIM_PRIMITIVES_H_
