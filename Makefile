@@ -13,10 +13,10 @@ WERROR ?= OFF
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CONSTRAINTS := tools/constraints.txt
-CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.h')
+CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # What the compiled module is built from.
 NATIVE := pyproject.toml CMakeLists.txt \
-  $(shell find cmake csrc xla_ffi -type f -not -path 'csrc/tests/*')
+  $(shell find cmake csrc xla_ffi -type f -not -path '*/tests/*' -not -path 'csrc/sim/*')
 # Part of a stamp's name, so that another PYTHON gets its own set-up.
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready-$(PY_TAG)
@@ -25,8 +25,8 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-python bench lint lint-python lint-cpp lint-types lint-layers \
-  lint-spelling lint-project format wheel clean
+.PHONY: help train test test-cpp test-python bench cuda lint lint-python lint-cpp lint-types \
+  lint-layers lint-spelling lint-project format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -68,6 +68,10 @@ test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thre
 	  echo '# Debian, Ubuntu: apt-get install libgtest-dev'; \
 	  echo '################################################################################'; \
 	fi
+
+cuda: $(READY) ## Compile all CUDA kernels (needs nvcc, no GPU) and print their registers
+	$(BIN)/python tools/check_ptxas.py build/cuda --jobs $(JOBS) -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" $(ARGS)
 
 lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project ## Check the sources
 

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MAX_BYTES = 2 << 20
+MAX_BYTES = 4 << 20
 METADATA = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
 # jax_ep brings nothing and asks for nothing that a Python on Linux does not have.
 SYSTEM_LIBRARIES = re.compile(
@@ -25,10 +25,15 @@ def name_findings(names: set[str]) -> Iterator[str]:
         for path in (ROOT / "jax_ep").rglob("*")
         if path.suffix in {".py", ".pyi"} or path.name == "py.typed"
     }
-    modules = {n for n in names if re.fullmatch(r"jax_ep/_ext\.[\w.-]*so", n)}
+    modules = {n for n in names if re.fullmatch(r"jax_ep/_(ext|cuda)\.[\w.-]*so", n)}
     metadata = {n for n in names if re.match(r"jax_ep-[^/]+\.dist-info/", n)}
-    if len(modules) != 1:
-        yield f"compiled modules: {sorted(modules)}, expected one jax_ep/_ext.*.so"
+    # _cuda is there if nvcc was.
+    kinds = sorted(n.partition(".")[0] for n in modules)
+    if kinds not in (["jax_ep/_ext"], ["jax_ep/_cuda", "jax_ep/_ext"]):
+        yield (
+            f"compiled modules: {sorted(modules)}, expected one jax_ep/_ext.*.so and at most one "
+            "jax_ep/_cuda.*.so"
+        )
     if "jax_ep/py.typed" not in names:
         yield "no jax_ep/py.typed"
     if missing := package - names:
@@ -40,7 +45,7 @@ def name_findings(names: set[str]) -> Iterator[str]:
 
 
 def library_findings(module: bytes) -> Iterator[str]:
-    """Yields what is wrong with the compiled module."""
+    """Yields what is wrong with a compiled module."""
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(module)
         file.flush()

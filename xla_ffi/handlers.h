@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFI handlers for platform cpu, one per target. Each validates its buffers, fills the
-// call of csrc/cpu/calls.h and joins the site's rendezvous. An operand or result that an op can
-// do without is passed with shape [0] (rows that do not travel: with H = 0).
+// The FFI handlers for platform cpu, one per target. Each validates its buffers (arguments.h),
+// fills the call of csrc/cpu/calls.h and joins the site's rendezvous.
 #ifndef JAX_EP_XLA_FFI_HANDLERS_H_
 #define JAX_EP_XLA_FFI_HANDLERS_H_
 
@@ -10,7 +9,8 @@
 namespace jax_ep {
 
 // (group_rank [2], topk_idx [T, K]) -> (slot [T, K], row_source [C], row_topk_idx [C, K],
-// group_sizes, tokens_per_expert [L], num_dropped []), all int32.
+// source_slot [0], group_sizes, tokens_per_expert [L], num_dropped []), all int32. source_slot is
+// there because it is in the plan on CUDA.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_cpu);
 
 // (group_rank, x [T, H], token_scalars [T, K], topk_idx, slot, row_source)

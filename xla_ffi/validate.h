@@ -13,13 +13,6 @@
 #include "csrc/core/status.h"
 #include "xla/ffi/api/ffi.h"
 
-#define JAX_EP_FAIL_IF_ERROR(expression)                          \
-  do {                                                            \
-    if (::jax_ep::Status status_ = (expression); !status_.ok()) { \
-      return ::jax_ep::failed(status_);                           \
-    }                                                             \
-  } while (false)
-
 namespace jax_ep {
 
 // A dimension of any size.

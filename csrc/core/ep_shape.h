@@ -27,13 +27,17 @@ struct EpShape {
   int32_t expert_alignment = 1;  // rows; every expert starts at a multiple (kExpert only)
   Layout layout = Layout::kExpert;
 
-  [[nodiscard]] constexpr int32_t num_local_experts() const { return num_experts / num_ranks; }  // L
+  [[nodiscard]] constexpr int32_t num_local_experts() const {
+    return num_experts / num_ranks;
+  }  // L
   // Groups of rows in a receive buffer: local experts (kExpert) or source ranks (kRank).
   [[nodiscard]] constexpr int32_t num_row_groups() const {
     return layout == Layout::kExpert ? num_local_experts() : num_ranks;
   }
   // Scalars (weights) that each received row carries: one (kExpert), or one per k (kRank).
-  [[nodiscard]] constexpr int32_t scalars_per_row() const { return layout == Layout::kExpert ? 1 : num_topk; }
+  [[nodiscard]] constexpr int32_t scalars_per_row() const {
+    return layout == Layout::kExpert ? 1 : num_topk;
+  }
 };
 
 }  // namespace jax_ep

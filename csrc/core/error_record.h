@@ -15,6 +15,7 @@ enum class WaitTag : uint32_t {
   kArrived,       // waited for a peer's rows (dispatch, combine) or routing (plan)
   kGridBarrier,   // waited for the other blocks of its own kernel
   kWrongRank,     // did not wait: the program runs on another rank than the group says
+  kWrongOp,       // waited for a peer, and found it in another operation
 };
 
 // In pinned host memory, one per rank; written once, by the first wait that ran out of time.
@@ -24,7 +25,7 @@ struct ErrorRecord {
   uint32_t op;        // OpKind
   uint32_t rank;      // who waited
   uint32_t peer;      // for whom; kWrongRank: the rank that the program says
-  uint32_t expected;  // the flag's value
+  uint32_t expected;  // the flag's value; kArrived, kWrongOp: 4 * epoch, and + op
   uint32_t seen;
   uint32_t chunk;  // kArrived: which chunk of the peer's
 };

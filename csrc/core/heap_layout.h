@@ -31,16 +31,17 @@ constexpr int64_t align_up(int64_t value, int64_t alignment) {
 }
 
 // Tokens of a chunk: few, so that a small batch spreads over many warps and a large one arrives
-// piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of T
-// alone, because the sender and the receiver must agree.
-constexpr int32_t chunk_tokens(int64_t num_tokens) {
-  const int64_t wanted = ceil_div(num_tokens, 128);
+// piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of T and
+// a constant alone, because the sender and the receiver must agree.
+inline constexpr int32_t kChunkTarget = 128;  // chunks, for batches that are not large
+constexpr int32_t chunk_tokens(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
+  const int64_t wanted = ceil_div(num_tokens, chunk_target);
   const int64_t few = wanted < 1 ? 1 : wanted > 8 ? 8 : wanted;
   const int64_t least = ceil_div(num_tokens, kMaxChunks);
   return static_cast<int32_t>(few > least ? few : least);
 }
-constexpr int32_t num_chunks(int64_t num_tokens) {
-  return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens)));
+constexpr int32_t num_chunks(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
+  return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens, chunk_target)));
 }
 
 // Tokens of a tile: a multiple of a warp's 32; about 512 tiles over all ranks.
@@ -80,11 +81,11 @@ struct HeapShape {
 // The regions, in the order in which they lie in the heap.
 enum class Region : int32_t {
   kAcknowledged,  // u32 [R]: by peer, the last epoch whose rows of ours it has read
-  kArrived,       // u32 [R, kMaxChunks]: by source and chunk, the epoch whose rows have arrived
-  kRouting,       // i32 [R, max_tokens, K]: topk_idx of every rank
-  kScalars,       // f32 [R, max_tokens, K]: scalars that travel with rows
-  kScales,        // f32 [R, max_tokens, scale_stride]: of FP8 rows; only with the FP8 wire
-  kRows,          // bytes [R, max_tokens, row_stride]: rows on their way
+  kArrived,  // u32 [R, kMaxChunks]: by source and chunk, 4 * the epoch that has arrived + OpKind
+  kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
+  kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
+  kScales,   // f32 [R, max_tokens, scale_stride]: of FP8 rows; only with the FP8 wire
+  kRows,     // bytes [R, max_tokens, row_stride]: rows on their way
   // From here on the rank's own.
   kControl,  // u32: see Control
   kCounts,   // u32 [R, tiles, bins]: selections per tile and bin, then the first position of each

@@ -38,4 +38,10 @@ class [[nodiscard]] Status {
 
 }  // namespace jax_ep
 
+// Returns a failed status to the caller, which must itself return a Status.
+#define JAX_EP_RETURN_IF_ERROR(expression)                                      \
+  do {                                                                          \
+    if (::jax_ep::Status status_ = (expression); !status_.ok()) return status_; \
+  } while (false)
+
 #endif  // JAX_EP_CSRC_CORE_STATUS_H_

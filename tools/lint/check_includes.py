@@ -2,7 +2,8 @@
 """Checks the include directions of the C++ sources.
 
 csrc knows neither XLA nor Python: it includes csrc and the standard library. xla_ffi adds itself,
-XLA's FFI headers and nanobind. So csrc can be built, tested and used alone.
+XLA's FFI headers and nanobind. So csrc can be built, tested and used alone. Inside csrc, the lower
+layers do not know the upper ones, and only what runs on GPUs knows CUDA.
 """
 
 import pathlib
@@ -13,12 +14,44 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INCLUDE = re.compile(r'\s*#\s*include\s*([<"])([^>"]+)[>"]')
 
-# Quoted and angle-bracketed includes with a folder in them. Those without one are the standard
-# library's, but for Python.h.
+CUDA = ("cuda/", "cuda_")
+# Folder -> what its files include, beside the standard library; the innermost folder counts.
 ALLOWED = {
-    "csrc": ("csrc/", "gtest/", "gmock/"),
-    "xla_ffi": ("csrc/", "xla_ffi/", "xla/ffi/api/", "nanobind/"),
+    "csrc/core": ("csrc/core/",),
+    "csrc/cpu": ("csrc/core/", "csrc/cpu/"),
+    # The simulator's header is primitives.h's other half.
+    "csrc/device": (
+        "csrc/core/",
+        "csrc/device/",
+        "csrc/kernels/params.h",
+        "csrc/sim/primitives.h",
+        *CUDA,
+    ),
+    "csrc/kernels": ("csrc/core/", "csrc/device/", "csrc/kernels/", *CUDA),
+    "csrc/kernels/tests": ("csrc/", "gtest/", *CUDA),
+    "csrc/runtime": (
+        "csrc/core/",
+        "csrc/kernels/launch.h",
+        "csrc/kernels/params.h",
+        "csrc/runtime/",
+        *CUDA,
+    ),
+    "csrc/sim": ("csrc/core/", "csrc/device/", "csrc/sim/", "sanitizer/", "sys/"),
+    "csrc/sim/tests": ("csrc/", "gtest/"),
+    "csrc/tests": ("csrc/", "gtest/", "gmock/"),
+    "xla_ffi": ("csrc/", "xla_ffi/", "xla/ffi/api/", "nanobind/", *CUDA),
 }
+
+
+def folder_of(path: pathlib.Path) -> str | None:
+    """Returns the innermost folder with a rule that holds the file."""
+    parents = (parent.as_posix() for parent in path.relative_to(ROOT).parents)
+    return next((parent for parent in parents if parent in ALLOWED), None)
+
+
+def is_standard(bracket: str, header: str) -> bool:
+    """Returns whether a header is the standard library's: those have no folder."""
+    return bracket == "<" and "/" not in header and header != "Python.h"
 
 
 def bad_includes(path: pathlib.Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -27,21 +60,29 @@ def bad_includes(path: pathlib.Path, allowed: tuple[str, ...]) -> Iterator[tuple
         if not (match := INCLUDE.match(line)):
             continue
         bracket, header = match.groups()
-        standard = bracket == "<" and "/" not in header and header != "Python.h"
-        if not standard and not header.startswith(allowed):
+        cuda = header.startswith(CUDA)
+        if not header.startswith(allowed) and (cuda or not is_standard(bracket, header)):
             yield number, header
 
 
 def main() -> int:
     """Prints the findings; the exit status is 1 if there are any."""
-    findings = [
-        f"{path.relative_to(ROOT)}:{number}: {folder} must not include {header}; "
-        f"it may include {', '.join(allowed)} and the standard library"
-        for folder, allowed in ALLOWED.items()
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".cc", ".cu", ".cuh", ".h"}
-        for number, header in bad_includes(path, allowed)
-    ]
+    findings = []
+    for top in ("csrc", "xla_ffi"):
+        for path in sorted((ROOT / top).rglob("*")):
+            if path.suffix not in {".cc", ".cu", ".cuh", ".h"}:
+                continue
+            name = path.relative_to(ROOT)
+            folder = folder_of(path)
+            if folder is None:
+                findings.append(f"{name}: this folder has no rule in {pathlib.Path(__file__).name}")
+                continue
+            allowed = ALLOWED[folder]
+            findings += [
+                f"{name}:{number}: {folder} must not include {header}; it may include "
+                f"{', '.join(allowed)} and the standard library"
+                for number, header in bad_includes(path, allowed)
+            ]
     print("\n".join(findings), file=sys.stderr, end="\n" if findings else "")
     return bool(findings)
 

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/core/heap_regions.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <string_view>
+
+namespace jax_ep {
+namespace {
+
+struct Words {
+  const char* name;
+  const char* shape;
+  const char* holds;
+};
+
+// In the order of enum Region.
+constexpr Words kWords[kNumRegions] = {
+    {"acknowledged", "u32 [R]", "by peer, the last epoch whose rows of ours it has read"},
+    {"arrived", "u32 [R, chunks]", "by source and chunk, 4 * the epoch that has arrived + OpKind"},
+    {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
+    {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},
+    {"scales", "f32 [R, max_tokens, scale_stride]", "scales of rows on the FP8 wire"},
+    {"rows", "bytes [R, max_tokens, row_stride]", "rows on their way"},
+    {"control", "u32 [5]", "the rank's epoch, grid barrier and counters"},
+    {"counts", "u32 [R, tiles, bins]", "selections per tile and bin, then first positions"},
+    {"totals", "u32 [bins]", "selections per bin"},
+};
+static_assert(kWords[static_cast<int32_t>(Region::kRows)].name == std::string_view("rows"));
+static_assert(kWords[static_cast<int32_t>(Region::kTotals)].name == std::string_view("totals"));
+static_assert(kNumControlWords == 5);
+
+Status out_of_range(std::string_view name, int64_t value, const std::string& allowed) {
+  return Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                                  "; allowed on CUDA: " + allowed);
+}
+
+Status check_range(std::string_view name, int64_t value, int64_t largest) {
+  if (value >= 1 && value <= largest) return {};
+  return out_of_range(name, value, "1 to " + std::to_string(largest));
+}
+
+}  // namespace
+
+std::array<RegionInfo, kNumRegions> heap_regions(const HeapShape& shape) {
+  const HeapLayout layout = make_heap_layout(shape);
+  std::array<RegionInfo, kNumRegions> regions{};
+  for (size_t i = 0; i < regions.size(); ++i) {
+    regions[i] = {.name = kWords[i].name,
+                  .shape = kWords[i].shape,
+                  .holds = kWords[i].holds,
+                  .offset = layout.offset[i],
+                  .bytes = layout.bytes[i]};
+  }
+  return regions;
+}
+
+Status check_heap_shape(const HeapShape& shape) {
+  JAX_EP_RETURN_IF_ERROR(check_range("num_ranks", shape.num_ranks, kMaxRanks));
+  JAX_EP_RETURN_IF_ERROR(check_range("num_experts", shape.num_experts, kMaxExperts));
+  if (shape.num_experts % shape.num_ranks != 0) {
+    return out_of_range("num_experts",
+                        shape.num_experts,
+                        "a multiple of the " + std::to_string(shape.num_ranks) + " ranks");
+  }
+  JAX_EP_RETURN_IF_ERROR(check_range("num_topk", shape.num_topk, kMaxTopk));
+  JAX_EP_RETURN_IF_ERROR(check_range("max_tokens_per_rank", shape.max_tokens, kMaxTokens));
+  return check_range("hidden", shape.hidden, std::numeric_limits<int32_t>::max());
+}
+
+std::string bytes_text(int64_t bytes) {
+  constexpr std::string_view kUnits[] = {"KiB", "MiB", "GiB", "TiB"};
+  if (bytes < 1024) return std::to_string(bytes) + " bytes";
+  double value = static_cast<double>(bytes) / 1024;
+  size_t unit = 0;
+  while (value >= 1024 && unit + 1 < std::size(kUnits)) {
+    value /= 1024;
+    ++unit;
+  }
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f ", value);
+  return text + std::string(kUnits[unit]);
+}
+
+std::string heap_needs(const HeapShape& shape) {
+  constexpr size_t kNamed = 3;
+  auto regions = heap_regions(shape);
+  std::stable_sort(regions.begin(), regions.end(), [](const RegionInfo& a, const RegionInfo& b) {
+    return a.bytes > b.bytes;
+  });
+  std::string text;
+  for (size_t i = 0; i < kNamed; ++i) {
+    if (i > 0) text += ", ";
+    text += std::string(regions[i].name) + " " + bytes_text(regions[i].bytes) + " (" +
+            regions[i].shape + ")";
+  }
+  return text + "; lower max_tokens_per_rank (" + std::to_string(shape.max_tokens) +
+         ") or hidden (" + std::to_string(shape.hidden) + ")";
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/runtime/cuda_group.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace jax_ep {
+namespace {
+
+Status check_ranks(const CudaGroupConfig& config) {
+  for (const LocalRank& local : config.ranks) {
+    if (local.rank < 0 || local.rank >= config.heap.num_ranks) {
+      return Status::invalid_argument(
+          "rank is " + std::to_string(local.rank) +
+          "; allowed: 0 to num_ranks - 1 = " + std::to_string(config.heap.num_ranks - 1));
+    }
+    const auto on_device =
+        std::count_if(config.ranks.begin(), config.ranks.end(), [&](const LocalRank& other) {
+          return other.device == local.device;
+        });
+    if (on_device > 1) {
+      return Status::invalid_argument("CUDA device " + std::to_string(local.device) +
+                                      " is given to " + std::to_string(on_device) +
+                                      " ranks of one process; allowed: one");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& group) {
+  JAX_EP_RETURN_IF_ERROR(check_ranks(config));
+  std::unique_ptr<CudaGroup> made(new CudaGroup(std::move(config)));
+  const CudaGroupConfig& with = made->config_;
+  made->ranks_.resize(with.ranks.size());
+  for (size_t i = 0; i < with.ranks.size(); ++i) {
+    const RankConfig rank{.heap = with.heap,
+                          .nonce = with.nonce,
+                          .device = with.ranks[i].device,
+                          .group_index = with.ranks[i].group_index,
+                          .rank = with.ranks[i].rank,
+                          .timeout_s = with.timeout_s,
+                          .num_sms = with.num_sms};
+    JAX_EP_RETURN_IF_ERROR(RankContext::create(rank, made->ranks_[i]));
+  }
+  group = std::move(made);
+  return {};
+}
+
+Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles) {
+  const auto it = std::find_if(ranks_.begin(), ranks_.end(), [&](const RankContext& context) {
+    return context.config().group_index == group_index && context.config().rank == rank;
+  });
+  if (it == ranks_.end()) {
+    return Status::invalid_argument("connect: rank " + std::to_string(rank) + " of group " +
+                                    std::to_string(group_index) + " is not of this process");
+  }
+  if (it->connected()) {
+    return Status::invalid_argument("connect: rank " + std::to_string(rank) + " of group " +
+                                    std::to_string(group_index) + " is connected already");
+  }
+  JAX_EP_RETURN_IF_ERROR(it->connect(handles));
+  const bool all = std::all_of(
+      ranks_.begin(), ranks_.end(), [](const RankContext& context) { return context.connected(); });
+  ready_.store(all, std::memory_order_release);
+  return {};
+}
+
+void CudaGroup::disconnect() {
+  ready_.store(false, std::memory_order_release);
+  for (RankContext& context : ranks_) context.disconnect();
+}
+
+Status CudaGroup::find(int32_t device, const RankContext*& context) const {
+  if (!ready_.load(std::memory_order_acquire)) {
+    return {StatusCode::kFailedPrecondition, config_.name + " is not connected to its peers"};
+  }
+  for (const RankContext& candidate : ranks_) {
+    if (candidate.config().device != device) continue;
+    context = &candidate;
+    return {};
+  }
+  return {StatusCode::kFailedPrecondition,
+          config_.name + " has no rank on CUDA device " + std::to_string(device) +
+              "; run the program on the mesh that the group was made for"};
+}
+
+Status CudaGroup::error() const {
+  for (const RankContext& context : ranks_) JAX_EP_RETURN_IF_ERROR(context.error());
+  return {};
+}
+
+}  // namespace jax_ep

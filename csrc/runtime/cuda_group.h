@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// The groups of this process on CUDA.
+#ifndef JAX_EP_CSRC_RUNTIME_CUDA_GROUP_H_
+#define JAX_EP_CSRC_RUNTIME_CUDA_GROUP_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/core/heap_layout.h"
+#include "csrc/core/status.h"
+#include "csrc/runtime/rank_context.h"
+
+namespace jax_ep {
+
+// A rank of this process.
+struct LocalRank {
+  int32_t device;       // ordinal
+  int32_t group_index;  // of the EP group among the mesh's other axes
+  int32_t rank;         // in the EP group
+};
+
+struct CudaGroupConfig {
+  std::string name;  // for messages
+  GroupNonce nonce;
+  double timeout_s = 60;
+  int32_t num_sms = 0;  // 0: the default of each operation
+  HeapShape heap;
+  std::vector<LocalRank> ranks;  // at most one on a device
+};
+
+// The ranks of an EpGroup that this process drives. Its life: create; connect each rank, once the
+// handles of its EP group's ranks have come from all processes; operations; disconnect, when no
+// operation is in flight here; and only when all processes have disconnected, destruction, which
+// frees the heaps. Any step may be followed by destruction.
+class CudaGroup {
+ public:
+  // On an error nothing stays allocated.
+  static Status create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& group);
+
+  // `handles[r]` is of rank r of the EP group.
+  Status connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles);
+  void disconnect();
+
+  [[nodiscard]] const CudaGroupConfig& config() const { return config_; }
+  // In the order of config().ranks.
+  [[nodiscard]] std::span<const RankContext> ranks() const { return ranks_; }
+  // The rank on a device, ready for operations. FailedPrecondition if there is none.
+  Status find(int32_t device, const RankContext*& context) const;
+  // The error of the first rank that has one.
+  [[nodiscard]] Status error() const;
+
+ private:
+  explicit CudaGroup(CudaGroupConfig config) : config_(std::move(config)) {}
+
+  CudaGroupConfig config_;
+  std::vector<RankContext> ranks_;
+  // Published with release when the last rank is connected: handlers run on other threads.
+  std::atomic<bool> ready_ = false;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_RUNTIME_CUDA_GROUP_H_

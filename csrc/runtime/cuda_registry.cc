@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/runtime/cuda_registry.h"
+
+#include <utility>
+
+namespace jax_ep {
+
+// Never destroyed: at exit, handlers may still look groups up, and CUDA may be gone already.
+CudaGroupRegistry& CudaGroupRegistry::instance() {
+  static auto* const registry = new CudaGroupRegistry;
+  return *registry;
+}
+
+int64_t CudaGroupRegistry::add(std::shared_ptr<CudaGroup> group) {
+  const std::lock_guard lock(mutex_);
+  const int64_t id = next_id_++;
+  groups_.emplace(id, std::move(group));
+  return id;
+}
+
+bool CudaGroupRegistry::close(int64_t id) {
+  std::shared_ptr<CudaGroup> group;  // freed after the lock is released: CUDA may take its time
+  const std::lock_guard lock(mutex_);
+  const auto it = groups_.find(id);
+  if (it == groups_.end()) return false;
+  group = std::move(it->second);
+  groups_.erase(it);
+  return true;
+}
+
+std::shared_ptr<CudaGroup> CudaGroupRegistry::find(int64_t id) const {
+  const std::lock_guard lock(mutex_);
+  const auto it = groups_.find(id);
+  return it == groups_.end() ? nullptr : it->second;
+}
+
+int64_t CudaGroupRegistry::size() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<int64_t>(groups_.size());
+}
+
+}  // namespace jax_ep

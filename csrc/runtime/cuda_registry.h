@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_RUNTIME_CUDA_REGISTRY_H_
+#define JAX_EP_CSRC_RUNTIME_CUDA_REGISTRY_H_
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "csrc/runtime/cuda_group.h"
+
+namespace jax_ep {
+
+// Group id -> group on CUDA, from creation until close(). Process-global, because FFI handlers know
+// a group by its id only. Ids are never used twice in a process. Thread-safe.
+class CudaGroupRegistry {
+ public:
+  static CudaGroupRegistry& instance();
+
+  int64_t add(std::shared_ptr<CudaGroup> group);
+  // Forgets a group and, once no handler uses it, frees it. False if there is no such group.
+  bool close(int64_t id);
+  // Null if there is no such group.
+  [[nodiscard]] std::shared_ptr<CudaGroup> find(int64_t id) const;
+  [[nodiscard]] int64_t size() const;
+
+ private:
+  CudaGroupRegistry() = default;
+
+  mutable std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<CudaGroup>> groups_;
+  int64_t next_id_ = 1;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_RUNTIME_CUDA_REGISTRY_H_

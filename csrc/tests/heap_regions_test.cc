@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/core/heap_regions.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+namespace jax_ep {
+namespace {
+
+std::vector<HeapShape> shapes() {
+  const HeapShape training{.num_ranks = 8,
+                           .num_experts = 256,
+                           .num_topk = 8,
+                           .max_tokens = 4096,
+                           .hidden = 7168,
+                           .dtype = DType::kBFloat16};
+  HeapShape fp8 = training;
+  fp8.wire = Wire::kFloat8E4M3;
+  HeapShape by_rank = training;
+  by_rank.layout = Layout::kRank;
+  const HeapShape odd{.num_ranks = 3,
+                      .num_experts = 9,
+                      .num_topk = 5,
+                      .max_tokens = 17,
+                      .hidden = 333,
+                      .dtype = DType::kFloat16};
+  const HeapShape largest{.num_ranks = kMaxRanks,
+                          .num_experts = kMaxExperts,
+                          .num_topk = kMaxTopk,
+                          .max_tokens = kMaxTokens,
+                          .hidden = 16384,
+                          .wire = Wire::kFloat8E4M3,
+                          .layout = Layout::kRank};
+  return {HeapShape{}, training, fp8, by_rank, odd, largest};
+}
+
+TEST(HeapRegions, LieInOrderApartAlignedAndInsideTheHeap) {
+  for (const HeapShape& shape : shapes()) {
+    const HeapLayout layout = make_heap_layout(shape);
+    int64_t end = 0;
+    for (const RegionInfo& region : heap_regions(shape)) {
+      EXPECT_GE(region.offset, end) << region.name;
+      EXPECT_EQ(region.offset % 256, 0) << region.name;
+      EXPECT_GE(region.bytes, 0) << region.name;
+      end = region.offset + region.bytes;
+    }
+    EXPECT_LE(end, layout.total_bytes);
+    EXPECT_GT(layout.total_bytes, layout.peer_bytes);
+  }
+}
+
+TEST(HeapRegions, PeersMapTheFirstPartOnly) {
+  for (const HeapShape& shape : shapes()) {
+    const HeapLayout layout = make_heap_layout(shape);
+    const auto regions = heap_regions(shape);
+    for (size_t i = 0; i < regions.size(); ++i) {
+      if (i < static_cast<size_t>(kFirstOwnRegion)) {
+        EXPECT_LE(regions[i].offset + regions[i].bytes, layout.peer_bytes) << regions[i].name;
+      } else {
+        EXPECT_GE(regions[i].offset, layout.peer_bytes) << regions[i].name;
+      }
+    }
+    EXPECT_EQ(layout.at(Region::kControl), layout.peer_bytes);
+  }
+}
+
+TEST(HeapRegions, SayWhatTheLayoutSays) {
+  for (const HeapShape& shape : shapes()) {
+    const HeapLayout layout = make_heap_layout(shape);
+    const auto regions = heap_regions(shape);
+    for (size_t i = 0; i < regions.size(); ++i) {
+      EXPECT_EQ(regions[i].offset, layout.offset[i]);
+      EXPECT_EQ(regions[i].bytes, layout.bytes[i]);
+      EXPECT_FALSE(std::string(regions[i].holds).empty());
+    }
+  }
+}
+
+TEST(HeapRegions, RowsAreAlignedForBulkCopies) {
+  for (const HeapShape& shape : shapes()) {
+    const HeapLayout layout = make_heap_layout(shape);
+    EXPECT_EQ(layout.row_stride % 16, 0);
+    EXPECT_GE(layout.row_stride, shape.hidden * size_bytes(shape.dtype));
+    EXPECT_EQ(layout.scale_stride % 4, 0);
+    const int64_t scales = shape.wire == Wire::kSame ? 0 : ceil_div(shape.hidden, kScaleBlock);
+    EXPECT_GE(layout.scale_stride, scales);
+  }
+}
+
+TEST(HeapRegions, NeedsNameTheLargestRegionsAndWhatToLower) {
+  EXPECT_EQ(heap_needs(shapes()[1]),
+            "rows 448.0 MiB (bytes [R, max_tokens, row_stride]), routing 1.0 MiB (i32 [R, "
+            "max_tokens, K]), scalars 1.0 MiB (f32 [R, max_tokens, K]); lower max_tokens_per_rank "
+            "(4096) or hidden (7168)");
+}
+
+TEST(HeapRegions, BytesAreReadable) {
+  EXPECT_EQ(bytes_text(0), "0 bytes");
+  EXPECT_EQ(bytes_text(1023), "1023 bytes");
+  EXPECT_EQ(bytes_text(1536), "1.5 KiB");
+  EXPECT_EQ(bytes_text(int64_t{5} << 30), "5.0 GiB");
+  EXPECT_EQ(bytes_text(int64_t{2048} << 40), "2048.0 TiB");
+}
+
+TEST(HeapShapes, AreWithinWhatTheKernelsAreWrittenFor) {
+  for (const HeapShape& shape : shapes()) EXPECT_TRUE(check_heap_shape(shape).ok());
+  const auto message = [](auto change) {
+    HeapShape shape{.num_ranks = 2, .num_experts = 4};
+    change(shape);
+    const Status status = check_heap_shape(shape);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    return status.message();
+  };
+  EXPECT_EQ(message([](HeapShape& s) { s.num_ranks = 65; }),
+            "num_ranks is 65; allowed on CUDA: 1 to 64");
+  EXPECT_EQ(message([](HeapShape& s) { s.num_experts = 4098; }),
+            "num_experts is 4098; allowed on CUDA: 1 to 4096");
+  EXPECT_EQ(message([](HeapShape& s) { s.num_experts = 5; }),
+            "num_experts is 5; allowed on CUDA: a multiple of the 2 ranks");
+  EXPECT_EQ(message([](HeapShape& s) { s.num_topk = 33; }),
+            "num_topk is 33; allowed on CUDA: 1 to 32");
+  EXPECT_EQ(message([](HeapShape& s) { s.max_tokens = kMaxTokens + 1; }),
+            "max_tokens_per_rank is 1048577; allowed on CUDA: 1 to 1048576");
+  EXPECT_EQ(message([](HeapShape& s) { s.hidden = 0; }),
+            "hidden is 0; allowed on CUDA: 1 to 2147483647");
+}
+
+TEST(Chunks, CoverAllTokensWithFewEnoughFlags) {
+  for (const int64_t tokens : {0, 1, 127, 128, 129, 1024, 4096, 8192, 8193, 1 << 20}) {
+    EXPECT_LE(num_chunks(tokens), kMaxChunks) << tokens;
+    EXPECT_GE(int64_t{num_chunks(tokens)} * chunk_tokens(tokens), tokens);
+    for (const int32_t ranks : {1, 8, 64}) {
+      EXPECT_LE(num_tiles(tokens, ranks), kMaxTiles) << tokens;
+      EXPECT_GE(int64_t{num_tiles(tokens, ranks)} * tile_tokens(tokens, ranks), tokens);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/runtime/tuning.h"
+
+#include <gtest/gtest.h>
+
+namespace jax_ep {
+namespace {
+
+constexpr int64_t kRowBytes = 14336;
+
+int32_t blocks(OpKind op, int64_t num_tokens, SmBudget budget, int64_t row_bytes = kRowBytes) {
+  const EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = num_tokens};
+  return launch_shape(op, shape, row_bytes, budget).num_blocks;
+}
+
+TEST(Tuning, LargeCallsGetTheDefaultOfTheOperation) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, h200), 24);
+  EXPECT_EQ(blocks(OpKind::kCombine, 4096, h200), 24);
+  EXPECT_EQ(blocks(OpKind::kPlan, 4096, h200, 0), 16);
+}
+
+TEST(Tuning, NumSmsReplacesTheDefault) {
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 132, .wanted = 48}), 48);
+  EXPECT_EQ(blocks(OpKind::kPlan, 4096, {.available = 132, .wanted = 4}, 0), 4);
+}
+
+TEST(Tuning, NoLaunchHasMoreBlocksThanItMayHaveSms) {
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .wanted = 0}), 16);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .wanted = 48}), 16);
+}
+
+TEST(Tuning, SmallCallsGetFewBlocksAndAtLeastOne) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EXPECT_EQ(blocks(OpKind::kDispatch, 16, h200), 8);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200), 1);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 0, h200), 1);
+  EXPECT_EQ(blocks(OpKind::kPlan, 0, h200, 0), 1);
+}
+
+TEST(Tuning, ScalarsAloneAreLittleWork) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 16);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200, 0), 4);
+}
+
+}  // namespace
+}  // namespace jax_ep

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the table of the heap's regions into docs/protocol.md, from csrc/core/heap_layout.h.
+
+Regions, what they hold and how large they are is read from the header's text, so it needs neither a
+compiler nor CUDA. The functions that the header's formulas call are repeated here.
+"""
+
+import ast
+import dataclasses
+import functools
+import re
+import sys
+
+import marked_part
+
+HEADER = marked_part.ROOT / "csrc" / "core" / "heap_layout.h"
+PAGE = marked_part.ROOT / "docs" / "protocol.md"
+SCRIPT = "tools/docs/heap_table.py"
+
+_REGION = re.compile(r"^  k(\w+), +// (\w+(?: \[[^\]]*\])?): (.*)$", re.MULTILINE)
+_CONSTANT = re.compile(r"^inline constexpr int\d+_t (k\w+) = (\d+);", re.MULTILINE)
+# Names of the header's formulas -> those of the page.
+_LETTERS = {
+    "ranks": "R",
+    "tokens": "max_tokens",
+    "topk": "K",
+    "layout.row_stride": "row_stride",
+    "layout.scale_stride": "scale_stride",
+    "num_tiles(max_tokens, shape.num_ranks)": "tiles",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeapShape:
+    """As in the header, with the bytes of an element and the bins instead of enums."""
+
+    num_ranks: int
+    num_experts: int
+    num_topk: int
+    max_tokens: int
+    hidden: int
+    element_bytes: int
+    fp8: bool
+
+
+EXAMPLE = HeapShape(8, 256, 8, 4096, 7168, 2, fp8=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A region: its name, what an element is and how many there are, what it holds, its bytes."""
+
+    name: str
+    shape: str
+    holds: str
+    formula: str
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Returns a / b, rounded up."""
+    return -(-a // b)
+
+
+def align_up(value: int, alignment: int) -> int:
+    """Returns the least multiple of `alignment` that is at least `value`."""
+    return ceil_div(value, alignment) * alignment
+
+
+@functools.cache
+def constants() -> dict[str, int]:
+    """Returns the header's integer constants by name."""
+    return {name: int(value) for name, value in _CONSTANT.findall(HEADER.read_text())}
+
+
+def chunk_tokens(num_tokens: int) -> int:
+    """Returns the tokens of a chunk."""
+    few = min(max(ceil_div(num_tokens, 128), 1), 8)
+    return max(few, ceil_div(num_tokens, constants()["kMaxChunks"]))
+
+
+def tile_tokens(num_tokens: int, num_ranks: int) -> int:
+    """Returns the tokens of a tile."""
+    tiles = min(512 // num_ranks, constants()["kMaxTiles"])
+    return max(align_up(ceil_div(num_tokens, tiles), 32), 32)
+
+
+def regions() -> list[Region]:
+    """Returns the regions that the header declares, in its order.
+
+    Raises:
+        ValueError: if the header does not look as expected.
+    """
+    text = HEADER.read_text()
+    body = text[text.index("enum class Region") :]
+    declared = _REGION.findall(body[: body.index("};")])
+    listed = re.search(r"bytes\[kNumRegions\] = \{(.*?)\n  \};", text, re.DOTALL)
+    if listed is None or len(declared) != constants()["kNumRegions"]:
+        raise ValueError(f"{HEADER.name}: the regions are not written as this script reads them")
+    formulas = [f.strip().rstrip(",") for f in listed[1].strip().splitlines()]
+    return [
+        Region(re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower(), shape, holds, _letters(formula))
+        for (name, shape, holds), formula in zip(declared, formulas, strict=True)
+    ]
+
+
+def _letters(formula: str) -> str:
+    # int64_t{kMaxChunks} and kMaxChunks -> its value
+    formula = re.sub(r"int64_t\{(\w+)\}", r"\1", formula)
+    formula = re.sub(r"\bk\w+", lambda m: str(constants()[m[0]]), formula)
+    for name, letter in _LETTERS.items():
+        pattern = rf"(?<![\w.]){re.escape(name)}" + (r"\b" if name[-1] != ")" else "")
+        formula = re.sub(pattern, letter, formula)
+    return formula
+
+
+def region_bytes(shape: HeapShape) -> dict[str, int]:
+    """Returns the bytes of each region by name."""
+    scale_blocks = align_up(ceil_div(shape.hidden, 128), 4)
+    values = {
+        "R": shape.num_ranks,
+        "K": shape.num_topk,
+        "max_tokens": shape.max_tokens,
+        "row_stride": align_up(shape.hidden * shape.element_bytes, 16),
+        "scale_stride": scale_blocks if shape.fp8 else 0,
+        "tiles": ceil_div(shape.max_tokens, tile_tokens(shape.max_tokens, shape.num_ranks)),
+        "bins": shape.num_experts,
+    }
+    return {region.name: _product(region.formula, values) for region in regions()}
+
+
+def _product(formula: str, values: dict[str, int]) -> int:
+    product = 1
+    for factor in formula.split(" * "):
+        product *= values[factor] if factor in values else ast.literal_eval(factor)
+    return product
+
+
+def heap_bytes(shape: HeapShape) -> int:
+    """Returns the bytes of a heap."""
+    return sum(align_up(size, 256) for size in region_bytes(shape).values())
+
+
+def text() -> str:
+    """Returns the table."""
+    plain = region_bytes(EXAMPLE)
+    fp8 = region_bytes(dataclasses.replace(EXAMPLE, fp8=True))
+    own = False
+    rows = []
+    for region in regions():
+        own = own or region.name == "control"
+        rows.append(
+            (
+                f"`{region.name}`",
+                "the rank alone" if own else "peers too",
+                f"{region.shape}: {region.holds}",
+                f"`{region.formula}`",
+                f"{plain[region.name]:,}",
+                f"{fp8[region.name]:,}",
+            )
+        )
+    totals = (heap_bytes(EXAMPLE), heap_bytes(dataclasses.replace(EXAMPLE, fp8=True)))
+    rows.append(("the heap", "", "", "", *(f"{total:,}" for total in totals)))
+    header = ("region", "used by", "what it holds", "bytes", "example", "example, FP8 wire")
+    return marked_part.table(header, rows)
+
+
+def page() -> str:
+    """Returns docs/protocol.md with the table as it should be."""
+    return marked_part.replaced(PAGE.read_text(), SCRIPT, text())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}", file=sys.stderr)

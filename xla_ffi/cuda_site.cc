@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "xla_ffi/cuda_site.h"
+
+#include "csrc/core/heap_fit.h"
+#include "csrc/runtime/cuda_registry.h"
+
+namespace jax_ep {
+
+Status find_site(const EpAttrs& attrs,
+                 int32_t device,
+                 std::string_view op,
+                 const EpShape& shape,
+                 CudaSite& site) {
+  site.group = CudaGroupRegistry::instance().find(attrs.group_id);
+  if (site.group == nullptr) return closed_group(op);
+  JAX_EP_RETURN_IF_ERROR(site.group->find(device, site.rank));
+  JAX_EP_RETURN_IF_ERROR(site.rank->error());
+  return check_fits(site.heap(), shape);
+}
+
+}  // namespace jax_ep
