@@ -37,6 +37,7 @@ def test_defaults():
     assert config.recv_capacity is None
     assert config.expert_alignment == 1
     assert config.zero_fill is True
+    assert config.num_sms is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,8 @@ _DTYPES = "allowed: float32, bfloat16, float16"
             )
             for value in (0, -1, 2.5, False, INT32_MAX + 1)
         ],
+        ({"num_sms": 0}, f"EpConfig.num_sms is 0; allowed: None or {_INT}"),
+        ({"num_sms": 1.5}, f"EpConfig.num_sms is 1.5; allowed: None or {_INT}"),
         (
             {"num_topk": 9},
             "EpConfig.num_topk is 9; it must be at most num_experts (8), because a token's "

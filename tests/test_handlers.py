@@ -48,6 +48,7 @@ TARGETS = {
             "slot": ((T, K), I32),
             "row_source": ((C,), I32),
             "row_topk_idx": ((0,), I32),
+            "source_slot": ((0,), I32),
             "group_sizes": ((E,), I32),
             "tokens_per_expert": ((E,), I32),
             "num_dropped": ((), I32),

@@ -1,23 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backend `xla` over several processes: 2 processes x 4 devices, checked against the oracle."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import pytest
+
+from processes import run_processes
 
 NUM_PROCESSES = 2
 DEVICES_EACH = 4
 
 WORKER = """
-import sys
-import jax
 import numpy as np
-jax.config.update("jax_num_cpu_devices", {devices})
-jax.distributed.initialize({address!r}, num_processes={processes}, process_id=int(sys.argv[1]))
 import jax_ep
 from jax.sharding import NamedSharding, PartitionSpec as P
 from problems import PROBLEMS
@@ -59,39 +51,12 @@ want = (
 for g, w in zip(got, want, strict=True):
     for shard in g.addressable_shards:
         np.testing.assert_allclose(np.asarray(shard.data), w[shard.index], rtol=1e-5)
-print("process", sys.argv[1], "agrees with the oracle on", len(jax.local_devices()), "devices")
+print("process", process, "agrees with the oracle on", len(jax.local_devices()), "devices")
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.multiprocess
 def test_two_processes_of_four_devices_agree_with_the_oracle():
-    here = pathlib.Path(__file__).parent
-    code = WORKER.format(
-        devices=DEVICES_EACH, processes=NUM_PROCESSES, address=f"127.0.0.1:{_free_port()}"
-    )
-    path = os.pathsep.join(p for p in [str(here), *sys.path] if p)
-    env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", code, str(i)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(NUM_PROCESSES)
-    ]
-    try:
-        outputs = [p.communicate(timeout=200)[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for i, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"process {i}:\n{output[-4000:]}"
+    outputs = run_processes(WORKER, num_processes=NUM_PROCESSES, devices_each=DEVICES_EACH)
+    for i, output in enumerate(outputs):
         assert f"process {i} agrees with the oracle on {DEVICES_EACH} devices" in output

@@ -69,6 +69,7 @@ def dispatch(
             slot=plan.slot,
             row_source=plan.row_source,
             row_topk_idx=plan.row_topk_idx,
+            source_slot=plan.source_slot,
             arrival_slot=plan.arrival_slot,
             arrival_topk=plan.arrival_topk,
             config=config,
@@ -171,7 +172,10 @@ def _check_handle(handle: DispatchHandle, group: EpGroup) -> None:
             f"handle is of a dispatch with {handle.num_ranks} ranks and {handle.config}; allowed: "
             f"one of this group, with {group.num_ranks} ranks and {group.config}"
         )
-    if (handle.arrival_slot is None) != (group.backend == "ffi"):
+    of_xla = handle.arrival_slot is not None
+    of_gpu = handle.source_slot is not None
+    if (of_xla, of_gpu) != (group.backend == "xla", OpSpec.of(group).gpu):
         raise ValueError(
-            f"handle is of a dispatch by another backend; this group's is {group.backend!r}"
+            f"handle is of a dispatch by another backend; this group's is {group.backend!r} on "
+            f"{group.platform}"
         )

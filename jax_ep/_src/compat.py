@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between the supported versions of JAX (0.10.2 to 0.12), and what is hard to say.
 
-Each entry gives its reason. Everything here is public API of JAX.
+Each entry gives its reason. Everything here is public API of JAX but `coordination_client`.
 """
 
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.sharding import NamedSharding, PartitionSpec
+
+
+def coordination_client() -> Any:
+    """The client of JAX's coordination service: a store of keys, and barriers, over processes.
+
+    None where `jax.distributed.initialize` has not been called. JAX to 0.12 has no public way to
+    it; the public `multihost_utils` would need a computation on all processes' devices.
+    """
+    return distributed.global_state.client
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:

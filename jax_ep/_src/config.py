@@ -41,6 +41,8 @@ class EpConfig:
         expert_alignment: rows; every expert starts at a multiple of it. Layout "expert" only.
         zero_fill: whether received rows that hold no token are zeros. False leaves them
             unspecified, which saves the time to write them.
+        num_sms: SMs that each of the GPU kernels may take. None: chosen from the sizes. Without
+            effect on the numbers, and on other devices.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the
@@ -57,6 +59,7 @@ class EpConfig:
     recv_capacity: int | None = None
     expert_alignment: int = 1
     zero_fill: bool = True
+    num_sms: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):
@@ -72,8 +75,9 @@ class EpConfig:
             object.__setattr__(self, "wire_dtype", wire)
         if self.layout not in ("expert", "rank"):
             raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
-        if self.recv_capacity is not None:
-            self._check_positive_int("recv_capacity")
+        for field in ("recv_capacity", "num_sms"):
+            if getattr(self, field) is not None:
+                self._check_positive_int(field)
         self._check_positive_int("expert_alignment")
         if self.layout == "rank" and self.expert_alignment != 1:
             raise ValueError(
@@ -88,7 +92,7 @@ class EpConfig:
         value = getattr(self, field)
         ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not ok or not 1 <= value <= _INT32_MAX:
-            none = "None or " if field == "recv_capacity" else ""
+            none = "None or " if field in ("recv_capacity", "num_sms") else ""
             raise ValueError(
                 f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {_INT32_MAX}"
             )

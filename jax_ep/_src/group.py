@@ -12,7 +12,7 @@ from types import TracebackType
 import jax
 import numpy as np
 
-from jax_ep._src import native
+from jax_ep._src import cuda_group, native
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed, EpUnavailable
 
@@ -38,12 +38,13 @@ class EpGroup:
         axis_names: the same, always a tuple.
         config: as it was given.
         backend: "ffi" or "xla": what serves this group.
+        platform: of the mesh's devices: "cpu", "cuda" or another.
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank.
         recv_capacity: `C`, rows of each rank's receive buffer.
-        heap_bytes: bytes of symmetric heap that each rank holds. 0 on the CPU, where ranks share
-            an address space, and with the `xla` backend.
+        heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
+            where ranks share an address space, and with the `xla` backend.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class EpGroup:
             backend: "ffi" (this library's own kernels), "xla" (collectives of XLA), or None: the
                 best that can serve this mesh. An explicit choice never falls back.
             timeout: seconds that ranks wait for one that does not come before all of them fail
-                with an error that names it. Backend `ffi` only.
+                with an error that names it; on GPUs also how long processes wait for each other
+                when the group is made or closed. Backend `ffi` only.
 
         Raises:
             ValueError: a bad argument, or a config that does not fit the number of ranks.
-            EpUnavailable: the backend that was asked for cannot serve; the message says why.
+            EpUnavailable: the backend that was asked for cannot serve; on GPUs also: memory is
+                short, or a process did not come. The message says why.
         """
         self.axis_name = axis_name if isinstance(axis_name, str) else tuple(axis_name)
         self.axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -99,9 +102,13 @@ class EpGroup:
                 "max_tokens_per_rank"
             )
         self.heap_bytes = 0
-        self.backend = _choose_backend(mesh, backend)
+        self.platform = _platform(mesh)
+        self.backend = _choose_backend(
+            backend, None if backend == "xla" else _why_not_ffi(mesh, config, self.num_ranks)
+        )
         self._closed = False
         self._lock = threading.Lock()
+        self._cuda: cuda_group.CudaGroup | None = None
         self.group_id = self._register()
 
     def _register(self) -> int:
@@ -109,6 +116,12 @@ class EpGroup:
         self.name = f"EpGroup {number} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
         if self.backend != "ffi":
             return -1
+        if self.platform == "cuda":
+            self._cuda = cuda_group.CudaGroup(
+                self.name, self.mesh, self.axis_names, self.config, self.timeout
+            )
+            self.heap_bytes = self._cuda.heap_bytes
+            return self._cuda.group_id
         ext = native.load()
         native.register_targets()
         return ext.create_group(self.name, self.num_ranks, self.timeout)
@@ -118,6 +131,8 @@ class EpGroup:
 
         Waits for computations in flight on the group's devices whose results somebody holds.
         Functions compiled with the group fail when they are called afterwards (backend `ffi`).
+        On GPUs every process must call it: each waits, for `timeout` seconds at most, until the
+        others do not use its memory any more.
         """
         with self._lock:
             if self._closed:
@@ -125,7 +140,10 @@ class EpGroup:
             self._closed = True
         if self.group_id >= 0:
             _wait_for_results(set(self.mesh.devices.flat))
-            native.load().close_group(self.group_id)
+            if self._cuda is None:
+                native.load().close_group(self.group_id)
+            else:
+                self._cuda.close()
 
     @property
     def closed(self) -> bool:
@@ -182,21 +200,31 @@ def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
             raise ValueError(f"axis_name {name!r} is not an axis of the mesh; allowed: {known}")
 
 
-def _why_not_ffi(mesh: jax.sharding.Mesh) -> str | None:
+def _platform(mesh: jax.sharding.Mesh) -> str:
+    """Of the mesh's devices, as JAX's lowering names it: "cpu", "cuda", ..."""
+    names = {device.platform for device in np.asarray(mesh.devices).flat}
+    # Devices call themselves "gpu"; what is compiled for them is of platform "cuda".
+    return "/".join(sorted("cuda" if name == "gpu" else name for name in names))
+
+
+def _why_not_ffi(mesh: jax.sharding.Mesh, config: EpConfig, num_ranks: int) -> str | None:
     """Why the `ffi` backend cannot serve a mesh; None if it can."""
-    devices = list(np.asarray(mesh.devices).flat)
-    platforms = {device.platform for device in devices}
-    if platforms != {"cpu"}:
-        return f"it has no kernels for platform {'/'.join(sorted(platforms))} in this release"
-    if len({device.process_index for device in devices}) > 1:
-        return "on CPU it serves the devices of one process, and this mesh spans several"
-    return native.why_unavailable()
+    platform = _platform(mesh)
+    processes = {device.process_index for device in np.asarray(mesh.devices).flat}
+    if platform == "cpu":
+        if len(processes) > 1:
+            return "on CPU it serves the devices of one process, and this mesh spans several"
+        return native.why_unavailable()
+    if platform == "cuda":
+        if jax.process_index() not in processes:
+            return "no device of the mesh belongs to this process"
+        return native.why_no_cuda() or cuda_group.why_too_large(config, num_ranks)
+    return f"it has no kernels for platform {platform}"
 
 
-def _choose_backend(mesh: jax.sharding.Mesh, asked: str | None) -> str:
+def _choose_backend(asked: str | None, why_not: str | None) -> str:
     if asked == "xla":
         return "xla"
-    why_not = _why_not_ffi(mesh)
     if asked == "ffi" and why_not is not None:
         raise EpUnavailable(f"backend 'ffi' cannot serve this group: {why_not}")
     backend = "ffi" if why_not is None else "xla"

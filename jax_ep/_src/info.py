@@ -64,22 +64,34 @@ def _backends() -> list[Row]:
         ffi = ("ffi on CPU", f"available (XLA FFI {major}.{minor})", "")
     else:
         ffi = ("ffi on CPU", "not available", why_not)
-    on_gpu = "no kernels for it in this release; groups on GPUs use the xla backend"
-    rows = [
-        ffi,
-        ("ffi on CUDA", "not available", on_gpu),
-        ("xla", "available", "collectives of XLA, on every platform"),
-    ]
+    rows = [ffi, _cuda(), ("xla", "available", "collectives of XLA, on every platform")]
     if jax.process_count() > 1:
-        rows.append(("ffi", "not for this mesh", "it serves the devices of one process on CPU"))
+        note = "on CPU it serves the devices of one process"
+        rows.append(("ffi on CPU", "not for meshes of several processes", note))
     return rows
 
 
+def _num_gpus() -> int:
+    return sum(device.platform in ("gpu", "cuda") for device in jax.local_devices())
+
+
+def _cuda() -> Row:
+    why_not = native.why_no_cuda()
+    if why_not is not None:
+        return ("ffi on CUDA", "not available", why_not)
+    build = native.load_cuda().build_info()
+    version = f"{build['cuda_runtime'] // 1000}.{build['cuda_runtime'] % 1000 // 10}"
+    archs = build["architectures"].replace(";", ", ")
+    state = "available" if _num_gpus() else "built"
+    return ("ffi on CUDA", state, f"CUDA {version}, kernels for {archs}")
+
+
 def _peer_access() -> Row:
-    num_gpus = sum(device.platform in ("gpu", "cuda") for device in jax.local_devices())
+    num_gpus = _num_gpus()
     if num_gpus < 2:
         return ("peer access", f"no ({num_gpus} GPUs here)", "scale-up needs two or more GPUs")
-    return ("peer access", f"not probed ({num_gpus} GPUs here)", "the CUDA backend probes it")
+    note = "found out when a group is made, which fails where there is none"
+    return ("peer access", f"not probed ({num_gpus} GPUs here)", note)
 
 
 def _nvshmem() -> Row:

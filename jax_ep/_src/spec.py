@@ -13,7 +13,8 @@ class OpSpec:
     """Hashable, so that it can be a parameter of a primitive and part of a compilation's key.
 
     Attributes:
-        group_id: the group's id in the compiled module; -1 where it has none.
+        group_id: the group's id in its compiled module; -1 where it has none.
+        gpu: whether the `ffi` backend runs it on GPUs.
         axis_names: mesh axes of the group.
         num_ranks: `R`.
         num_experts: `E`.
@@ -26,6 +27,7 @@ class OpSpec:
     """
 
     group_id: int
+    gpu: bool
     axis_names: tuple[str, ...]
     num_ranks: int
     num_experts: int
@@ -42,6 +44,7 @@ class OpSpec:
         config = group.config
         return cls(
             group_id=group.group_id,
+            gpu=group.backend == "ffi" and group.platform == "cuda",
             axis_names=group.axis_names,
             num_ranks=group.num_ranks,
             num_experts=config.num_experts,
@@ -78,6 +81,15 @@ class OpSpec:
     def row_topk_shape(self) -> tuple[int, ...]:
         """Shape of the local experts of received rows; absent in layout "expert"."""
         return (0,) if self.layout == "expert" else (self.recv_capacity, self.num_topk)
+
+    def source_slot_shape(self, num_tokens: int) -> tuple[int, ...]:
+        """Shape of the rows that a rank holds of each token of each rank; absent but on GPUs."""
+        if not self.gpu:
+            return (0,)
+        rows_per_token = (
+            min(self.num_topk, self.num_local_experts) if self.layout == "expert" else 1
+        )
+        return (self.num_ranks * num_tokens, rows_per_token)
 
     def ffi_attributes(self) -> dict[str, np.generic]:
         """The dictionary attribute "ep" of every FFI target, as `xla_ffi/site.h` decodes it."""

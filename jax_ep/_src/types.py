@@ -24,6 +24,9 @@ class DispatchHandle:
             holds no token.
         row_topk_idx: `[C, K]` in layout "rank": local expert of each of the token's selections,
             or -1. None in layout "expert".
+        source_slot: `[R * T, J]`, only of the `ffi` backend on GPUs: this rank's rows of each
+            token of each rank, ascending; -1 past the last one. `J` is `min(K, L)`, or 1 in
+            layout "rank".
         arrival_slot: `[R, T, min(K, L)]`, only of the `xla` backend: this rank's row of each
             token's selections in ascending order of experts; -1 past the last one.
         arrival_topk: like `arrival_slot`: the selection's position in the token's top-k.
@@ -35,6 +38,7 @@ class DispatchHandle:
     slot: jax.Array
     row_source: jax.Array
     row_topk_idx: jax.Array | None
+    source_slot: jax.Array | None = None
     arrival_slot: jax.Array | None = None
     arrival_topk: jax.Array | None = None
     config: EpConfig = dataclasses.field(metadata={"static": True})

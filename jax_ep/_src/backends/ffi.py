@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src import compat
+from jax_ep._src.backends.differentiation import absent_scalars
 from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.primitives import absent_scalars, combine_p, dispatch_p, plan_p
+from jax_ep._src.backends.primitives import combine_p, dispatch_p, plan_p
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import DispatchHandle
 
@@ -42,7 +43,9 @@ def _with_group_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...
 def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     """Works out every selection's row, exchanging the routing of all ranks."""
     outputs = plan_p.bind(*_with_group_rank(spec, topk_idx), spec=spec)
-    slot, row_source, row_topk_idx, group_sizes, tokens_per_expert, num_dropped = outputs
+    slot, row_source, row_topk_idx, source_slot, group_sizes, tokens_per_expert, num_dropped = (
+        outputs
+    )
     return Plan(
         slot=slot,
         row_source=row_source,
@@ -50,6 +53,7 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
         group_sizes=group_sizes,
         tokens_per_expert=tokens_per_expert,
         num_dropped=num_dropped,
+        source_slot=source_slot if spec.gpu else None,
     )
 
 
@@ -59,7 +63,15 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sends rows and, where given, one scalar per selection."""
     scalars = absent_scalars(x) if token_scalars is None else token_scalars
-    operands = _with_group_rank(spec, x, scalars, handle.topk_idx, handle.slot, handle.row_source)
+    operands = _with_group_rank(
+        spec,
+        x,
+        scalars,
+        handle.topk_idx,
+        handle.slot,
+        handle.row_source,
+        handle.row_source if handle.source_slot is None else handle.source_slot,
+    )
     call = _dispatch_fp8 if spec.fp8_wire else _dispatch
     rows, row_scalars = call(spec, *operands)
     return rows, None if token_scalars is None else row_scalars
@@ -80,6 +92,7 @@ def combine(
         handle.slot,
         handle.row_source,
         handle.row_source if handle.row_topk_idx is None else handle.row_topk_idx,
+        handle.row_source if handle.source_slot is None else handle.source_slot,
     )
     out, _ = combine_p.bind(*operands, spec=spec)
     return out
@@ -101,17 +114,20 @@ def _dispatch_fp8(
     topk_idx: jax.Array,
     slot: jax.Array,
     row_source: jax.Array,
+    source_slot: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    return _dispatch(spec, group_rank, x, token_scalars, topk_idx, slot, row_source)
+    return _dispatch(spec, group_rank, x, token_scalars, topk_idx, slot, row_source, source_slot)
 
 
 def _dispatch_fp8_fwd(spec: OpSpec, *operands: jax.Array) -> tuple:
     group_rank, _, _, *handle = operands
-    return _dispatch(spec, *operands), (group_rank, *handle)
+    # Elsewhere source_slot is row_source, which is to be kept once.
+    return _dispatch(spec, *operands), (group_rank, *(handle if spec.gpu else handle[:-1]))
 
 
 def _dispatch_fp8_bwd(spec: OpSpec, residuals: tuple, cotangents: tuple) -> tuple:
-    group_rank, topk_idx, slot, row_source = residuals
+    group_rank, topk_idx, slot, row_source = residuals[:4]
+    source_slot = residuals[-1]
     rows_bar, row_scalars_bar = cotangents
     absent = absent_scalars(slot)
     x_bar, token_scalars_bar = combine_p.bind(
@@ -123,9 +139,10 @@ def _dispatch_fp8_bwd(spec: OpSpec, residuals: tuple, cotangents: tuple) -> tupl
         slot,
         row_source,
         row_source,  # for row_topk_idx, which nothing reads where there are no weights
+        source_slot,
         spec=spec.for_cotangents(),
     )
-    return None, x_bar, token_scalars_bar, None, None, None
+    return None, x_bar, token_scalars_bar, *[None] * 4
 
 
 _dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)

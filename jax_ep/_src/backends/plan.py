@@ -17,5 +17,6 @@ class Plan:
     group_sizes: jax.Array
     tokens_per_expert: jax.Array
     num_dropped: jax.Array
+    source_slot: jax.Array | None = None
     arrival_slot: jax.Array | None = None
     arrival_topk: jax.Array | None = None

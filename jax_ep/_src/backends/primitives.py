@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX primitives over the FFI targets: shapes, lowering, differentiation, batching.
+"""JAX primitives over the FFI targets: shapes, lowering, batching.
 
 * `plan_p` (not differentiable): routing -> slots and counts.
 * `dispatch_p`: rows and scalars travel from tokens to slots. Linear.
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
-  and the exact transpose of `dispatch_p` over the same slots; that is all that reverse mode needs.
+  and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
 
 Operands come first as arrays, `group_rank` (int32[2], see `ffi.py`) before all; all operands vary
 over the same manual mesh axes. An operand that does not take part has shape `[0]`; rows that do
 not take part have `H = 0`. No operation has side effects: what one hands to another is an array.
+
+`source_slot` is there on GPUs only. Elsewhere `row_source` is passed in its place, and no lowering
+reads it: an operand of size 0 could become a residual, see `differentiation.py`.
 """
 
 import functools
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching, mlir
 
 from jax_ep._src import compat
 from jax_ep._src.spec import OpSpec
@@ -55,6 +58,7 @@ def _plan_abstract(group_rank: Any, topk_idx: Any, *, spec: OpSpec) -> list[Any]
         topk_idx.shape,  # slot
         (spec.recv_capacity,),  # row_source
         spec.row_topk_shape,
+        spec.source_slot_shape(topk_idx.shape[0]),
         (spec.num_row_groups,),  # group_sizes
         (spec.num_local_experts,),  # tokens_per_expert
         (),  # num_dropped
@@ -69,10 +73,13 @@ def _dispatch_abstract(
     topk_idx: Any,
     slot: Any,
     row_source: Any,
+    source_slot: Any,
     *,
     spec: OpSpec,
 ) -> list[Any]:
-    _check_same_axes("jax_ep_dispatch", group_rank, x, token_scalars, topk_idx, slot, row_source)
+    _check_same_axes(
+        "jax_ep_dispatch", group_rank, x, token_scalars, topk_idx, slot, row_source, source_slot
+    )
     scalars_shape = (0,) if is_absent(token_scalars) else spec.row_scalars_shape
     return [
         compat.like(x, (spec.recv_capacity, x.shape[1]), x.dtype),
@@ -89,13 +96,14 @@ def _combine_abstract(
     slot: Any,
     row_source: Any,
     row_topk_idx: Any,
+    source_slot: Any,
     *,
     spec: OpSpec,
 ) -> list[Any]:
     del spec
     _check_same_axes(
         "jax_ep_combine", group_rank, y, weights, row_scalars, topk_idx, slot, row_source,
-        row_topk_idx,
+        row_topk_idx, source_slot,
     )  # fmt: skip
     scalars_shape = (0,) if is_absent(row_scalars) else topk_idx.shape
     return [
@@ -112,233 +120,43 @@ combine_p.def_abstract_eval(_combine_abstract)
 # --- lowering ----------------------------------------------------------------------------------
 
 
-def _plan_lowering(ctx: Any, *operands: Any, spec: OpSpec) -> Any:
-    return jax.ffi.ffi_lowering("jax_ep_plan")(ctx, *operands, ep=spec.ffi_attributes())
-
-
-def _dispatch_lowering(ctx: Any, *operands: Any, spec: OpSpec) -> Any:
-    return jax.ffi.ffi_lowering("jax_ep_dispatch")(
-        ctx,
-        *operands,
-        ep=spec.ffi_attributes(),
-        wire=np.int32(spec.fp8_wire),
-        zero_fill=np.bool_(spec.zero_fill),
-    )
-
-
-def _combine_lowering(ctx: Any, *operands: Any, spec: OpSpec) -> Any:
-    # The last two operands are there for differentiation only.
-    ctx = ctx.replace(avals_in=ctx.avals_in[:-2])
-    return jax.ffi.ffi_lowering("jax_ep_combine")(ctx, *operands[:-2], ep=spec.ffi_attributes())
-
-
-mlir.register_lowering(plan_p, _plan_lowering, platform="cpu")
-mlir.register_lowering(dispatch_p, _dispatch_lowering, platform="cpu")
-mlir.register_lowering(combine_p, _combine_lowering, platform="cpu")
-
-
-# --- differentiation ---------------------------------------------------------------------------
-
-
-def _zero_tangents(outputs: Sequence[jax.Array]) -> list[Any]:
-    return [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outputs]
-
-
-def _plan_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
-    del tangents  # integers
-    outputs = plan_p.bind(*primals, spec=spec)
-    return outputs, _zero_tangents(outputs)
-
-
-# What is absent is cut out of an operand that is not: a constant, and whatever a tangent's linear
-# function has from outside, becomes a residual of an enclosing `shard_map`, and in a loop jaxlib
-# 0.11.2 crashes on residuals of size 0 (Shardy's ManualComputationUnusedInputsPattern).
-
-
-def _no_rows(like: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Rows that do not take part, as many as `like` has and varying over the same axes."""
-    flat = like[:, None] if like.ndim == 1 else like
-    return flat[:, :0].astype(dtype)
-
-
-def absent_scalars(like: jax.Array, dtype: np.dtype = _FLOAT32) -> jax.Array:
-    """An operand that does not take part, varying over the same axes as `like`."""
-    return jax.lax.slice_in_dim(like.reshape(-1), 0, 0).astype(dtype)
-
-
-def _tangents_of(outputs: Sequence[Any], rows: Any, scalars: Any, linear: Any) -> list[Any]:
-    """Runs `linear(rows, scalars)` on the tangents that are not zero, the others absent."""
-    if type(rows) is ad.Zero and type(scalars) is ad.Zero:
-        return _zero_tangents(outputs)
-    out_rows, out_scalars = linear(rows, scalars)
-    zeros = _zero_tangents(outputs)
-    return [
-        zeros[0] if type(rows) is ad.Zero else out_rows,
-        zeros[1] if type(scalars) is ad.Zero else out_scalars,
-    ]
-
-
-def _dispatch_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
-    group_rank, x, token_scalars, topk_idx, slot, row_source = primals
-    outputs = dispatch_p.bind(*primals, spec=spec)
-
-    def linear(x_dot: Any, scalars_dot: Any) -> Any:
-        return dispatch_p.bind(
-            group_rank,
-            _no_rows(scalars_dot, x.dtype) if type(x_dot) is ad.Zero else x_dot,
-            absent_scalars(x_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
-            topk_idx,
-            slot,
-            row_source,
-            spec=spec.for_cotangents(),
-        )
-
-    del token_scalars
-    return outputs, _tangents_of(outputs, tangents[1], tangents[2], linear)
-
-
-def _dispatch_transpose(
-    cotangents: Sequence[Any],
-    group_rank: Any,
-    x: Any,
-    token_scalars: Any,
-    topk_idx: Any,
-    slot: Any,
-    row_source: Any,
-    *,
+def _lower(
+    ctx: Any,
+    *operands: Any,
     spec: OpSpec,
-) -> list[Any]:
-    """The transpose of a dispatch is an unweighted combine over the same slots."""
-    rows_bar, row_scalars_bar = cotangents
-    if type(rows_bar) is ad.Zero and type(row_scalars_bar) is ad.Zero:
-        return [None] * 6
-    dtype = x.aval.dtype if ad.is_undefined_primal(x) else x.dtype
-    no_scalars = absent_scalars(topk_idx)
-    empty_rows = jnp.broadcast_to(row_source[:, None], (spec.recv_capacity, 1))[:, :0]
-    x_bar, token_scalars_bar = combine_p.bind(
-        group_rank,
-        empty_rows.astype(dtype) if type(rows_bar) is ad.Zero else rows_bar,
-        no_scalars,
-        no_scalars if type(row_scalars_bar) is ad.Zero else row_scalars_bar,
-        topk_idx,
-        slot,
-        row_source,
-        row_source,  # for row_topk_idx, which nothing reads where there are no weights
-        spec=spec.for_cotangents(),
-    )
-    wants_x = ad.is_undefined_primal(x) and type(rows_bar) is not ad.Zero
-    wants_scalars = ad.is_undefined_primal(token_scalars) and type(row_scalars_bar) is not ad.Zero
-    return [
-        None,
-        x_bar if wants_x else None,
-        token_scalars_bar if wants_scalars else None,
-        None,
-        None,
-        None,
-    ]
-
-
-def row_weights(
-    weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
-) -> jax.Array:
-    """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
-    if row_topk_idx is not None:
-        weights = jnp.sum(jnp.where(row_topk_idx >= 0, weights, 0.0), axis=1)
-    return jnp.where(row_source >= 0, weights, 0.0)[:, None]
-
-
-# Rematerialized, so that the backward keeps the rows in their own dtype and not in float32.
-@jax.checkpoint
-def _scaled_rows(factor: jax.Array, y: jax.Array, row_source: jax.Array) -> jax.Array:
-    """`factor * y` in float32; 0 for rows without a token, which may hold NaN."""
-    held = jnp.where((row_source >= 0)[:, None], y, jnp.zeros((), y.dtype))
-    return factor * held.astype(jnp.float32)
-
-
-def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
-    """A weighted combine is bilinear; its tangent is one unweighted combine of the rows' tangents.
-
-    So reverse mode sends the output's cotangent once, and the products are left to XLA.
-    """
-    group_rank, y, weights, row_scalars, topk_idx, slot, row_source, row_topk_idx = primals
-    y_dot, weights_dot, scalars_dot = tangents[1:4]
-    by_row = row_topk_idx if spec.layout == "rank" else None
-    outputs = combine_p.bind(*primals, spec=spec)
-    del row_scalars
-    rows_dot = y_dot
-    if not is_absent(weights):
-        terms = []
-        if type(y_dot) is not ad.Zero:
-            factor = row_weights(weights, row_source, by_row)
-            terms.append(factor * y_dot.astype(jnp.float32))
-        if type(weights_dot) is not ad.Zero:
-            factor = row_weights(weights_dot, row_source, by_row)
-            terms.append(_scaled_rows(factor, y, row_source))
-        rows_dot = sum(terms[1:], terms[0]).astype(y.dtype) if terms else y_dot
-
-    def linear(rows_dot: Any, scalars_dot: Any) -> Any:
-        return combine_p.bind(
-            group_rank,
-            _no_rows(scalars_dot, y.dtype) if type(rows_dot) is ad.Zero else rows_dot,
-            absent_scalars(scalars_dot if type(rows_dot) is ad.Zero else rows_dot),
-            absent_scalars(rows_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
-            topk_idx,
-            slot,
-            row_source,
-            row_source,  # for row_topk_idx, which nothing reads where there are no weights
-            spec=spec.for_cotangents(),
+    primitive: Primitive,
+    platform: str,
+    unused: tuple[int, ...],
+) -> Any:
+    """A call of the primitive's target without the operands that the platform does not read."""
+    if (platform == "cuda") != spec.gpu:
+        raise ValueError(
+            f"{primitive.name} is compiled for platform {platform!r}, and its EpGroup is of "
+            f"platform {'cuda' if spec.gpu else 'cpu'!r}: make a group on a mesh of the devices "
+            "that run the program"
         )
-
-    return outputs, _tangents_of(outputs, rows_dot, scalars_dot, linear)
-
-
-def _combine_transpose(
-    cotangents: Sequence[Any],
-    group_rank: Any,
-    y: Any,
-    weights: Any,
-    row_scalars: Any,
-    topk_idx: Any,
-    slot: Any,
-    row_source: Any,
-    row_topk_idx: Any,
-    *,
-    spec: OpSpec,
-) -> list[Any]:
-    """The transpose of an unweighted combine is a dispatch over the same slots."""
-    del weights, row_topk_idx  # only the unweighted form is ever transposed, see _combine_jvp
-    out_bar, token_scalars_bar = cotangents
-    if type(out_bar) is ad.Zero and type(token_scalars_bar) is ad.Zero:
-        return [None] * 8
-    dtype = y.aval.dtype if ad.is_undefined_primal(y) else y.dtype
-    rows_bar, row_scalars_bar = dispatch_p.bind(
-        group_rank,
-        topk_idx[:, :0].astype(dtype) if type(out_bar) is ad.Zero else out_bar,
-        absent_scalars(topk_idx) if type(token_scalars_bar) is ad.Zero else token_scalars_bar,
-        topk_idx,
-        slot,
-        row_source,
-        spec=spec.for_cotangents(),
-    )
-    wants_y = ad.is_undefined_primal(y) and type(out_bar) is not ad.Zero
-    wants_scalars = ad.is_undefined_primal(row_scalars) and type(token_scalars_bar) is not ad.Zero
-    return [
-        None,
-        rows_bar if wants_y else None,
-        None,
-        row_scalars_bar if wants_scalars else None,
-        None,
-        None,
-        None,
-        None,
-    ]
+    kept = [i for i in range(len(operands)) if i not in unused]
+    ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept])
+    attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
+    if primitive is dispatch_p:
+        attributes |= {"wire": np.int32(spec.fp8_wire), "zero_fill": np.bool_(spec.zero_fill)}
+    target = jax.ffi.ffi_lowering(primitive.name)
+    return target(ctx, *(operands[i] for i in kept), **attributes)
 
 
-ad.primitive_jvps[plan_p] = _plan_jvp
-ad.primitive_jvps[dispatch_p] = _dispatch_jvp
-ad.primitive_jvps[combine_p] = _combine_jvp
-ad.primitive_transposes[dispatch_p] = _dispatch_transpose
-ad.primitive_transposes[combine_p] = _combine_transpose
+# Positions of operands that are there for another platform, or for differentiation only:
+# source_slot of a dispatch; row_source, row_topk_idx and source_slot of a combine.
+_UNUSED = {
+    "cpu": {plan_p: (), dispatch_p: (6,), combine_p: (6, 7, 8)},
+    "cuda": {plan_p: (), dispatch_p: (), combine_p: (6,)},
+}
+for _platform, _by_primitive in _UNUSED.items():
+    for _primitive, _unused in _by_primitive.items():
+        mlir.register_lowering(
+            _primitive,
+            functools.partial(_lower, primitive=_primitive, platform=_platform, unused=_unused),
+            platform=_platform,
+        )
 
 
 # --- batching ----------------------------------------------------------------------------------

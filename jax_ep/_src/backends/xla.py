@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from jax_ep._src import compat
 from jax_ep._src.backends import fp8
+from jax_ep._src.backends.differentiation import row_weights
 from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.primitives import is_absent, row_weights
+from jax_ep._src.backends.primitives import is_absent
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import DispatchHandle
 

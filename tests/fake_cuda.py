@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for the compiled module `jax_ep._cuda`, so that what is above it runs without a GPU.
+
+It keeps the books that the real one keeps: which groups hold memory, who has mapped what. Groups
+are made on a mesh of CPU devices, and take themselves for groups on GPUs.
+"""
+
+import itertools
+import json
+import math
+
+import jax
+import pytest
+
+from jax_ep._src import group as group_module
+from jax_ep._src import native
+
+REGIONS = ("rows", "bytes [R, max_tokens, row_stride]", "rows on their way")
+
+
+class FakeCuda:
+    """Has the functions of `jax_ep._cuda`; `log` has their calls in order."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple] = []
+        self.groups: dict[int, dict] = {}
+        self.error: str | None = None  # what a kernel has reported
+        self.refuse: dict[str, Exception] = {}  # function -> what it raises
+        self._ids = itertools.count(1)
+
+    def _called(self, name: str, *what) -> None:
+        self.log.append((name, *what))
+        if name in self.refuse:
+            raise self.refuse[name]
+
+    def cuda_targets(self) -> dict:
+        return {name: {"execute": name} for name in ("jax_ep_plan",)}
+
+    def heap_bytes(
+        self, *, num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout
+    ) -> int:
+        del num_experts, num_topk, wire, layout
+        return math.prod((num_ranks, max_tokens, hidden, 4 if dtype == 0 else 2))
+
+    def heap_regions(self, **shape) -> list[tuple]:
+        return [(*REGIONS, 0, self.heap_bytes(**shape))]
+
+    def create_group(
+        self, *, name, nonce, timeout_s, num_sms, ranks, num_ranks, **shape
+    ) -> tuple[int, list[bytes]]:
+        self._called("create", num_sms)
+        self.heap_bytes(num_ranks=num_ranks, **shape)
+        group_id = next(self._ids)
+        self.groups[group_id] = {
+            "nonce": nonce, "name": name, "timeout_s": timeout_s, "ranks": ranks, "mapped": {},
+        }  # fmt: skip
+        handles = [json.dumps([nonce, *place[1:]]).encode() for place in ranks]
+        return group_id, handles
+
+    def connect_group(self, group_id, group_index, rank, handles) -> None:
+        self._called("connect", group_index, rank)
+        group = self.groups[group_id]
+        wanted = [[group["nonce"], group_index, peer] for peer in range(len(handles))]
+        assert [json.loads(handle) for handle in handles] == wanted
+        group["mapped"][group_index, rank] = len(handles)
+
+    def disconnect_group(self, group_id) -> None:
+        self._called("disconnect")
+        self.groups[group_id]["mapped"].clear()
+
+    def close_group(self, group_id) -> bool:
+        self._called("close")
+        return self.groups.pop(group_id, None) is not None
+
+    def error_of(self, group_id) -> str | None:
+        del group_id
+        return self.error
+
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+
+def install(patch: pytest.MonkeyPatch) -> FakeCuda:
+    """Puts a new `FakeCuda` in the place of the compiled module."""
+    fake = FakeCuda()
+    patch.setattr(native, "_try_load_cuda", lambda: (fake, None))
+    patch.setattr(native, "_registered", set(native._registered))
+    register = jax.ffi.register_ffi_target
+
+    def register_others(name, stages, platform):
+        if platform == "CUDA":
+            fake.log.append(("register", name))
+        else:
+            register(name, stages, platform=platform)
+
+    patch.setattr(jax.ffi, "register_ffi_target", register_others)
+    patch.setattr(group_module, "_platform", lambda mesh: "cuda")
+    return fake

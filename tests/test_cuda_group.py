@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EpGroup on GPUs, with a stand-in for the compiled module: sizes, order of steps, failures."""
+
+import inspect
+import logging
+import pathlib
+import re
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import fake_cuda
+import jax_ep
+from jax_ep._src import cuda_group, group, info, native
+from programs import make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
+LOAD_CUDA = native._try_load_cuda.__wrapped__  # neither cached nor replaced
+CONNECTS = [("connect", 0, 0), ("connect", 0, 1), ("connect", 1, 0), ("connect", 1, 1)]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return fake_cuda.install(monkeypatch)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh((2, 2), ("data", "expert"))
+
+
+def _config(**changes):
+    sizes = {"num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4}
+    return jax_ep.EpConfig(**{**sizes, **changes})
+
+
+def _watchers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("jax_ep EpGroup")]
+
+
+def test_steps_of_a_life(mesh, fake):
+    with jax_ep.EpGroup(mesh, "expert", CONFIG, timeout=7.5) as made:
+        assert (made.backend, made.platform) == ("ffi", "cuda")
+        assert made.heap_bytes == 2 * 4 * 16 * 2
+        held = fake.groups[made.group_id]
+        assert (held["name"], held["timeout_s"]) == (made.name, 7.5)
+        assert held["ranks"] == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
+        assert len(held["mapped"]) == 4
+        assert len(_watchers()) == 1
+    made.close()
+    assert fake.log == [
+        ("register", "jax_ep_plan"), ("create", 0), *CONNECTS, ("disconnect",), ("close",),
+    ]  # fmt: skip
+    assert not fake.groups
+    assert not _watchers()
+
+
+def test_targets_are_registered_once(mesh, fake):
+    for _ in range(2):
+        jax_ep.EpGroup(mesh, "expert", CONFIG).close()
+    assert [entry for entry in fake.log if entry[0] == "register"] == [("register", "jax_ep_plan")]
+
+
+def test_groups_have_nonces_of_their_own(mesh, fake):
+    with (
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as one,
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as other,
+    ):
+        assert fake.groups[one.group_id]["nonce"] != fake.groups[other.group_id]["nonce"]
+
+
+@pytest.mark.parametrize(("num_sms", "passed"), [(None, 0), (24, 24)])
+def test_num_sms_reaches_the_kernels(num_sms, passed, mesh, fake):
+    jax_ep.EpGroup(mesh, "expert", _config(num_sms=num_sms)).close()
+    assert ("create", passed) in fake.log
+
+
+def test_a_rank_is_a_place_in_the_mesh_and_not_a_device_number():
+    mesh = make_mesh((2, 3), ("expert", "data"), order=[5, 4, 3, 2, 1, 0])
+    by_group = {
+        (place.group_index, place.rank): device.id
+        for place, device in zip(
+            cuda_group.placements(mesh, ("expert",)), mesh.devices.T.flat, strict=True
+        )
+    }
+    assert by_group == {(0, 0): 5, (0, 1): 2, (1, 0): 4, (1, 1): 1, (2, 0): 3, (2, 1): 0}
+
+
+def test_ranks_of_several_axes_are_counted_in_the_order_of_the_axes():
+    devices = np.array(
+        [type("Device", (), {"process_index": 3, "local_hardware_id": i})() for i in range(8)]
+    ).reshape(2, 2, 2)
+    mesh = type("Mesh", (), {})()
+    mesh.devices, mesh.axis_names = devices, ("a", "b", "c")
+    mesh.shape = dict(zip(mesh.axis_names, devices.shape, strict=True))
+    places = {(p.group_index, p.rank): p for p in cuda_group.placements(mesh, ("c", "a"))}
+    for (a, b, c), device in np.ndenumerate(devices):
+        assert places[b, 2 * c + a] == (3, device.local_hardware_id, b, 2 * c + a)
+
+
+# --- what cannot be served ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_topk": 33, "num_experts": 64},
+            "EpConfig.num_topk is 33; on GPUs it may be at most 32",
+        ),
+        ({"num_experts": 8192}, "EpConfig.num_experts is 8192; on GPUs it may be at most 4096"),
+        (
+            {"max_tokens_per_rank": 2**20 + 1},
+            "EpConfig.max_tokens_per_rank is 1048577; on GPUs it may be at most 1048576",
+        ),
+    ],
+)
+def test_a_size_past_the_kernels_limits_is_named(changes, message, mesh, fake):
+    with pytest.raises(jax_ep.EpUnavailable, match=re.escape(message)):
+        jax_ep.EpGroup(mesh, "expert", _config(**changes), backend="ffi")
+    with jax_ep.EpGroup(mesh, "expert", _config(**changes)) as made:
+        assert made.backend == "xla"
+    assert not fake.log
+
+
+def test_limits_are_those_of_the_kernels():
+    text = (ROOT / "csrc" / "core" / "heap_layout.h").read_text()
+
+    def constant(name):
+        value = re.search(rf"constexpr int\w+ {name} = ([^;]+);", text)[1]
+        return eval(value.replace("int64_t{1}", "1"))
+
+    assert constant("kMaxRanks") == cuda_group._MAX_RANKS
+    assert constant("kMaxTopk") == cuda_group._MAX_TOPK
+    assert constant("kMaxExperts") == cuda_group._MAX_EXPERTS
+    assert constant("kMaxTokens") == cuda_group._MAX_TOKENS
+    why = cuda_group.why_too_large(_config(num_experts=128), 128)
+    assert why == "the group has 128 ranks; on GPUs it may have at most 64"
+
+
+def test_the_stand_in_takes_what_the_compiled_module_takes():
+    text = (ROOT / "xla_ffi" / "cuda_module.cc").read_text()
+
+    def names(function):
+        start = text.index(f'"{function}",')
+        return set(re.findall(r'nb::arg\("(\w+)"\)', text[start : text.index('"\n', start)]))
+
+    parameters = inspect.signature(fake_cuda.FakeCuda.create_group).parameters
+    shape = inspect.signature(fake_cuda.FakeCuda.heap_bytes).parameters
+    assert names("create_group") == (set(parameters) | set(shape)) - {"self", "shape"}
+    for function in ("connect_group", "disconnect_group", "close_group", "error_of"):
+        taken = inspect.signature(getattr(fake_cuda.FakeCuda, function)).parameters
+        assert names(function) == set(taken) - {"self"}, function
+
+
+def test_without_the_cuda_module_groups_on_gpus_fall_back_with_the_reason(
+    mesh, fake, monkeypatch, caplog
+):
+    monkeypatch.setattr(native, "_try_load_cuda", LOAD_CUDA)
+    monkeypatch.setitem(sys.modules, "jax_ep._cuda", None)
+    monkeypatch.setattr(group, "_logged", set())
+    with (
+        caplog.at_level(logging.WARNING, logger="jax_ep"),
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as made,
+    ):
+        assert (made.backend, made.heap_bytes) == ("xla", 0)
+    assert "was built without CUDA" in caplog.text
+    with pytest.raises(jax_ep.EpUnavailable, match=r"cmake\.define\.JAX_EP_CUDA=ON"):
+        jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi")
+
+
+def test_other_platforms_have_no_kernels(mesh, monkeypatch):
+    monkeypatch.setattr(group, "_platform", lambda mesh: "tpu")
+    with pytest.raises(jax_ep.EpUnavailable, match="it has no kernels for platform tpu"):
+        jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi")
+
+
+# --- failures ----------------------------------------------------------------------------------
+
+
+def test_a_heap_that_does_not_fit_is_an_error_that_says_what_to_lower(mesh, fake):
+    text = "the heap needs 3.5 GiB, of which rows 3.4 GiB; lower max_tokens_per_rank (4096)"
+    fake.refuse["create"] = MemoryError(text)
+    with pytest.raises(jax_ep.EpUnavailable, match=re.escape(text)) as caught:
+        jax_ep.EpGroup(mesh, "expert", CONFIG)
+    assert "cannot serve EpGroup" in str(caught.value)
+    assert fake.log == [("register", "jax_ep_plan"), ("create", 0)]
+    assert not _watchers()
+
+
+def test_a_peer_that_cannot_be_mapped_leaves_nothing_behind(mesh, fake):
+    fake.refuse["connect"] = RuntimeError("GPUs 0 and 1 do not reach each other")
+    with pytest.raises(jax_ep.EpUnavailable, match=r"rank 0 .*GPUs 0 and 1 do not reach"):
+        jax_ep.EpGroup(mesh, "expert", CONFIG)
+    assert fake.log[2:] == [("connect", 0, 0), ("disconnect",), ("close",)]
+    assert not fake.groups
+    assert not _watchers()
+
+
+def test_a_context_that_is_lost_does_not_keep_close_from_freeing(mesh, fake, caplog):
+    made = jax_ep.EpGroup(mesh, "expert", CONFIG)
+    fake.refuse["disconnect"] = RuntimeError("unspecified launch failure")
+    with caplog.at_level(logging.ERROR, logger="jax_ep"):
+        made.close()
+    assert "cannot unmap its peers' memory: unspecified launch failure" in caplog.text
+    assert not fake.groups
+
+
+def test_what_a_kernel_reports_is_logged_once(mesh, fake, caplog, monkeypatch):
+    monkeypatch.setattr(cuda_group, "_WATCH_PERIOD_S", 0.01)
+    with (
+        caplog.at_level(logging.ERROR, logger="jax_ep"),
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as made,
+    ):
+        assert made._cuda.error() is None
+        fake.error = "rank 2 waited 60 s in dispatch for rank 5"
+        assert made._cuda.error() == fake.error
+        deadline = time.monotonic() + 30
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [record.message for record in caplog.records] == [f"{made.name}: {fake.error}"]
+
+
+def test_what_a_kernel_reports_last_is_logged_by_close(mesh, fake, caplog):
+    with caplog.at_level(logging.ERROR, logger="jax_ep"):
+        made = jax_ep.EpGroup(mesh, "expert", CONFIG)
+        fake.error = "rank 0 waited"
+        made.close()
+    assert [record.message for record in caplog.records] == [f"{made.name}: {fake.error}"]
+
+
+def test_close_waits_for_results_before_it_unmaps(mesh, fake, monkeypatch):
+    made = jax_ep.EpGroup(mesh, "expert", CONFIG)
+    monkeypatch.setattr(group, "_wait_for_results", lambda devices: fake.log.append(("wait",)))
+    made.close()
+    assert fake.log[-3:] == [("wait",), ("disconnect",), ("close",)]
+
+
+def test_info_has_a_row_for_cuda(fake):
+    fake.build_info = lambda: {"architectures": "90a-real;100a-real", "cuda_runtime": 13000}
+    report = info.report()
+    assert re.search(r"ffi on CUDA +built +.*CUDA 13\.0.*90a-real, 100a-real", report), report
+    assert jax.default_backend() == "cpu"

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a program for GPUs holds, lowered where there is none: the calls that our handlers decode.
+
+The handlers' own declarations (xla_ffi/cuda_*.cc) say how many operands, results and which
+attributes they take.
+"""
+
+import collections
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import fake_cuda
+import jax_ep
+from problems import PROBLEMS
+from programs import make_group, make_mesh
+
+XLA_FFI = pathlib.Path(__file__).resolve().parents[1] / "xla_ffi"
+TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
+EXPERT = PROBLEMS["eight_ranks"]
+PROBLEMS_HERE = {
+    "expert": EXPERT,
+    "rank": EXPERT.replace(layout="rank"),
+    "fp8": EXPERT.replace(wire_dtype="float8_e4m3fn"),
+    "bfloat16": EXPERT.replace(dtype="bfloat16"),
+}
+_MLIR_TYPES = {"int64_t": "i64", "int32_t": "i32", "bool": "i1"}
+
+pytestmark = pytest.mark.skipif(not XLA_FFI.is_dir(), reason="the C++ sources are not here")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return fake_cuda.install(monkeypatch)
+
+
+# --- what the handlers decode ------------------------------------------------------------------
+
+
+def _struct_members(name: str) -> dict[str, str]:
+    """Name -> MLIR type of the members of an attribute struct."""
+    for header in XLA_FFI.glob("*.h"):
+        pattern = rf"XLA_FFI_REGISTER_STRUCT_ATTR_DECODING\(\s*(?:jax_ep::)?{name},(.*?)\);\n"
+        found = re.search(pattern, header.read_text(), re.DOTALL)
+        if found:
+            members = re.findall(r'StructMember<(\w+)>\("(\w+)"\)', found[1])
+            return {member: _MLIR_TYPES[cpp] for cpp, member in members}
+    raise AssertionError(f"no header of xla_ffi registers {name}")
+
+
+def _declaration(target: str) -> str:
+    """What the target's CUDA handler binds."""
+    text = (XLA_FFI / f"cuda_{target.removeprefix('jax_ep_')}.cc").read_text()
+    pattern = rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{target}_cuda,(.*?)\);\n"
+    found = re.search(pattern, text, re.DOTALL)
+    assert found, f"no handler {target}_cuda"
+    return found[1]
+
+
+def _decoded(target: str) -> dict:
+    """Counts of operands and results, and attributes: name -> type, or members of a struct."""
+    declaration = _declaration(target)
+    attributes = {}
+    for cpp, name in re.findall(r'\.Attr<(\w+)>\("(\w+)"\)', declaration):
+        attributes[name] = _MLIR_TYPES[cpp] if cpp in _MLIR_TYPES else _struct_members(cpp)
+    return {
+        "operands": len(re.findall(r"\.Arg<", declaration)),
+        "results": len(re.findall(r"\.Ret<", declaration)),
+        "attributes": attributes,
+    }
+
+
+# --- what a lowered program holds --------------------------------------------------------------
+
+
+def _operations(operation):
+    for region in operation.regions:
+        for block in region:
+            for inner in block:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _type_of(attribute):
+    """MLIR type of an attribute of a call, or the types of a dictionary's entries."""
+    if str(attribute).startswith("{"):
+        return {entry.name: _type_of(entry.attr) for entry in attribute}
+    return str(attribute.type)
+
+
+def _calls(lowered) -> list:
+    """The calls; they live as long as `lowered` does."""
+    module = lowered.compiler_ir("stablehlo")
+    calls = [op for op in _operations(module.operation) if op.name == "stablehlo.custom_call"]
+    return [call for call in calls if _target(call) not in ("Sharding", "SPMDFullToShardShape")]
+
+
+def _target(call) -> str:
+    return str(call.attributes["call_target_name"]).strip('"')
+
+
+def _lower(f, group, problem):
+    """`f(x, topk_idx, topk_weights, weights)` of every rank, for platform cuda."""
+    hidden, experts = problem.hidden, problem.num_experts
+    tokens = [a.reshape(-1, a.shape[-1]) for a in (problem.x, problem.topk_idx)]
+    tokens.append(problem.topk_weights.reshape(-1, problem.num_topk))
+    shapes = (experts, hidden, 4), (experts, hidden, 4), (experts, 4, hidden)
+    weights = [np.ones(shape, problem.np_dtype) for shape in shapes]
+    spec = P("expert")
+    mapped = jax.shard_map(f, mesh=group.mesh, in_specs=spec, out_specs=spec)
+    return jax.jit(mapped).trace(*tokens, weights).lower(lowering_platforms=("cuda",))
+
+
+def _program(kind: str, group):
+    def layer(x, idx, w, weights):
+        if group.config.layout == "rank":  # jax_ep.moe is for layout "expert"
+            received = jax_ep.dispatch(x, idx, w, group=group)
+            y = jnp.sin(received.x)
+            return jax_ep.combine(y, received.handle, received.weights, group=group)
+        return jax_ep.moe(x, idx, w, *weights, group=group)
+
+    def layers(x, idx, w, weights):
+        def step(x, _):
+            return layer(x, idx, w, weights), None
+
+        return jax.lax.scan(jax.checkpoint(step), x, None, length=3)[0]
+
+    def grad(f):
+        def loss(x, w, idx, weights):
+            return jnp.sum(jnp.cos(f(x, idx, w, weights).astype(jnp.float32)))
+
+        return lambda x, idx, w, weights: jax.grad(loss, argnums=(0, 1, 3))(x, w, idx, weights)
+
+    remat = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+    return {
+        "forward": layer,
+        "backward": grad(layer),
+        "scan": layers,
+        "backward_of_scan": grad(layers),
+        "remat": grad(remat),
+    }[kind]
+
+
+KINDS = ("forward", "backward", "scan", "backward_of_scan", "remat")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PROBLEMS_HERE)
+def test_calls_are_as_the_handlers_declare(name, kind, fake):
+    problem = PROBLEMS_HERE[name]
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(_program(kind, group), group, problem)
+    calls = _calls(lowered)
+    counts = collections.Counter(_target(call) for call in calls)
+    assert set(counts) == set(TARGETS), "our targets and no others"
+    if kind == "forward":
+        assert set(counts.values()) == {1}
+    for call in calls:
+        attributes = call.attributes["mhlo.backend_config"]
+        assert {
+            "operands": len(call.operands),
+            "results": len(call.results),
+            "attributes": _type_of(attributes),
+        } == _decoded(_target(call)), _target(call)
+        assert str(call.attributes["has_side_effect"]) == "false"
+
+
+def test_every_handler_may_be_recorded_in_a_cuda_graph():
+    for target in TARGETS:
+        assert "kCmdBufferCompatible" in _declaration(target), target
+
+
+@pytest.mark.parametrize(("layout", "rows_per_token"), [("expert", 2), ("rank", 1)])
+def test_source_slot_goes_from_the_plan_to_the_others(layout, rows_per_token, fake):
+    problem = EXPERT.replace(layout=layout)
+    assert (problem.num_topk, problem.num_experts // problem.num_ranks) == (4, 2)
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(_program("forward", group), group, problem)
+    calls = {_target(call): call for call in _calls(lowered)}
+    rows = problem.num_ranks * problem.num_tokens
+    shape = f"tensor<{rows}x{rows_per_token}xi32>"
+    assert str(calls["jax_ep_plan"].results[3].type) == shape
+    assert str(calls["jax_ep_dispatch"].operands[-1].type) == shape
+    assert str(calls["jax_ep_combine"].operands[-1].type) == shape
+
+
+def test_a_group_of_gpus_does_not_compile_for_cpu(fake):
+    with make_group(EXPERT, "ffi") as group:
+        arguments = [a.reshape(-1, a.shape[-1]) for a in (EXPERT.x, EXPERT.topk_idx)]
+
+        def on_rank(x, idx):
+            return jax_ep.dispatch(x, idx, group=group).x
+
+        mapped = jax.shard_map(
+            on_rank, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert")
+        )
+        with pytest.raises(
+            ValueError, match="for platform 'cpu', and its EpGroup is of platform 'cuda'"
+        ):
+            jax.jit(mapped).lower(*arguments)
+
+
+def test_a_group_of_cpus_does_not_compile_for_gpus():
+    with make_group(EXPERT, "ffi") as group:
+        assert group.platform == "cpu"
+        with pytest.raises(
+            ValueError, match="for platform 'cuda', and its EpGroup is of platform 'cpu'"
+        ):
+            _lower(_program("forward", group), group, EXPERT)
+
+
+def test_a_handle_of_another_platform_is_refused(monkeypatch):
+    mesh = make_mesh((EXPERT.num_ranks,), ("expert",))
+    on_cpu = make_group(EXPERT, "ffi", mesh=mesh)
+    fake_cuda.install(monkeypatch)
+    on_gpu = make_group(EXPERT, "ffi", mesh=mesh)
+
+    def mixed(x, idx, w, weights):
+        received = jax_ep.dispatch(x, idx, group=on_gpu)
+        assert received.handle.source_slot is not None
+        return jax_ep.combine(received.x, received.handle, group=on_cpu)
+
+    with on_cpu, on_gpu, pytest.raises(ValueError, match="handle is of a dispatch by another back"):
+        _lower(mixed, on_gpu, EXPERT)

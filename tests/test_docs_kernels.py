@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/protocol.md and docs/kernels.md say what the kernels' sources say."""
+
+import importlib
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+
+pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="the C++ sources are not here")
+
+
+def _tool(folder, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / folder))
+    sys.modules.pop(name, None)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def heap_table(monkeypatch):
+    return _tool("docs", "heap_table", monkeypatch)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    return _tool("docs", "kernel_traffic", monkeypatch)
+
+
+@pytest.fixture
+def lint(monkeypatch):
+    return _tool("lint", "check_memory_order", monkeypatch)
+
+
+# --- the heap ----------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_heap_is_up_to_date(heap_table):
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    assert page == heap_table.page(), "run python tools/docs/heap_table.py"
+
+
+def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
+    shape = heap_table.HeapShape(6, 30, 5, 1001, 333, 4, fp8=True)
+    sizes = heap_table.region_bytes(shape)
+    assert list(sizes.values()) == [24, 24576, 120120, 120120, 96096, 8072064, 20, 23040, 120]
+    assert heap_table.heap_bytes(shape) == 8457472
+
+
+def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    tokens, ranks = heap_table.EXAMPLE.max_tokens, heap_table.EXAMPLE.num_ranks
+    chunk = heap_table.chunk_tokens(tokens)
+    tile = heap_table.tile_tokens(tokens, ranks)
+    words = (
+        f"At `T` {tokens} and `R` {ranks} a chunk has {chunk} tokens, of {tokens // chunk} chunks"
+    )
+    assert words in page
+    assert f"a tile has {tile}." in page
+
+
+# --- bytes and bounds --------------------------------------------------------------------------
+
+
+def test_the_tables_of_bytes_are_up_to_date(traffic):
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert page == traffic.page(), "run python tools/docs/kernel_traffic.py"
+
+
+def test_a_token_goes_to_as_many_ranks_as_counting_says(traffic):
+    # R 2, E 4, K 2: of the 6 pairs of experts 4 lie on both ranks.
+    assert traffic.Problem(num_ranks=2, num_experts=4, num_topk=2).distinct_ranks == pytest.approx(
+        (4 * 2 + 2 * 1) / 6
+    )
+    one = traffic.Problem(num_ranks=1, num_experts=4, num_topk=2)
+    assert one.distinct_ranks == 1
+    assert one.away == 0
+
+
+def test_the_bounds_in_the_text_are_those_of_the_tables(traffic):
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    for operation in ("dispatch, FP8 wire", "combine, BF16"):
+        assert f"**{traffic.link_microseconds(traffic.EXAMPLE, operation):.0f} µs**" in page
+    ratios = [
+        traffic.link_microseconds(traffic.EXAMPLE, operation)
+        / traffic.memory_microseconds(traffic.EXAMPLE, operation)
+        for operation in traffic.memory_steps(traffic.EXAMPLE)
+    ]
+    assert min(ratios) > 2
+    assert max(ratios) < 3.15, "the page says: by a factor of two to three"
+
+
+def test_the_page_names_the_tiles_that_are_compiled():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    tiles = [
+        tile
+        for source in (CSRC / "kernels").glob("*.cu")
+        for tile in re.findall(r"using \w+ = dev::(\w+Tile<[^>]*>)", source.read_text())
+    ]
+    assert len(tiles) == 4
+    for tile in tiles:
+        assert f"`{tile}`" in page, f"{tile} is not in docs/kernels.md"
+
+
+# --- memory order ------------------------------------------------------------------------------
+
+
+def test_the_kernels_memory_order_is_documented(lint, capsys):
+    assert lint.main() == 0, capsys.readouterr().err
+
+
+def test_the_lint_misses_nothing(lint):
+    header = CSRC / "device" / "sample.h"
+    bad = {
+        "  st_release<Scope::kSys>(flag, 1);": "no RELEASE(name)",
+        "  wait_until_reached<Scope::kGpu>(view, word, 1, site, what);": "no ACQUIRE(name)",
+        "  const int* __restrict__ x;": "__restrict__",
+        "  y = __ldg(x);": "__ldg",
+        "  volatile int z;": "volatile",
+        "  if (threadIdx.x == 0) return;": "threadIdx",
+        "  __syncthreads();": "__syncthreads",
+        "  v = __shfl_xor_sync(m, v, 1);": "__shfl_xor_sync",
+        "  atomicAdd(p, 1);": "atomicAdd",
+        "#include <cuda/atomic>": "<cuda/",
+    }
+    for line, finding in bad.items():
+        found = list(lint.file_findings(header, [line]))
+        assert any(finding in text for text in found), line
+    good = ["// RELEASE(flag): the rows.", "st_release<Scope::kSys>(flag, 1);  // no atomicAdd"]
+    assert not list(lint.file_findings(header, good))
+
+
+def test_the_lint_demands_pairs_and_rows(lint):
+    page = "\n| `rows` | a | b |\n"
+    assert not list(lint.tag_findings({"RELEASE": {"rows"}, "ACQUIRE": {"rows"}}, page))
+    assert list(lint.tag_findings({"RELEASE": {"rows"}, "ACQUIRE": set()}, page))
+    assert list(lint.tag_findings({"RELEASE": set(), "ACQUIRE": {"rows"}}, page))
+    assert list(lint.tag_findings({"RELEASE": {"flag"}, "ACQUIRE": {"flag"}}, page))
