@@ -26,7 +26,7 @@ class SegmentRing {
   // that a load need not wait for the stores just issued.
   static constexpr u32 kAhead = Stages::kStages - 2;
 
-  // All lanes; follow it with a block_sync.
+  // All lanes. The warp_sync of `load` tells them all of the mbarriers.
   JAX_EP_DEVICE explicit SegmentRing(Stages& stages) : stages_(stages) {
     if (lane_id() != 0) return;
     for (int i = 0; i < Stages::kStages; ++i) mbar_init(&stages_.loaded[i], 1);

@@ -39,16 +39,19 @@ JAX_EP_DEVICE void give_up(const RankView& view, const WaitSite& site, u32 expec
   trap();
 }
 
-// Waits until `*word` has reached `expected`. Epochs wrap around, so "reached" is a signed
-// difference. The load that ends the wait is an acquire.
+// Waits until `*word` has reached `expected`, and returns what it holds. Epochs wrap around, so
+// "reached" is a signed difference. The load that ends the wait is an acquire.
 template <Scope kScope>
-JAX_EP_DEVICE void wait_until_reached(
+JAX_EP_DEVICE u32 wait_until_reached(
     const RankView& view, Ptr<u32> word, u32 expected, const WaitSite& site, const char* what) {
+  // A block that waits for its neighbors must not give up before one of them, which waits for
+  // another rank, has said so.
+  const u64 timeout_ns = site.tag == WaitTag::kGridBarrier ? 2 * view.timeout_ns : view.timeout_ns;
   const u64 start = now_ns();
   while (true) {
     const u32 seen = ld_acquire<kScope>(word);
-    if (static_cast<i32>(seen - expected) >= 0) return;
-    if (now_ns() - start > view.timeout_ns) return give_up(view, site, expected, seen);
+    if (static_cast<i32>(seen - expected) >= 0) return seen;
+    if (now_ns() - start > timeout_ns) give_up(view, site, expected, seen);
     spin_pause(what);
   }
 }

@@ -51,11 +51,10 @@ class DispatchKernel {
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
         num_tokens_(shape_.num_tokens),
-        chunk_tokens_(chunk_tokens(num_tokens_)),
-        num_chunks_(num_chunks(num_tokens_)) {}
+        chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
+        num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)) {}
 
   JAX_EP_DEVICE void run() {
-    block_sync();  // the rings are there
     if (warp_id() < Tile::kSenders) {
       send();
     } else {

@@ -23,6 +23,7 @@ struct RankView {
   uint64_t timeout_ns;
   int32_t rank;
   int32_t num_ranks;
+  int32_t chunk_target = kChunkTarget;  // see chunk_tokens; the same on all ranks
 };
 
 // Routing -> row of every selection at its destination, and the counts.

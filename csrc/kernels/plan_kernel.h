@@ -77,8 +77,8 @@ class PlanKernel {
   // --- 1. send -------------------------------------------------------------------------------
 
   JAX_EP_DEVICE void send() {
-    const i32 chunks = num_chunks(num_tokens_);
-    const i32 tokens = chunk_tokens(num_tokens_);
+    const i32 chunks = num_chunks(num_tokens_, params_.view.chunk_target);
+    const i32 tokens = chunk_tokens(num_tokens_, params_.view.chunk_target);
     if (warp_ >= chunks) return;
     exchange_.wait_until_writable();
     for (i32 chunk = warp_; chunk < chunks; chunk += num_warps_) {
@@ -164,7 +164,7 @@ class PlanKernel {
 
   JAX_EP_DEVICE void count(i32 unit) {
     const Unit tile = tile_of(unit);
-    const i32 tokens = chunk_tokens(num_tokens_);
+    const i32 tokens = chunk_tokens(num_tokens_, params_.view.chunk_target);
     const i32 last_chunk = (tile.last - 1) / tokens;
     for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id()); chunk <= last_chunk;
          chunk += kWarpSize) {

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <string>
 
-#include "csrc/kernels/tests/story.h"
+#include "csrc/kernels/tests/run_story.h"
 
 namespace {
 

@@ -42,6 +42,7 @@ class SimulatedGroup {
   // Lays the group's heaps at `offset` of every rank's memory, all zeros. `name` is for reports.
   SimulatedGroup(sim::Machine& machine,
                  const HeapShape& shape,
+                 int32_t chunk_target,
                  uint64_t offset,
                  const std::string& name);
 
@@ -59,6 +60,7 @@ class SimulatedGroup {
   sim::Machine& machine_;
   HeapLayout layout_;
   int32_t num_ranks_;
+  int32_t chunk_target_;
   uint64_t offset_;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stories: what the ranks of one or two groups do back to back on the same heaps, drawn from a
-// seed, run on the simulator and compared with the CPU backend after every operation.
+// seed.
 #ifndef JAX_EP_CSRC_KERNELS_TESTS_STORY_H_
 #define JAX_EP_CSRC_KERNELS_TESTS_STORY_H_
 
@@ -8,9 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/core/error_record.h"
 #include "csrc/kernels/params.h"
-#include "csrc/sim/machine.h"
 #include "csrc/tests/cluster.h"
 
 namespace jax_ep {
@@ -26,6 +24,7 @@ struct Episode {
 // What the ranks of a group do, one episode after the other.
 struct GroupStory {
   int64_t max_tokens = 1;
+  int32_t chunk_target = kChunkTarget;  // few: chunks of several tokens, though batches are small
   std::vector<Episode> episodes;
 };
 
@@ -35,6 +34,8 @@ struct Story {
   bool check_races = true;
   // A rank that never runs its last operation; -1: none. The others must give up and name it.
   int32_t missing_rank = -1;
+  // A rank whose last operation is a plan instead; -1: none. It and the others must notice.
+  int32_t odd_rank = -1;
 };
 
 // Sizes to draw from.
@@ -48,11 +49,10 @@ Story random_story(uint64_t seed, const StoryLimits& limits);
 
 std::string describe(const Story& story);
 
-struct Outcome {
-  sim::Report report;
-  std::vector<ErrorRecord> errors;  // of the first group, by rank
-};
-Outcome run_story(const Story& story, uint64_t seed);
+const char* name(OpKind op);
+
+// The heap that a group's episodes need.
+HeapShape heap_shape(const GroupStory& story);
 
 }  // namespace jax_ep
 

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels on the simulator: random stories of one and of two groups, ranks that never come,
+// and the problems that random ones would miss.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "csrc/kernels/tests/run_story.h"
+
+namespace jax_ep {
+namespace {
+
+using enum OpKind;
+
+// Stories of the seeds, each checked against the CPU backend after every operation.
+void expect_stories(uint64_t first, uint64_t last, const StoryLimits& limits, bool races = true) {
+  for (uint64_t seed = first; seed <= last; ++seed) {
+    Story story = random_story(seed, limits);
+    story.check_races = races;
+    const Outcome outcome = run_story(story, seed);
+    ASSERT_TRUE(outcome.report.ok()) << describe(story) << "\n" << outcome.report.text();
+  }
+}
+
+class Ranks : public testing::TestWithParam<int32_t> {};
+
+TEST_P(Ranks, StoriesAgreeWithTheCpuBackend) {
+  expect_stories(1, GetParam() == 8 ? 12 : 30, {.num_ranks = {GetParam()}});
+}
+
+// Without the race detector a mistake must show as a wrong result, a bad address or a deadlock.
+TEST_P(Ranks, StoriesAgreeWithoutTheRaceDetector) {
+  expect_stories(1001, GetParam() == 8 ? 1004 : 1010, {.num_ranks = {GetParam()}}, false);
+}
+
+TEST_P(Ranks, TwoGroupsAtOnce) {
+  const bool many = GetParam() == 8;
+  expect_stories(2001,
+                 many ? 2002 : 2008,
+                 {.num_ranks = {GetParam()}, .max_tokens = 10, .episodes = 2, .groups = 2});
+}
+
+INSTANTIATE_TEST_SUITE_P(OneDomain, Ranks, testing::Values(1, 2, 3, 4, 8), [](const auto& info) {
+  return "R" + std::to_string(info.param);
+});
+
+Episode episode_of(const EpShape& shape, int64_t hidden, DType dtype) {
+  Episode episode;
+  episode.options.shape = shape;
+  episode.options.shape.recv_capacity = worst_case_capacity(shape);
+  episode.options.hidden = hidden;
+  episode.options.dtype = dtype;
+  return episode;
+}
+
+Outcome run_alone(const Episode& episode, uint64_t seed = 1) {
+  return run_story(
+      {.groups = {{.max_tokens = std::max<int64_t>(episode.options.shape.num_tokens, 1),
+                   .episodes = {episode}}}},
+      seed);
+}
+
+TEST(Kernels, ManyTokensMakeSeveralTokensAChunkAndSeveralTiles) {
+  const EpShape shape{.num_ranks = 2, .num_experts = 8, .num_topk = 2, .num_tokens = 300};
+  ASSERT_GT(chunk_tokens(shape.num_tokens), 1);
+  ASSERT_GT(num_tiles(shape.num_tokens, shape.num_ranks), 1);
+  const Outcome outcome = run_alone(episode_of(shape, 16, DType::kBFloat16));
+  EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+}
+
+TEST(Kernels, ManyExpertsAndSelections) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    const EpShape shape{.num_ranks = 2,
+                        .num_experts = 288,
+                        .num_topk = 32,
+                        .num_tokens = 9,
+                        .expert_alignment = layout == Layout::kExpert ? 3 : 1,
+                        .layout = layout};
+    const Outcome outcome = run_alone(episode_of(shape, 8, DType::kFloat32));
+    EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+  }
+}
+
+TEST(Kernels, RowsOfManySegments) {
+  const EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 6};
+  Episode episode = episode_of(shape, 1544, DType::kBFloat16);  // 7 segments, the last one short
+  EXPECT_TRUE(run_alone(episode).report.ok()) << run_alone(episode).report.text();
+  episode.options.wire = Wire::kFloat8E4M3;
+  episode.options.hidden = 1552;
+  EXPECT_TRUE(run_alone(episode).report.ok()) << run_alone(episode).report.text();
+}
+
+TEST(Kernels, RowsThatDoNotTravel) {
+  const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 5};
+  const Outcome outcome = run_alone(episode_of(shape, 0, DType::kFloat32));
+  EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+}
+
+TEST(Kernels, ASeedReproducesARun) {
+  const Story story = random_story(7, {});
+  const sim::Report first = run_story(story, 7).report;
+  const sim::Report second = run_story(story, 7).report;
+  EXPECT_EQ(first.steps, second.steps);
+  EXPECT_EQ(first.switches, second.switches);
+  EXPECT_EQ(first.text(), second.text());
+}
+
+// The others give up after their deadline, and say whom they waited for.
+TEST(Kernels, AMissingRankIsNamed) {
+  for (const OpKind last : {kPlan, kDispatch, kCombine}) {
+    const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 3, .num_tokens = 8};
+    Episode episode = episode_of(shape, 64, DType::kFloat32);
+    episode.ops = {kPlan};
+    if (last != kPlan) episode.ops.push_back(kDispatch);
+    if (last == kCombine) episode.ops.push_back(kCombine);
+    Story story{.groups = {{.max_tokens = 8, .episodes = {episode}}}};
+    story.missing_rank = 1;
+    const Outcome outcome = run_story(story, 3);
+    ASSERT_EQ(outcome.report.kind, "trap") << outcome.report.text();
+    int records = 0;
+    for (const ErrorRecord& error : outcome.errors) {
+      if (error.written == 0) continue;
+      ++records;
+      EXPECT_EQ(error.tag, static_cast<uint32_t>(WaitTag::kArrived));
+      EXPECT_EQ(error.op, static_cast<uint32_t>(last));
+      EXPECT_EQ(error.peer, 1U);
+      EXPECT_EQ(error.expected, 4 * episode.ops.size());
+      EXPECT_EQ(error.seen / 4, episode.ops.size() - 1);
+    }
+    EXPECT_GE(records, 1);
+  }
+}
+
+TEST(Kernels, ARankInAnotherOperationIsNamed) {
+  const EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 4};
+  Story story{.groups = {{.max_tokens = 4, .episodes = {episode_of(shape, 16, DType::kFloat32)}}}};
+  story.odd_rank = 1;
+  const Outcome outcome = run_story(story, 5);
+  ASSERT_EQ(outcome.report.kind, "trap") << outcome.report.text();
+  int records = 0;
+  for (const ErrorRecord& error : outcome.errors) {
+    if (error.written == 0) continue;
+    ++records;
+    EXPECT_EQ(error.tag, static_cast<uint32_t>(WaitTag::kWrongOp));
+    EXPECT_EQ(error.peer, 1 - error.rank);
+    EXPECT_NE(error.expected, error.seen);
+    EXPECT_EQ(error.expected / 4, error.seen / 4);
+  }
+  EXPECT_GE(records, 1);
+}
+
+}  // namespace
+}  // namespace jax_ep

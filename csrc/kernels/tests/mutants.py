@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutation tests: the simulator must notice every weakening of the kernels.
+
+Each mutant is one edit of one header. It is compiled, and random stories are run on it until one
+fails. A mutant that survives all its seeds is either dead code or a hole in the simulator's model.
+
+    python csrc/kernels/tests/mutants.py --build build/cpp/plain [--only TEXT] [--jobs 2]
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+SOURCES = "csrc/kernels/tests/simulated_{}.cc"
+DEVICE = "csrc/device/"
+KERNELS = "csrc/kernels/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One edit.
+
+    Attributes:
+        name: what it takes away.
+        path: of the header.
+        old: text that occurs in it; the first occurrence after `after` is replaced.
+        new: what it becomes.
+        after: text before the place, if `old` occurs more than once.
+        seeds: within how many stories it must be caught.
+        harmless: the edit changes nothing that matters: no story may fail.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    after: str = ""
+    seeds: int = 40
+    harmless: bool = False
+
+
+def _removed(name: str, path: str, old: str, after: str = "", **more: int) -> Mutant:
+    return Mutant(f"no {name}", path, old, "", after, **more)
+
+
+_EXCHANGE = DEVICE + "exchange.h"
+_WAIT = DEVICE + "wait.h"
+_RING = DEVICE + "segment_ring.h"
+_QUANTIZE = DEVICE + "quantize.h"
+_PLAN = KERNELS + "plan_kernel.h"
+_DISPATCH = KERNELS + "dispatch_kernel.h"
+_COMBINE = KERNELS + "combine_kernel.h"
+
+MUTANTS = [
+    # --- flags -----------------------------------------------------------------------------------
+    Mutant("arrived: release -> relaxed", _EXCHANGE, "st_release", "st_relaxed", "RELEASE(arrived): pub"),
+    Mutant("arrived: sys -> gpu", _EXCHANGE, "st_release<Scope::kSys>", "st_release<Scope::kGpu>",
+           "RELEASE(arrived): pub"),
+    Mutant("arrived at owner: release -> relaxed", _EXCHANGE, "st_release", "st_relaxed",
+           "RELEASE(arrived): as above"),
+    Mutant("every wait: acquire -> relaxed", _WAIT, "ld_acquire<kScope>(word)",
+           "ld_relaxed<kScope>(word)"),
+    Mutant("arrived: acquire of gpu scope", _EXCHANGE, "wait_until_reached<Scope::kSys>",
+           "wait_until_reached<Scope::kGpu>", "ACQUIRE(arrived)"),
+    Mutant("acknowledged: release -> relaxed", _EXCHANGE, "st_release", "st_relaxed",
+           "RELEASE(acknowledged)"),
+    Mutant("acknowledged: acquire of gpu scope", _EXCHANGE, "wait_until_reached<Scope::kSys>",
+           "wait_until_reached<Scope::kGpu>", "ACQUIRE(acknowledged)"),
+    Mutant("arrived: stale epoch", _EXCHANGE, "4 * epoch_, site", "4 * (epoch_ - 1), site"),
+    Mutant("acknowledged: stale epoch", _EXCHANGE, "epoch_ - 1", "epoch_ - 2"),
+    Mutant("acknowledged: waits for no peer", _EXCHANGE, "peer < view_.num_ranks",
+           "peer < 0", "void wait_until_writable"),
+    Mutant("acknowledged: one peer is not waited for", _EXCHANGE, "peer < view_.num_ranks",
+           "peer < view_.num_ranks - 1", "void wait_until_writable"),
+    Mutant("one peer never hears of a chunk", _EXCHANGE, "peer < view_.num_ranks",
+           "peer < view_.num_ranks - 1", "void signal_arrived("),
+    Mutant("epoch not advanced", _EXCHANGE, "st(control(view_, Control::kEpoch), epoch_);", ""),
+    Mutant("blocks_done not set back", _EXCHANGE, "st(control(view_, Control::kBlocksDone), 0);", ""),
+    Mutant("first block to finish acknowledges", _EXCHANGE, "blocks_before + 1 != num_blocks()",
+           "blocks_before != 0"),
+    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Tile::kSenders) {",
+           "if (thread_id() == 0 && block_id() == 0) "
+           "for (i32 p = 0; p < num_ranks_; ++p) st_release<Scope::kSys>(acknowledged("
+           "exchange_.view(), p, rank_), ld(control(exchange_.view(), Control::kEpoch)) + 1); "
+           "if (warp_id() < Tile::kSenders) {"),
+    # --- barriers of the exchange ------------------------------------------------------------------
+    _removed("warp_sync after waiting to write", _EXCHANGE, "warp_sync();", '"acknowledged");'),
+    _removed("warp_sync before arrived", _EXCHANGE, "warp_sync();", "void signal_arrived("),
+    _removed("warp_sync before arrived at owner", _EXCHANGE, "warp_sync();", "void signal_arrived_at("),
+    _removed("block_sync before blocks_done", _EXCHANGE, "block_sync();", "void finish()"),
+    _removed("warp_sync before acknowledged", _EXCHANGE, "warp_sync();",
+             "if (blocks_before + 1 != num_blocks()) return;"),
+    _removed("block_sync before the grid barrier", _EXCHANGE, "block_sync();", "void grid_barrier()"),
+    _removed("block_sync after the grid barrier", _EXCHANGE, "block_sync();", '"grid barrier");'),
+    Mutant("grid barrier: release -> relaxed", _EXCHANGE, "st_release<Scope::kGpu>(generation",
+           "st_relaxed<Scope::kGpu>(generation"),
+    Mutant("grid barrier: the last block does not wait for all", _EXCHANGE,
+           "fetch_add_acq_rel<Scope::kGpu>(count, 1) + 1 == num_blocks()",
+           "fetch_add_acq_rel<Scope::kGpu>(count, 1) + 2 >= num_blocks()"),
+    # --- the segment ring --------------------------------------------------------------------------
+    _removed("wait before a stage is loaded again", _RING, "bulk_wait_read<1>();"),
+    Mutant("waits for too few reads", _RING, "bulk_wait_read<1>();", "bulk_wait_read<2>();"),
+    _removed("warp_sync before a stage is loaded again", _RING, "warp_sync();", "bulk_wait_read<1>();"),
+    _removed("wait for a load", _RING,
+             "mbar_wait(&stages_.loaded[stage], uses_ / Stages::kStages % 2);"),
+    Mutant("parity of a load not flipped", _RING, "uses_ / Stages::kStages % 2", "0"),
+    Mutant("loads run one stage too far ahead", _RING, "kAhead = Stages::kStages - 2",
+           "kAhead = Stages::kStages - 1"),
+    Mutant("expects too few bytes", _RING, "mbar_arrive_expect(&stages_.loaded[stage], bytes)",
+           "mbar_arrive_expect(&stages_.loaded[stage], bytes - 16)"),
+    _removed("fence after mbarriers are made", _RING, "mbar_init_fence();"),
+    # --- the FP8 wire ------------------------------------------------------------------------------
+    _removed("warp_sync before quantized values overwrite", _QUANTIZE,
+             "warp_sync();  // everybody has read before anybody writes"),
+    _removed("proxy fence after quantizing", _QUANTIZE,
+             "fence_proxy_async();  // the copy engines see what the lanes wrote"),
+    _removed("warp_sync after quantizing", _QUANTIZE, "warp_sync();",
+             "the copy engines see what the lanes wrote"),
+    _removed("warp_sync before restored values overwrite", _QUANTIZE, "warp_sync();",
+             "held[i] = ld(as<Vec16>(stage) + v);\n  }"),
+    _removed("proxy fence after restoring", _QUANTIZE, "fence_proxy_async();", "st(as<Vec16>(stage) + (v"),
+    _removed("warp_sync after restoring", _QUANTIZE, "warp_sync();", "st(as<Vec16>(stage) + (v"),
+    # --- dispatch ----------------------------------------------------------------------------------
+    _removed("wait for bulk stores before arrived", _DISPATCH, "bulk_wait<0>();",
+             "before the chunk is said to be."),
+    Mutant("bulk stores only read before arrived", _DISPATCH, "bulk_wait<0>();",
+           "bulk_wait_read<0>();", "before the chunk is said to be."),
+    _removed("wait for bulk stores at the end", _DISPATCH, "bulk_wait<0>();", "receive();\n    }"),
+    _removed("wait to write (dispatch)", _DISPATCH, "exchange_.wait_until_writable();"),
+    _removed("wait for arrival (dispatch)", _DISPATCH,
+             "if (lane_id() == 0) exchange_.wait_arrived(source, chunk);"),
+    _removed("warp_sync after arrival (dispatch)", _DISPATCH, "warp_sync();",
+             "exchange_.wait_arrived(source, chunk);"),
+    _removed("proxy fence after arrival", _DISPATCH, "fence_proxy_async();"),
+    Mutant("early flag (dispatch)", _DISPATCH, "const i64 first = first_token(chunk);",
+           "exchange_.signal_arrived(chunk); const i64 first = first_token(chunk);", "void send()"),
+    Mutant("wrong destination (dispatch)", _DISPATCH,
+           "staged_row(exchange_.view(), selections.dest(), rank_, token)",
+           "staged_row(exchange_.view(), selections.dest(), selections.dest(), token)"),
+    Mutant("wrong chunk awaited", _DISPATCH, "exchange_.wait_arrived(source, chunk)",
+           "exchange_.wait_arrived(source, chunk > 0 ? chunk - 1 : 0)"),
+    Mutant("wrong slot", DEVICE + "selections.h", "(1U << lane) - 1",
+           "(2U << lane) - 1"),
+    # --- combine -----------------------------------------------------------------------------------
+    _removed("wait to write (combine)", _COMBINE, "exchange_.wait_until_writable();"),
+    _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
+             "exchange_.wait_arrived(source, chunk);\n      }"),
+    _removed("warp_sync before the terms are read (send)", _COMBINE, "warp_sync();",
+             "list_rows(row, holders);"),
+    _removed("warp_sync after the terms are read (send)", _COMBINE,
+             "warp_sync();  // the terms are read before the next token's are written"),
+    _removed("warp_sync before the terms are read (receive)", _COMBINE, "warp_sync();",
+             "count_bits(warp_ballot(selections.leads())"),
+    _removed("warp_sync after the terms are read (receive)", _COMBINE, "warp_sync();",
+             "+ token * row_bytes_);"),
+    Mutant("waits for all ranks but one (combine)", _COMBINE, "source < num_ranks_;",
+           "source < num_ranks_ - 1;"),
+    Mutant("early flag (combine)", _COMBINE, "const i64 last = last_token(chunk);",
+           "exchange_.signal_arrived_at(owner, chunk); const i64 last = last_token(chunk);",
+           "void send()"),
+    Mutant("ranks summed in another order", DEVICE + "selections.h", "other < dest_",
+           "other > dest_"),
+    # --- plan --------------------------------------------------------------------------------------
+    _removed("wait to write (plan)", _PLAN, "exchange_.wait_until_writable();"),
+    Mutant("a tile does not wait for its last chunk", _PLAN, "chunk <= last_chunk", "chunk < last_chunk"),
+    _removed("warp_sync after arrival (plan)", _PLAN, "warp_sync();",
+             "exchange_.wait_arrived(tile.source, chunk);\n    }"),
+    _removed("warp_sync after clearing the tables", _PLAN, "warp_sync();", "void clear_tables()"),
+    _removed("warp_sync after marking", _PLAN, "warp_sync();",
+             "looks_after |= static_cast<u32>(before == 0) << k;\n    }"),
+    _removed("warp_sync after advancing", _PLAN, "warp_sync();", "selecting = 0;\n    }"),
+    _removed("warp_sync after a tile is counted", _PLAN, "warp_sync();", "cursor = 0;\n    }"),
+    _removed("warp_sync after the cursors are set", _PLAN, "warp_sync();",
+             "= start + ld(counts(unit) + bin);\n    }"),
+    _removed("warp_sync before advancing (assign)", _PLAN, "warp_sync();",
+             "hold_by_expert(tile.source, token);\n      }"),
+    _removed("grid barrier before the scan", _PLAN, "exchange_.grid_barrier();", "count(unit);"),
+    _removed("grid barrier after the scan", _PLAN, "exchange_.grid_barrier();", "scan(bin);"),
+    _removed("block_sync after the starts", _PLAN, "block_sync();", "start_experts();"),
+    # --- what must not be noticed --------------------------------------------------------------------
+    Mutant("unchanged", _EXCHANGE, "class Exchange", "class Exchange", harmless=True, seeds=25),
+    Mutant("release as a fence and a relaxed store", _EXCHANGE, "st_release<Scope::kSys>(",
+           "fence_acq_rel<Scope::kSys>(), st_relaxed<Scope::kSys>(", "RELEASE(arrived): pub",
+           harmless=True, seeds=25),
+    Mutant("more barriers", _DISPATCH, "exchange_.signal_arrived(chunk);",
+           "warp_sync(); exchange_.signal_arrived(chunk);", harmless=True, seeds=25),
+    Mutant("units in reverse order (combine)", _COMBINE,
+           "const auto chunk = static_cast<i32>(unit / num_ranks_);",
+           "const auto chunk = num_chunks_ - 1 - static_cast<i32>(unit / num_ranks_);",
+           harmless=True, seeds=25),
+]  # fmt: skip
+
+
+def mutate(mutant: Mutant) -> str:
+    """The header's text with the edit.
+
+    Raises:
+        SystemExit: the text to be replaced is not there any more.
+    """
+    text = (ROOT / mutant.path).read_text()
+    start = text.find(mutant.after)
+    at = text.find(mutant.old, start + len(mutant.after)) if start >= 0 else -1
+    if at < 0:
+        sys.exit(f"mutants: '{mutant.name}' does not fit {mutant.path} any more")
+    return text[:at] + mutant.new + text[at + len(mutant.old) :]
+
+
+def _operations(path: str) -> list[str]:
+    """The operations whose kernels include a header."""
+    only = {_PLAN: "plan", _DISPATCH: "dispatch", _RING: "dispatch", _QUANTIZE: "dispatch"}
+    only[_COMBINE] = "combine"
+    return [only[path]] if path in only else ["plan", "dispatch", "combine"]
+
+
+def _compiler(build: pathlib.Path, source: str) -> list[str]:
+    """How the build compiles a file, without its output."""
+    entries = json.loads((build / "compile_commands.json").read_text())
+    entry = next(e for e in entries if e["file"].endswith(source))
+    compiler = shlex.split(entry["command"])
+    return compiler[: compiler.index("-o")]
+
+
+def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """`simulate` with the mutant in it."""
+    header = folder / mutant.path
+    header.parent.mkdir(parents=True)
+    header.write_text(mutate(mutant))
+    units = []
+    for operation in _operations(mutant.path):
+        source = SOURCES.format(operation)
+        compiler = _compiler(build, source)
+        units.append(str(folder / f"{operation}.o"))
+        command = [compiler[0], f"-I{folder}", *compiler[1:], "-O1", "-w"]
+        subprocess.run([*command, "-o", units[-1], "-c", ROOT / source], cwd=build, check=True)
+    program = folder / "simulate"
+    main = build / "kernels/tests/CMakeFiles/simulate.dir/simulate.cc.o"
+    sanitizers = [flag for flag in compiler if flag.startswith("-fsanitize")]
+    libraries = [
+        build / path
+        for path in (
+            "kernels/tests/libjax_ep_stories.a", "sim/libjax_ep_sim.a",
+            "tests/libjax_ep_cpu_testing.a", "libjax_ep_cpu.a", "libjax_ep_core.a",
+        )
+    ]  # fmt: skip
+    link = [compiler[0], "-o", program, main, *units, *libraries, "-lpthread", *sanitizers]
+    subprocess.run(link, check=True)
+    return program
+
+
+def run(mutant: Mutant, build: pathlib.Path, work: pathlib.Path) -> str | None:
+    """What is wrong with the verdict on a mutant; None if it is as it must be."""
+    program = _compile(mutant, build, work / re.sub(r"\W+", "_", mutant.name))
+    result = subprocess.run(
+        [program, "--seeds", f"1:{mutant.seeds}"], capture_output=True, text=True, timeout=600
+    )
+    if result.returncode not in (0, 1):
+        return f"it ended with status {result.returncode}:\n{result.stdout}{result.stderr}"
+    caught = result.returncode == 1
+    if caught == mutant.harmless:
+        return result.stdout if caught else f"not caught within {mutant.seeds} seeds"
+    first = re.search(r"^seed (\d+) failed", result.stdout, re.M)
+    story = re.search(r"^(?!seed)(\w[\w ]*: .*)", result.stdout, re.M)
+    verdict = f"seed {first[1]}, {story[1] if story else '?'}" if first else "passes, as it must"
+    print(f"  {mutant.name}: {verdict}", flush=True)
+    return None
+
+
+def main() -> int:
+    """Runs all mutants, or those whose names hold `--only`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=pathlib.Path, required=True, help="build folder of csrc")
+    parser.add_argument("--only", default="", help="run those whose names hold this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    for mutant in chosen:
+        mutate(mutant)  # all of them still fit
+    start = time.monotonic()
+    build = arguments.build.resolve()
+    with (
+        tempfile.TemporaryDirectory() as work,
+        concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
+    ):
+        verdicts = list(pool.map(lambda m: run(m, build, pathlib.Path(work)), chosen))
+    wrong = [(m, v) for m, v in zip(chosen, verdicts, strict=True) if v is not None]
+    for mutant, verdict in wrong:
+        print(f"WRONG {mutant.name}: {verdict}")
+    harmful = sum(not mutant.harmless for mutant in chosen)
+    print(
+        f"{len(chosen) - len(wrong)} of {len(chosen)} verdicts are right ({harmful} mutants, "
+        f"{len(chosen) - harmful} harmless edits) in {time.monotonic() - start:.0f} s"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

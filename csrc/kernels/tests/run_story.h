@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a story on the simulator, and compares every result with the CPU backend's.
+#ifndef JAX_EP_CSRC_KERNELS_TESTS_RUN_STORY_H_
+#define JAX_EP_CSRC_KERNELS_TESTS_RUN_STORY_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/core/error_record.h"
+#include "csrc/kernels/tests/story.h"
+#include "csrc/sim/machine.h"
+
+namespace jax_ep {
+
+struct Outcome {
+  sim::Report report;
+  std::vector<ErrorRecord> errors;  // of the first group, by rank
+};
+// The same story and seed give the same run.
+Outcome run_story(const Story& story, uint64_t seed);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_KERNELS_TESTS_RUN_STORY_H_

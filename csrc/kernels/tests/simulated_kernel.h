@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels on the simulator; one function per operation and source file, so that a mutant of one
+// kernel compiles quickly.
+#ifndef JAX_EP_CSRC_KERNELS_TESTS_SIMULATED_KERNEL_H_
+#define JAX_EP_CSRC_KERNELS_TESTS_SIMULATED_KERNEL_H_
+
+#include <cstdint>
+#include <functional>
+
+#include "csrc/kernels/params.h"
+
+namespace jax_ep {
+
+struct SimulatedKernel {
+  uint32_t threads;
+  uint32_t shared_bytes;
+  std::function<void()> body;
+};
+
+// Blocks small enough for the simulator, and yet with several warps of every role somewhere.
+SimulatedKernel simulated_kernel(const PlanParams& params);
+SimulatedKernel simulated_kernel(const DispatchParams& params);
+SimulatedKernel simulated_kernel(const CombineParams& params);
+
+template <typename Kernel, typename Tile, typename Params>
+SimulatedKernel simulated_kernel_of(const Params& params) {
+  return {
+      Tile::kWarps * 32, sizeof(typename Tile::SharedStorage), [params] { Kernel(params).run(); }};
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_KERNELS_TESTS_SIMULATED_KERNEL_H_

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+// All ranks of a group on one GPU, in one process: a heap and a stream each. Runs the simulator's
+// random stories on the hardware, and times the kernels.
+//   virtual_ranks stories [FIRST LAST]
+//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank]
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "csrc/kernels/launch.h"
+#include "csrc/kernels/tests/rank_arrays.h"
+#include "csrc/kernels/tests/story.h"
+
+namespace jax_ep {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+struct DeviceFree {
+  void operator()(std::byte* memory) const { cudaFree(memory); }
+};
+using DeviceArray = std::unique_ptr<std::byte, DeviceFree>;
+
+DeviceArray allocate(size_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, std::max<size_t>(bytes, 256)), "cudaMalloc");
+  check(cudaMemset(memory, 0, std::max<size_t>(bytes, 256)), "cudaMemset");
+  return DeviceArray(static_cast<std::byte*>(memory));
+}
+
+class GpuMemory : public DeviceMemory {
+ public:
+  void write(void* to, const void* from, size_t bytes) override {
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "write");
+  }
+  void read(void* to, const void* from, size_t bytes) override {
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "read");
+  }
+};
+
+class VirtualRanks {
+ public:
+  explicit VirtualRanks(const HeapShape& shape, int32_t chunk_target = kChunkTarget)
+      : layout_(make_heap_layout(shape)), chunk_target_(chunk_target) {
+    check(cudaHostAlloc(&errors_, kMaxRanks * sizeof(ErrorRecord), cudaHostAllocMapped), "host");
+    std::memset(errors_, 0, kMaxRanks * sizeof(ErrorRecord));
+    for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
+      heaps_.push_back(allocate(static_cast<size_t>(layout_.total_bytes)));
+      streams_.emplace_back();
+      check(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
+    }
+  }
+  ~VirtualRanks() {
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+    cudaFreeHost(errors_);
+  }
+  VirtualRanks(const VirtualRanks&) = delete;
+  VirtualRanks& operator=(const VirtualRanks&) = delete;
+
+  [[nodiscard]] RankView view(int32_t rank) const {
+    RankView view{};
+    view.layout = layout_;
+    for (size_t peer = 0; peer < heaps_.size(); ++peer) view.heap[peer] = heaps_[peer].get();
+    view.error = errors_ + rank;
+    view.timeout_ns = 5'000'000'000;
+    view.rank = rank;
+    view.chunk_target = chunk_target_;
+    view.num_ranks = static_cast<int32_t>(heaps_.size());
+    return view;
+  }
+  [[nodiscard]] cudaStream_t stream(int32_t rank) const {
+    return streams_[static_cast<size_t>(rank)];
+  }
+  [[nodiscard]] int32_t num_ranks() const { return static_cast<int32_t>(heaps_.size()); }
+
+  void synchronize() {
+    for (int32_t rank = 0; rank < num_ranks(); ++rank) {
+      const cudaError_t error = cudaStreamSynchronize(stream(rank));
+      if (error == cudaSuccess) continue;
+      for (int32_t r = 0; r < num_ranks(); ++r) {
+        if (errors_[r].written != 0) std::printf("%s\n", describe(errors_[r], 5.0).c_str());
+      }
+      check(error, "a kernel");
+    }
+  }
+
+ private:
+  HeapLayout layout_;
+  int32_t chunk_target_;
+  std::vector<DeviceArray> heaps_;
+  std::vector<cudaStream_t> streams_;
+  ErrorRecord* errors_ = nullptr;
+};
+
+// --- stories -----------------------------------------------------------------------------------
+
+std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blocks) {
+  Problem problem(episode.options, episode.x_format, episode.rows_format);
+  if (!problem.ok) return "the CPU backend failed";
+  GpuMemory memory;
+  std::vector<DeviceArray> storage;
+  std::vector<RankArrays> arrays;
+  for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
+    storage.push_back(allocate(RankArrays(problem, rank, nullptr).bytes()));
+    arrays.emplace_back(problem, rank, storage.back().get());
+    arrays.back().upload(memory);
+  }
+  check(cudaDeviceSynchronize(), "upload");
+  for (const OpKind op : episode.ops) {
+    for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
+      const RankArrays& mine = arrays[static_cast<size_t>(rank)];
+      const RankView view = ranks.view(rank);
+      cudaStream_t stream = ranks.stream(rank);
+      switch (op) {
+        case OpKind::kPlan: check(launch_plan(mine.plan(view), blocks, stream), "plan"); break;
+        case OpKind::kDispatch:
+          check(launch_dispatch(mine.dispatch(view), blocks, stream), "dispatch");
+          break;
+        case OpKind::kCombine:
+          check(launch_combine(mine.combine(view), blocks, stream), "combine");
+          break;
+      }
+    }
+  }
+  ranks.synchronize();
+  for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
+    const RankArrays& mine = arrays[static_cast<size_t>(rank)];
+    std::string error;
+    for (const OpKind op : episode.ops) {
+      if (!error.empty()) break;
+      if (op == OpKind::kPlan) error = mine.check_plan(memory);
+      if (op == OpKind::kDispatch) error = mine.check_dispatch(memory);
+      if (op == OpKind::kCombine) error = mine.check_combine(memory);
+    }
+    if (!error.empty()) return "rank " + std::to_string(rank) + ": " + error;
+  }
+  return {};
+}
+
+int run_stories(uint64_t first, uint64_t last) {
+  for (uint64_t seed = first; seed <= last; ++seed) {
+    const Story story = random_story(seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .episodes = 4});
+    const GroupStory& group = story.groups[0];
+    VirtualRanks ranks(heap_shape(group), group.chunk_target);
+    for (const Episode& episode : group.episodes) {
+      const std::string error = run_episode(ranks, episode, static_cast<int32_t>(story.blocks));
+      if (error.empty()) continue;
+      std::printf("seed %lu: %s\n%s\n", seed, describe(story).c_str(), error.c_str());
+      return 1;
+    }
+  }
+  std::printf("stories %lu to %lu passed\n", first, last);
+  return 0;
+}
+
+// --- times -------------------------------------------------------------------------------------
+
+void run_times(const ClusterOptions& options, int32_t sms) {
+  const EpShape& shape = options.shape;
+  VirtualRanks ranks(
+      heap_shape(GroupStory{.max_tokens = shape.num_tokens, .episodes = {{.options = options}}}));
+  std::vector<DeviceArray> storage;
+  const auto array = [&](int64_t bytes) {
+    storage.push_back(allocate(static_cast<size_t>(bytes)));
+    return storage.back().get();
+  };
+  const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
+  const int64_t selections = shape.num_tokens * shape.num_topk;
+  const int64_t most = max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
+  std::mt19937 random(1);
+  std::vector<PlanParams> plans;
+  std::vector<DispatchParams> dispatches;
+  std::vector<CombineParams> combines;
+  for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
+    std::vector<int32_t> routing;
+    std::vector<int32_t> experts(static_cast<size_t>(shape.num_experts));
+    for (size_t e = 0; e < experts.size(); ++e) experts[e] = static_cast<int32_t>(e);
+    for (int64_t token = 0; token < shape.num_tokens; ++token) {
+      for (int32_t k = 0; k < shape.num_topk; ++k) {
+        const auto other =
+            static_cast<size_t>(k) + random() % (experts.size() - static_cast<size_t>(k));
+        std::swap(experts[static_cast<size_t>(k)], experts[other]);
+        routing.push_back(experts[static_cast<size_t>(k)]);
+      }
+    }
+    const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(array(count * 4)); };
+    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(array(count * 4)); };
+    int32_t* const group_rank = ints(2);
+    const int32_t group_rank_value[2] = {0, rank};
+    check(cudaMemcpy(group_rank, group_rank_value, 8, cudaMemcpyHostToDevice), "copy");
+    int32_t* const topk_idx = ints(selections);
+    check(cudaMemcpy(topk_idx, routing.data(), routing.size() * 4, cudaMemcpyHostToDevice), "copy");
+    const RankView view = ranks.view(rank);
+    plans.push_back({.view = view,
+                     .shape = shape,
+                     .group_rank = group_rank,
+                     .topk_idx = topk_idx,
+                     .slot = ints(selections),
+                     .row_source = ints(shape.recv_capacity),
+                     .row_topk_idx = ints(shape.recv_capacity * shape.num_topk),
+                     .source_slot = ints(shape.num_ranks * shape.num_tokens * most),
+                     .group_sizes = ints(shape.num_row_groups()),
+                     .tokens_per_expert = ints(shape.num_local_experts()),
+                     .num_dropped = ints(1)});
+    dispatches.push_back({.view = view,
+                          .shape = shape,
+                          .hidden = options.hidden,
+                          .scalars = shape.num_topk,
+                          .dtype = options.dtype,
+                          .wire = options.wire,
+                          .x_format = RowFormat::kDType,
+                          .rows_format = RowFormat::kDType,
+                          .zero_fill = false,
+                          .group_rank = group_rank,
+                          .x = array(shape.num_tokens * row_bytes),
+                          .x_scales = nullptr,
+                          .token_scalars = floats(selections),
+                          .topk_idx = topk_idx,
+                          .slot = plans.back().slot,
+                          .row_source = plans.back().row_source,
+                          .source_slot = plans.back().source_slot,
+                          .rows = array(shape.recv_capacity * row_bytes),
+                          .rows_scales = nullptr,
+                          .row_scalars = floats(shape.recv_capacity * shape.scalars_per_row())});
+    combines.push_back({.view = view,
+                        .shape = shape,
+                        .hidden = options.hidden,
+                        .weighted = true,
+                        .scalars = 0,
+                        .dtype = options.dtype,
+                        .group_rank = group_rank,
+                        .y = dispatches.back().rows,
+                        .weights = dispatches.back().row_scalars,
+                        .row_scalars = nullptr,
+                        .topk_idx = topk_idx,
+                        .slot = plans.back().slot,
+                        .row_topk_idx = plans.back().row_topk_idx,
+                        .source_slot = plans.back().source_slot,
+                        .out = array(shape.num_tokens * row_bytes),
+                        .token_scalars = nullptr});
+  }
+  const auto measure = [&](const char* name, const auto& launch) {
+    constexpr int kRounds = 20;
+    std::vector<cudaEvent_t> starts(static_cast<size_t>(shape.num_ranks));
+    std::vector<cudaEvent_t> ends(starts.size());
+    for (auto* events : {&starts, &ends}) {
+      for (cudaEvent_t& event : *events) check(cudaEventCreate(&event), "event");
+    }
+    for (int round = 0; round < kRounds + 3; ++round) {
+      for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
+        if (round == 3) {
+          check(cudaEventRecord(starts[static_cast<size_t>(rank)], ranks.stream(rank)), "record");
+        }
+        check(launch(rank), name);
+      }
+    }
+    float slowest = 0;
+    for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
+      check(cudaEventRecord(ends[static_cast<size_t>(rank)], ranks.stream(rank)), "record");
+    }
+    ranks.synchronize();
+    for (size_t rank = 0; rank < starts.size(); ++rank) {
+      float ms = 0;
+      check(cudaEventElapsedTime(&ms, starts[rank], ends[rank]), "elapsed");
+      slowest = std::max(slowest, ms);
+    }
+    std::printf("  %-9s %8.1f us\n", name, static_cast<double>(slowest) * 1e3 / kRounds);
+  };
+  std::printf("%s, %d SMs a rank\n", describe(options).c_str(), sms);
+  const auto at = [](int32_t rank) { return static_cast<size_t>(rank); };
+  measure("plan", [&](int32_t r) { return launch_plan(plans[at(r)], sms, ranks.stream(r)); });
+  measure("dispatch",
+          [&](int32_t r) { return launch_dispatch(dispatches[at(r)], sms, ranks.stream(r)); });
+  measure("combine",
+          [&](int32_t r) { return launch_combine(combines[at(r)], sms, ranks.stream(r)); });
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main(int argc, char** argv) {
+  using namespace jax_ep;
+  check(load_kernels(), "load_kernels");
+  const std::string mode = argc > 1 ? argv[1] : "stories";
+  if (mode == "stories") {
+    return run_stories(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1,
+                       argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200);
+  }
+  if (argc < 8) return 2;
+  ClusterOptions options;
+  options.shape.num_ranks = std::atoi(argv[2]);
+  options.shape.num_tokens = std::atoi(argv[3]);
+  options.hidden = std::atoi(argv[4]);
+  options.shape.num_topk = std::atoi(argv[5]);
+  options.shape.num_experts = std::atoi(argv[6]);
+  options.dtype = DType::kBFloat16;
+  for (int i = 8; i < argc; ++i) {
+    if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
+    if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;
+  }
+  const EpShape& shape = options.shape;
+  options.shape.recv_capacity = shape.num_tokens * shape.num_topk * 5 / 4 + 1024;
+  run_times(options, std::atoi(argv[7]));
+  return 0;
+}
