@@ -98,12 +98,12 @@ class PlanKernel {
 
   // --- 2. count ------------------------------------------------------------------------------
 
+  // `count` begins with a warp_sync, as does the first use of the cursors in `assign`.
   JAX_EP_DEVICE void clear_tables() {
     for (i32 bin = static_cast<i32>(lane_id()); bin < num_bins_; bin += kWarpSize) {
       memory_.selecting[warp_id()][bin] = 0;
       memory_.cursor[warp_id()][bin] = 0;
     }
-    warp_sync();
   }
 
   struct Unit {
@@ -186,7 +186,6 @@ class PlanKernel {
       st(counts(unit) + bin, cursor);
       cursor = 0;
     }
-    warp_sync();
   }
 
   // --- 3. scan -------------------------------------------------------------------------------
@@ -274,7 +273,6 @@ class PlanKernel {
       const u32 start = by_rank() ? 0 : static_cast<u32>(memory_.start[bin]);
       memory_.cursor[warp_id()][bin] = start + ld(counts(unit) + bin);
     }
-    warp_sync();
     for (i32 first = tile.first; first < tile.last; first += kWarpSize) {
       const i32 token = first + static_cast<i32>(lane_id());
       const bool has_token = token < tile.last;

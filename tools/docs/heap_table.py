@@ -74,7 +74,7 @@ def constants() -> dict[str, int]:
 
 def chunk_tokens(num_tokens: int) -> int:
     """Returns the tokens of a chunk."""
-    few = min(max(ceil_div(num_tokens, 128), 1), 8)
+    few = min(max(ceil_div(num_tokens, constants()["kChunkTarget"]), 1), 8)
     return max(few, ceil_div(num_tokens, constants()["kMaxChunks"]))
 
 
