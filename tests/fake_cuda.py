@@ -5,7 +5,6 @@ It keeps the books that the real one keeps: which groups hold memory, who has ma
 are made on a mesh of CPU devices, and take themselves for groups on GPUs.
 """
 
-import itertools
 import json
 import math
 
@@ -26,7 +25,6 @@ class FakeCuda:
         self.groups: dict[int, dict] = {}
         self.error: str | None = None  # what a kernel has reported
         self.refuse: dict[str, Exception] = {}  # function -> what it raises
-        self._ids = itertools.count(1)
 
     def _called(self, name: str, *what) -> None:
         self.log.append((name, *what))
@@ -46,16 +44,15 @@ class FakeCuda:
         return [(*REGIONS, 0, self.heap_bytes(**shape))]
 
     def create_group(
-        self, *, name, nonce, timeout_s, num_sms, ranks, num_ranks, **shape
-    ) -> tuple[int, list[bytes]]:
+        self, *, group_id, name, nonce, timeout_s, num_sms, ranks, num_ranks, **shape
+    ) -> list[bytes]:
         self._called("create", num_sms)
         self.heap_bytes(num_ranks=num_ranks, **shape)
-        group_id = next(self._ids)
+        assert group_id not in self.groups
         self.groups[group_id] = {
             "nonce": nonce, "name": name, "timeout_s": timeout_s, "ranks": ranks, "mapped": {},
         }  # fmt: skip
-        handles = [json.dumps([nonce, *place[1:]]).encode() for place in ranks]
-        return group_id, handles
+        return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]
 
     def connect_group(self, group_id, group_index, rank, handles) -> None:
         self._called("connect", group_index, rank)

@@ -79,7 +79,7 @@ std::shared_ptr<CudaGroup> find_group(int64_t id) {
   return group;
 }
 
-std::pair<int64_t, std::vector<nb::bytes>> create_group(CudaGroupConfig config) {
+std::vector<nb::bytes> create_group(int64_t id, CudaGroupConfig config) {
   std::unique_ptr<CudaGroup> group;
   Status status;
   {
@@ -92,7 +92,10 @@ std::pair<int64_t, std::vector<nb::bytes>> create_group(CudaGroupConfig config) 
     const std::string bytes = rank.handle().to_bytes();
     handles.emplace_back(bytes.data(), bytes.size());
   }
-  return {CudaGroupRegistry::instance().add(std::move(group)), std::move(handles)};
+  if (!CudaGroupRegistry::instance().add(id, std::move(group))) {
+    throw nb::value_error("there is a group of this id already");
+  }
+  return handles;
 }
 
 void connect_group(int64_t id,
@@ -154,7 +157,8 @@ void define_of_shape(nb::module_& m, const char* name, Body body, const char* do
 void define_groups(nb::module_& m) {
   m.def(
       "create_group",
-      [](std::string name,
+      [](int64_t group_id,
+         std::string name,
          GroupNonce nonce,
          double timeout_s,
          int32_t num_sms,
@@ -178,9 +182,10 @@ void define_groups(nb::module_& m) {
         for (const auto& [device, group_index, rank] : ranks) {
           config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
         }
-        return create_group(std::move(config));
+        return create_group(group_id, std::move(config));
       },
       nb::kw_only(),
+      nb::arg("group_id"),
       nb::arg("name"),
       nb::arg("nonce"),
       nb::arg("timeout_s"),
@@ -195,7 +200,7 @@ void define_groups(nb::module_& m) {
       nb::arg("layout"),
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
-      "loads the kernels. Returns the group's id and the ranks' handles, for their peers.");
+      "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's choice.");
   m.def("connect_group",
         &connect_group,
         nb::arg("group_id"),

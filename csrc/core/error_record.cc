@@ -7,9 +7,6 @@
 namespace jax_ep {
 namespace {
 
-// A flag of arrival is this times the epoch, plus the OpKind.
-constexpr uint32_t kOpsPerEpoch = 4;
-
 std::string_view op_name(uint32_t op) {
   switch (static_cast<OpKind>(op)) {
     case OpKind::kPlan: return "plan";
@@ -57,13 +54,13 @@ std::string describe(const ErrorRecord& record, double timeout_s) {
            " of its EpGroup; run it on the mesh that the group was made for";
   }
   if (tag == WaitTag::kWrongOp) {
-    return "ranks disagree: exchange " + std::to_string(record.expected / kOpsPerEpoch) + " is " +
-           op + " on " + rank + " and exchange " + std::to_string(record.seen / kOpsPerEpoch) +
-           " is " + std::string(op_name(record.seen % kOpsPerEpoch)) + " on " + peer +
+    return "ranks disagree: exchange " + std::to_string(record.expected / kFlagsPerEpoch) + " is " +
+           op + " on " + rank + " and exchange " + std::to_string(record.seen / kFlagsPerEpoch) +
+           " is " + std::string(op_name(record.seen % kFlagsPerEpoch - 1)) + " on " + peer +
            "; all ranks must run the same operations in the same order";
   }
   // Flags of arrival hold the operation too. Kernels give their own blocks twice the time.
-  const uint32_t unit = tag == WaitTag::kArrived ? kOpsPerEpoch : 1;
+  const uint32_t unit = tag == WaitTag::kArrived ? kFlagsPerEpoch : 1;
   const double waited_s = tag == WaitTag::kGridBarrier ? 2 * timeout_s : timeout_s;
   return rank + " waited " + seconds_text(waited_s) + " in " + op + " for " + awaited(record) +
          ": expected " + (tag == WaitTag::kGridBarrier ? "generation " : "epoch ") +

@@ -8,6 +8,16 @@
 
 namespace jax_ep {
 
+// An exchange's operation.
+enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2 };
+
+// What Region::kArrived holds when a chunk of an exchange has arrived. Never 0, which is there
+// before a chunk's first use.
+inline constexpr uint32_t kFlagsPerEpoch = 4;
+constexpr uint32_t arrival_flag(uint32_t epoch, OpKind op) {
+  return kFlagsPerEpoch * epoch + 1 + static_cast<uint32_t>(op);
+}
+
 // What a kernel was doing when it gave up.
 enum class WaitTag : uint32_t {
   kNone = 0,
@@ -25,12 +35,10 @@ struct ErrorRecord {
   uint32_t op;        // OpKind
   uint32_t rank;      // who waited
   uint32_t peer;      // for whom; kWrongRank: the rank that the program says
-  uint32_t expected;  // the flag's value; kArrived, kWrongOp: 4 * epoch, and + op
+  uint32_t expected;  // the flag's value; kArrived, kWrongOp: an arrival_flag
   uint32_t seen;
   uint32_t chunk;  // kArrived: which chunk of the peer's
 };
-
-enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2 };
 
 // "rank 2 waited 60 s in dispatch for rank 5 ..."; see error_record.cc.
 std::string describe(const ErrorRecord& record, double timeout_s);

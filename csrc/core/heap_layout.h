@@ -81,11 +81,11 @@ struct HeapShape {
 // The regions, in the order in which they lie in the heap.
 enum class Region : int32_t {
   kAcknowledged,  // u32 [R]: by peer, the last epoch whose rows of ours it has read
-  kArrived,  // u32 [R, kMaxChunks]: by source and chunk, 4 * the epoch that has arrived + OpKind
-  kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
-  kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
-  kScales,   // f32 [R, max_tokens, scale_stride]: of FP8 rows; only with the FP8 wire
-  kRows,     // bytes [R, max_tokens, row_stride]: rows on their way
+  kArrived,       // u32 [R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
+  kRouting,       // i32 [R, max_tokens, K]: topk_idx of every rank
+  kScalars,       // f32 [R, max_tokens, K]: scalars that travel with rows
+  kScales,        // f32 [R, max_tokens, scale_stride]: of FP8 rows; only with the FP8 wire
+  kRows,          // bytes [R, max_tokens, row_stride]: rows on their way
   // From here on the rank's own.
   kControl,  // u32: see Control
   kCounts,   // u32 [R, tiles, bins]: selections per tile and bin, then the first position of each

@@ -18,7 +18,7 @@ struct Words {
 // In the order of enum Region.
 constexpr Words kWords[kNumRegions] = {
     {"acknowledged", "u32 [R]", "by peer, the last epoch whose rows of ours it has read"},
-    {"arrived", "u32 [R, chunks]", "by source and chunk, 4 * the epoch that has arrived + OpKind"},
+    {"arrived", "u32 [R, chunks]", "by source and chunk, arrival_flag of what has arrived"},
     {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
     {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},
     {"scales", "f32 [R, max_tokens, scale_stride]", "scales of rows on the FP8 wire"},

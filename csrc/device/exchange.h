@@ -2,8 +2,8 @@
 // The protocol of an exchange among the ranks of a group; docs/protocol.md explains it.
 //
 // Exchange e of a group is its e-th plan, dispatch or combine, counted on every rank in device
-// memory, so that a captured graph can be replayed. A flag holds 4 e + its operation, so that ranks
-// that run different operations notice. What a rank sends in exchange e it may
+// memory, so that a captured graph can be replayed. An arrival flag also holds the operation,
+// so that ranks that run different ones notice. What a rank sends in exchange e it may
 // overwrite in exchange e + 1, once the receiver has acknowledged e. Flags only grow; nothing is
 // reset.
 #ifndef JAX_EP_CSRC_DEVICE_EXCHANGE_H_
@@ -47,24 +47,31 @@ class Exchange {
     for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
       // RELEASE(arrived): publishes the warp's rows, scalars, scales or routing of the chunk
       // (ordered by the warp_sync above).
-      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, chunk), flag());
+      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, chunk), arrival_flag(epoch_, op_));
     }
   }
   // The same for a chunk that goes to one peer alone.
   JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 chunk) const {
     warp_sync();
     // RELEASE(arrived): as above.
-    if (lane_id() == 0) st_release<Scope::kSys>(arrived(view_, peer, view_.rank, chunk), flag());
+    if (lane_id() == 0)
+      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, chunk), arrival_flag(epoch_, op_));
   }
 
   // One lane; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_arrived(i32 source, i32 chunk) const {
     const WaitSite site = {WaitTag::kArrived, op_, source, static_cast<u32>(chunk)};
-    // ACQUIRE(arrived): what the source stored of the chunk can be read.
-    const u32 seen = wait_until_reached<Scope::kSys>(
-        view_, arrived(view_, view_.rank, source, chunk), 4 * epoch_, site, "arrived");
-    if (seen == flag()) return;
-    give_up(view_, {WaitTag::kWrongOp, op_, source, site.chunk}, flag(), seen);
+    // ACQUIRE(arrived): what the source stored of the chunk can be read. The flag may be very old,
+    // because small batches don't use it; it is never ahead, because the source needs our
+    // acknowledgment first. So only this exchange's flags end the wait.
+    const u32 seen = wait_until_in<Scope::kSys>(view_,
+                                                arrived(view_, view_.rank, source, chunk),
+                                                arrival_flag(epoch_, OpKind::kPlan),
+                                                arrival_flag(epoch_, OpKind::kCombine),
+                                                site,
+                                                "arrived");
+    if (seen == arrival_flag(epoch_, op_)) return;
+    give_up(view_, {WaitTag::kWrongOp, op_, source, site.chunk}, arrival_flag(epoch_, op_), seen);
   }
 
   // All threads: returns when every block of the kernel has come.
@@ -111,8 +118,6 @@ class Exchange {
   }
 
  private:
-  JAX_EP_DEVICE u32 flag() const { return 4 * epoch_ + static_cast<u32>(op_); }
-
   const RankView& view_;
   const OpKind op_;
   const u32 epoch_;

@@ -39,21 +39,33 @@ JAX_EP_DEVICE void give_up(const RankView& view, const WaitSite& site, u32 expec
   trap();
 }
 
-// Waits until `*word` has reached `expected`, and returns what it holds. Epochs wrap around, so
-// "reached" is a signed difference. The load that ends the wait is an acquire.
+// Waits until `*word` is one of `first` to `last`, which may wrap around, and returns it. The load
+// that ends the wait is an acquire.
 template <Scope kScope>
-JAX_EP_DEVICE u32 wait_until_reached(
-    const RankView& view, Ptr<u32> word, u32 expected, const WaitSite& site, const char* what) {
+JAX_EP_DEVICE u32 wait_until_in(const RankView& view,
+                                Ptr<u32> word,
+                                u32 first,
+                                u32 last,
+                                const WaitSite& site,
+                                const char* what) {
   // A block that waits for its neighbors must not give up before one of them, which waits for
   // another rank, has said so.
   const u64 timeout_ns = site.tag == WaitTag::kGridBarrier ? 2 * view.timeout_ns : view.timeout_ns;
   const u64 start = now_ns();
   while (true) {
     const u32 seen = ld_acquire<kScope>(word);
-    if (static_cast<i32>(seen - expected) >= 0) return seen;
-    if (now_ns() - start > timeout_ns) give_up(view, site, expected, seen);
+    if (seen - first <= last - first) return seen;
+    if (now_ns() - start > timeout_ns) give_up(view, site, first, seen);
     spin_pause(what);
   }
+}
+
+// Waits until a counter that every exchange advances has reached `expected`.
+template <Scope kScope>
+JAX_EP_DEVICE void wait_until_reached(
+    const RankView& view, Ptr<u32> counter, u32 expected, const WaitSite& site, const char* what) {
+  constexpr u32 kHalf = 0x7FFF'FFFF;  // counters wrap around: what is ahead is ahead by less
+  (void)wait_until_in<kScope>(view, counter, expected, expected + kHalf, site, what);
 }
 
 }  // namespace jax_ep::dev

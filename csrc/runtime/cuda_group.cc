@@ -69,6 +69,9 @@ Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const Hea
 
 void CudaGroup::disconnect() {
   ready_.store(false, std::memory_order_release);
+  // Kernels whose results nobody holds may still be running, and the peers' with them; their
+  // deadlines bound the wait.
+  for (const RankContext& context : ranks_) context.wait_for_kernels();
   for (RankContext& context : ranks_) context.disconnect();
 }
 

@@ -11,11 +11,9 @@ CudaGroupRegistry& CudaGroupRegistry::instance() {
   return *registry;
 }
 
-int64_t CudaGroupRegistry::add(std::shared_ptr<CudaGroup> group) {
+bool CudaGroupRegistry::add(int64_t id, std::shared_ptr<CudaGroup> group) {
   const std::lock_guard lock(mutex_);
-  const int64_t id = next_id_++;
-  groups_.emplace(id, std::move(group));
-  return id;
+  return groups_.emplace(id, std::move(group)).second;
 }
 
 bool CudaGroupRegistry::close(int64_t id) {

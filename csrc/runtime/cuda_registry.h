@@ -12,12 +12,14 @@
 namespace jax_ep {
 
 // Group id -> group on CUDA, from creation until close(). Process-global, because FFI handlers know
-// a group by its id only. Ids are never used twice in a process. Thread-safe.
+// a group by its id only. An id is the same in all processes of a group and in every run, because
+// it is part of compiled programs. Thread-safe.
 class CudaGroupRegistry {
  public:
   static CudaGroupRegistry& instance();
 
-  int64_t add(std::shared_ptr<CudaGroup> group);
+  // False if there is a group of that id.
+  bool add(int64_t id, std::shared_ptr<CudaGroup> group);
   // Forgets a group and, once no handler uses it, frees it. False if there is no such group.
   bool close(int64_t id);
   // Null if there is no such group.
@@ -29,7 +31,6 @@ class CudaGroupRegistry {
 
   mutable std::mutex mutex_;
   std::unordered_map<int64_t, std::shared_ptr<CudaGroup>> groups_;
-  int64_t next_id_ = 1;
 };
 
 }  // namespace jax_ep

@@ -134,6 +134,11 @@ Status RankContext::connect(std::span<const HeapHandle> handles) {
   return {};
 }
 
+void RankContext::wait_for_kernels() const {
+  const DeviceGuard guard(config_.device);
+  if (guard.status().ok()) static_cast<void>(cudaDeviceSynchronize());
+}
+
 void RankContext::disconnect() { peers_.clear(); }
 
 Status RankContext::error() const {

@@ -61,7 +61,9 @@ class RankContext {
   // another group or of another rank, or if the heaps are laid out differently. On an error
   // nothing stays mapped.
   Status connect(std::span<const HeapHandle> handles);
-  // Unmaps the peers' heaps.
+  // Returns when nothing runs on the device. Errors are of kernels, and have been reported.
+  void wait_for_kernels() const;
+  // Unmaps the peers' heaps. No kernel of the rank may be running.
   void disconnect();
   [[nodiscard]] bool connected() const { return !peers_.empty(); }
 

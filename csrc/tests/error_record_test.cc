@@ -12,8 +12,8 @@ ErrorRecord record(WaitTag tag, OpKind op) {
           .op = static_cast<uint32_t>(op),
           .rank = 2,
           .peer = 5,
-          .expected = tag == WaitTag::kArrived ? 4U * 7 : 7U,
-          .seen = tag == WaitTag::kArrived ? 4U * 6 + 2 : 6U,
+          .expected = tag == WaitTag::kArrived ? arrival_flag(7, OpKind::kPlan) : 7U,
+          .seen = tag == WaitTag::kArrived ? arrival_flag(6, OpKind::kCombine) : 6U,
           .chunk = 3};
 }
 
@@ -51,8 +51,8 @@ TEST(ErrorRecord, SaysThatTheProgramRunsElsewhere) {
 
 TEST(ErrorRecord, SaysWhichOperationsMet) {
   ErrorRecord wrong = record(WaitTag::kWrongOp, OpKind::kDispatch);
-  wrong.expected = 4 * 7 + 1;
-  wrong.seen = 4 * 7 + 2;
+  wrong.expected = arrival_flag(7, OpKind::kDispatch);
+  wrong.seen = arrival_flag(7, OpKind::kCombine);
   EXPECT_EQ(describe(wrong, 60),
             "ranks disagree: exchange 7 is dispatch on rank 2 and exchange 7 is combine on rank 5; "
             "all ranks must run the same operations in the same order");

@@ -2,6 +2,7 @@
 """A group's memory on GPUs: made in every process, mapped by its peers, and given back."""
 
 import contextlib
+import hashlib
 import logging
 import math
 import pathlib
@@ -111,35 +112,37 @@ class CudaGroup:
         self._timeout = timeout
         shape = _heap_shape(config, self._num_ranks)
         self.heap_bytes: int = self._module.heap_bytes(**shape)
-        self._bootstrap = Bootstrap(
-            group_key(mesh, axis_names), sorted({p.process for p in everywhere}), me, timeout
-        )
+        key = group_key(mesh, axis_names)
+        # It becomes part of compiled programs, which must be the same in all processes, and in the
+        # next run where the compilation cache is asked for them.
+        self.group_id = int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+        self._bootstrap = Bootstrap(key, sorted({p.process for p in everywhere}), me, timeout)
         try:
-            self.group_id: int = self._open(shape)
+            self._open(shape)
         except EpUnavailable as e:
             raise EpUnavailable(f"backend 'ffi' cannot serve {name}: {e}") from e
         self._watch = _ErrorWatch(self._module, self.group_id, name)
 
-    def _open(self, shape: dict[str, int]) -> int:
+    def _open(self, shape: dict[str, int]) -> None:
         boot = self._bootstrap
         with contextlib.ExitStack() as undo:
             with boot.telling_failures("nonce", "handles", "connected", "disconnected"):
                 nonce = boot.from_first("nonce", {"nonce": secrets.randbits(63)})["nonce"]
-                group_id, handles = self._create(nonce, shape)
-                undo.callback(self._module.close_group, group_id)
+                handles = self._create(nonce, shape)
+                undo.callback(self._module.close_group, self.group_id)
                 messages = boot.gather("handles", self._message(handles))
                 self._check(messages)
             with boot.telling_failures("connected"):
-                undo.callback(self._disconnect, group_id)
-                self._connect(group_id, messages)
+                undo.callback(self._disconnect)
+                self._connect(messages)
                 boot.gather("connected", {})
             undo.pop_all()
         boot.forget("nonce", "handles")
-        return group_id
 
-    def _create(self, nonce: int, shape: dict[str, int]) -> tuple[int, list[bytes]]:
+    def _create(self, nonce: int, shape: dict[str, int]) -> list[bytes]:
         try:
             return self._module.create_group(
+                group_id=self.group_id,
                 name=self._name,
                 nonce=nonce,
                 timeout_s=self._timeout,
@@ -180,7 +183,7 @@ class CudaGroup:
                     "inside a host, or backend='xla'"
                 )
 
-    def _connect(self, group_id: int, messages: dict[int, Message]) -> None:
+    def _connect(self, messages: dict[int, Message]) -> None:
         by_place = {
             (group_index, rank): bytes.fromhex(handle)
             for message in messages.values()
@@ -189,17 +192,17 @@ class CudaGroup:
         for place in self._here:
             handles = [by_place[place.group_index, rank] for rank in range(self._num_ranks)]
             try:
-                self._module.connect_group(group_id, place.group_index, place.rank, handles)
+                self._module.connect_group(self.group_id, place.group_index, place.rank, handles)
             except (RuntimeError, ValueError) as e:
                 raise EpUnavailable(
                     f"rank {place.rank} (group_index {place.group_index}, GPU "
                     f"{place.device_ordinal}) cannot map its peers' memory: {e}"
                 ) from e
 
-    def _disconnect(self, group_id: int) -> None:
+    def _disconnect(self) -> None:
         """Unmaps the peers' heaps, and waits until the peers have unmapped ours."""
         try:
-            self._module.disconnect_group(group_id)
+            self._module.disconnect_group(self.group_id)
         except RuntimeError as e:  # after a kernel gave up, CUDA refuses everything
             _logger.error("%s: cannot unmap its peers' memory: %s", self._name, e)
         missing = self._bootstrap.leave("disconnected")
@@ -220,7 +223,7 @@ class CudaGroup:
     def close(self) -> None:
         """Gives the memory back, once no peer maps it any more. No kernel may be running."""
         self._watch.stop()
-        self._disconnect(self.group_id)
+        self._disconnect()
         self._module.close_group(self.group_id)
 
 

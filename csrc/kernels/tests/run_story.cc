@@ -36,6 +36,7 @@ class GroupRun {
                offset,
                "group" + std::to_string(index)),
         arrays_offset_(offset + SimulatedGroup::memory_bytes(heap_shape(mine_))) {
+    if (story.first_epoch != 0) group_.set_epoch(story.first_epoch);
     for (const Episode& episode : mine_.episodes) {
       problems_.push_back(
           std::make_unique<Problem>(episode.options, episode.x_format, episode.rows_format));

@@ -62,6 +62,17 @@ SimulatedGroup::SimulatedGroup(sim::Machine& machine,
   }
 }
 
+void SimulatedGroup::set_epoch(uint32_t epoch) {
+  for (int32_t rank = 0; rank < num_ranks_; ++rank) {
+    const auto r = static_cast<uint32_t>(rank);
+    machine_.write(r, heap(rank) + layout_.at(Region::kControl), &epoch, sizeof epoch);
+    for (int32_t peer = 0; peer < num_ranks_; ++peer) {
+      machine_.write(
+          r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * peer, &epoch, sizeof epoch);
+    }
+  }
+}
+
 std::byte* SimulatedGroup::heap(int32_t rank) const {
   return machine_.memory(static_cast<uint32_t>(rank)) + offset_;
 }

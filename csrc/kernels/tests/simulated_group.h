@@ -46,6 +46,9 @@ class SimulatedGroup {
                  uint64_t offset,
                  const std::string& name);
 
+  // As after so many exchanges without tokens, which use no chunk's flag.
+  void set_epoch(uint32_t epoch);
+
   [[nodiscard]] RankView view(int32_t rank) const;
   [[nodiscard]] ErrorRecord error(int32_t rank);
 

@@ -32,6 +32,7 @@ struct Story {
   std::vector<GroupStory> groups;  // each on a stream of its own, of the same ranks
   uint32_t blocks = 2;             // of every kernel
   bool check_races = true;
+  uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
   // A rank that never runs its last operation; -1: none. The others must give up and name it.
   int32_t missing_rank = -1;
   // A rank whose last operation is a plan instead; -1: none. It and the others must notice.
