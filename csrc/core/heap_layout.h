@@ -44,6 +44,14 @@ constexpr int32_t num_chunks(int64_t num_tokens, int32_t chunk_target = kChunkTa
   return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens, chunk_target)));
 }
 
+// Parts that the rows of a chunk are cut into, at most `most`: a batch of few chunks spreads over
+// many warps nevertheless. Each part of each chunk has a flag; agreed on like chunk_tokens.
+constexpr int32_t num_parts(int32_t chunks, int32_t most, int32_t chunk_target = kChunkTarget) {
+  const int32_t wanted = chunks > 0 ? chunk_target / chunks : 1;
+  const int32_t parts = wanted < most ? wanted : most;
+  return parts > 1 ? parts : 1;
+}
+
 // Tokens of a tile: a multiple of a warp's 32; about 512 tiles over all ranks.
 constexpr int32_t tile_tokens(int64_t num_tokens, int32_t num_ranks) {
   const int64_t wanted = 512 / num_ranks;

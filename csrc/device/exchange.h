@@ -42,30 +42,30 @@ class Exchange {
 
   // All lanes of a warp, after its last store of a chunk to any peer; every lane has waited for
   // its own bulk stores.
-  JAX_EP_DEVICE void signal_arrived(i32 chunk) const {
+  JAX_EP_DEVICE void signal_arrived(i32 flag) const {
     warp_sync();
     for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
       // RELEASE(arrived): publishes the warp's rows, scalars, scales or routing of the chunk
       // (ordered by the warp_sync above).
-      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, chunk), arrival_flag(epoch_, op_));
+      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), arrival_flag(epoch_, op_));
     }
   }
   // The same for a chunk that goes to one peer alone.
-  JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 chunk) const {
+  JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 flag) const {
     warp_sync();
     // RELEASE(arrived): as above.
     if (lane_id() == 0)
-      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, chunk), arrival_flag(epoch_, op_));
+      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), arrival_flag(epoch_, op_));
   }
 
   // One lane; follow it with a warp_sync.
-  JAX_EP_DEVICE void wait_arrived(i32 source, i32 chunk) const {
-    const WaitSite site = {WaitTag::kArrived, op_, source, static_cast<u32>(chunk)};
+  JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag) const {
+    const WaitSite site = {WaitTag::kArrived, op_, source, static_cast<u32>(flag)};
     // ACQUIRE(arrived): what the source stored of the chunk can be read. The flag may be very old,
     // because small batches don't use it; it is never ahead, because the source needs our
     // acknowledgment first. So only this exchange's flags end the wait.
     const u32 seen = wait_until_in<Scope::kSys>(view_,
-                                                arrived(view_, view_.rank, source, chunk),
+                                                arrived(view_, view_.rank, source, flag),
                                                 arrival_flag(epoch_, OpKind::kPlan),
                                                 arrival_flag(epoch_, OpKind::kCombine),
                                                 site,

@@ -26,9 +26,9 @@ JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, i32 holder, i32 reader
   return region<u32>(view, holder, Region::kAcknowledged) + reader;
 }
 
-// Where `source` tells `holder` that a chunk has arrived.
-JAX_EP_DEVICE Ptr<u32> arrived(const RankView& view, i32 holder, i32 source, i32 chunk) {
-  return region<u32>(view, holder, Region::kArrived) + (i64{source} * kMaxChunks + chunk);
+// Where `source` tells `holder` that a chunk, or a part of one, has arrived.
+JAX_EP_DEVICE Ptr<u32> arrived(const RankView& view, i32 holder, i32 source, i32 flag) {
+  return region<u32>(view, holder, Region::kArrived) + (i64{source} * kMaxChunks + flag);
 }
 
 // What `holder` keeps of a token that `source` sent (dispatch, plan), or of a token of its own

@@ -46,9 +46,10 @@ JAX_EP_DEVICE float quantize_segment(Ptr<u32> stage, i32 channels) {
     if (lane / kBlocksPerVector == static_cast<u32>(i)) scale_of_lane = block_scale;
     const i32 v = static_cast<i32>(lane) + 32 * i;
     for (int w = 0; w < Rows::kPerWord && v < num_vectors; ++w) {
-      u32 word = 0;
-      for (int c = 0; c < 4; ++c) word |= u32{quantized(values[4 * w + c], scale)} << 8 * c;
-      st(stage + (v * Rows::kPerWord + w), word);
+      const float* const four = values + 4 * w;
+      const u32 low = to_fp8_pair(scaled(four[0], scale), scaled(four[1], scale));
+      const u32 high = to_fp8_pair(scaled(four[2], scale), scaled(four[3], scale));
+      st(stage + (v * Rows::kPerWord + w), low | high << 16);
     }
   }
   fence_proxy_async();  // the copy engines see what the lanes wrote
@@ -72,16 +73,15 @@ JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels, Ptr<const float
     const i32 v = static_cast<i32>(lane_id()) + 32 * i;
     if (v >= num_vectors) continue;
     const float scale = ld(scales + v * 16 / kScaleBlock);
+    float values[16];
+    for (int pair = 0; pair < 8; ++pair) {
+      from_fp8_pair(held[i].word[pair / 2] >> pair % 2 * 16 & 0xFFFF, values + 2 * pair);
+    }
+    for (float& value : values) value *= scale;
     for (int part = 0; part < 4 / Rows::kPerWord; ++part) {
       Vec16 out;
       for (int w = 0; w < 4; ++w) {
-        float values[Rows::kPerWord];
-        for (int c = 0; c < Rows::kPerWord; ++c) {
-          const int channel = (part * 4 + w) * Rows::kPerWord + c;
-          const u32 byte = held[i].word[channel / 4] >> channel % 4 * 8 & 0xFF;
-          values[c] = from_fp8(static_cast<u8>(byte)) * scale;
-        }
-        out.word[w] = Rows::pack(values);
+        out.word[w] = Rows::pack(values + (part * 4 + w) * Rows::kPerWord);
       }
       st(as<Vec16>(stage) + (v * (4 / Rows::kPerWord) + part), out);
     }

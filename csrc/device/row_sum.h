@@ -15,15 +15,19 @@ struct SumTerms {
   Shared<float> weight[kMaxTopk];
 };
 
-// Writes the sum of `count` terms' rows of `hidden` elements. `row_of(i32)` is the address of a
-// row. With `kVectors` > 0 rows are moved 16 bytes at a time, that many in flight per lane and
-// row; with 0, element by element. All lanes.
+// What a sum's elements are moved by: `kVectors` times 16 bytes in flight per lane and row, or with
+// 0 one element at a time.
+template <typename Rows, int kVectors>
+inline constexpr int kElementsPerMove = kVectors == 0 ? 1 : 4 * Rows::kPerWord;
+
+// Writes moves [first, last) of the sum of `count` terms' rows. `row_of(i32)` is the address of a
+// row. All lanes.
 template <typename Rows, int kVectors, typename RowOf>
 JAX_EP_DEVICE void sum_rows(
-    SumTerms& terms, i32 count, i64 hidden, const RowOf& row_of, Ptr<std::byte> out) {
+    SumTerms& terms, i32 count, i64 first, i64 last, const RowOf& row_of, Ptr<std::byte> out) {
   using Element = typename Rows::Element;
   if constexpr (kVectors == 0) {
-    for (i64 c = lane_id(); c < hidden; c += kWarpSize) {
+    for (i64 c = first + lane_id(); c < last; c += kWarpSize) {
       float sum = 0;
       for (i32 i = 0; i < count; ++i) {
         const Ptr<const std::byte> row = row_of(terms.row[i]);
@@ -33,9 +37,8 @@ JAX_EP_DEVICE void sum_rows(
       st(as<Element>(out) + c, Rows::from_float(sum));
     }
   } else {
-    constexpr int kPerVector = 4 * Rows::kPerWord;
-    const i64 num_vectors = hidden / kPerVector;
-    for (i64 first = lane_id(); first < num_vectors; first += i64{kWarpSize} * kVectors) {
+    constexpr int kPerVector = kElementsPerMove<Rows, kVectors>;
+    for (i64 base = first + lane_id(); base < last; base += i64{kWarpSize} * kVectors) {
       float sum[kVectors][kPerVector] = {};
       for (i32 i = 0; i < count; ++i) {
         const Ptr<const std::byte> row = row_of(terms.row[i]);
@@ -43,8 +46,8 @@ JAX_EP_DEVICE void sum_rows(
         Vec16 value[kVectors];
         JAX_EP_UNROLL
         for (int v = 0; v < kVectors; ++v) {
-          const i64 at = first + v * i64{kWarpSize};
-          value[v] = at < num_vectors ? ld(as<const Vec16>(row) + at) : Vec16{};
+          const i64 at = base + v * i64{kWarpSize};
+          value[v] = at < last ? ld(as<const Vec16>(row) + at) : Vec16{};
         }
         JAX_EP_UNROLL
         for (int v = 0; v < kVectors; ++v) {
@@ -57,10 +60,10 @@ JAX_EP_DEVICE void sum_rows(
       }
       JAX_EP_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        const i64 at = first + v * i64{kWarpSize};
+        const i64 at = base + v * i64{kWarpSize};
         Vec16 result;
         for (int w = 0; w < 4; ++w) result.word[w] = Rows::pack(sum[v] + w * Rows::kPerWord);
-        if (at < num_vectors) st(as<Vec16>(out) + at, result);
+        if (at < last) st(as<Vec16>(out) + at, result);
       }
     }
   }

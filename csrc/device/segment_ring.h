@@ -86,14 +86,16 @@ struct Segments {
   }
 };
 
-// Streams the segments of the rows of tokens [first, last) through the ring. `needed(token)` says
-// whether a token's row travels, `from(token, segment)` and `bytes(segment)` what to load, and
-// `use(token, segment, stage)` sends a loaded segment on. All lanes see the same values.
+// Streams segments [first_segment, last_segment) of the rows of tokens [first, last) through the
+// ring. `needed(token)` says whether a token's row travels, `from(token, segment)` and
+// `bytes(segment)` what to load, and `use(token, segment, stage)` sends a loaded segment on. All
+// lanes see the same values.
 template <typename Ring, typename Needed, typename From, typename Bytes, typename Use>
 JAX_EP_DEVICE void stream_segments(Ring& ring,
                                    i64 first,
                                    i64 last,
-                                   i32 num_segments,
+                                   i32 first_segment,
+                                   i32 last_segment,
                                    const Needed& needed,
                                    const From& from,
                                    const Bytes& bytes,
@@ -107,10 +109,10 @@ JAX_EP_DEVICE void stream_segments(Ring& ring,
     return at;
   };
   const auto next = [&](Position at) {
-    if (at.segment + 1 < num_segments) return Position{at.token, at.segment + 1};
-    return skip({at.token + 1, 0});
+    if (at.segment + 1 < last_segment) return Position{at.token, at.segment + 1};
+    return skip({at.token + 1, first_segment});
   };
-  Position at = skip({first, 0});
+  Position at = skip({first, first_segment});
   Position ahead = at;
   while (at.token < last) {
     for (; ahead.token < last && ring.may_load(); ahead = next(ahead)) {

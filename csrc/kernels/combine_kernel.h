@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine: a block's first warps sum the rows that this rank holds of each token, and send one row
-// per token to its owner; its other warps sum what the ranks have sent for this rank's own tokens,
-// in ascending order of the ranks. Both work chunk by chunk of the owner's tokens.
+// per token to its owner; meanwhile the others sum what the ranks have sent for this rank's own
+// tokens, in ascending order of the ranks, and so do the first, when they have sent. All work chunk
+// by chunk of the owner's tokens.
 #ifndef JAX_EP_CSRC_KERNELS_COMBINE_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_COMBINE_KERNEL_H_
 
@@ -11,12 +12,12 @@
 
 namespace jax_ep::dev {
 
-template <int kSenderWarps, int kReceiverWarps, int kVectorsInFlight>
+template <int kSenderWarps, int kOtherWarps, int kVectorsInFlight, int kLeastMovesOfAPart>
 struct CombineTile {
   static constexpr int kSenders = kSenderWarps;
-  static constexpr int kReceivers = kReceiverWarps;
-  static constexpr int kWarps = kSenders + kReceivers;
+  static constexpr int kWarps = kSenders + kOtherWarps;
   static constexpr int kVectors = kVectorsInFlight;
+  static constexpr int kLeastMoves = kLeastMovesOfAPart;  // fewer are not worth a warp
 
   struct SharedStorage {
     SumTerms terms[kWarps];
@@ -33,19 +34,21 @@ class CombineKernel {
         terms_(shared<typename Tile::SharedStorage>().terms[warp_id()]),
         hidden_(params.hidden),
         row_bytes_(hidden_ * static_cast<i64>(sizeof(typename Rows::Element))),
+        vectors_(row_bytes_ % 16 == 0),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
         num_tokens_(shape_.num_tokens),
         chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
-        num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)) {}
+        num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
+        num_moves_(hidden_ / (vectors_ ? kElementsPerMove<Rows, Tile::kVectors> : 1)),
+        num_parts_(num_parts(num_chunks_,
+                             static_cast<i32>(num_moves_ / Tile::kLeastMoves),
+                             params.view.chunk_target)) {}
 
   JAX_EP_DEVICE void run() {
-    if (warp_id() < Tile::kSenders) {
-      send();
-    } else {
-      receive();
-    }
+    if (warp_id() < Tile::kSenders) send();
+    receive();
     exchange_.finish();
   }
 
@@ -58,11 +61,13 @@ class CombineKernel {
   }
 
   template <typename RowOf>
-  JAX_EP_DEVICE void sum(i32 count, const RowOf& row_of, Ptr<std::byte> out) {
-    if (row_bytes_ % 16 == 0) {
-      sum_rows<Rows, Tile::kVectors>(terms_, count, hidden_, row_of, out);
+  JAX_EP_DEVICE void sum(i32 count, i32 part, const RowOf& row_of, Ptr<std::byte> out) {
+    const i64 first = part * num_moves_ / num_parts_;
+    const i64 last = (part + 1) * num_moves_ / num_parts_;
+    if (vectors_) {
+      sum_rows<Rows, Tile::kVectors>(terms_, count, first, last, row_of, out);
     } else {
-      sum_rows<Rows, 0>(terms_, count, hidden_, row_of, out);
+      sum_rows<Rows, 0>(terms_, count, first, last, row_of, out);
     }
   }
 
@@ -73,20 +78,22 @@ class CombineKernel {
   JAX_EP_DEVICE void send() {
     const auto warp = static_cast<i32>(block_id() * Tile::kSenders + warp_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Tile::kSenders);
-    const i64 units = i64{num_chunks_} * num_ranks_;
+    const i64 units = i64{num_chunks_} * num_parts_ * num_ranks_;
     if (warp >= units) return;
     exchange_.wait_until_writable();
     // Chunk by chunk; each rank begins with another owner, so that no link is crowded.
     for (i64 unit = warp; unit < units; unit += num_warps) {
-      const auto chunk = static_cast<i32>(unit / num_ranks_);
+      const auto flag = static_cast<i32>(unit / num_ranks_);
       const i32 owner = static_cast<i32>(unit % num_ranks_ + rank_) % num_ranks_;
-      const i64 last = last_token(chunk);
-      for (i64 token = first_token(chunk); token < last; ++token) send_token(owner, token);
-      exchange_.signal_arrived_at(owner, chunk);
+      const i64 last = last_token(flag / num_parts_);
+      for (i64 token = first_token(flag / num_parts_); token < last; ++token) {
+        send_token(owner, token, flag % num_parts_);
+      }
+      exchange_.signal_arrived_at(owner, flag);
     }
   }
 
-  JAX_EP_DEVICE void send_token(i32 owner, i64 token) {
+  JAX_EP_DEVICE void send_token(i32 owner, i64 token, i32 part) {
     const i32 most = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
     const i64 number = owner * num_tokens_ + token;
     i32 row = -1;
@@ -96,13 +103,14 @@ class CombineKernel {
     if (row >= shape_.recv_capacity) row = -1;
     const u32 holders = warp_ballot(row >= 0);
     if (holders == 0) return;
-    send_scalars(owner, token, row);
+    if (part == 0) send_scalars(owner, token, row);
     if (hidden_ == 0) return;
     const i32 count =
         by_rank() && params_.weighted ? list_selections(row) : list_rows(row, holders);
     warp_sync();
     sum(
         count,
+        part,
         [this](i32 term) {
           return Ptr<const std::byte>{static_cast<const std::byte*>(params_.y)} + term * row_bytes_;
         },
@@ -155,22 +163,26 @@ class CombineKernel {
   // Read this rank's staging, topk_idx, slot. Write out, token_scalars. Wait for arrived.
 
   JAX_EP_DEVICE void receive() {
-    const auto warp = static_cast<i32>(block_id() * Tile::kReceivers + warp_id() - Tile::kSenders);
-    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kReceivers);
-    for (i32 chunk = warp; chunk < num_chunks_; chunk += num_warps) {
+    // Neighboring chunks to different blocks; warps that also send come last.
+    const u32 late = (warp_id() + Tile::kWarps - Tile::kSenders) % Tile::kWarps;
+    const auto warp = static_cast<i32>(late * num_blocks() + block_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kWarps);
+    for (i32 flag = warp; flag < num_chunks_ * num_parts_; flag += num_warps) {
       for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_; source += kWarpSize) {
-        exchange_.wait_arrived(source, chunk);
+        exchange_.wait_arrived(source, flag);
       }
       warp_sync();
-      const i64 last = last_token(chunk);
-      for (i64 token = first_token(chunk); token < last; ++token) receive_token(token);
+      const i64 last = last_token(flag / num_parts_);
+      for (i64 token = first_token(flag / num_parts_); token < last; ++token) {
+        receive_token(token, flag % num_parts_);
+      }
     }
   }
 
-  JAX_EP_DEVICE void receive_token(i64 token) {
+  JAX_EP_DEVICE void receive_token(i64 token, i32 part) {
     const Selections selections(
         shape_, Ptr<const i32>{params_.topk_idx}, Ptr<const i32>{params_.slot}, token);
-    receive_scalars(selections, token);
+    if (part == 0) receive_scalars(selections, token);
     if (hidden_ == 0) return;
     const u32 place = selections.ranks_before(num_topk_);
     if (selections.leads()) {
@@ -181,6 +193,7 @@ class CombineKernel {
     warp_sync();
     sum(
         count,
+        part,
         [this, token](i32 source) {
           const Ptr<std::byte> row = staged_row(exchange_.view(), rank_, source, token);
           return Ptr<const std::byte>{row.raw};
@@ -208,12 +221,15 @@ class CombineKernel {
   SumTerms& terms_;
   const i64 hidden_;
   const i64 row_bytes_;
+  const bool vectors_;  // rows are moved 16 bytes at a time
   const i32 rank_;
   const i32 num_ranks_;
   const i32 num_topk_;
   const i64 num_tokens_;
   const i32 chunk_tokens_;
   const i32 num_chunks_;
+  const i64 num_moves_;  // of a row, see row_sum.h
+  const i32 num_parts_;  // of a row: runs of moves
 };
 
 }  // namespace jax_ep::dev

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dispatch: a block's first warps send this rank's rows, each once per destination rank, into the
-// destinations' staging; its other warps expand what arrives to the rows of the receive buffer.
-// Both work chunk by chunk, so that expanding overlaps with arriving.
+// destinations' staging; meanwhile the others expand what arrives to the rows of the receive
+// buffer, and so do the first, when they have sent. All work chunk by chunk.
 //
 // Rows whose bytes are a multiple of 16 travel by bulk copies through shared memory; others element
 // by element.
@@ -15,11 +15,10 @@
 
 namespace jax_ep::dev {
 
-template <int kSenderWarps, int kReceiverWarps, int kStages, int kSegmentBytes>
+template <int kSenderWarps, int kOtherWarps, int kStages, int kSegmentBytes>
 struct DispatchTile {
   static constexpr int kSenders = kSenderWarps;
-  static constexpr int kReceivers = kReceiverWarps;
-  static constexpr int kWarps = kSenders + kReceivers;
+  static constexpr int kWarps = kSenders + kOtherWarps;
   using Stages = SegmentStages<kStages, kSegmentBytes>;
 
   struct SharedStorage {
@@ -52,14 +51,12 @@ class DispatchKernel {
         num_topk_(shape_.num_topk),
         num_tokens_(shape_.num_tokens),
         chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
-        num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)) {}
+        num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
+        num_parts_(bulk_ ? num_parts(num_chunks_, segments_.count, params.view.chunk_target) : 1) {}
 
   JAX_EP_DEVICE void run() {
-    if (warp_id() < Tile::kSenders) {
-      send();
-    } else {
-      receive();
-    }
+    if (warp_id() < Tile::kSenders) send();
+    receive();
     bulk_wait<0>();
     exchange_.finish();
   }
@@ -99,13 +96,14 @@ class DispatchKernel {
   JAX_EP_DEVICE void send() {
     const auto warp = static_cast<i32>(block_id() * Tile::kSenders + warp_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Tile::kSenders);
-    if (warp >= num_chunks_) return;
+    const i32 num_flags = num_chunks_ * num_parts_;
+    if (warp >= num_flags) return;
     exchange_.wait_until_writable();
-    for (i32 chunk = warp; chunk < num_chunks_; chunk += num_warps) {
-      const i64 first = first_token(chunk);
-      const i64 last = last_token(chunk);
+    for (i32 flag = warp; flag < num_flags; flag += num_warps) {
+      const i64 first = first_token(flag / num_parts_);
+      const i64 last = last_token(flag / num_parts_);
       if (hidden_ > 0 && bulk_) {
-        send_segments(first, last);
+        send_segments(first, last, flag % num_parts_);
       } else {
         for (i64 token = first; token < last; ++token) {
           const Selections selections = selections_of(token);
@@ -115,7 +113,7 @@ class DispatchKernel {
       }
       // Not only read: the rows are in the peers' memory before the chunk is said to be.
       bulk_wait<0>();
-      exchange_.signal_arrived(chunk);
+      exchange_.signal_arrived(flag);
     }
   }
 
@@ -124,7 +122,9 @@ class DispatchKernel {
         shape_, Ptr<const i32>{params_.topk_idx}, Ptr<const i32>{params_.slot}, token);
   }
 
-  JAX_EP_DEVICE void send_segments(i64 first, i64 last) {
+  JAX_EP_DEVICE i32 first_segment(i32 part) const { return part * segments_.count / num_parts_; }
+
+  JAX_EP_DEVICE void send_segments(i64 first, i64 last, i32 part) {
     const auto needed = [this](i64 token) { return warp_ballot(selections_of(token).live()) != 0; };
     const auto from = [this](i64 token, i32 segment) {
       return x_row(token) + segments_.first(segment) * x_bytes_;
@@ -135,7 +135,8 @@ class DispatchKernel {
     stream_segments(ring_,
                     first,
                     last,
-                    segments_.count,
+                    first_segment(part),
+                    first_segment(part + 1),
                     needed,
                     from,
                     bytes,
@@ -238,7 +239,7 @@ class DispatchKernel {
       for (int i = 0; i < elements.kPerLane; ++i) {
         const i64 channel = elements.channel(block, i);
         if (channel >= hidden_) continue;
-        st(as<u8>(to) + channel, quantized(elements.value[i], elements.scale));
+        st(as<u8>(to) + channel, to_fp8(scaled(elements.value[i], elements.scale)));
       }
       if (lane_id() == 0) st(scales + block, elements.scale);
     }
@@ -249,22 +250,24 @@ class DispatchKernel {
   // rows_scales, row_scalars. Wait for arrived.
 
   JAX_EP_DEVICE void receive() {
-    const auto warp = static_cast<i32>(block_id() * Tile::kReceivers + warp_id() - Tile::kSenders);
-    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kReceivers);
+    // Neighboring chunks to different blocks; warps that also send come last.
+    const u32 late = (warp_id() + Tile::kWarps - Tile::kSenders) % Tile::kWarps;
+    const auto warp = static_cast<i32>(late * num_blocks() + block_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kWarps);
     clear_rows_without_token(warp, num_warps);
     // In the order in which chunks arrive; each rank begins with itself.
-    const i64 units = i64{num_chunks_} * num_ranks_;
+    const i64 units = i64{num_chunks_} * num_parts_ * num_ranks_;
     for (i64 unit = warp; unit < units; unit += num_warps) {
-      const auto chunk = static_cast<i32>(unit / num_ranks_);
+      const auto flag = static_cast<i32>(unit / num_ranks_);
       const i32 source = static_cast<i32>(unit % num_ranks_ + rank_) % num_ranks_;
-      if (lane_id() == 0) exchange_.wait_arrived(source, chunk);
+      if (lane_id() == 0) exchange_.wait_arrived(source, flag);
       warp_sync();
       // The copy engine, too, sees what has arrived.
       fence_proxy_async();
-      const i64 first = first_token(chunk);
-      const i64 last = last_token(chunk);
+      const i64 first = first_token(flag / num_parts_);
+      const i64 last = last_token(flag / num_parts_);
       if (hidden_ > 0 && bulk_) {
-        expand_segments(source, first, last);
+        expand_segments(source, first, last, flag % num_parts_);
         continue;
       }
       for (i64 token = first; token < last; ++token) {
@@ -290,7 +293,7 @@ class DispatchKernel {
     return {row.raw};
   }
 
-  JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last) {
+  JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
     const auto needed = [this, source](i64 token) {
       return warp_ballot(row_of_lane(source, token) >= 0) != 0;
     };
@@ -303,7 +306,8 @@ class DispatchKernel {
     stream_segments(ring_,
                     first,
                     last,
-                    segments_.count,
+                    first_segment(part),
+                    first_segment(part + 1),
                     needed,
                     from,
                     bytes,
@@ -433,6 +437,7 @@ class DispatchKernel {
   const i64 num_tokens_;
   const i32 chunk_tokens_;
   const i32 num_chunks_;
+  const i32 num_parts_;  // of a row: runs of segments
 };
 
 }  // namespace jax_ep::dev

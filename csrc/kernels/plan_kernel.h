@@ -137,13 +137,22 @@ class PlanKernel {
   // it came first. A selection that repeats another counts once.
   template <typename BinOf>
   JAX_EP_DEVICE u32 mark(i32 source, i32 token, bool has_token, const BinOf& bin_of) {
+    constexpr i32 kAtOnce = 8;  // loads in flight
     u32 looks_after = 0;
-    for (i32 k = 0; k < num_topk_ && has_token; ++k) {
-      const i32 expert = ld(routing(source, token) + k);
-      const i32 bin = is_expert(expert) ? bin_of(expert) : -1;
-      if (bin < 0) continue;
-      const u32 before = shared_or(address_of(memory_.selecting[warp_id()][bin]), 1U << lane_id());
-      looks_after |= static_cast<u32>(before == 0) << k;
+    for (i32 first = 0; first < num_topk_ && has_token; first += kAtOnce) {
+      i32 expert[kAtOnce];
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        expert[i] = first + i < num_topk_ ? ld(routing(source, token) + (first + i)) : -1;
+      }
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        const i32 bin = is_expert(expert[i]) ? bin_of(expert[i]) : -1;
+        if (bin < 0) continue;
+        const u32 before =
+            shared_or(address_of(memory_.selecting[warp_id()][bin]), 1U << lane_id());
+        looks_after |= static_cast<u32>(before == 0) << (first + i);
+      }
     }
     warp_sync();
     return looks_after;
@@ -200,16 +209,28 @@ class PlanKernel {
   }
 
   JAX_EP_DEVICE void scan(i32 bin) {
+    constexpr i32 kAtOnce = 4;  // loads in flight
     const i32 units = num_ranks_ * num_tiles_;
     u32 total = 0;
-    for (i32 first = 0; first < units; first += kWarpSize) {
-      const i32 unit = first + static_cast<i32>(lane_id());
-      const u32 here = unit < units ? ld(counts(unit) + bin) : 0;
-      const u32 sum = inclusive_sum(here);
-      if (unit < units) st(counts(unit) + bin, total + sum - here);
-      total += warp_shfl(sum, kWarpSize - 1);
+    for (i32 first = 0; first < units; first += kAtOnce * static_cast<i32>(kWarpSize)) {
+      u32 here[kAtOnce];
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        const i32 unit = unit_of_lane(first, i);
+        here[i] = unit < units ? ld(counts(unit) + bin) : 0;
+      }
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        const i32 unit = unit_of_lane(first, i);
+        const u32 sum = inclusive_sum(here[i]);
+        if (unit < units) st(counts(unit) + bin, total + sum - here[i]);
+        total += warp_shfl(sum, kWarpSize - 1);
+      }
     }
     if (lane_id() == 0) st(totals() + bin, total);
+  }
+  JAX_EP_DEVICE static i32 unit_of_lane(i32 first, i32 step) {
+    return first + step * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
   }
 
   // --- 4. assign -----------------------------------------------------------------------------
@@ -278,8 +299,10 @@ class PlanKernel {
       const bool has_token = token < tile.last;
       const u32 looks_after = mark(tile.source, token, has_token, bin_of);
       if (has_token) {
-        if (own) write_slots(token);
-        by_rank() ? hold_by_rank(tile.source, token) : hold_by_expert(tile.source, token);
+        const u32 selected = selections_of(tile.source, token, bin_of);
+        if (own) write_slots(token, selected);
+        by_rank() ? hold_by_rank(tile.source, token, selected)
+                  : hold_by_expert(tile.source, token, selected);
       }
       warp_sync();
       advance(tile.source, token, looks_after, bin_of);
@@ -292,41 +315,57 @@ class PlanKernel {
     return memory_.cursor[warp_id()][bin] + count_bits(tokens & lanes_below(lane_id()));
   }
 
-  // Selection k's expert; -1 if it names none, or repeats an earlier one.
-  JAX_EP_DEVICE i32 selected(i32 source, i32 token, i32 k) const {
+  // The selections, as bits, that take part: they name an expert, and none before them the same.
+  template <typename BinOf>
+  JAX_EP_DEVICE u32 selections_of(i32 source, i32 token, const BinOf& bin_of) const {
     const Ptr<i32> experts = routing(source, token);
-    const i32 expert = ld(experts + k);
-    if (!is_expert(expert)) return -1;
-    for (i32 before = 0; before < k; ++before) {
-      if (ld(experts + before) == expert) return -1;
+    u32 selected = 0;
+    for (i32 k = 0; k < num_topk_; ++k) {
+      const i32 expert = ld(experts + k);
+      if (!is_expert(expert) || bin_of(expert) < 0) continue;
+      bool repeats = false;
+      for (u32 before = selected; before != 0; before &= before - 1) {
+        repeats |= ld(experts + lowest_bit(before)) == expert;
+      }
+      selected |= static_cast<u32>(!repeats) << k;
     }
-    return expert;
+    return selected;
   }
 
-  JAX_EP_DEVICE void write_slots(i32 token) {
+  JAX_EP_DEVICE void write_slots(i32 token, u32 selected) {
     for (i32 k = 0; k < num_topk_; ++k) {
-      const i32 expert = selected(rank_, token, k);
-      const u32 row = expert < 0 ? capacity_ : row_in(row_bin(expert));
+      const bool is_selected = (selected >> k & 1) != 0;
+      const u32 row = is_selected ? row_in(row_bin(ld(routing(rank_, token) + k))) : capacity_;
       st(Ptr<i32>{params_.slot} + (i64{token} * num_topk_ + k),
          row < capacity_ ? static_cast<i32>(row) : -1);
     }
   }
 
+  // Those of a token's selections whose expert is one of this rank's.
+  JAX_EP_DEVICE u32 selections_here(i32 source, i32 token, u32 selected) const {
+    u32 here = 0;
+    for (u32 left = selected; left != 0; left &= left - 1) {
+      const i32 expert = ld(routing(source, token) + lowest_bit(left));
+      here |= static_cast<u32>(expert / num_local_ == rank_) << lowest_bit(left);
+    }
+    return here;
+  }
+
   // The rows of this rank that hold a token, in ascending order, which is that of the experts.
-  JAX_EP_DEVICE void hold_by_expert(i32 source, i32 token) {
+  JAX_EP_DEVICE void hold_by_expert(i32 source, i32 token, u32 selected) {
     const i32 most = max_rows_per_token(shape_.layout, num_topk_, num_local_);
     const i64 number = i64{source} * num_tokens_ + token;
+    const Ptr<i32> experts = routing(source, token);
     const Ptr<i32> held = Ptr<i32>{params_.source_slot} + number * most;
+    const u32 here = selections_here(source, token, selected);
     i32 num_held = 0;
-    for (i32 k = 0; k < num_topk_; ++k) {
-      const i32 expert = selected(source, token, k);
-      if (expert < 0 || expert / num_local_ != rank_) continue;
+    for (u32 left = here; left != 0; left &= left - 1) {
+      const i32 expert = ld(experts + lowest_bit(left));
       const u32 row = row_in(expert);
       if (row >= capacity_) continue;
       i32 place = 0;
-      for (i32 other = 0; other < num_topk_; ++other) {
-        const i32 other_expert = selected(source, token, other);
-        place += static_cast<i32>(other_expert >= rank_ * num_local_ && other_expert < expert);
+      for (u32 others = here; others != 0; others &= others - 1) {
+        place += static_cast<i32>(ld(experts + lowest_bit(others)) < expert);
       }
       st(held + place, static_cast<i32>(row));
       st(Ptr<i32>{params_.row_source} + row, static_cast<i32>(number));
@@ -335,24 +374,18 @@ class PlanKernel {
     for (i32 place = num_held; place < most; ++place) st(held + place, -1);
   }
 
-  JAX_EP_DEVICE void hold_by_rank(i32 source, i32 token) {
+  JAX_EP_DEVICE void hold_by_rank(i32 source, i32 token, u32 selected) {
     const i64 number = i64{source} * num_tokens_ + token;
-    i32 held = -1;
-    for (i32 k = 0; k < num_topk_ && held < 0; ++k) {
-      const i32 expert = selected(source, token, k);
-      if (expert < 0 || expert / num_local_ != rank_) continue;
-      const u32 row = row_in(rank_bin(rank_));
-      if (row >= capacity_) break;
-      held = static_cast<i32>(row);
-    }
-    st(Ptr<i32>{params_.source_slot} + number, held);
-    if (held < 0) return;
-    st(Ptr<i32>{params_.row_source} + held, static_cast<i32>(number));
+    const u32 here = selections_here(source, token, selected);
+    const u32 row = here != 0 ? row_in(rank_bin(rank_)) : capacity_;
+    const bool is_held = row < capacity_;
+    st(Ptr<i32>{params_.source_slot} + number, is_held ? static_cast<i32>(row) : -1);
+    if (!is_held) return;
+    st(Ptr<i32>{params_.row_source} + row, static_cast<i32>(number));
     for (i32 k = 0; k < num_topk_; ++k) {
-      const i32 expert = selected(source, token, k);
-      const bool here = expert >= 0 && expert / num_local_ == rank_;
-      st(Ptr<i32>{params_.row_topk_idx} + (i64{held} * num_topk_ + k),
-         here ? expert - rank_ * num_local_ : -1);
+      const bool is_here = (here >> k & 1) != 0;
+      st(Ptr<i32>{params_.row_topk_idx} + (i64{row} * num_topk_ + k),
+         is_here ? ld(routing(source, token) + k) - rank_ * num_local_ : -1);
     }
   }
 

@@ -10,18 +10,6 @@
 namespace jax_ep {
 namespace {
 
-// The smallest access that rows need: kernels move odd ones element by element.
-uint32_t granule_of(const GroupStory& story) {
-  uint32_t granule = 4;
-  for (const Episode& episode : story.episodes) {
-    const int64_t element =
-        episode.options.wire == Wire::kSame ? size_bytes(episode.options.dtype) : 1;
-    if (episode.options.hidden * element % 16 == 0) continue;
-    granule = std::min(granule, static_cast<uint32_t>(element));
-  }
-  return granule;
-}
-
 // One group's part of a run.
 class GroupRun {
  public:
@@ -132,7 +120,11 @@ Outcome run_story(const Story& story, uint64_t seed) {
   for (const GroupStory& group : story.groups) {
     offsets.push_back(config.memory_bytes);
     config.memory_bytes += GroupRun::memory_bytes(group);
-    config.granule_bytes = std::min(config.granule_bytes, granule_of(group));
+    for (const Episode& episode : group.episodes) {
+      const ClusterOptions& options = episode.options;
+      config.granule_bytes = std::min(config.granule_bytes,
+                                      granule_bytes(options.hidden, options.dtype, options.wire));
+    }
   }
   sim::Machine machine(config);
   machine.reset(seed);

@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-using Tile = dev::CombineTile<1, 2, 2>;
+using Tile = dev::CombineTile<1, 2, 2, 8>;
 
 template <typename Rows>
 SimulatedKernel kernel_of(CombineParams params) {

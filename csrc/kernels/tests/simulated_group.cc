@@ -22,6 +22,11 @@ void append(sim::Machine& machine, const Params& params, uint32_t stream, uint32
 
 }  // namespace
 
+uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire) {
+  const int64_t element = wire == Wire::kSame ? size_bytes(dtype) : 1;
+  return hidden * element % 16 == 0 ? 4 : static_cast<uint32_t>(element);
+}
+
 uint32_t SimulatedGroup::max_shared_bytes() {
   return std::max({simulated_kernel(PlanParams{}).shared_bytes,
                    simulated_kernel(DispatchParams{}).shared_bytes,

@@ -31,6 +31,10 @@ class SimulatedMemory : public DeviceMemory {
   uint32_t rank_;
 };
 
+// The machine's granule for rows of `hidden` elements: the smallest access that they need, for
+// kernels move rows that are no multiple of 16 bytes element by element.
+uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire);
+
 class SimulatedGroup {
  public:
   // Threads of the blocks that it launches, and the most shared memory of one.
