@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-using Tile = dev::CombineTile<12, 4, 4, 64>;
+using Tile = dev::CombineTile<14, 2, 4, 64>;
 
 template <typename Rows>
 using Kernel = dev::CombineKernel<Tile, Rows>;
