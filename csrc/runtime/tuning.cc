@@ -8,23 +8,37 @@
 namespace jax_ep {
 namespace {
 
-// Not measured on a GPU yet: what comparable libraries use on an NVLink domain of eight.
 constexpr int32_t kPlanBlocks = 16;
+// What comparable libraries use on an NVLink domain of eight; not measured over NVLink yet.
 constexpr int32_t kTransferBlocks = 24;
 
-// Chunks, over all ranks, that are worth a block: of rows, and of scalars or routing alone.
-constexpr int64_t kRowChunksPerBlock = 16;
+// Enough work for a block: parts of chunks, over all ranks, for its warps; chunks of scalars or
+// routing alone; bins to scan, one by a warp.
+constexpr int64_t kPartsPerBlock = 8;
 constexpr int64_t kSmallChunksPerBlock = 64;
+constexpr int64_t kBinsPerBlock = 16;
+// About the least part of a row that the kernels give to a warp.
+constexpr int64_t kPartBytes = 1024;
+
+int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
+  const int32_t chunks = num_chunks(shape.num_tokens);
+  const int64_t of_all_ranks = int64_t{chunks} * shape.num_ranks;
+  if (op == OpKind::kPlan) {
+    const int32_t bins = num_bins(shape.layout, shape.num_experts, shape.num_ranks);
+    return std::max(ceil_div(of_all_ranks, kSmallChunksPerBlock), ceil_div(bins, kBinsPerBlock));
+  }
+  if (row_bytes == 0) return ceil_div(of_all_ranks, kSmallChunksPerBlock);
+  const auto most = static_cast<int32_t>(std::min<int64_t>(row_bytes / kPartBytes, kMaxChunks));
+  return ceil_div(of_all_ranks * num_parts(chunks, most), kPartsPerBlock);
+}
 
 }  // namespace
 
 LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget) {
   const int32_t by_default = op == OpKind::kPlan ? kPlanBlocks : kTransferBlocks;
   const int32_t wanted = budget.wanted > 0 ? budget.wanted : by_default;
-  const int64_t chunks = int64_t{num_chunks(shape.num_tokens)} * shape.num_ranks;
-  const int64_t useful =
-      ceil_div(chunks, row_bytes > 0 ? kRowChunksPerBlock : kSmallChunksPerBlock);
-  const int64_t blocks = std::min<int64_t>({wanted, budget.available, useful});
+  const int64_t blocks =
+      std::min<int64_t>({wanted, budget.available, useful_blocks(op, shape, row_bytes)});
   return {.num_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1))};
 }
 

@@ -32,15 +32,20 @@ TEST(Tuning, NoLaunchHasMoreBlocksThanItMayHaveSms) {
 
 TEST(Tuning, SmallCallsGetFewBlocksAndAtLeastOne) {
   const SmBudget h200{.available = 132, .wanted = 0};
-  EXPECT_EQ(blocks(OpKind::kDispatch, 16, h200), 8);
-  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200), 1);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200), 14);  // 14 parts of a row, for 8 ranks
+  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200, 512), 1);
   EXPECT_EQ(blocks(OpKind::kDispatch, 0, h200), 1);
-  EXPECT_EQ(blocks(OpKind::kPlan, 0, h200, 0), 1);
+}
+
+TEST(Tuning, PlansScanAllBinsHoweverFewTheTokens) {
+  EXPECT_EQ(blocks(OpKind::kPlan, 1, {.available = 132, .wanted = 0}, 0), 16);
+  const EpShape shape{.num_ranks = 8, .num_experts = 32, .num_topk = 8, .num_tokens = 1};
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, {.available = 132, .wanted = 0}).num_blocks, 2);
 }
 
 TEST(Tuning, ScalarsAloneAreLittleWork) {
   const SmBudget h200{.available = 132, .wanted = 0};
-  EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 16);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 24);
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200, 0), 4);
 }
 
