@@ -7,6 +7,10 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 SANITIZE ?=
+PIECE ?=
+SOAK ?= 5000
+# How long `make soak` runs.
+SECONDS ?= 600
 # ON in CI. Not for everybody: newer compilers have new warnings.
 WERROR ?= OFF
 
@@ -25,14 +29,15 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-python bench cuda lint lint-python lint-cpp lint-types \
-  lint-layers lint-spelling lint-project format wheel clean
+.PHONY: help train test test-cpp test-python sim soak bench cuda gpu lint lint-python lint-cpp \
+  lint-types lint-layers lint-spelling lint-project format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 	@echo
 	@echo 'Variables: ARGS="..." goes to the program or to pytest; PYTHON=python3.12 VENV=.venv-3.12'
-	@echo 'use another Python; JOBS=N tests at a time; SANITIZE=address,undefined or thread (test-cpp).'
+	@echo 'use another Python; JOBS=N tests at a time; SANITIZE=address,undefined (test-cpp, sim) or'
+	@echo 'thread (test-cpp); SECONDS=N (soak).'
 
 train: $(INSTALLED)-examples ## Train a Mixture-of-Experts language model on 8 CPU devices
 	$(BIN)/python examples/train_moe_lm.py $(ARGS)
@@ -47,21 +52,24 @@ bench: $(INSTALLED)-bench ## Measure dispatch and combine against baselines of l
 
 # Library and tests of csrc alone, without Python or JAX.
 comma := ,
-CPP_BUILD := build/cpp/$(if $(SANITIZE),$(subst $(comma),-,$(SANITIZE)),plain)
+BUILD_KIND := $(if $(SANITIZE),$(subst $(comma),-,$(SANITIZE)),plain)
+CPP_BUILD := build/cpp/$(BUILD_KIND)
+SIM_BUILD := build/sim/$(BUILD_KIND)
+CMAKE_CSRC = $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" \
+  -DJAX_EP_SANITIZE=$(SANITIZE) -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING
 # ThreadSanitizer of older compilers refuses the widely randomized addresses of newer kernels.
 CTEST = $(if $(filter thread,$(SANITIZE)),$(shell setarch -R true 2>/dev/null && echo setarch -R)) \
   $(BIN)/ctest
+# BUILD_FOLDER,OPTIONS; says little unless a test fails.
+run_ctest = $(CTEST) --test-dir $(1) $(2) --output-on-failure --no-tests=error -Q \
+  -O $(abspath $(1))/test.log || { cat $(1)/test.log; exit 1; }; tail -n 3 $(1)/test.log
 
 test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thread: with sanitizers)
 	@if printf '#include <gtest/gtest.h>\n' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
 	  set -e -x; \
-	  $(BIN)/cmake -S csrc -B $(CPP_BUILD) -G Ninja \
-	    -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DJAX_EP_SANITIZE=$(SANITIZE) \
-	    -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING; \
+	  $(CMAKE_CSRC) -B $(CPP_BUILD); \
 	  $(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS); \
-	  $(CTEST) --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error \
-	    -Q -O $(abspath $(CPP_BUILD))/test.log || { cat $(CPP_BUILD)/test.log; exit 1; }; \
-	  tail -n 3 $(CPP_BUILD)/test.log; \
+	  $(call run_ctest,$(CPP_BUILD),); \
 	else \
 	  echo '################################################################################'; \
 	  echo '# SKIPPED: the C++ unit tests. They need GoogleTest, which was not found.'; \
@@ -69,9 +77,40 @@ test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thre
 	  echo '################################################################################'; \
 	fi
 
+define build_sim
+	$(CMAKE_CSRC) -B $(SIM_BUILD) -DJAX_EP_BUILD_TESTS=OFF -DJAX_EP_BUILD_SIM=ON
+	$(BIN)/cmake --build $(SIM_BUILD) --parallel $(JOBS)
+endef
+
+ifeq ($(SANITIZE),)
+sim: $(INSTALLED)-test ## Run the CUDA kernels on the simulator, and their mutants (no GPU needed)
+	$(build_sim)
+	@$(call run_ctest,$(SIM_BUILD),--parallel $(JOBS))
+	JAX_EP_SIMULATED_EXCHANGE=$(abspath $(SIM_BUILD))/kernels/tests/libjax_ep_simulated_exchange.so \
+	  $(BIN)/pytest -n $(JOBS) tests/sim
+	$(BIN)/python csrc/kernels/tests/mutants.py --build $(SIM_BUILD) --jobs $(JOBS)
+else
+sim: $(READY)
+	$(build_sim)
+	@$(call run_ctest,$(SIM_BUILD),--parallel $(JOBS))
+endif
+
+soak: $(READY) ## Run random stories on the simulator, on all cores, for 10 minutes (SECONDS=N)
+	$(build_sim)
+	@pids=; for i in $$(seq $$(nproc)); do \
+	  seed=$$i$$(date +%s)000000; \
+	  echo "process $$i: seeds from $$seed on"; \
+	  $(SIM_BUILD)/kernels/tests/simulate --seeds $$seed --seconds $(SECONDS) & pids="$$pids $$!"; \
+	done; \
+	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
+
 cuda: $(READY) ## Compile all CUDA kernels (needs nvcc, no GPU) and print their registers
 	$(BIN)/python tools/check_ptxas.py build/cuda --jobs $(JOBS) -G Ninja \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" $(ARGS)
+
+# With the machine's own Python and JAX, which has to be one for CUDA: nothing is installed.
+gpu: ## Test on this machine's GPU, eight ranks as processes (PIECE="problems soak", SOAK=100000)
+	JAX_EP_SOAK=$(SOAK) $(PYTHON) tests/gpu/run.py $(PIECE)
 
 lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project ## Check the sources
 
@@ -94,6 +133,7 @@ lint-spelling: $(INSTALLED)-dev
 
 lint-project: $(READY)
 	$(BIN)/python tools/lint/check_includes.py
+	$(BIN)/python tools/lint/check_memory_order.py
 	$(BIN)/python tools/lint/check_size.py
 
 format: $(INSTALLED)-dev ## Format all sources, and mend what ruff can

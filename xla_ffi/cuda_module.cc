@@ -200,7 +200,8 @@ void define_groups(nb::module_& m) {
       nb::arg("layout"),
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
-      "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's choice.");
+      "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's "
+      "choice.");
   m.def("connect_group",
         &connect_group,
         nb::arg("group_id"),

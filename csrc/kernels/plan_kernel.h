@@ -14,6 +14,7 @@
 
 #include "csrc/device/exchange.h"
 #include "csrc/device/selections.h"
+#include "csrc/device/warp_scan.h"
 
 namespace jax_ep::dev {
 
@@ -199,15 +200,6 @@ class PlanKernel {
 
   // --- 3. scan -------------------------------------------------------------------------------
 
-  JAX_EP_DEVICE static u32 inclusive_sum(u32 value) {
-    for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
-      const u32 lane = lane_id();
-      const u32 before = warp_shfl(value, lane >= distance ? lane - distance : lane);
-      value += lane >= distance ? before : 0;
-    }
-    return value;
-  }
-
   JAX_EP_DEVICE void scan(i32 bin) {
     constexpr i32 kAtOnce = 4;  // loads in flight
     const i32 units = num_ranks_ * num_tiles_;
@@ -239,10 +231,11 @@ class PlanKernel {
     return row < capacity_ ? static_cast<u32>(row) : capacity_;
   }
 
-  // Where each expert's rows start at its rank: a warp per rank. Sums are clipped to the
-  // capacity at every step, so that they fit 32 bits.
+  // Where each expert's rows start at its rank: a warp per rank. Sums are clipped to the capacity
+  // at every step, so that they fit 32 bits.
   JAX_EP_DEVICE void start_experts() {
     const u64 alignment = static_cast<u64>(shape_.expert_alignment);
+    const auto clipped_sum = [this](u32 a, u32 b) { return clip(u64{a} + b); };
     for (i32 rank = static_cast<i32>(warp_id()); rank < num_ranks_ && !by_rank();
          rank += Tile::kWarps) {
       u32 start = 0;
@@ -250,26 +243,14 @@ class PlanKernel {
         const i32 local = first + static_cast<i32>(lane_id());
         const u64 total = local < num_local_ ? ld(totals() + (rank * num_local_ + local)) : 0;
         const u32 rows = clip((total + alignment - 1) / alignment * alignment);
-        u32 sum = rows;
-        for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
-          const u32 lane = lane_id();
-          const u32 before = warp_shfl(sum, lane >= distance ? lane - distance : lane);
-          sum = clip(u64{sum} + (lane >= distance ? before : 0));
-        }
+        const u32 sum = inclusive_sum(rows, clipped_sum);
+        const u32 before = from_lane_before(sum);
         if (local < num_local_) {
-          // The exclusive sum: that of the lane before, because a clipped sum can't be undone.
-          memory_.start[rank * num_local_ + local] = clip(u64{start} + exclusive(sum));
-        } else {
-          (void)exclusive(sum);
+          memory_.start[rank * num_local_ + local] = clipped_sum(start, before);
         }
-        start = clip(u64{start} + warp_shfl(sum, kWarpSize - 1));
+        start = clipped_sum(start, warp_shfl(sum, kWarpSize - 1));
       }
     }
-  }
-  JAX_EP_DEVICE static u32 exclusive(u32 inclusive) {
-    const u32 lane = lane_id();
-    const u32 before = warp_shfl(inclusive, lane > 0 ? lane - 1 : 0);
-    return lane > 0 ? before : 0;
   }
 
   // First row after those of a local expert of this rank.

@@ -51,11 +51,14 @@ class RankProgram {
     const int64_t scalars = rows * shape.scalars_per_row();
     const auto dtype = static_cast<DType>(exchange.dtype);
     const int64_t row_bytes = exchange.hidden * size_bytes(dtype);
+    const int64_t scales = ceil_div(exchange.hidden, kScaleBlock);
+    const bool x_quantized = exchange.x_format != 0;
+    const bool rows_quantized = exchange.rows_format != 0;
     const int64_t most =
         max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
     const int64_t row_topk_idx = shape.layout == Layout::kRank ? scalars : 0;
     group_rank_ = place<int32_t>(2);
-    rows_bytes_ = static_cast<uint64_t>(rows * row_bytes);
+    rows_bytes_ = static_cast<uint64_t>(rows * (rows_quantized ? exchange.hidden : row_bytes));
     plan_ = {.view = view,
              .shape = shape,
              .group_rank = group_rank_,
@@ -67,26 +70,27 @@ class RankProgram {
              .group_sizes = result(exchange.group_sizes, shape.num_row_groups()),
              .tokens_per_expert = result(exchange.tokens_per_expert, shape.num_local_experts()),
              .num_dropped = result(exchange.num_dropped, 1)};
-    dispatch_ = {.view = view,
-                 .shape = shape,
-                 .hidden = exchange.hidden,
-                 .scalars = shape.num_topk,
-                 .dtype = dtype,
-                 .wire = static_cast<Wire>(exchange.wire),
-                 .x_format = RowFormat::kDType,
-                 .rows_format = RowFormat::kDType,
-                 .zero_fill = exchange.zero_fill != 0,
-                 .group_rank = group_rank_,
-                 .x = operand(exchange.x, shape.num_tokens * row_bytes),
-                 .x_scales = nullptr,
-                 .token_scalars = operand(exchange.topk_weights, selections),
-                 .topk_idx = plan_.topk_idx,
-                 .slot = plan_.slot,
-                 .row_source = plan_.row_source,
-                 .source_slot = plan_.source_slot,
-                 .rows = result(exchange.rows, rows * row_bytes),
-                 .rows_scales = nullptr,
-                 .row_scalars = result(exchange.row_weights, scalars)};
+    dispatch_ = {
+        .view = view,
+        .shape = shape,
+        .hidden = exchange.hidden,
+        .scalars = shape.num_topk,
+        .dtype = dtype,
+        .wire = static_cast<Wire>(exchange.wire),
+        .x_format = static_cast<RowFormat>(exchange.x_format),
+        .rows_format = static_cast<RowFormat>(exchange.rows_format),
+        .zero_fill = exchange.zero_fill != 0,
+        .group_rank = group_rank_,
+        .x = operand(exchange.x, shape.num_tokens * (x_quantized ? exchange.hidden : row_bytes)),
+        .x_scales = operand(exchange.x_scales, x_quantized ? shape.num_tokens * scales : 0),
+        .token_scalars = operand(exchange.topk_weights, selections),
+        .topk_idx = plan_.topk_idx,
+        .slot = plan_.slot,
+        .row_source = plan_.row_source,
+        .source_slot = plan_.source_slot,
+        .rows = result(exchange.rows, static_cast<int64_t>(rows_bytes_)),
+        .rows_scales = result(exchange.rows_scales, rows_quantized ? rows * scales : 0),
+        .row_scalars = result(exchange.row_weights, scalars)};
     weighted_ = {.view = view,
                  .shape = shape,
                  .hidden = exchange.hidden,
@@ -197,7 +201,7 @@ class RankProgram {
 }  // namespace jax_ep
 
 const char* jax_ep_simulate(const SimulatedExchange* exchange) {
-  using namespace jax_ep;  // NOLINT: the interface is C's
+  using namespace jax_ep;
   const HeapShape heap = heap_shape_of(*exchange);
   const auto num_ranks = static_cast<uint32_t>(exchange->num_ranks);
   const auto blocks = static_cast<uint32_t>(exchange->blocks);

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 // One problem. Arrays are dense, with all ranks' parts one after the other; those of results also
-// have a leading axis of `calls`. The Python twin is in tests/sim/simulated_exchange.py.
+// have a leading axis of `calls`. tests/sim has the same in Python.
 struct SimulatedExchange {
   int32_t num_ranks;         // R
   int32_t num_experts;       // E
@@ -16,18 +16,21 @@ struct SimulatedExchange {
   int32_t layout;            // enums Layout, DType, Wire
   int32_t dtype;
   int32_t wire;
+  int32_t x_format;  // enum RowFormat: x and rows are of the dtype, or quantized with scales
+  int32_t rows_format;
   int32_t zero_fill;           // 0 or 1
   int32_t calls;               // how often all is run, back to back on the same heaps
   int32_t blocks;              // of every kernel
   int64_t num_tokens;          // T
   int64_t max_tokens;          // that the heaps are for
   int64_t capacity;            // C
-  int64_t hidden;              // H
+  int64_t hidden;              // H, in B = ceil(H / 128) blocks
   uint64_t seed;               // of the schedule
   const int32_t* topk_idx;     // [R, T, K]
   const float* topk_weights;   // [R, T, K]
-  const uint8_t* x;            // [R, T, H] of the dtype
-  const uint8_t* y;            // [R, C, H]
+  const uint8_t* x;            // [R, T, H]
+  const float* x_scales;       // [R, T, B], x quantized only
+  const uint8_t* y;            // [R, C, H] of the dtype
   int32_t* slot;               // [calls, R, T, K] out
   int32_t* row_source;         // [calls, R, C] out
   int32_t* row_topk_idx;       // [calls, R, C, K] out, layout "rank" only
@@ -35,6 +38,7 @@ struct SimulatedExchange {
   int32_t* tokens_per_expert;  // [calls, R, L] out
   int32_t* num_dropped;        // [calls, R] out
   uint8_t* rows;               // [calls, R, C, H] out; where left alone, all bits set
+  float* rows_scales;          // [calls, R, C, B] out, rows quantized only
   float* row_weights;          // [calls, R, C] (by rank [calls, R, C, K]) out
   uint8_t* weighted;           // [calls, R, T, H] out: combined with row_weights
   uint8_t* unweighted;         // [calls, R, T, H] out
