@@ -16,7 +16,7 @@ jax.distributed.initialize({address!r}, num_processes={processes}, process_id=pr
 """
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -29,7 +29,7 @@ def run_processes(code: str, *, num_processes: int, devices_each: int) -> list[s
     """
     here = pathlib.Path(__file__).parent
     preamble = PREAMBLE.format(
-        devices=devices_each, processes=num_processes, address=f"127.0.0.1:{_free_port()}"
+        devices=devices_each, processes=num_processes, address=f"127.0.0.1:{free_port()}"
     )
     path = os.pathsep.join(p for p in [str(here), *sys.path] if p)
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

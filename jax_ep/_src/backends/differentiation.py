@@ -115,20 +115,29 @@ def _dispatch_transpose(
     ]
 
 
+def _where_held(index: jax.Array, values: jax.Array) -> jax.Array:
+    """`values` where `index` is one, 0 where it is negative. No `jnp.where`: that is a call.
+
+    XLA of jaxlib 0.11.2 does not compile a call inside a computation that `compute_on` has put on
+    another stream.
+    """
+    return jax.lax.select(index >= 0, values, jnp.zeros_like(values))
+
+
 def row_weights(
     weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
 ) -> jax.Array:
     """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
     if row_topk_idx is not None:
-        weights = jnp.sum(jnp.where(row_topk_idx >= 0, weights, 0.0), axis=1)
-    return jnp.where(row_source >= 0, weights, 0.0)[:, None]
+        weights = jnp.sum(_where_held(row_topk_idx, weights), axis=1)
+    return _where_held(row_source, weights)[:, None]
 
 
 # Rematerialized, so that the backward keeps the rows in their own dtype and not in float32.
 @jax.checkpoint
 def _scaled_rows(factor: jax.Array, y: jax.Array, row_source: jax.Array) -> jax.Array:
     """`factor * y` in float32; 0 for rows without a token, which may hold NaN."""
-    held = jnp.where((row_source >= 0)[:, None], y, jnp.zeros((), y.dtype))
+    held = _where_held(jnp.broadcast_to(row_source[:, None], y.shape), y)
     return factor * held.astype(jnp.float32)
 
 

@@ -39,7 +39,7 @@ def _with_group_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...
     return group_rank, *compat.as_varying(axes, *operands)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     """Works out every selection's row, exchanging the routing of all ranks."""
     outputs = plan_p.bind(*_with_group_rank(spec, topk_idx), spec=spec)
@@ -57,7 +57,7 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def dispatch(
     spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -77,7 +77,7 @@ def dispatch(
     return rows, None if token_scalars is None else row_scalars
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def combine(
     spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
 ) -> jax.Array:
