@@ -59,9 +59,10 @@ std::string describe(const ErrorRecord& record, double timeout_s) {
            " is " + std::string(op_name(record.seen % kFlagsPerEpoch - 1)) + " on " + peer +
            "; all ranks must run the same operations in the same order";
   }
-  // Flags of arrival hold the operation too. Kernels give their own blocks twice the time.
+  // Flags of arrival hold the operation too. Kernels give their own rank twice the time.
   const uint32_t unit = tag == WaitTag::kArrived ? kFlagsPerEpoch : 1;
-  const double waited_s = tag == WaitTag::kGridBarrier ? 2 * timeout_s : timeout_s;
+  const bool own = tag == WaitTag::kGridBarrier || record.peer == record.rank;
+  const double waited_s = own ? 2 * timeout_s : timeout_s;
   return rank + " waited " + seconds_text(waited_s) + " in " + op + " for " + awaited(record) +
          ": expected " + (tag == WaitTag::kGridBarrier ? "generation " : "epoch ") +
          std::to_string(record.expected / unit) + ", saw " + std::to_string(record.seen / unit) +

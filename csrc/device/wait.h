@@ -48,9 +48,9 @@ JAX_EP_DEVICE u32 wait_until_in(const RankView& view,
                                 u32 last,
                                 const WaitSite& site,
                                 const char* what) {
-  // A block that waits for its neighbors must not give up before one of them, which waits for
-  // another rank, has said so.
-  const u64 timeout_ns = site.tag == WaitTag::kGridBarrier ? 2 * view.timeout_ns : view.timeout_ns;
+  // Who waits for its own rank, which in turn waits for another one, must not give up first.
+  const bool own = site.tag == WaitTag::kGridBarrier || site.peer == view.rank;
+  const u64 timeout_ns = own ? 2 * view.timeout_ns : view.timeout_ns;
   const u64 start = now_ns();
   while (true) {
     const u32 seen = ld_acquire<kScope>(word);

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the ranks of a group as processes on one GPU, many cases in one set of processes.
+
+A case is a function of the group's mesh, see `rank_programs`. To start JAX on the GPU takes
+seconds, so processes are given a list of cases; each rank writes down how each one ended.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from processes import free_port
+
+# Of the GPU's memory, for the XLA of each rank; heaps are allocated beside it.
+_MEMORY_FRACTION = ".06"
+# After a rank has failed, the others may still be waiting for it, each until its own deadline.
+_GRACE_S = 30.0
+_LOG_PART = 2500  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function to run in every process.
+
+    Attributes:
+        name: for reports.
+        function: of a mesh and keyword arguments, alike in all processes.
+        kwargs: its arguments.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a case ended on one rank.
+
+    Attributes:
+        value: what the function returned, this rank's part.
+        error: the traceback, or None.
+        ended: seconds since the epoch.
+        seconds: that it took.
+    """
+
+    value: Any
+    error: str | None
+    ended: float
+    seconds: float
+
+
+@dataclasses.dataclass
+class RankRun:
+    """What is left of one rank's process.
+
+    Attributes:
+        rank: its rank.
+        outcomes: of the cases that it came to the end of, in order.
+        exit_code: of the process; negative: the signal that ended it.
+        log: the beginning and the end of what it printed.
+    """
+
+    rank: int
+    outcomes: list[Outcome]
+    exit_code: int | None
+    log: str
+
+
+def stacked(runs: Sequence[RankRun], index: int) -> Any:
+    """All ranks' values of a case, as arrays `[R, ...]`."""
+    return jax.tree.map(lambda *a: np.stack(a), *(run.outcomes[index].value for run in runs))
+
+
+def run_ranks(
+    cases: Sequence[Case],
+    *,
+    num_ranks: int,
+    folder: pathlib.Path,
+    environment: dict[str, str],
+    deadline: float = 240.0,
+) -> list[RankRun]:
+    """Runs the cases, one after another, in a process for each rank.
+
+    Args:
+        cases: what to run.
+        num_ranks: `R`.
+        folder: an empty one, for what the processes write.
+        environment: variables beside this process's own.
+        deadline: seconds after which processes that are still running are killed.
+
+    Returns:
+        What became of each rank, by rank; fails nothing by itself.
+    """
+    (folder / "cases").write_bytes(pickle.dumps(list(cases)))
+    group = [f"127.0.0.1:{free_port()}", str(num_ranks)]
+    processes = [
+        _start([str(folder), *group, str(rank)], folder / f"log{rank}", environment)
+        for rank in range(num_ranks)
+    ]
+    try:
+        _wait(processes, folder, time.monotonic() + deadline)
+        # Together: the first process serves the others.
+        for process in processes:
+            process.stdin.close()
+        for process in processes:
+            process.wait(10)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [_collect(folder, rank, process) for rank, process in enumerate(processes)]
+
+
+def _start(
+    args: list[str], log_path: pathlib.Path, environment: dict[str, str]
+) -> subprocess.Popen:
+    tests = pathlib.Path(__file__).parents[1]
+    variables = {
+        "PYTHONPATH": os.pathsep.join([str(tests), *filter(None, sys.path)]),
+        "JAX_PLATFORMS": "cuda",
+        "XLA_FLAGS": "",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": _MEMORY_FRACTION,
+        "TF_CPP_MIN_LOG_LEVEL": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with open(log_path, "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "gpu.rank_main", *args],
+            env=os.environ | variables | environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _wait(processes: list[subprocess.Popen], folder: pathlib.Path, deadline: float) -> None:
+    """Until all have ended or say that they are done; not long after one has failed."""
+    while time.monotonic() < deadline:
+        done = [(folder / f"done{rank}").exists() for rank in range(len(processes))]
+        ended = [process.poll() is not None for process in processes]
+        if all(d or e for d, e in zip(done, ended, strict=True)):
+            return
+        if any(ended) or any(p.read_text() for p in folder.glob("done*")):
+            deadline = min(deadline, time.monotonic() + _GRACE_S)
+        time.sleep(0.05)
+
+
+def _collect(folder: pathlib.Path, rank: int, process: subprocess.Popen) -> RankRun:
+    outcomes = []
+    for index in itertools.count():
+        path = folder / f"outcome{rank}.{index}"
+        if not path.exists():
+            break
+        outcomes.append(pickle.loads(path.read_bytes()))
+    log = (folder / f"log{rank}").read_text(errors="replace")
+    if len(log) > 2 * _LOG_PART:
+        log = f"{log[:_LOG_PART]}\n...\n{log[-_LOG_PART:]}"
+    return RankRun(rank, outcomes, process.returncode, log)
+
+
+def failure_report(runs: Sequence[RankRun], cases: Sequence[Case]) -> str | None:
+    """Each rank that did not come to the end of all cases, the first one to fail first."""
+    failed = []
+    for run in runs:
+        errors = [(o.ended, cases[i].name, o.error) for i, o in enumerate(run.outcomes) if o.error]
+        if errors:
+            ended, name, error = errors[0]
+            failed.append((ended, f"rank {run.rank} failed in {name}:\n{error}\n{run.log}"))
+        elif len(run.outcomes) < len(cases):
+            name = cases[len(run.outcomes)].name
+            text = f"rank {run.rank} did not end {name} (exit code {run.exit_code}):\n{run.log}"
+            failed.append((float("inf"), text))
+    return "\n\n".join(text for _, text in sorted(failed)) or None

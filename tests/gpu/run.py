@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the compiled modules for the GPU of this machine, runs its tests, prints a summary.
+
+    python tests/gpu/run.py [PIECE ...]
+
+Each piece takes less than nine minutes. Needs nvcc, CMake, Ninja and, for the Python that runs it,
+JAX with CUDA, nanobind and pytest: nothing is installed. JAX_EP_FFI_INCLUDE_DIR may name a folder
+with the XLA FFI headers of another jaxlib.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "gpu"
+# Piece -> which tests.
+PIECES = {
+    "problems": ["test_problems.py"],
+    "graphs": ["test_programs.py", "-k", "not soak"],
+    "sanitizer": ["test_sanitizer.py"],
+    "failures": ["test_failures.py"],
+    "soak": ["test_programs.py", "-k", "soak"],
+}
+
+
+def _first_line(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        return f"({command[0]}: {e})"
+    return done.stdout.strip().splitlines()[0]
+
+
+def _describe() -> str:
+    query = "--query-gpu=name,driver_version"
+    gpu = _first_line("nvidia-smi", query, "--format=csv,noheader")
+    jax = _first_line(sys.executable, "-c", "import jax; print(jax.__version__)")
+    return f"GPU, driver: {gpu}; jax {jax}; Python {sys.version.split()[0]}"
+
+
+def build() -> None:
+    """Compiles the modules into the source tree, and the program for the sanitizer."""
+    capability = _first_line("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    nanobind = _first_line(sys.executable, "-m", "nanobind", "--cmake_dir")
+    arguments = {
+        "Python_EXECUTABLE": sys.executable,
+        "nanobind_DIR": nanobind,
+        "JAX_EP_CUDA": "ON",
+        "JAX_EP_CUDA_ARCHS": f"{capability.replace('.', '')}a-real",
+        "JAX_EP_FFI_INCLUDE_DIR": os.environ.get("JAX_EP_FFI_INCLUDE_DIR", ""),
+    }
+    defines = [f"-D{name}={value}" for name, value in arguments.items() if value]
+    subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *defines], check=True)
+    targets = ["_ext", "_cuda", "virtual_ranks"]
+    subprocess.run(["cmake", "--build", BUILD, "--parallel", "--target", *targets], check=True)
+    for module in [*BUILD.glob("_ext*.so"), *BUILD.glob("_cuda*.so")]:
+        shutil.copy(module, ROOT / "jax_ep")
+
+
+def run(piece: str) -> tuple[int, float]:
+    """Runs the tests of a piece; the exit status and the seconds."""
+    start = time.monotonic()
+    here = pathlib.Path(__file__).parent.relative_to(ROOT)
+    file, *options = PIECES[piece]
+    environment = {
+        **os.environ,
+        "JAX_EP_GPU_TESTS": "1",
+        "JAX_EP_VIRTUAL_RANKS": str(next(BUILD.rglob("virtual_ranks"))),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-s", "--durations=0", here / file]
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False)
+    return done.returncode, time.monotonic() - start
+
+
+def main() -> int:
+    """Runs the pieces named as arguments, or all."""
+    pieces = sys.argv[1:] or list(PIECES)
+    unknown = set(pieces) - set(PIECES)
+    if unknown:
+        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
+        return 2
+    start = time.monotonic()
+    build()
+    print(f"built in {time.monotonic() - start:.0f} s")
+    results = {piece: run(piece) for piece in pieces}
+    print(f"\n{_describe()}")
+    for piece, (status, seconds) in results.items():
+        print(f"{piece:10} {'passed' if status == 0 else 'FAILED'} {seconds:6.0f} s")
+    return max(status for status, _ in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformations, CUDA graphs, two groups in a program, XLA's collective stream; many turns."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from gpu.comparison import case_of, check_cases
+from gpu.rank_programs import (
+    jitted,
+    launches,
+    on_collective_stream,
+    scanned,
+    turn_payload,
+    turn_routing,
+    turns,
+    two_groups,
+)
+from gpu.ranks import failure_report, stacked
+from jax_ep import reference
+from problems import PROBLEMS, EpProblem
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
+
+LAYER = PROBLEMS["eight_ranks"].replace(num_tokens=40, hidden=48)
+TURNS = EpProblem(
+    name="turns", num_ranks=8, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
+)
+# Everything that may be in a graph is, however short the graph.
+GRAPHS = (
+    "--xla_gpu_graph_min_graph_size=1 "
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
+)
+NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+
+
+def _check_turns(problem: EpProblem, runs, index: int, turns_each: int) -> int:
+    """No element was wrong in any turn, and each round's last turn is the oracle's."""
+    rounds = stacked(runs, index)
+    for number, (wrong, (idx, slot, row_source, rows, out)) in enumerate(rounds):
+        np.testing.assert_array_equal(wrong, 0, "wrong elements, by rank")
+        turn = (number + 1) * turns_each - 1
+        ranks = range(problem.num_ranks)
+        np.testing.assert_array_equal(idx, [turn_routing(problem, r, turn, np) for r in ranks])
+        source = np.arange(problem.num_ranks * problem.num_tokens, dtype=np.int32)
+        x = turn_payload(problem, source, turn, np).reshape(*idx.shape[:2], -1)
+        want = reference.dispatch(x, idx, **problem.dispatch_kwargs())
+        np.testing.assert_array_equal(slot, want.plan.slot)
+        np.testing.assert_array_equal(row_source, want.plan.row_source)
+        np.testing.assert_array_equal(rows, want.x)
+        sums = np.where(idx >= 0, idx + 1, 0).sum(axis=-1, keepdims=True) * x
+        np.testing.assert_array_equal(out, sums)
+    return len(rounds)
+
+
+def _layers():
+    return [
+        case_of(jitted, LAYER),
+        case_of(scanned, LAYER),
+        case_of(scanned, LAYER, remat=True),
+        case_of(two_groups, LAYER),
+        case_of(jitted, LAYER.replace(dtype="bfloat16", wire_dtype="float8_e4m3fn")),
+    ]
+
+
+@pytest.mark.parametrize("flags", [GRAPHS, NO_GRAPHS], ids=["graphs", "no_graphs"])
+def test_transformed_layers_have_the_cpus_bits(flags, on_ranks):
+    def run(cases, **kwargs):
+        return on_ranks(cases, environment={"XLA_FLAGS": flags}, **kwargs)
+
+    check_cases(run, _layers(), LAYER.num_ranks)
+
+
+def test_calls_on_the_collective_stream_have_the_cpus_bits(on_ranks, tmp_path):
+    def run(cases, **kwargs):
+        return on_ranks(cases, environment=_dumping(tmp_path), **kwargs)
+
+    check_cases(run, [case_of(on_collective_stream, LAYER)], LAYER.num_ranks)
+    asked = _dumped(tmp_path, "before_optimizations").splitlines()
+    for call in ("plan", "dispatch", "combine"):
+        lines = [line for line in asked if f'custom_call_target="jax_ep_{call}"' in line]
+        assert lines, call
+        assert all('_xla_stream_annotation="collective"' in line for line in lines), call
+    for line in _dumped(tmp_path, "after_optimizations").splitlines():
+        if "-start(" in line:
+            print(line.strip()[:200])
+
+
+def _dumping(folder: pathlib.Path, flags: str = "") -> dict[str, str]:
+    """Variables that make XLA write into a folder what it compiles."""
+    return {"XLA_FLAGS": f"{flags} --xla_dump_to={folder} --xla_dump_hlo_as_text"}
+
+
+def _dumped(folder: pathlib.Path, kind: str) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.glob(f"*{kind}.txt")))
+
+
+def test_graphs_hold_our_calls_and_replay_with_changing_routing(on_ranks, tmp_path):
+    cases = [
+        case_of(launches, TURNS, count=1000),
+        case_of(turns, TURNS, rounds=2, turns_each=500),
+    ]
+    runs = on_ranks(cases, num_ranks=8, environment=_dumping(tmp_path, GRAPHS))
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    turn, wrong = stacked(runs, 0)
+    np.testing.assert_array_equal(turn, 1000)
+    np.testing.assert_array_equal(wrong, 0)
+    _check_turns(TURNS, runs, 1, turns_each=500)
+    # What is in a graph is indented under it: plan, dispatch, combine.
+    thunks = _dumped(tmp_path, "thunk_sequence_after_thunk_passes").splitlines()
+    lines = [line for line in thunks if "kCustomCall" in line]
+    assert len(lines) >= 6, "a program of one turn, and one with two places for turns"
+    assert all(line.startswith("  ") for line in lines), "\n".join(lines)
+
+
+def test_soak(on_ranks):
+    total = int(os.environ.get("JAX_EP_SOAK", "5000"))
+    cases = [case_of(turns, TURNS, rounds=total // 1000, turns_each=1000)]
+    runs = on_ranks(cases, num_ranks=8, deadline=480)
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    assert _check_turns(TURNS, runs, 0, turns_each=1000) == total // 1000
+    seconds = max(run.outcomes[0].seconds for run in runs)
+    print(f"{total} iterations, {seconds:.1f} s")
