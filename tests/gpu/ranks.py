@@ -149,11 +149,12 @@ def _start(
 def _wait(processes: list[subprocess.Popen], folder: pathlib.Path, deadline: float) -> None:
     """Until all have ended or say that they are done; not long after one has failed."""
     while time.monotonic() < deadline:
-        done = [(folder / f"done{rank}").exists() for rank in range(len(processes))]
+        paths = [folder / f"done{rank}" for rank in range(len(processes))]
+        done = [path.exists() for path in paths]
         ended = [process.poll() is not None for process in processes]
         if all(d or e for d, e in zip(done, ended, strict=True)):
             return
-        if any(ended) or any(p.read_text() for p in folder.glob("done*")):
+        if any(ended) or any(p.read_text() for p in paths if p.exists()):
             deadline = min(deadline, time.monotonic() + _GRACE_S)
         time.sleep(0.05)
 

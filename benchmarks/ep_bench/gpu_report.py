@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks measured on a GPU, put together, and as tables."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from ep_bench.gpu_bytes import floor
+from ep_bench.gpu_cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, OPERATIONS, GpuCase
+from ep_bench.timing import Spread
+
+# Of the copy bandwidth, at the first size with 16 SMs a rank; and of one token, in seconds.
+GOAL_SHARE = 0.6
+GOAL_OVERHEAD_S = 15e-6
+
+ByRank = Sequence[Mapping[str, np.ndarray]]
+Result = Mapping[str, Any]
+
+
+def _slowest(values: ByRank) -> dict[str, Any]:
+    """Spread and samples of the slowest rank in each sample, by name."""
+    found = {}
+    for name in values[0]:
+        samples = np.max([of_rank[name] for of_rank in values], axis=0)
+        found[name] = {
+            **dataclasses.asdict(Spread.of(samples)),
+            "samples": [float(f"{s:.5g}") for s in samples],
+        }
+    return found
+
+
+def result(case: GpuCase, values: ByRank) -> dict[str, Any]:
+    """A case's entry in the JSON, from the seconds that each rank saw."""
+    fp8 = case.wire_dtype == FP8
+    floors = {name: floor(name, case.rows, fp8_wire=fp8) for name in case.operations}
+    return {
+        "case": dataclasses.asdict(case),
+        "recv_capacity": case.recv_capacity,
+        "rows": dataclasses.asdict(case.rows),
+        "bytes": {name: dataclasses.asdict(f) for name, f in floors.items() if f},
+        "seconds": _slowest(values),
+    }
+
+
+def baseline(case: GpuCase, values: ByRank) -> dict[str, Any]:
+    """Likewise, of what XLA does without this library."""
+    return {"case": dataclasses.asdict(case), "seconds": _slowest(values)}
+
+
+def copy_bandwidths(values: ByRank) -> dict[str, float]:
+    """Bytes per second, read and written, of all ranks together and of one alone: medians."""
+    together = np.sum([of_rank["all"] for of_rank in values], axis=0)
+    return {"all": float(np.median(together)), "one": float(np.median(values[0]["one"]))}
+
+
+def copy_bandwidth(found: Mapping[str, Any]) -> float:
+    """What ratios refer to: the largest of all medians."""
+    return max(max(of_ranks.values()) for of_ranks in found["copy"].values())
+
+
+def share(entry: Result, operation: str, of: str, bandwidth: float) -> float:
+    """Bytes of a floor ("own" or "through_heap") over time, as a share of the bandwidth."""
+    seconds = entry["seconds"][operation]["median"]
+    return entry["bytes"][operation][of] / seconds / bandwidth
+
+
+def _us(seconds: float) -> str:
+    value = 1e6 * seconds
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _time(spread: Mapping[str, float]) -> str:
+    return f"{_us(spread['median'])} ({_us(spread['p10'])}-{_us(spread['p90'])})"
+
+
+def label(case: Mapping[str, Any]) -> list[str]:
+    """The cells that say what was measured; what is not the default is said."""
+    wire = "FP8" if case["wire_dtype"] else "BF16"
+    words = [case["layout"]]
+    words += [case["routing"]] if case["routing"] != "uniform" else []
+    words += ["zeros filled"] if case["zero_fill"] else []
+    return [f"{case['num_tokens']}, {case['num_ranks']}", wire, ", ".join(words), case["num_sms"]]
+
+
+_KERNELS = ("plan", "dispatch", "combine")
+_WHAT = ["T, R", "wire", "layout", "SMs"]
+
+
+def _table(headers: list[str], rows: list[list[Any]], tablefmt: str) -> str:
+    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
+
+
+def time_table(found: Mapping[str, Any], tablefmt: str) -> str:
+    """Microseconds of each operation."""
+    rows = [
+        [
+            *label(r["case"]),
+            *(_time(r["seconds"][op]) if op in r["seconds"] else "" for op in OPERATIONS),
+        ]
+        for r in found["results"]
+    ]
+    return _table([*_WHAT, *OPERATIONS.values()], rows, tablefmt)
+
+
+def share_table(found: Mapping[str, Any], tablefmt: str) -> str:
+    """GB moved, and the shares of the copy bandwidth by both floors."""
+    bandwidth = copy_bandwidth(found)
+
+    def cell(r: Result, op: str) -> str:
+        if op not in r["bytes"]:
+            return ""
+        size = r["bytes"][op]
+        shares = (share(r, op, of, bandwidth) for of in ("own", "through_heap"))
+        sizes = f"{size['own'] / 1e9:.2f}, {size['through_heap'] / 1e9:.2f}"
+        return f"{sizes}: " + ", ".join(f"{s:.2f}" for s in shares)
+
+    moving = [op for op in OPERATIONS if op != "plan"]
+    # With few tokens launches and waits count, not bytes.
+    large = [r for r in found["results"] if r["case"]["num_tokens"] >= 100]
+    rows = [[*label(r["case"]), *(cell(r, op) for op in moving)] for r in large]
+    return _table([*_WHAT, *(OPERATIONS[op] for op in moving)], rows, tablefmt)
+
+
+def overheads(r: Result) -> dict[str, float]:
+    """Seconds that operations take under jit beyond their kernels alone, by name."""
+    kernels = r["kernels"]
+    alone = {**kernels, "dispatch": kernels["plan"] + kernels["dispatch"]}
+    medians = {name: spread["median"] for name, spread in r["seconds"].items()}
+    return {name: medians[name] - alone[name] for name in _KERNELS if name in medians}
+
+
+def kernel_table(found: Mapping[str, Any], tablefmt: str) -> str:
+    """Kernels alone beside what they take under jit. Empty if they were not measured."""
+
+    def cells(r: Result) -> list[str]:
+        more = overheads(r)
+        return [
+            *(_us(r["kernels"][name]) for name in _KERNELS),
+            *(f"{1e6 * more[name]:+.1f}" if name in more else "" for name in _KERNELS),
+        ]
+
+    rows = [[*label(r["case"]), *cells(r)] for r in found["results"] if r.get("kernels")]
+    headers = ["plan", "dispatch", "combine", "jit: plan", "jit: plan + dispatch", "jit: combine"]
+    return _table([*_WHAT, *headers], rows, tablefmt) if rows else ""
+
+
+def baseline_table(found: Mapping[str, Any], tablefmt: str) -> str:
+    """What XLA takes to move as many rows within each rank."""
+    rows = []
+    for r in found["baselines"]:
+        ours = next(o["seconds"] for o in found["results"] if o["case"] == r["case"])
+        case, seconds = r["case"], r["seconds"]
+        rows.append(
+            [
+                f"{case['num_tokens']}, {case['num_ranks']}",
+                _time(seconds["gather"]),
+                _time(ours["dispatch"]),
+                _time(seconds["segment_sum"]),
+                _time(seconds["gather_back"]),
+                _time(ours["combine"]),
+            ]
+        )
+    headers = ["T, R", "gather", "plan + dispatch", "segment sum", "gather + sum", "combine"]
+    return _table(headers, rows, tablefmt)
+
+
+def _by_operation(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{OPERATIONS[op]} {_us(seconds[op])}" for op in OPERATIONS if op in seconds)
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """How the goals were met."""
+    bandwidth = copy_bandwidth(found)
+    first = next(
+        (
+            r
+            for r in found["results"]
+            if GpuCase(**r["case"]) == GpuCase(num_tokens=4096, num_ranks=8)
+        ),
+        None,
+    )
+    one = next((r for r in found["results"] if r["case"]["num_tokens"] == 1), None)
+    lines = [f"Copies reach {bandwidth / 1e12:.2f} TB/s, reads and writes counted."]
+    for op in ("dispatch", "combine") if first else ():
+        own, heap = (share(first, op, of, bandwidth) for of in ("own", "through_heap"))
+        met = "met" if heap >= GOAL_SHARE else "missed"
+        lines.append(
+            f"{OPERATIONS[op]}, T 4096, R 8, 16 SMs: {heap:.2f} of that by the bytes through the "
+            f"heap ({own:.2f} by the operation's own bytes); the goal, {GOAL_SHARE}, is {met}."
+        )
+    if one:
+        medians = {op: spread["median"] for op, spread in one["seconds"].items()}
+        met = "met" if max(medians.values()) <= GOAL_OVERHEAD_S else "missed"
+        lines.append(
+            f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing; the "
+            f"goal for that, {_us(GOAL_OVERHEAD_S)} for each operation, is {met}."
+        )
+    if one and one.get("kernels"):
+        lines.append(f"Of that, beyond the kernels alone: {_by_operation(overheads(one))}.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    where = found["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    copies = "; ".join(
+        f"{ranks} ranks at once {of['all'] / 1e12:.2f}, one of them {of['one'] / 1e12:.2f}"
+        for ranks, of in found["copy"].items()
+    )
+    samples = statistics.mode(
+        len(s["samples"]) for r in found["results"] for s in r["seconds"].values()
+    )
+    return (
+        f"* GPU: one {where['gpu']}, driver {where['driver']}; {where['machine']}\n"
+        f"* Versions: {versions}; XLA_FLAGS: `{where['xla_flags'] or '(none)'}`\n"
+        f"* Commit: {where['commit']}\n"
+        f"* Command: `{where['command']}`, {where['date']}, {samples} samples\n"
+        f"* Copies, TB/s: {copies}"
+    )
+
+
+def _parts(found: Mapping[str, Any], tablefmt: str) -> list[tuple[str, str]]:
+    kernels = kernel_table(found, tablefmt)
+    return [
+        (
+            f"Microseconds of one operation under jit, the slowest rank, median (10th-90th "
+            f"percentile); H {HIDDEN}, K {NUM_TOPK}, E {NUM_EXPERTS}, uniform routing unless the "
+            "line says otherwise:",
+            time_table(found, tablefmt),
+        ),
+        (
+            "GB of all ranks, by the operation's own bytes and through the heap, and the share of "
+            "the copy bandwidth that each makes in the time above (of plan + dispatch, both "
+            "kernels' time):",
+            share_table(found, tablefmt),
+        ),
+        *(
+            [
+                (
+                    "Microseconds of the kernels alone, from CUDA graphs of one process, and how "
+                    "much longer (+) or shorter (-) the same takes under jit:",
+                    kernels,
+                )
+            ]
+            if kernels
+            else []
+        ),
+        (
+            "Microseconds of XLA's own operations, all ranks at once, each on its own data, "
+            "beside ours, which exchange:",
+            baseline_table(found, tablefmt),
+        ),
+    ]
+
+
+def to_text(found: Mapping[str, Any]) -> str:
+    """Everything, for the terminal."""
+    parts = [f"{title}\n{table}" for title, table in _parts(found, "simple")]
+    return "\n\n".join([_where(found), summary(found), *parts])
+
+
+def to_markdown(found: Mapping[str, Any]) -> str:
+    """Everything, for docs/benchmarks.md."""
+    parts = [f"{title}\n\n{table}" for title, table in _parts(found, "github")]
+    return "\n\n".join([_where(found), summary(found), *parts])

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark, as far as it needs no GPU: cases, bytes, chains, and reports of known numbers.
+
+Nothing here looks at how long anything takes.
+"""
+
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from ep_bench import gpu_bytes, gpu_kernels, gpu_plot, gpu_report
+from ep_bench.gpu_cases import FP8, OPERATIONS, SIZES, GpuCase, Rows, all_cases, some_cases
+from programs import make_mesh, over_ranks
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "benchmarks" / "gpu.py"
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def _program(*args):
+    command = [sys.executable, str(PROGRAM), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# --- cases and bytes ---------------------------------------------------------------------------
+
+
+def test_rows_are_counted_by_rank_and_token():
+    idx = np.zeros((2, 2, 8), np.int32)
+    idx[0, 0] = np.arange(8)  # stays
+    idx[0, 1] = np.arange(124, 132)  # half of it goes
+    idx[1] = np.arange(8)  # both go
+    counts = {"tokens": 4, "away": 3, "home": 2}
+    assert Rows.of(idx, "expert") == Rows(held=32, busiest=28, **counts)
+    assert Rows.of(idx, "rank") == Rows(held=5, busiest=4, **counts)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf"])
+def test_a_routing_has_distinct_experts_and_is_not_dropped(kind):
+    case = GpuCase(num_tokens=64, num_ranks=4, routing=kind)
+    assert case.topk_idx.shape == (4, 64, 8)
+    assert all(len(set(token)) == 8 for token in case.topk_idx.reshape(-1, 8).tolist())
+    assert case.rows.held == 4 * 64 * 8
+    assert case.recv_capacity >= case.rows.busiest
+    even = 1.25 * 64 * 8
+    assert case.recv_capacity == even if kind == "uniform" else case.recv_capacity > even
+
+
+@pytest.mark.parametrize(
+    ("operation", "fp8", "name"),
+    [
+        ("dispatch", False, "dispatch, BF16"),
+        ("dispatch", True, "dispatch, FP8 wire"),
+        ("combine", False, "combine, BF16"),
+        ("dispatch_vjp", False, "combine, BF16"),
+    ],
+)
+def test_bytes_through_the_heap_are_those_of_the_kernels_page(operation, fp8, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "docs"))
+    traffic = importlib.import_module("kernel_traffic")
+    p = traffic.EXAMPLE
+    sizes = {"tokens": p.num_tokens, "held": p.held, "away": p.away, "home": p.home}
+    got = gpu_bytes.floor(operation, Rows(busiest=0, **sizes), fp8_wire=fp8)
+    assert got.through_heap == pytest.approx(sum(step[2] for step in traffic.memory_steps(p)[name]))
+    assert got.own == (p.num_tokens + p.held) * p.row < got.through_heap
+
+
+def test_a_plan_has_no_rows_and_the_backward_of_combine_has_most():
+    rows = Rows(tokens=10, held=80, busiest=20, away=40, home=6)
+    assert gpu_bytes.floor("plan", rows) is None
+    vjp, sent = (gpu_bytes.floor(name, rows) for name in ("combine_vjp", "dispatch"))
+    assert vjp.through_heap - sent.through_heap == 3 * 80 * gpu_bytes.ROW
+    assert vjp.own - sent.own == 80 * gpu_bytes.ROW
+
+
+def test_the_product_has_all_of_the_subset():
+    everything = all_cases()
+    assert len(everything) == len(set(everything)) == len(SIZES) * 2 * 2 * 3 * 2 + 1
+    assert set(some_cases()) < set(everything)
+    for case in some_cases():
+        assert all(4 <= gpu_bytes.chain_length(op, case) <= 300 for op in case.operations)
+
+
+# --- chains ------------------------------------------------------------------------------------
+
+CALLS = {
+    "plan": {"plan": 10},
+    "dispatch": {"plan": 10, "dispatch": 10},
+    "combine": {"combine": 10},
+    "dispatch_vjp": {"combine": 10},
+    "combine_vjp": {"dispatch": 1},
+}
+
+
+def test_the_loop_of_a_chain_has_all_calls():
+    """XLA could move them out of a loop whose turns do not depend on each other."""
+    programs = importlib.import_module("ep_bench.gpu_programs")
+    assert CALLS.keys() == OPERATIONS.keys()
+    case = GpuCase(num_tokens=4, num_ranks=2)
+    with programs._opened(make_mesh((2,), ("expert",)), case) as exchange:
+        for name, op in programs.operations(exchange.group).items():
+            run = over_ranks(exchange.group, exchange.chained(op, 21), jit=False)
+            args = [exchange.prepared[key] for key in op.arguments]
+            text = jax.jit(run).lower(*args).compile().as_text()
+            loop = max(
+                re.split(r"^(?:ENTRY )?%?[\w.\-]+ \(.*\{$", text, flags=re.MULTILINE),
+                key=lambda part: part.count("jax_ep_"),
+            )
+            calls = re.findall(r'custom_call_target="jax_ep_(\w+)"', loop)
+            assert {call: calls.count(call) for call in calls} == CALLS[name], name
+
+
+# --- reports -----------------------------------------------------------------------------------
+
+
+def _canned():
+    """All that is reported, in made-up numbers."""
+    cases = [
+        GpuCase(num_tokens=4096, num_ranks=8),
+        GpuCase(num_tokens=4096, num_ranks=8, wire_dtype=FP8),
+        GpuCase(num_tokens=1, num_ranks=8),
+    ]
+    results = []
+    for case in cases:
+        slower = [{op: np.full(3, 1e-3 * rank) for op in case.operations} for rank in (1, 2)]
+        results.append(gpu_report.result(case, slower) | {"kernels": None})
+    results[0]["kernels"] = {"plan": 1e-4, "dispatch": 1.8e-3, "combine": 2.5e-3}
+    xla = {name: np.full(2, 3e-3) for name in ("gather", "segment_sum", "gather_back")}
+    copies = [{"all": np.array([1e12, 2e12, 3e12])}] * 2
+    copies[0] = copies[0] | {"one": np.array([3.5e12])}
+    return {
+        "environment": {
+            "gpu": "a GPU",
+            "driver": "1.2",
+            "machine": "a machine",
+            "versions": {"jax": "9.9"},
+            "commit": "abc",
+            "command": "python benchmarks/gpu.py",
+            "date": "today",
+            "xla_flags": "",
+        },
+        "copy": {"8": gpu_report.copy_bandwidths(copies)},
+        "results": results,
+        "baselines": [gpu_report.baseline(cases[0], [xla])],
+    }
+
+
+def test_the_slowest_rank_counts_and_shares_are_of_the_fastest_copy():
+    found = _canned()
+    assert found["copy"]["8"] == {"all": 4e12, "one": 3.5e12}
+    first = found["results"][0]
+    assert first["seconds"]["combine"] == {
+        "median": 2e-3,
+        "p10": 2e-3,
+        "p90": 2e-3,
+        "samples": [2e-3] * 3,
+    }
+    size = first["bytes"]["combine"]["own"]
+    share = gpu_report.share(first, "combine", "own", gpu_report.copy_bandwidth(found))
+    assert share == pytest.approx(size / 2e-3 / 4e12)
+    assert gpu_report.overheads(first) == pytest.approx(
+        {"plan": 1.9e-3, "dispatch": 1e-4, "combine": -5e-4}
+    )
+
+
+def test_a_report_is_made_of_a_json(tmp_path):
+    numbers, page = tmp_path / "numbers.json", tmp_path / "page.md"
+    numbers.write_text(json.dumps(_canned()))
+    marks = [f"<!-- {word}: written by benchmarks/gpu.py -->" for word in ("begin", "end")]
+    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    done = _program("--report", numbers, "--markdown", page)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    for part in ("one a GPU, driver 1.2", "the goal, 0.6, is met", "| 4096, 8 | FP8"):
+        assert part in text
+    assert "Of that, beyond" not in done.stdout  # kernels were not timed at T 1
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_plot_is_drawn(suffix, tmp_path):
+    gpu_plot.draw(_canned(), tmp_path / f"plot{suffix}")
+    assert (tmp_path / f"plot{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_committed_results_can_be_reported(path):
+    assert "goal" in gpu_report.to_text(json.loads(path.read_text()))
+
+
+def test_the_page_shows_the_last_results():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    shown = [gpu_report.to_markdown(json.loads(path.read_text())) in page for path in RESULTS]
+    assert sum(shown) == 1
+
+
+def test_times_of_kernels_are_parsed():
+    text = (
+        "expert, 8 ranks\n  plan          89.6 us\n  dispatch    2469.1 us\n  combine   2544.0 us\n"
+    )
+    assert gpu_kernels.parse(text)["dispatch"] == pytest.approx(2469.1e-6)
+    with pytest.raises(ValueError, match="no times of three kernels"):
+        gpu_kernels.parse("  plan          89.6 us\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--plot", "x.pdf"], "allowed: a name that ends in .svg or .png"),
+        (["--report", "nothing.json"], "nothing.json is not a file"),
+        (["--full", "--smoke"], "not allowed with argument"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_runs(args, message):
+    done = _program(*args)
+    assert done.returncode == 2
+    assert message in done.stderr
