@@ -65,7 +65,7 @@ ffi::Error combine(cudaStream_t stream,
       launch_shape(OpKind::kCombine, shape, row_bytes, site.rank->sm_budget());
   const DeviceGuard guard(device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
-  return to_error(JAX_EP_CUDA_STATUS(launch_combine(params, launch.num_blocks, stream)));
+  return to_error(JAX_EP_CUDA_STATUS(launch_combine(params, launch, stream)));
 }
 
 }  // namespace

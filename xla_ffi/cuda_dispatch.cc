@@ -66,7 +66,7 @@ ffi::Error dispatch(cudaStream_t stream,
       launch_shape(OpKind::kDispatch, shape, row_bytes, site.rank->sm_budget());
   const DeviceGuard guard(device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
-  return to_error(JAX_EP_CUDA_STATUS(launch_dispatch(params, launch.num_blocks, stream)));
+  return to_error(JAX_EP_CUDA_STATUS(launch_dispatch(params, launch, stream)));
 }
 
 }  // namespace

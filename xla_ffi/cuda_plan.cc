@@ -49,7 +49,7 @@ ffi::Error plan(cudaStream_t stream,
       launch_shape(OpKind::kPlan, arguments.shape, 0, site.rank->sm_budget());
   const DeviceGuard guard(device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
-  return to_error(JAX_EP_CUDA_STATUS(launch_plan(params, launch.num_blocks, stream)));
+  return to_error(JAX_EP_CUDA_STATUS(launch_plan(params, launch, stream)));
 }
 
 }  // namespace

@@ -68,6 +68,9 @@ constexpr int32_t num_bins(Layout layout, int32_t num_experts, int32_t num_ranks
   return num_experts + (layout == Layout::kRank ? num_ranks : 0);
 }
 
+// Up to so many bins a plan runs with many warps; for more, its tables leave room for few.
+inline constexpr int32_t kPlanFewBins = 640;
+
 // The most rows that one rank holds of one token.
 constexpr int32_t max_rows_per_token(Layout layout, int32_t num_topk, int32_t num_local_experts) {
   if (layout == Layout::kRank) return 1;

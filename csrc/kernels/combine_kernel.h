@@ -16,6 +16,7 @@ template <int kSenderWarps, int kOtherWarps, int kVectorsInFlight, int kLeastMov
 struct CombineTile {
   static constexpr int kSenders = kSenderWarps;
   static constexpr int kWarps = kSenders + kOtherWarps;
+  static constexpr int kStages = 0;
   static constexpr int kVectors = kVectorsInFlight;
   static constexpr int kLeastMoves = kLeastMovesOfAPart;  // fewer are not worth a warp
 

@@ -24,14 +24,16 @@ cudaError_t load_dispatch() {
   return load<dev::Float16Rows>();
 }
 
-cudaError_t launch_dispatch(const DispatchParams& params, int32_t num_blocks, cudaStream_t stream) {
+cudaError_t launch_dispatch(const DispatchParams& params,
+                            const LaunchShape& shape,
+                            cudaStream_t stream) {
   switch (params.dtype) {
     case DType::kFloat32:
-      return launch_kernel<Kernel<dev::Float32Rows>, Tile>(params, num_blocks, stream);
+      return launch_kernel<Kernel<dev::Float32Rows>, Tile>(params, shape, stream);
     case DType::kBFloat16:
-      return launch_kernel<Kernel<dev::BFloat16Rows>, Tile>(params, num_blocks, stream);
+      return launch_kernel<Kernel<dev::BFloat16Rows>, Tile>(params, shape, stream);
     case DType::kFloat16:
-      return launch_kernel<Kernel<dev::Float16Rows>, Tile>(params, num_blocks, stream);
+      return launch_kernel<Kernel<dev::Float16Rows>, Tile>(params, shape, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -15,10 +15,11 @@
 
 namespace jax_ep::dev {
 
-template <int kSenderWarps, int kOtherWarps, int kStages, int kSegmentBytes>
+template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
 struct DispatchTile {
   static constexpr int kSenders = kSenderWarps;
   static constexpr int kWarps = kSenders + kOtherWarps;
+  static constexpr int kStages = kStageCount;
   using Stages = SegmentStages<kStages, kSegmentBytes>;
 
   struct SharedStorage {

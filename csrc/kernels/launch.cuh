@@ -25,9 +25,12 @@ template <typename Kernel, typename Tile, typename Params>
 
 template <typename Kernel, typename Tile, typename Params>
 [[nodiscard]] cudaError_t launch_kernel(const Params& params,
-                                        int32_t num_blocks,
+                                        const LaunchShape& shape,
                                         cudaStream_t stream) {
-  run_kernel<Kernel, Tile, Params><<<static_cast<unsigned>(num_blocks),
+  if (shape.num_warps != Tile::kWarps || shape.num_stages != Tile::kStages) {
+    return cudaErrorInvalidConfiguration;
+  }
+  run_kernel<Kernel, Tile, Params><<<static_cast<unsigned>(shape.num_blocks),
                                      Tile::kWarps * 32,
                                      sizeof(typename Tile::SharedStorage),
                                      stream>>>(params);

@@ -6,8 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
-
+#include "csrc/kernels/launch_shape.h"
 #include "csrc/kernels/params.h"
 
 namespace jax_ep {
@@ -16,16 +15,16 @@ namespace jax_ep {
 // loaded lazily, while others of the group wait for it, can deadlock.
 [[nodiscard]] cudaError_t load_kernels();
 
-// Each enqueues its kernel with `num_blocks` blocks, all of which must fit on the device at once
-// (one block per SM).
+// Each enqueues its kernel, whose blocks must all fit on the device at once (one block per SM).
+// cudaErrorInvalidConfiguration: no kernel was compiled for these warps and stages.
 [[nodiscard]] cudaError_t launch_plan(const PlanParams& params,
-                                      int32_t num_blocks,
+                                      const LaunchShape& shape,
                                       cudaStream_t stream);
 [[nodiscard]] cudaError_t launch_dispatch(const DispatchParams& params,
-                                          int32_t num_blocks,
+                                          const LaunchShape& shape,
                                           cudaStream_t stream);
 [[nodiscard]] cudaError_t launch_combine(const CombineParams& params,
-                                         int32_t num_blocks,
+                                         const LaunchShape& shape,
                                          cudaStream_t stream);
 
 }  // namespace jax_ep

@@ -6,7 +6,7 @@ namespace jax_ep {
 namespace {
 
 // The tables of counts fill shared memory: many warps for few experts, few for many.
-using FewBins = dev::PlanTile<16, 640>;
+using FewBins = dev::PlanTile<16, kPlanFewBins>;
 using ManyBins = dev::PlanTile<6, kMaxExperts + kMaxRanks>;
 static_assert(sizeof(ManyBins::SharedStorage) <= 227 * 1024);
 
@@ -21,12 +21,13 @@ cudaError_t load_plan() {
   return load_kernel<Kernel<ManyBins>, ManyBins, PlanParams>();
 }
 
-cudaError_t launch_plan(const PlanParams& params, int32_t num_blocks, cudaStream_t stream) {
-  const EpShape& shape = params.shape;
-  if (num_bins(shape.layout, shape.num_experts, shape.num_ranks) <= FewBins::kMaxBins) {
-    return launch_kernel<Kernel<FewBins>, FewBins>(params, num_blocks, stream);
+cudaError_t launch_plan(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  const EpShape& ep = params.shape;
+  const int32_t bins = num_bins(ep.layout, ep.num_experts, ep.num_ranks);
+  if (shape.num_warps == FewBins::kWarps && bins <= FewBins::kMaxBins) {
+    return launch_kernel<Kernel<FewBins>, FewBins>(params, shape, stream);
   }
-  return launch_kernel<Kernel<ManyBins>, ManyBins>(params, num_blocks, stream);
+  return launch_kernel<Kernel<ManyBins>, ManyBins>(params, shape, stream);
 }
 
 cudaError_t load_kernels() {

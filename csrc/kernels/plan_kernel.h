@@ -21,6 +21,7 @@ namespace jax_ep::dev {
 template <int kWarpCount, int kBinCount>
 struct PlanTile {
   static constexpr int kWarps = kWarpCount;
+  static constexpr int kStages = 0;
   static constexpr int kMaxBins = kBinCount;
 
   struct SharedStorage {

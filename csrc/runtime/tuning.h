@@ -7,12 +7,9 @@
 
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/error_record.h"
+#include "csrc/kernels/launch_shape.h"
 
 namespace jax_ep {
-
-struct LaunchShape {
-  int32_t num_blocks;  // one per SM, all resident at once
-};
 
 // What a launch may use.
 struct SmBudget {
@@ -20,9 +17,9 @@ struct SmBudget {
   int32_t wanted;     // EpConfig.num_sms; 0: the default of each operation
 };
 
-// Blocks for an operation on rows of `row_bytes` bytes (0: none travel): as many as the budget
-// allows, fewer where there is little to do, at least 1. Depends on nothing else, so that every
-// rank of a group, and every run, does the same.
+// Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel). As many
+// blocks as the budget allows, fewer where there is little to do, at least 1. Depends on nothing
+// else, so that every rank of a group, and every run, does the same.
 LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget);
 
 }  // namespace jax_ep

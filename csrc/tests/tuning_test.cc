@@ -43,6 +43,19 @@ TEST(Tuning, PlansScanAllBinsHoweverFewTheTokens) {
   EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, {.available = 132, .wanted = 0}).num_blocks, 2);
 }
 
+// A kernel is compiled for each of these; another combination is refused when it is launched.
+TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 16);
+  const LaunchShape dispatch = launch_shape(OpKind::kDispatch, shape, kRowBytes, h200);
+  EXPECT_EQ(dispatch.num_warps, 14);
+  EXPECT_EQ(dispatch.num_stages, 4);
+  EXPECT_EQ(launch_shape(OpKind::kCombine, shape, kRowBytes, h200).num_warps, 16);
+  shape.num_experts = 4096;
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 6);
+}
+
 TEST(Tuning, ScalarsAloneAreLittleWork) {
   const SmBudget h200{.available = 132, .wanted = 0};
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 24);

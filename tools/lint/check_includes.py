@@ -32,6 +32,7 @@ ALLOWED = {
     "csrc/runtime": (
         "csrc/core/",
         "csrc/kernels/launch.h",
+        "csrc/kernels/launch_shape.h",
         "csrc/kernels/params.h",
         "csrc/runtime/",
         *CUDA,

@@ -18,6 +18,7 @@
 #include "csrc/kernels/launch.h"
 #include "csrc/kernels/tests/rank_arrays.h"
 #include "csrc/kernels/tests/story.h"
+#include "csrc/runtime/tuning.h"
 
 namespace jax_ep {
 namespace {
@@ -104,6 +105,14 @@ class VirtualRanks {
   ErrorRecord* errors_ = nullptr;
 };
 
+// What tuning chooses, on so many SMs.
+LaunchShape launch_of(OpKind op, const ClusterOptions& options, int32_t blocks) {
+  const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
+  LaunchShape shape = launch_shape(op, options.shape, row_bytes, {.available = 132, .wanted = 0});
+  shape.num_blocks = blocks;
+  return shape;
+}
+
 // --- stories -----------------------------------------------------------------------------------
 
 std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blocks) {
@@ -123,13 +132,14 @@ std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blo
       const RankArrays& mine = arrays[static_cast<size_t>(rank)];
       const RankView view = ranks.view(rank);
       cudaStream_t stream = ranks.stream(rank);
+      const LaunchShape shape = launch_of(op, episode.options, blocks);
       switch (op) {
-        case OpKind::kPlan: check(launch_plan(mine.plan(view), blocks, stream), "plan"); break;
+        case OpKind::kPlan: check(launch_plan(mine.plan(view), shape, stream), "plan"); break;
         case OpKind::kDispatch:
-          check(launch_dispatch(mine.dispatch(view), blocks, stream), "dispatch");
+          check(launch_dispatch(mine.dispatch(view), shape, stream), "dispatch");
           break;
         case OpKind::kCombine:
-          check(launch_combine(mine.combine(view), blocks, stream), "combine");
+          check(launch_combine(mine.combine(view), shape, stream), "combine");
           break;
       }
     }
@@ -307,11 +317,17 @@ void run_times(const ClusterOptions& options, int32_t sms) {
   };
   std::printf("%s, %d SMs a rank\n", describe(options).c_str(), sms);
   const auto at = [](int32_t rank) { return static_cast<size_t>(rank); };
-  measure("plan", [&](int32_t r) { return launch_plan(plans[at(r)], sms, ranks.stream(r)); });
-  measure("dispatch",
-          [&](int32_t r) { return launch_dispatch(dispatches[at(r)], sms, ranks.stream(r)); });
-  measure("combine",
-          [&](int32_t r) { return launch_combine(combines[at(r)], sms, ranks.stream(r)); });
+  measure("plan", [&](int32_t r) {
+    return launch_plan(plans[at(r)], launch_of(OpKind::kPlan, options, sms), ranks.stream(r));
+  });
+  measure("dispatch", [&](int32_t r) {
+    return launch_dispatch(
+        dispatches[at(r)], launch_of(OpKind::kDispatch, options, sms), ranks.stream(r));
+  });
+  measure("combine", [&](int32_t r) {
+    return launch_combine(
+        combines[at(r)], launch_of(OpKind::kCombine, options, sms), ranks.stream(r));
+  });
 }
 
 }  // namespace
