@@ -19,6 +19,9 @@ from jax_ep._src import cuda_group, group, info, native
 from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "csrc").is_dir(), reason="the C++ sources are not here"
+)
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
 LOAD_CUDA = native._try_load_cuda.__wrapped__  # neither cached nor replaced
 CONNECTS = [("connect", 0, 0), ("connect", 0, 1), ("connect", 1, 0), ("connect", 1, 1)]
@@ -128,6 +131,7 @@ def test_a_size_past_the_kernels_limits_is_named(changes, message, mesh, fake):
     assert not fake.log
 
 
+@needs_sources
 def test_limits_are_those_of_the_kernels():
     text = (ROOT / "csrc" / "core" / "heap_layout.h").read_text()
 
@@ -143,6 +147,7 @@ def test_limits_are_those_of_the_kernels():
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
 
 
+@needs_sources
 def test_the_stand_in_takes_what_the_compiled_module_takes():
     text = (ROOT / "xla_ffi" / "cuda_module.cc").read_text()
 
