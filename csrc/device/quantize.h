@@ -5,24 +5,24 @@
 #define JAX_EP_CSRC_DEVICE_QUANTIZE_H_
 
 #include "csrc/device/convert.h"
-#include "csrc/device/heap.h"
+#include "csrc/device/segment_ring.h"
 
 namespace jax_ep::dev {
 
-// The largest of `kLanes` neighboring lanes' magnitudes, or NaN.
+// The largest of `kLanes` neighboring lanes' magnitudes, given as bits; NaN if one of them is.
 template <u32 kLanes>
-JAX_EP_DEVICE float largest_of_lanes(float value) {
+JAX_EP_DEVICE float largest_of_lanes(u32 magnitude) {
   for (u32 distance = kLanes / 2; distance > 0; distance /= 2) {
-    value = larger_or_nan(value, as_float(warp_shfl(as_bits(value), lane_id() ^ distance)));
+    magnitude = larger_magnitude(magnitude, warp_shfl(magnitude, lane_id() ^ distance));
   }
-  return value;
+  return as_float(magnitude);
 }
 
 // Quantizes `channels` elements, a multiple of 16, in place. Lane b gets the scale of block b of
 // the segment. All lanes; the result may be bulk stored by any of them.
-template <typename Rows, int kSegmentBytes>
+template <typename Rows, typename Stages>
 JAX_EP_DEVICE float quantize_segment(Ptr<u32> stage, i32 channels) {
-  constexpr int kVectors = kSegmentBytes / 16 / 32;
+  constexpr int kVectors = Stages::kSegmentBytes / 16 / 32;
   constexpr int kPerVector = 4 * Rows::kPerWord;
   constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector;
   constexpr u32 kBlocksPerVector = kWarpSize / kLanesPerBlock;
@@ -36,19 +36,22 @@ JAX_EP_DEVICE float quantize_segment(Ptr<u32> stage, i32 channels) {
   warp_sync();  // everybody has read before anybody writes
   float scale_of_lane = 0;
   for (int i = 0; i < kVectors; ++i) {
-    float values[kPerVector];
-    float amax = 0;
-    for (int w = 0; w < 4; ++w) Rows::unpack(held[i].word[w], values + w * Rows::kPerWord);
-    for (int c = 0; c < kPerVector; ++c) amax = larger_or_nan(magnitude(values[c]), amax);
-    const float scale = fp8_scale(largest_of_lanes<kLanesPerBlock>(amax));
+    u32 largest = 0;
+    for (int w = 0; w < 4; ++w) largest = Rows::larger_magnitudes(held[i].word[w], largest);
+    const float scale =
+        fp8_scale(largest_of_lanes<kLanesPerBlock>(Rows::largest_magnitude(largest)));
     const u32 block_lane = lane % kBlocksPerVector * kLanesPerBlock;
     const float block_scale = as_float(warp_shfl(as_bits(scale), block_lane));
     if (lane / kBlocksPerVector == static_cast<u32>(i)) scale_of_lane = block_scale;
     const i32 v = static_cast<i32>(lane) + 32 * i;
-    for (int w = 0; w < Rows::kPerWord && v < num_vectors; ++w) {
+    if (v >= num_vectors) continue;
+    float values[kPerVector];
+    for (int w = 0; w < 4; ++w) Rows::unpack(held[i].word[w], values + w * Rows::kPerWord);
+    const Divider scaled(scale);
+    for (int w = 0; w < Rows::kPerWord; ++w) {
       const float* const four = values + 4 * w;
-      const u32 low = to_fp8_pair(scaled(four[0], scale), scaled(four[1], scale));
-      const u32 high = to_fp8_pair(scaled(four[2], scale), scaled(four[3], scale));
+      const u32 low = to_fp8_pair(scaled(four[0]), scaled(four[1]));
+      const u32 high = to_fp8_pair(scaled(four[2]), scaled(four[3]));
       st(stage + (v * Rows::kPerWord + w), low | high << 16);
     }
   }
@@ -57,27 +60,30 @@ JAX_EP_DEVICE float quantize_segment(Ptr<u32> stage, i32 channels) {
   return scale_of_lane;
 }
 
-// The inverse, in place, for a segment whose first block has its scale at `scales`.
-template <typename Rows, int kSegmentBytes>
-JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels, Ptr<const float> scales) {
-  constexpr int kChannels = kSegmentBytes / 4 * Rows::kPerWord;
+// The inverse, in place. The stage also holds the scales of the segment's blocks.
+template <typename Rows, typename Stages>
+JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels) {
+  const Ptr<u32> scales = stage + Stages::kScalesAt;
+  constexpr int kChannels = Stages::kSegmentBytes / 4 * Rows::kPerWord;
   constexpr int kVectors = (kChannels / 16 + 31) / 32;
   const i32 num_vectors = channels / 16;
   Vec16 held[kVectors];
+  float scale[kVectors] = {};
   for (int i = 0; i < kVectors; ++i) {
     const i32 v = static_cast<i32>(lane_id()) + 32 * i;
-    if (v < num_vectors) held[i] = ld(as<Vec16>(stage) + v);
+    if (v >= num_vectors) continue;
+    held[i] = ld(as<Vec16>(stage) + v);
+    scale[i] = as_float(ld(scales + v * 16 / kScaleBlock));
   }
   warp_sync();
   for (int i = 0; i < kVectors; ++i) {
     const i32 v = static_cast<i32>(lane_id()) + 32 * i;
     if (v >= num_vectors) continue;
-    const float scale = ld(scales + v * 16 / kScaleBlock);
     float values[16];
     for (int pair = 0; pair < 8; ++pair) {
       from_fp8_pair(held[i].word[pair / 2] >> pair % 2 * 16 & 0xFFFF, values + 2 * pair);
     }
-    for (float& value : values) value *= scale;
+    for (float& value : values) value *= scale[i];
     for (int part = 0; part < 4 / Rows::kPerWord; ++part) {
       Vec16 out;
       for (int w = 0; w < 4; ++w) {
@@ -102,13 +108,13 @@ struct BlockOfElements {
   }
   // All lanes.
   JAX_EP_DEVICE BlockOfElements(Ptr<const typename Rows::Element> row, i64 block, i64 hidden) {
-    float amax = 0;
+    u32 largest = 0;
     for (int i = 0; i < kPerLane; ++i) {
       const i64 c = channel(block, i);
       value[i] = c < hidden ? Rows::to_float(ld(row + c)) : 0.0F;
-      amax = larger_or_nan(magnitude(value[i]), amax);
+      largest = larger_magnitude(as_bits(value[i]) & 0x7FFF'FFFF, largest);
     }
-    scale = fp8_scale(largest_of_lanes<kWarpSize>(amax));
+    scale = fp8_scale(largest_of_lanes<kWarpSize>(largest));
   }
 };
 

@@ -15,8 +15,19 @@ struct SegmentStages {
   static constexpr int kSegmentBytes = kBytes;
   static_assert(kStages >= 2 && kSegmentBytes % 512 == 0);
 
+  // Where a stage keeps the scales of an FP8 segment: that fills half of it at most.
+  static constexpr int kScalesAt = kSegmentBytes / 2 / 4;
+
   alignas(128) Shared<u32> stage[kStages][kSegmentBytes / 4];
   Mbar loaded[kStages];
+};
+
+// What is loaded into a stage, in multiples of 16 bytes.
+struct SegmentSource {
+  Ptr<const std::byte> row;
+  u32 row_bytes;
+  Ptr<const std::byte> scales = {};
+  u32 scale_bytes = 0;
 };
 
 template <typename Stages>
@@ -36,14 +47,19 @@ class SegmentRing {
   JAX_EP_DEVICE bool may_load() const { return loads_ - uses_ <= kAhead; }
 
   // All lanes: starts to load the next segment.
-  JAX_EP_DEVICE void load(Ptr<const std::byte> from, u32 bytes) {
+  JAX_EP_DEVICE void load(const SegmentSource& source) {
     // The stores out of this stage, two uses ago, have been read.
     bulk_wait_read<1>();
     warp_sync();
     const u32 stage = loads_ % Stages::kStages;
     if (lane_id() == 0) {
-      mbar_arrive_expect(&stages_.loaded[stage], bytes);
-      bulk_load(address_of(stages_.stage[stage][0]), from, bytes, &stages_.loaded[stage]);
+      Mbar* const loaded = &stages_.loaded[stage];
+      auto& words = stages_.stage[stage];
+      mbar_arrive_expect(loaded, source.row_bytes + source.scale_bytes);
+      bulk_load(address_of(words[0]), source.row, source.row_bytes, loaded);
+      if (source.scale_bytes != 0) {
+        bulk_load(address_of(words[Stages::kScalesAt]), source.scales, source.scale_bytes, loaded);
+      }
     }
     ++loads_;
   }
@@ -87,18 +103,16 @@ struct Segments {
 };
 
 // Streams segments [first_segment, last_segment) of the rows of tokens [first, last) through the
-// ring. `needed(token)` says whether a token's row travels, `from(token, segment)` and
-// `bytes(segment)` what to load, and `use(token, segment, stage)` sends a loaded segment on. All
-// lanes see the same values.
-template <typename Ring, typename Needed, typename From, typename Bytes, typename Use>
+// ring. `needed(token)` says whether a token's row travels, `source(token, segment)` what to load,
+// and `use(token, segment, stage)` sends a loaded segment on. All lanes see the same values.
+template <typename Ring, typename Needed, typename Source, typename Use>
 JAX_EP_DEVICE void stream_segments(Ring& ring,
                                    i64 first,
                                    i64 last,
                                    i32 first_segment,
                                    i32 last_segment,
                                    const Needed& needed,
-                                   const From& from,
-                                   const Bytes& bytes,
+                                   const Source& source,
                                    const Use& use) {
   struct Position {
     i64 token;
@@ -116,7 +130,7 @@ JAX_EP_DEVICE void stream_segments(Ring& ring,
   Position ahead = at;
   while (at.token < last) {
     for (; ahead.token < last && ring.may_load(); ahead = next(ahead)) {
-      ring.load(from(ahead.token, ahead.segment), bytes(ahead.segment));
+      ring.load(source(ahead.token, ahead.segment));
     }
     use(at.token, at.segment, ring.wait());
     ring.used();

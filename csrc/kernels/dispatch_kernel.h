@@ -21,6 +21,7 @@ struct DispatchTile {
   static constexpr int kWarps = kSenders + kOtherWarps;
   static constexpr int kStages = kStageCount;
   using Stages = SegmentStages<kStages, kSegmentBytes>;
+  static_assert(kSegmentBytes % (4 * kScaleBlock * 4) == 0);  // four blocks of float32
 
   struct SharedStorage {
     Stages stages[kWarps];
@@ -42,7 +43,8 @@ class DispatchKernel {
         bulk_(hidden_ * least(least(x_bytes_, wire_bytes_), rows_bytes_) % 16 == 0),
         segments_(hidden_,
                   Tile::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
-                  params.wire == Wire::kFloat8E4M3 ? static_cast<i32>(kScaleBlock)
+                  // Rows, and scales where there are any, are loaded 16 bytes at a time.
+                  params.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
                                                    : 16 / static_cast<i32>(sizeof(Element))),
         num_blocks_(ceil_div(hidden_, kScaleBlock)),
         // Rows that stay on this rank, and stay as they are, need no staging.
@@ -127,11 +129,9 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void send_segments(i64 first, i64 last, i32 part) {
     const auto needed = [this](i64 token) { return warp_ballot(selections_of(token).live()) != 0; };
-    const auto from = [this](i64 token, i32 segment) {
-      return x_row(token) + segments_.first(segment) * x_bytes_;
-    };
-    const auto bytes = [this](i32 segment) {
-      return static_cast<u32>(segments_.size(segment, hidden_) * x_bytes_);
+    const auto source_of = [this](i64 token, i32 segment) {
+      return SegmentSource{x_row(token) + segments_.first(segment) * x_bytes_,
+                           static_cast<u32>(segments_.size(segment, hidden_) * x_bytes_)};
     };
     stream_segments(ring_,
                     first,
@@ -139,8 +139,7 @@ class DispatchKernel {
                     first_segment(part),
                     first_segment(part + 1),
                     needed,
-                    from,
-                    bytes,
+                    source_of,
                     [this](i64 token, i32 segment, Ptr<u32> stage) {
                       const Selections selections = selections_of(token);
                       if (segment == 0) send_scalars(selections, token);
@@ -159,7 +158,7 @@ class DispatchKernel {
       const i64 first_block = first / kScaleBlock;
       float scale = 0;
       if (quantizes()) {
-        scale = quantize_segment<Rows, Tile::Stages::kSegmentBytes>(stage, channels);
+        scale = quantize_segment<Rows, typename Tile::Stages>(stage, channels);
       } else if (static_cast<i32>(lane_id()) < blocks) {
         scale = ld(Ptr<const float>{params_.x_scales} +
                    (token * num_blocks_ + first_block + lane_id()));
@@ -172,14 +171,14 @@ class DispatchKernel {
                static_cast<u32>(channels * wire_bytes_));
   }
 
-  // Lane b holds the scale of block `first_block + b`.
+  // Lane b holds the scale of block `first_block + b`. What is loaded with the last is sent too.
   JAX_EP_DEVICE void send_scales(
       const Selections& selections, i64 token, i64 first_block, i32 blocks, float scale) {
     u32 leaders = warp_ballot(selections.leads());
     for (; leaders != 0; leaders &= leaders - 1) {
       const auto dest =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
-      if (static_cast<i32>(lane_id()) >= blocks) continue;
+      if (static_cast<i32>(lane_id()) >= align_up(blocks, 4)) continue;
       st(staged_scales(exchange_.view(), dest, rank_, token) + (first_block + lane_id()), scale);
     }
   }
@@ -237,10 +236,11 @@ class DispatchKernel {
   JAX_EP_DEVICE void quantize_elements(i64 token, Ptr<std::byte> to, Ptr<float> scales) const {
     for (i64 block = 0; block < num_blocks_; ++block) {
       const BlockOfElements<Rows> elements(as<const Element>(x_row(token)), block, hidden_);
+      const Divider scaled(elements.scale);
       for (int i = 0; i < elements.kPerLane; ++i) {
         const i64 channel = elements.channel(block, i);
         if (channel >= hidden_) continue;
-        st(as<u8>(to) + channel, to_fp8(scaled(elements.value[i], elements.scale)));
+        st(as<u8>(to) + channel, to_fp8(scaled(elements.value[i])));
       }
       if (lane_id() == 0) st(scales + block, elements.scale);
     }
@@ -294,15 +294,24 @@ class DispatchKernel {
     return {row.raw};
   }
 
+  JAX_EP_DEVICE Ptr<float> arrived_scales(i32 source, i64 token) const {
+    return staged_scales(exchange_.view(), rank_, source, token);
+  }
+
   JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
     const auto needed = [this, source](i64 token) {
       return warp_ballot(row_of_lane(source, token) >= 0) != 0;
     };
-    const auto from = [this, source](i64 token, i32 segment) {
-      return arrived_row(source, token) + segments_.first(segment) * wire_bytes_;
-    };
-    const auto bytes = [this](i32 segment) {
-      return static_cast<u32>(segments_.size(segment, hidden_) * wire_bytes_);
+    const auto source_of = [this, source](i64 token, i32 segment) {
+      const i64 first = segments_.first(segment);
+      const i32 channels = segments_.size(segment, hidden_);
+      SegmentSource from{arrived_row(source, token) + first * wire_bytes_,
+                         static_cast<u32>(channels * wire_bytes_)};
+      if (restores()) {
+        from.scales = as<const std::byte>(arrived_scales(source, token) + first / kScaleBlock);
+        from.scale_bytes = static_cast<u32>(4 * align_up(ceil_div(channels, kScaleBlock), 4));
+      }
+      return from;
     };
     stream_segments(ring_,
                     first,
@@ -310,8 +319,7 @@ class DispatchKernel {
                     first_segment(part),
                     first_segment(part + 1),
                     needed,
-                    from,
-                    bytes,
+                    source_of,
                     [this, source](i64 token, i32 segment, Ptr<u32> stage) {
                       const i32 row = row_of_lane(source, token);
                       if (segment == 0) expand_scalars(source, token, row);
@@ -322,14 +330,14 @@ class DispatchKernel {
   JAX_EP_DEVICE void expand_segment(i32 source, i64 token, i32 row, i32 segment, Ptr<u32> stage) {
     const i32 channels = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
-    if (fp8_wire()) {
-      const Ptr<float> scales =
-          staged_scales(exchange_.view(), rank_, source, token) + first / kScaleBlock;
-      if (restores()) {
-        restore_segment<Rows, Tile::Stages::kSegmentBytes>(stage, channels, {scales.raw});
-      } else {
-        expand_scales(scales, first / kScaleBlock, ceil_div(channels, kScaleBlock), row);
-      }
+    if (restores()) {
+      restore_segment<Rows, typename Tile::Stages>(stage, channels);
+    } else if (fp8_wire()) {
+      const i64 first_block = first / kScaleBlock;
+      expand_scales(arrived_scales(source, token) + first_block,
+                    first_block,
+                    ceil_div(channels, kScaleBlock),
+                    row);
     }
     if (row < 0) return;
     bulk_store(out_row(row) + first * rows_bytes_, stage, static_cast<u32>(channels * rows_bytes_));
@@ -362,7 +370,7 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
     const Ptr<const std::byte> from = arrived_row(source, token);
-    const Ptr<float> scales = staged_scales(exchange_.view(), rank_, source, token);
+    const Ptr<float> scales = arrived_scales(source, token);
     u32 holders = warp_ballot(row >= 0);
     for (; holders != 0; holders &= holders - 1) {
       const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), lowest_bit(holders)));

@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-using Tile = dev::DispatchTile<2, 1, 3, 512>;
+using Tile = dev::DispatchTile<2, 1, 3, 2048>;
 
 template <typename Rows>
 SimulatedKernel kernel_of(DispatchParams params) {

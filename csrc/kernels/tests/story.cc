@@ -33,8 +33,8 @@ GroupStory random_group(Draw& draw, int32_t num_ranks, const StoryLimits& limits
   if (shape.layout == Layout::kExpert) shape.expert_alignment = draw.one_of<int32_t>({1, 1, 4, 7});
   base.dtype = draw.one_of<DType>({DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   base.wire = draw.one_in(3) ? Wire::kFloat8E4M3 : Wire::kSame;
-  base.hidden = draw.one_of<int64_t>({8, 64, 136, 272, 400, 7, 1, 33, 0});
-  if (base.wire == Wire::kFloat8E4M3) base.hidden = draw.one_of<int64_t>({128, 144, 400, 130, 5});
+  base.hidden = draw.one_of<int64_t>({8, 64, 136, 400, 1104, 7, 1, 33, 0});
+  if (base.wire == Wire::kFloat8E4M3) base.hidden = draw.one_of<int64_t>({128, 144, 1152, 130, 5});
   GroupStory story;
   story.chunk_target = draw.one_of<int32_t>({kChunkTarget, 3, 6});
   story.max_tokens = limits.max_tokens;
