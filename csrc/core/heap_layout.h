@@ -52,15 +52,22 @@ constexpr int32_t num_parts(int32_t chunks, int32_t most, int32_t chunk_target =
   return parts > 1 ? parts : 1;
 }
 
-// Tokens of a tile: a multiple of a warp's 32; about 512 tiles over all ranks.
+// About 512 tiles over all ranks, of a multiple of kTileUnit tokens.
+inline constexpr int64_t kTileUnit = 8;
+constexpr int64_t most_tiles(int32_t num_ranks) {
+  return 512 / num_ranks < kMaxTiles ? 512 / num_ranks : kMaxTiles;
+}
 constexpr int32_t tile_tokens(int64_t num_tokens, int32_t num_ranks) {
-  const int64_t wanted = 512 / num_ranks;
-  const int64_t tiles = wanted > kMaxTiles ? kMaxTiles : wanted;
-  const int64_t tokens = align_up(ceil_div(num_tokens, tiles), 32);
-  return static_cast<int32_t>(tokens < 32 ? 32 : tokens);
+  const int64_t tokens = align_up(ceil_div(num_tokens, most_tiles(num_ranks)), kTileUnit);
+  return static_cast<int32_t>(tokens < kTileUnit ? kTileUnit : tokens);
 }
 constexpr int32_t num_tiles(int64_t num_tokens, int32_t num_ranks) {
   return static_cast<int32_t>(ceil_div(num_tokens, tile_tokens(num_tokens, num_ranks)));
+}
+// The most tiles of any call with at most so many tokens; fewer tokens may make more tiles.
+constexpr int64_t max_num_tiles(int64_t max_tokens, int32_t num_ranks) {
+  const int64_t least = ceil_div(max_tokens, kTileUnit);
+  return least < most_tiles(num_ranks) ? least : most_tiles(num_ranks);
 }
 
 // What a plan counts: selections per expert, and in layout "rank" tokens per rank too.
@@ -69,7 +76,7 @@ constexpr int32_t num_bins(Layout layout, int32_t num_experts, int32_t num_ranks
 }
 
 // Up to so many bins a plan runs with many warps; for more, its tables leave room for few.
-inline constexpr int32_t kPlanFewBins = 640;
+inline constexpr int32_t kPlanFewBins = 1088;
 
 // The most rows that one rank holds of one token.
 constexpr int32_t max_rows_per_token(Layout layout, int32_t num_topk, int32_t num_local_experts) {
@@ -99,7 +106,7 @@ enum class Region : int32_t {
   kRows,          // bytes [R, max_tokens, row_stride]: rows on their way
   // From here on the rank's own.
   kControl,  // u32: see Control
-  kCounts,   // u32 [R, tiles, bins]: selections per tile and bin, then the first position of each
+  kCounts,   // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
   kTotals,   // u32 [bins]: selections per bin
 };
 inline constexpr int32_t kNumRegions = 9;
@@ -155,7 +162,7 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
       4 * ranks * tokens * layout.scale_stride,
       ranks * tokens * layout.row_stride,
       4 * int64_t{kNumControlWords},
-      4 * ranks * num_tiles(tokens, shape.num_ranks) * bins,
+      4 * ranks * max_num_tiles(tokens, shape.num_ranks) * bins,
       4 * bins,
   };
   int64_t end = 0;

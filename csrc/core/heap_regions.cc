@@ -24,7 +24,7 @@ constexpr Words kWords[kNumRegions] = {
     {"scales", "f32 [R, max_tokens, scale_stride]", "scales of rows on the FP8 wire"},
     {"rows", "bytes [R, max_tokens, row_stride]", "rows on their way"},
     {"control", "u32 [5]", "the rank's epoch, grid barrier and counters"},
-    {"counts", "u32 [R, tiles, bins]", "selections per tile and bin, then first positions"},
+    {"counts", "u32 [bins, R, tiles]", "selections per bin and tile, then first positions"},
     {"totals", "u32 [bins]", "selections per bin"},
 };
 static_assert(kWords[static_cast<int32_t>(Region::kRows)].name == std::string_view("rows"));

@@ -98,11 +98,6 @@ JAX_EP_DEVICE void fence_acq_rel() {
       cuda::memory_order_acq_rel,
       kScope == Scope::kSys ? cuda::thread_scope_system : cuda::thread_scope_device);
 }
-// Relaxed, among the threads of the block; returns the old bits.
-JAX_EP_DEVICE u32 shared_or(Ptr<u32> word, u32 bits) {
-  return cuda::atomic_ref<u32, cuda::thread_scope_block>(*word.raw).fetch_or(
-      bits, cuda::memory_order_relaxed);
-}
 
 // --- bulk copies -------------------------------------------------------------------------------
 

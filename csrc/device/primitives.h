@@ -12,7 +12,6 @@
 //   weak      ld(Ptr<T>)  st(Ptr<T>, T)                  T of 1, 2, 4, 8 or 16 bytes
 //   strong    ld_acquire<Scope>(Ptr<u32>)  ld_relaxed<Scope>  st_release<Scope>(Ptr<u32>, value)
 //             st_relaxed<Scope>  fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old
-//             shared_or(Ptr<u32>, bits) -> old     relaxed, among the threads of a block
 //             fence_acq_rel<Scope>()
 //   bulk      mbar_init(Mbar*, arrivals)  mbar_init_fence()  mbar_arrive_expect(Mbar*, bytes)
 //             mbar_wait(Mbar*, parity)  bulk_load(Ptr shared, Ptr global, bytes, Mbar*)

@@ -40,19 +40,19 @@ class Selections {
     // A handle from elsewhere must not lead out of any buffer.
     live_ =
         expert_ >= 0 && expert_ < shape.num_experts && slot_ >= 0 && slot_ < shape.recv_capacity;
-    dest_ = live_ ? expert_ / shape.num_local_experts() : -1 - static_cast<i32>(lane);
+    dest_ = live_ ? expert_ / shape.num_local_experts() : -1;
     same_dest_ = warp_match(static_cast<u32>(dest_));
   }
 
   JAX_EP_DEVICE bool live() const { return live_; }
   JAX_EP_DEVICE i32 slot() const { return slot_; }
-  // The rank that holds this lane's row; negative if there is none.
+  // The rank that holds this lane's row; -1 if there is none.
   JAX_EP_DEVICE i32 dest() const { return dest_; }
   // Whether this lane stands for its destination rank.
   JAX_EP_DEVICE bool leads() const { return live_ && lowest_bit(same_dest_) == lane_id(); }
 
   // How many of the token's rows on the same rank lie before this lane's: its place in
-  // source_slot there. All lanes.
+  // source_slot there. All lanes; of use where live().
   JAX_EP_DEVICE u32 place(i32 num_topk) const {
     u32 before = 0;
     for (i32 k = 0; k < num_topk; ++k) {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefix sums over the lanes of a warp. All lanes take part.
+// Prefix sums and groups over the lanes of a warp. All lanes take part.
 #ifndef JAX_EP_CSRC_DEVICE_WARP_SCAN_H_
 #define JAX_EP_CSRC_DEVICE_WARP_SCAN_H_
+
+#include <bit>
 
 #include "csrc/device/primitives.h"
 
@@ -25,6 +27,27 @@ JAX_EP_DEVICE u32 inclusive_sum(u32 value) {
 JAX_EP_DEVICE u32 from_lane_before(u32 value) {
   const u32 before = warp_shfl(value, lane_id() > 0 ? lane_id() - 1 : 0);
   return lane_id() > 0 ? before : 0;
+}
+
+// The bits that it takes to write a number.
+JAX_EP_DEVICE u32 num_bits(u32 number) {
+#ifdef __CUDACC__
+  return 32 - static_cast<u32>(__clz(static_cast<int>(number)));
+#else
+  return static_cast<u32>(std::bit_width(number));
+#endif
+}
+
+// The lanes, as bits, whose value is this lane's; values have at most `bits` bits. A ballot per bit
+// is much faster than the instruction for it (match.any), whose unit an SM's warps share.
+JAX_EP_DEVICE u32 lanes_alike(u32 value, u32 bits) {
+  u32 alike = ~0U;
+  for (u32 bit = 0; bit < bits; ++bit) {
+    const bool set = (value >> bit & 1) != 0;
+    const u32 lanes = warp_ballot(set);
+    alike &= set ? lanes : ~lanes;
+  }
+  return alike;
 }
 
 }  // namespace jax_ep::dev

@@ -7,7 +7,7 @@ namespace {
 
 // The tables of counts fill shared memory: many warps for few experts, few for many.
 using FewBins = dev::PlanTile<16, kPlanFewBins>;
-using ManyBins = dev::PlanTile<6, kMaxExperts + kMaxRanks>;
+using ManyBins = dev::PlanTile<12, kMaxExperts + kMaxRanks>;
 static_assert(sizeof(ManyBins::SharedStorage) <= 227 * 1024);
 
 template <typename Tile>

@@ -7,7 +7,7 @@
 //   1. send      each chunk of topk_idx goes to all ranks
 //   2. count     selections per (source rank, tile, bin), as the chunks arrive
 //   3. scan      per bin: counts become the number of earlier selections of the bin
-//   4. assign    every tile walks its tokens, 32 at a time, and hands out rows in their order
+//   4. assign    every tile walks its tokens and hands out rows in their order
 // Bins are the experts; in layout "rank" the destination ranks follow, which count tokens.
 #ifndef JAX_EP_CSRC_KERNELS_PLAN_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_PLAN_KERNEL_H_
@@ -25,8 +25,6 @@ struct PlanTile {
   static constexpr int kMaxBins = kBinCount;
 
   struct SharedStorage {
-    // Per warp and bin: which of the 32 tokens in hand select it; all 0 between uses.
-    Shared<u32> selecting[kWarps][kMaxBins];
     // Per warp and bin: the selections counted so far, or the next row.
     Shared<u32> cursor[kWarps][kMaxBins];
     // First row of every expert at its rank, clipped to the capacity.
@@ -48,22 +46,29 @@ class PlanKernel {
         num_tokens_(static_cast<i32>(shape_.num_tokens)),
         num_local_(shape_.num_local_experts()),
         num_bins_(num_bins(shape_.layout, shape_.num_experts, num_ranks_)),
+        bin_bits_(num_bits(static_cast<u32>(num_bins_))),
         tile_tokens_(tile_tokens(shape_.num_tokens, num_ranks_)),
         num_tiles_(num_tiles(shape_.num_tokens, num_ranks_)),
+        num_units_(num_ranks_ * num_tiles_),
         capacity_(static_cast<u32>(shape_.recv_capacity)),
-        warp_(static_cast<i32>(block_id() * Tile::kWarps + warp_id())),
-        num_warps_(static_cast<i32>(num_blocks() * Tile::kWarps)) {}
+        // Neighboring units to different blocks.
+        warp_(static_cast<i32>(warp_id() * num_blocks() + block_id())),
+        num_warps_(static_cast<i32>(num_blocks() * Tile::kWarps)),
+        run_tokens_(static_cast<i32>(kWarpSize) / num_topk_),
+        lane_token_(static_cast<i32>(lane_id()) / num_topk_),
+        first_lane_(static_cast<u32>(lane_token_ * num_topk_)),
+        token_lanes_(~0U >> (static_cast<i32>(kWarpSize) - num_topk_) << first_lane_) {}
 
   JAX_EP_DEVICE void run() {
     send();
-    clear_tables();
-    for (i32 unit = warp_; unit < num_ranks_ * num_tiles_; unit += num_warps_) count(unit);
+    clear_cursors();
+    for (i32 unit = warp_; unit < num_units_; unit += num_warps_) count(unit);
     exchange_.grid_barrier();
     for (i32 bin = warp_; bin < num_bins_; bin += num_warps_) scan(bin);
     exchange_.grid_barrier();
     start_experts();
     block_sync();
-    for (i32 unit = warp_; unit < num_ranks_ * num_tiles_; unit += num_warps_) assign(unit);
+    for (i32 unit = warp_; unit < num_units_; unit += num_warps_) assign(unit);
     write_counts();
     clear_rows_without_token();
     exchange_.finish();
@@ -98,15 +103,9 @@ class PlanKernel {
     }
   }
 
-  // --- 2. count ------------------------------------------------------------------------------
-
-  // `count` begins with a warp_sync, as does the first use of the cursors in `assign`.
-  JAX_EP_DEVICE void clear_tables() {
-    for (i32 bin = static_cast<i32>(lane_id()); bin < num_bins_; bin += kWarpSize) {
-      memory_.selecting[warp_id()][bin] = 0;
-      memory_.cursor[warp_id()][bin] = 0;
-    }
-  }
+  // --- a lane per selection --------------------------------------------------------------------
+  // A warp takes as many consecutive tokens at once as have no more selections than it has lanes: a
+  // run. Each lane holds one selection.
 
   struct Unit {
     i32 source;
@@ -118,11 +117,23 @@ class PlanKernel {
     const i32 last = first + tile_tokens_;
     return {unit / num_tiles_, first, last < num_tokens_ ? last : num_tokens_};
   }
-  JAX_EP_DEVICE Ptr<u32> counts(i32 unit) const {
-    return region<u32>(exchange_.view(), rank_, Region::kCounts) + i64{unit} * num_bins_;
+
+  JAX_EP_DEVICE bool has_token(const Unit& tile, i32 first) const {
+    return lane_token_ < run_tokens_ && first + lane_token_ < tile.last;
   }
-  JAX_EP_DEVICE Ptr<u32> totals() const {
-    return region<u32>(exchange_.view(), rank_, Region::kTotals);
+
+  // `use(first, expert)` for every run of a tile: its first token, and this lane's expert or -1.
+  template <typename Use>
+  JAX_EP_DEVICE void for_each_run(const Unit& tile, const Use& use) const {
+    const auto load = [this, &tile](i32 first) {
+      return has_token(tile, first) ? ld(routing(tile.source, first) + lane_id()) : -1;
+    };
+    i32 ahead = load(tile.first);
+    for (i32 first = tile.first; first < tile.last; first += run_tokens_) {
+      const i32 expert = ahead;
+      ahead = load(first + run_tokens_);
+      use(first, is_expert(expert) ? expert : -1);
+    }
   }
 
   JAX_EP_DEVICE Ptr<i32> routing(i32 source, i32 token) const {
@@ -134,43 +145,48 @@ class PlanKernel {
     return by_rank() ? rank_bin(expert / num_local_) : expert;
   }
 
-  // Marks this lane's token in the bins of its selections; `bin_of(expert)` is negative for those
-  // that take no part. Bit k of the result: this lane looks after the bin of selection k, because
-  // it came first. A selection that repeats another counts once.
+  struct Taken {
+    i32 bin;      // -1: this lane's selection takes no part
+    u32 counted;  // lanes: of each token in the bin, one
+  };
+
+  // All lanes. A selection that repeats an earlier one of its token takes no part, nor does one
+  // whose `bin_of(expert)` is negative.
   template <typename BinOf>
-  JAX_EP_DEVICE u32 mark(i32 source, i32 token, bool has_token, const BinOf& bin_of) {
-    constexpr i32 kAtOnce = 8;  // loads in flight
-    u32 looks_after = 0;
-    for (i32 first = 0; first < num_topk_ && has_token; first += kAtOnce) {
-      i32 expert[kAtOnce];
-      JAX_EP_UNROLL
-      for (i32 i = 0; i < kAtOnce; ++i) {
-        expert[i] = first + i < num_topk_ ? ld(routing(source, token) + (first + i)) : -1;
-      }
-      JAX_EP_UNROLL
-      for (i32 i = 0; i < kAtOnce; ++i) {
-        const i32 bin = is_expert(expert[i]) ? bin_of(expert[i]) : -1;
-        if (bin < 0) continue;
-        const u32 before =
-            shared_or(address_of(memory_.selecting[warp_id()][bin]), 1U << lane_id());
-        looks_after |= static_cast<u32>(before == 0) << (first + i);
-      }
-    }
-    warp_sync();
-    return looks_after;
+  JAX_EP_DEVICE Taken take(i32 expert, const BinOf& bin_of) const {
+    const u32 earlier = token_lanes_ & lanes_below(lane_id());
+    const u32 same_expert = lanes_alike(static_cast<u32>(expert + 1), bin_bits_);
+    const bool repeats = (same_expert & earlier) != 0;
+    const i32 bin = expert < 0 || repeats ? -1 : bin_of(expert);
+    const u32 same_bin =
+        by_rank() ? lanes_alike(static_cast<u32>(bin + 1), bin_bits_) : same_expert;
+    const bool leads = bin >= 0 && (same_bin & earlier) == 0;
+    return {bin, same_bin & warp_ballot(leads)};
   }
 
-  // Moves the cursors past the tokens in hand, and forgets them.
-  template <typename BinOf>
-  JAX_EP_DEVICE void advance(i32 source, i32 token, u32 looks_after, const BinOf& bin_of) {
-    for (; looks_after != 0; looks_after &= looks_after - 1) {
-      const i32 bin = bin_of(ld(routing(source, token) + lowest_bit(looks_after)));
-      auto& selecting = memory_.selecting[warp_id()][bin];
-      auto& cursor = memory_.cursor[warp_id()][bin];
-      cursor = cursor + count_bits(selecting);
-      selecting = 0;
+  // All lanes: moves the cursors past the run.
+  JAX_EP_DEVICE void advance(const Taken& taken) {
+    if (taken.bin >= 0 && lowest_bit(taken.counted) == lane_id()) {
+      auto& cursor = memory_.cursor[warp_id()][taken.bin];
+      cursor = cursor + count_bits(taken.counted);
     }
     warp_sync();
+  }
+
+  // --- 2. count ------------------------------------------------------------------------------
+
+  // `count` begins with a warp_sync.
+  JAX_EP_DEVICE void clear_cursors() {
+    for (i32 bin = static_cast<i32>(lane_id()); bin < num_bins_; bin += kWarpSize) {
+      memory_.cursor[warp_id()][bin] = 0;
+    }
+  }
+
+  JAX_EP_DEVICE Ptr<u32> count_of(i32 bin, i32 unit) const {
+    return region<u32>(exchange_.view(), rank_, Region::kCounts) + (i64{bin} * num_units_ + unit);
+  }
+  JAX_EP_DEVICE Ptr<u32> totals() const {
+    return region<u32>(exchange_.view(), rank_, Region::kTotals);
   }
 
   JAX_EP_DEVICE void count(i32 unit) {
@@ -182,19 +198,14 @@ class PlanKernel {
       exchange_.wait_arrived(tile.source, chunk);
     }
     warp_sync();
-    const auto by_row_bin = [this](i32 expert) { return row_bin(expert); };
-    const auto by_expert = [](i32 expert) { return expert; };
-    for (i32 first = tile.first; first < tile.last; first += kWarpSize) {
-      const i32 token = first + static_cast<i32>(lane_id());
-      const bool has_token = token < tile.last;
-      advance(tile.source, token, mark(tile.source, token, has_token, by_row_bin), by_row_bin);
+    for_each_run(tile, [this](i32, i32 expert) {
+      advance(take(expert, [this](i32 e) { return row_bin(e); }));
       // Layout "rank" hands out rows by rank, but reports selections by expert.
-      if (!by_rank()) continue;
-      advance(tile.source, token, mark(tile.source, token, has_token, by_expert), by_expert);
-    }
+      if (by_rank()) advance(take(expert, [](i32 e) { return e; }));
+    });
     for (i32 bin = static_cast<i32>(lane_id()); bin < num_bins_; bin += kWarpSize) {
       auto& cursor = memory_.cursor[warp_id()][bin];
-      st(counts(unit) + bin, cursor);
+      st(count_of(bin, unit), cursor);
       cursor = 0;
     }
   }
@@ -203,20 +214,19 @@ class PlanKernel {
 
   JAX_EP_DEVICE void scan(i32 bin) {
     constexpr i32 kAtOnce = 4;  // loads in flight
-    const i32 units = num_ranks_ * num_tiles_;
     u32 total = 0;
-    for (i32 first = 0; first < units; first += kAtOnce * static_cast<i32>(kWarpSize)) {
+    for (i32 first = 0; first < num_units_; first += kAtOnce * static_cast<i32>(kWarpSize)) {
       u32 here[kAtOnce];
       JAX_EP_UNROLL
       for (i32 i = 0; i < kAtOnce; ++i) {
         const i32 unit = unit_of_lane(first, i);
-        here[i] = unit < units ? ld(counts(unit) + bin) : 0;
+        here[i] = unit < num_units_ ? ld(count_of(bin, unit)) : 0;
       }
       JAX_EP_UNROLL
       for (i32 i = 0; i < kAtOnce; ++i) {
         const i32 unit = unit_of_lane(first, i);
         const u32 sum = inclusive_sum(here[i]);
-        if (unit < units) st(counts(unit) + bin, total + sum - here[i]);
+        if (unit < num_units_) st(count_of(bin, unit), total + sum - here[i]);
         total += warp_shfl(sum, kWarpSize - 1);
       }
     }
@@ -266,109 +276,93 @@ class PlanKernel {
   JAX_EP_DEVICE void assign(i32 unit) {
     const Unit tile = tile_of(unit);
     const bool own = tile.source == rank_;
+    load_cursors(unit, own);
+    warp_sync();
     const auto bin_of = [this, own](i32 expert) {
-      return own || expert / num_local_ == rank_ ? row_bin(expert) : -1;
+      return own || here(expert) ? row_bin(expert) : -1;
     };
-    const i32 first_bin = by_rank() ? rank_bin(own ? 0 : rank_) : own ? 0 : rank_ * num_local_;
-    const i32 my_bins = by_rank() ? (own ? num_ranks_ : 1) : own ? num_bins_ : num_local_;
-    for (i32 i = static_cast<i32>(lane_id()); i < my_bins; i += kWarpSize) {
-      const i32 bin = first_bin + i;
-      const u32 start = by_rank() ? 0 : static_cast<u32>(memory_.start[bin]);
-      memory_.cursor[warp_id()][bin] = start + ld(counts(unit) + bin);
-    }
-    for (i32 first = tile.first; first < tile.last; first += kWarpSize) {
-      const i32 token = first + static_cast<i32>(lane_id());
-      const bool has_token = token < tile.last;
-      const u32 looks_after = mark(tile.source, token, has_token, bin_of);
-      if (has_token) {
-        const u32 selected = selections_of(tile.source, token, bin_of);
-        if (own) write_slots(token, selected);
-        by_rank() ? hold_by_rank(tile.source, token, selected)
-                  : hold_by_expert(tile.source, token, selected);
+    for_each_run(tile, [this, &tile, own, &bin_of](i32 first, i32 expert) {
+      const Taken taken = take(expert, bin_of);
+      u32 row = capacity_;
+      if (taken.bin >= 0) {
+        const u32 before = count_bits(taken.counted & lanes_below(first_lane_));
+        row = clip(u64{memory_.cursor[warp_id()][taken.bin]} + before);
       }
-      warp_sync();
-      advance(tile.source, token, looks_after, bin_of);
-    }
-  }
-
-  // The row of this lane's token in a bin; it may lie past the capacity.
-  JAX_EP_DEVICE u32 row_in(i32 bin) const {
-    const u32 tokens = memory_.selecting[warp_id()][bin];
-    return memory_.cursor[warp_id()][bin] + count_bits(tokens & lanes_below(lane_id()));
-  }
-
-  // The selections, as bits, that take part: they name an expert, and none before them the same.
-  template <typename BinOf>
-  JAX_EP_DEVICE u32 selections_of(i32 source, i32 token, const BinOf& bin_of) const {
-    const Ptr<i32> experts = routing(source, token);
-    u32 selected = 0;
-    for (i32 k = 0; k < num_topk_; ++k) {
-      const i32 expert = ld(experts + k);
-      if (!is_expert(expert) || bin_of(expert) < 0) continue;
-      bool repeats = false;
-      for (u32 before = selected; before != 0; before &= before - 1) {
-        repeats |= ld(experts + lowest_bit(before)) == expert;
+      warp_sync();  // all rows are read before a cursor moves
+      advance(taken);
+      const i32 token = first + lane_token_;
+      if (own && has_token(tile, first)) {
+        st(Ptr<i32>{params_.slot} + (i64{first} * num_topk_ + lane_id()), slot_of(row));
       }
-      selected |= static_cast<u32>(!repeats) << k;
-    }
-    return selected;
+      const bool is_here = taken.bin >= 0 && here(expert);
+      const i64 number = has_token(tile, first) ? i64{tile.source} * num_tokens_ + token : -1;
+      by_rank() ? hold_by_rank(number, is_here, row, expert) : hold_by_expert(number, is_here, row);
+    });
   }
 
-  JAX_EP_DEVICE void write_slots(i32 token, u32 selected) {
-    for (i32 k = 0; k < num_topk_; ++k) {
-      const bool is_selected = (selected >> k & 1) != 0;
-      const u32 row = is_selected ? row_in(row_bin(ld(routing(rank_, token) + k))) : capacity_;
-      st(Ptr<i32>{params_.slot} + (i64{token} * num_topk_ + k),
-         row < capacity_ ? static_cast<i32>(row) : -1);
+  // Where the rows of a tile begin in each bin in which its selections take part.
+  JAX_EP_DEVICE void load_cursors(i32 unit, bool own) {
+    constexpr i32 kAtOnce = 8;  // loads in flight
+    const i32 all = by_rank() ? num_ranks_ : shape_.num_experts;
+    const i32 mine = by_rank() ? 1 : num_local_;
+    const i32 first_bin = (by_rank() ? rank_bin(0) : 0) + (own ? 0 : rank_ * mine);
+    const i32 last_bin = first_bin + (own ? all : mine);
+    const auto bin_of = [first_bin](i32 base, i32 i) {
+      return first_bin + base + i * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
+    };
+    for (i32 base = 0; first_bin + base < last_bin; base += kAtOnce * static_cast<i32>(kWarpSize)) {
+      u32 before[kAtOnce];
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        before[i] = bin_of(base, i) < last_bin ? ld(count_of(bin_of(base, i), unit)) : 0;
+      }
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        const i32 bin = bin_of(base, i);
+        if (bin >= last_bin) continue;
+        const u32 start = by_rank() ? 0 : static_cast<u32>(memory_.start[bin]);
+        memory_.cursor[warp_id()][bin] = start + before[i];
+      }
     }
   }
 
-  // Those of a token's selections whose expert is one of this rank's.
-  JAX_EP_DEVICE u32 selections_here(i32 source, i32 token, u32 selected) const {
-    u32 here = 0;
-    for (u32 left = selected; left != 0; left &= left - 1) {
-      const i32 expert = ld(routing(source, token) + lowest_bit(left));
-      here |= static_cast<u32>(expert / num_local_ == rank_) << lowest_bit(left);
-    }
-    return here;
-  }
+  JAX_EP_DEVICE bool here(i32 expert) const { return expert / num_local_ == rank_; }
+  JAX_EP_DEVICE i32 slot_of(u32 row) const { return row < capacity_ ? static_cast<i32>(row) : -1; }
 
+  // All lanes. `number` is that of the lane's token among those of all ranks, -1 if it has none.
   // The rows of this rank that hold a token, in ascending order, which is that of the experts.
-  JAX_EP_DEVICE void hold_by_expert(i32 source, i32 token, u32 selected) {
+  JAX_EP_DEVICE void hold_by_expert(i64 number, bool is_here, u32 row) {
     const i32 most = max_rows_per_token(shape_.layout, num_topk_, num_local_);
-    const i64 number = i64{source} * num_tokens_ + token;
-    const Ptr<i32> experts = routing(source, token);
-    const Ptr<i32> held = Ptr<i32>{params_.source_slot} + number * most;
-    const u32 here = selections_here(source, token, selected);
-    i32 num_held = 0;
-    for (u32 left = here; left != 0; left &= left - 1) {
-      const i32 expert = ld(experts + lowest_bit(left));
-      const u32 row = row_in(expert);
-      if (row >= capacity_) continue;
-      i32 place = 0;
-      for (u32 others = here; others != 0; others &= others - 1) {
-        place += static_cast<i32>(ld(experts + lowest_bit(others)) < expert);
-      }
-      st(held + place, static_cast<i32>(row));
-      st(Ptr<i32>{params_.row_source} + row, static_cast<i32>(number));
-      ++num_held;
+    const bool is_held = is_here && row < capacity_;
+    const u32 held = warp_ballot(is_held) & token_lanes_;
+    u32 place = 0;
+    for (i32 k = 0; k < num_topk_; ++k) {
+      const u32 lane = (first_lane_ + static_cast<u32>(k)) % kWarpSize;
+      place += static_cast<u32>(warp_shfl(row, lane) < row && (held >> lane & 1) != 0);
     }
-    for (i32 place = num_held; place < most; ++place) st(held + place, -1);
+    if (number < 0) return;
+    const Ptr<i32> rows = Ptr<i32>{params_.source_slot} + number * most;
+    const auto k = static_cast<i32>(lane_id() - first_lane_);
+    if (is_held) {
+      st(rows + place, static_cast<i32>(row));
+      st(Ptr<i32>{params_.row_source} + row, static_cast<i32>(number));
+    }
+    if (k >= static_cast<i32>(count_bits(held)) && k < most) st(rows + k, -1);
   }
 
-  JAX_EP_DEVICE void hold_by_rank(i32 source, i32 token, u32 selected) {
-    const i64 number = i64{source} * num_tokens_ + token;
-    const u32 here = selections_here(source, token, selected);
-    const u32 row = here != 0 ? row_in(rank_bin(rank_)) : capacity_;
-    const bool is_held = row < capacity_;
-    st(Ptr<i32>{params_.source_slot} + number, is_held ? static_cast<i32>(row) : -1);
-    if (!is_held) return;
-    st(Ptr<i32>{params_.row_source} + row, static_cast<i32>(number));
-    for (i32 k = 0; k < num_topk_; ++k) {
-      const bool is_here = (here >> k & 1) != 0;
-      st(Ptr<i32>{params_.row_topk_idx} + (i64{row} * num_topk_ + k),
-         is_here ? ld(routing(source, token) + k) - rank_ * num_local_ : -1);
+  JAX_EP_DEVICE void hold_by_rank(i64 number, bool is_here, u32 row, i32 expert) {
+    const u32 holders = warp_ballot(is_here && row < capacity_) & token_lanes_;
+    const u32 row_of_token = warp_shfl(row, holders != 0 ? lowest_bit(holders) : lane_id());
+    if (number < 0) return;
+    const bool is_first = lane_id() == first_lane_;
+    if (is_first) {
+      st(Ptr<i32>{params_.source_slot} + number,
+         holders != 0 ? static_cast<i32>(row_of_token) : -1);
     }
+    if (holders == 0) return;
+    if (is_first) st(Ptr<i32>{params_.row_source} + row_of_token, static_cast<i32>(number));
+    st(Ptr<i32>{params_.row_topk_idx} + (i64{row_of_token} * num_topk_ + (lane_id() - first_lane_)),
+       is_here ? expert - rank_ * num_local_ : -1);
   }
 
   // --- what the rank reports -----------------------------------------------------------------
@@ -401,7 +395,7 @@ class PlanKernel {
   JAX_EP_DEVICE u32 rows_before(i32 source) const {
     if (num_tiles_ == 0) return 0;
     if (source == num_ranks_) return ld(totals() + rank_bin(rank_));
-    return ld(counts(source * num_tiles_) + rank_bin(rank_));
+    return ld(count_of(rank_bin(rank_), source * num_tiles_));
   }
 
   JAX_EP_DEVICE void clear_rows_without_token() {
@@ -433,11 +427,17 @@ class PlanKernel {
   const i32 num_tokens_;
   const i32 num_local_;
   const i32 num_bins_;
+  const u32 bin_bits_;  // of a bin's number plus 1
   const i32 tile_tokens_;
   const i32 num_tiles_;
+  const i32 num_units_;  // tiles of all sources
   const u32 capacity_;
   const i32 warp_;  // among all blocks
   const i32 num_warps_;
+  const i32 run_tokens_;
+  const i32 lane_token_;   // this lane's, in a run; there may be none
+  const u32 first_lane_;   // of that token
+  const u32 token_lanes_;  // as bits
 };
 
 }  // namespace jax_ep::dev

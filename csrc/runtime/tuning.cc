@@ -47,7 +47,7 @@ LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmB
                      .num_warps = 16,
                      .num_stages = 0};
   // A plan's tables, and the stages of dispatch, fill a block's shared memory.
-  if (op == OpKind::kPlan && num_plan_bins(shape) > kPlanFewBins) launch.num_warps = 6;
+  if (op == OpKind::kPlan && num_plan_bins(shape) > kPlanFewBins) launch.num_warps = 12;
   if (op == OpKind::kDispatch) {
     launch.num_warps = 14;
     launch.num_stages = 4;

@@ -140,20 +140,6 @@ uint32_t fetch_add(void* to, uint32_t value, MemoryScope scope, Location at) {
   return old;
 }
 
-uint32_t shared_or(void* to, uint32_t bits, Location at) {
-  Engine& e = *engine;
-  Thread& thread = e.step(at);
-  const uint64_t address = e.resolve(to, 4, 4, Reach::kShared);
-  const Stamp by = stamp_of(thread, Order::kRelaxed, MemoryScope::kGpu);
-  uint32_t old = 0;
-  const uint32_t replaced = e.memory.load_newest(address, &old, e.time);
-  e.check_memory(by);
-  Published own;
-  if (thread.has_fence) own = thread.fenced;
-  replace(e, address, old | bits, by, replaced, thread.has_fence ? &own : nullptr);
-  return old;
-}
-
 void fence(MemoryScope scope, Location at) {
   Thread& thread = engine->step(at);
   thread.view.join(thread.seen_near);

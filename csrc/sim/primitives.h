@@ -129,9 +129,6 @@ template <Scope kScope>
 u32 fetch_add_acq_rel(Ptr<u32> to, u32 value, Location at = Location::current()) {
   return sim::ops::fetch_add(to.raw, value, memory_scope(kScope), at);
 }
-inline u32 shared_or(Ptr<u32> to, u32 bits, Location at = Location::current()) {
-  return sim::ops::shared_or(to.raw, bits, at);
-}
 template <Scope kScope>
 void fence_acq_rel(Location at = Location::current()) {
   sim::ops::fence(memory_scope(kScope), at);

@@ -138,5 +138,23 @@ TEST(Chunks, CoverAllTokensWithFewEnoughFlags) {
   }
 }
 
+// Fewer tokens can make more tiles: 512 have 64, of 8 tokens, and 513 have 33.
+TEST(Tiles, OfSmallerBatchesFitToo) {
+  for (const int32_t ranks : {1, 3, 8, 64}) {
+    for (const int64_t max_tokens : {1, 8, 9, 513, 520, 1025, 4097}) {
+      HeapShape shape;
+      shape.num_ranks = ranks;
+      shape.num_experts = ranks;
+      shape.max_tokens = max_tokens;
+      const auto counts = static_cast<size_t>(Region::kCounts);
+      const int64_t words = make_heap_layout(shape).bytes[counts] / 4;
+      for (int64_t tokens = 0; tokens <= max_tokens; ++tokens) {
+        ASSERT_LE(int64_t{ranks} * num_tiles(tokens, ranks) * ranks, words)
+            << tokens << " of at most " << max_tokens << " tokens, " << ranks << " ranks";
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace jax_ep

@@ -53,7 +53,7 @@ TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
   EXPECT_EQ(dispatch.num_stages, 4);
   EXPECT_EQ(launch_shape(OpKind::kCombine, shape, kRowBytes, h200).num_warps, 16);
   shape.num_experts = 4096;
-  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 6);
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 12);
 }
 
 TEST(Tuning, ScalarsAloneAreLittleWork) {

@@ -26,7 +26,7 @@ _LETTERS = {
     "topk": "K",
     "layout.row_stride": "row_stride",
     "layout.scale_stride": "scale_stride",
-    "num_tiles(max_tokens, shape.num_ranks)": "tiles",
+    "max_num_tiles(max_tokens, shape.num_ranks)": "tiles",
 }
 
 
@@ -78,10 +78,20 @@ def chunk_tokens(num_tokens: int) -> int:
     return max(few, ceil_div(num_tokens, constants()["kMaxChunks"]))
 
 
+def most_tiles(num_ranks: int) -> int:
+    """Returns the most tiles of a source, however many tokens there are."""
+    return min(512 // num_ranks, constants()["kMaxTiles"])
+
+
 def tile_tokens(num_tokens: int, num_ranks: int) -> int:
     """Returns the tokens of a tile."""
-    tiles = min(512 // num_ranks, constants()["kMaxTiles"])
-    return max(align_up(ceil_div(num_tokens, tiles), 32), 32)
+    unit = constants()["kTileUnit"]
+    return max(align_up(ceil_div(num_tokens, most_tiles(num_ranks)), unit), unit)
+
+
+def max_num_tiles(max_tokens: int, num_ranks: int) -> int:
+    """Returns the most tiles of a source that has at most so many tokens."""
+    return min(ceil_div(max_tokens, constants()["kTileUnit"]), most_tiles(num_ranks))
 
 
 def regions() -> list[Region]:
@@ -122,7 +132,7 @@ def region_bytes(shape: HeapShape) -> dict[str, int]:
         "max_tokens": shape.max_tokens,
         "row_stride": align_up(shape.hidden * shape.element_bytes, 16),
         "scale_stride": scale_blocks if shape.fp8 else 0,
-        "tiles": ceil_div(shape.max_tokens, tile_tokens(shape.max_tokens, shape.num_ranks)),
+        "tiles": max_num_tiles(shape.max_tokens, shape.num_ranks),
         "bins": shape.num_experts,
     }
     return {region.name: _product(region.formula, values) for region in regions()}

@@ -178,27 +178,6 @@ TEST(Barriers, AShuffleOrdersNoMemory) {
            if (who.is(1)) receive();
          }});
 }
-TEST(Barriers, SharedOrThenBlockSync) {
-  expect(Outcome::kOrdered, [] { return seen.a != 15; }, {[](Who who) {
-           if (who.rank != 0 || who.block != 0) return;
-           LitmusShared& words = block_words();
-           if (who.thread == 0) words.words[0] = 0;
-           block_sync();
-           if (who.thread % 16 == 1) shared_or(first_word(words), 1u << (who.thread / 16));
-           block_sync();
-           if (who.thread == 9) seen.a = words.words[0];
-         }});
-}
-TEST(Barriers, SharedOrReadWithoutBlockSync) {
-  expect(Outcome::kRacy, [] { return seen.a != 3; }, {[](Who who) {
-           if (who.rank != 0 || who.block != 0) return;
-           LitmusShared& words = block_words();
-           if (who.thread == 0) words.words[0] = 0;
-           block_sync();
-           if (who.thread < 2) shared_or(first_word(words), 1u << who.thread);
-           if (who.thread == 9) seen.a = words.words[0];
-         }});
-}
 
 TEST(Words, EightByteRelaxedWordCarriesDataAndFlag) {
   const auto send = [] { st_relaxed<kSys>(as<u64>(word(1, 0)), (u64{7} << 32) | 1); };
