@@ -111,7 +111,10 @@ class GpuCase:
     @property
     def operations(self) -> tuple[str, ...]:
         """What there is to measure: on the FP8 wire only the dispatch is another kernel."""
-        return ("dispatch",) if self.wire_dtype else tuple(OPERATIONS)
+        if self.wire_dtype:
+            return ("dispatch",)
+        # With one token, what a chain takes by itself counts.
+        return (*OPERATIONS, "chain") if self.num_tokens == 1 else tuple(OPERATIONS)
 
     @property
     def has_baseline(self) -> bool:

@@ -47,13 +47,17 @@ def _not_before(last: Any, args: Any, shape: tuple[int, ...]) -> Any:
     return jax.tree.unflatten(tree, leaves)
 
 
-def chained(step: Step, shape: tuple[int, ...], length: int, unroll: int, args: Any) -> Any:
+# Turns in a loop's body: XLA makes CUDA graphs of a body's operations, and turns cost the host.
+_UNROLL = 10
+
+
+def chained(step: Step, shape: tuple[int, ...], length: int, args: Any) -> Any:
     """Runs `step(*args)` `length` times, one after another; its last result."""
 
     def turn(last: Any, _: None) -> tuple[Any, None]:
         return step(*_not_before(last, args, shape)), None
 
-    return jax.lax.scan(turn, step(*args), None, length=length - 1, unroll=unroll)[0]
+    return jax.lax.scan(turn, step(*args), None, length=length - 1, unroll=_UNROLL)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +65,13 @@ class Operation:
     """Something that is timed in a chain.
 
     Attributes:
-        step: of one rank; it returns some of the results.
+        step: of one rank; it returns some of the results. What XLA works out itself, and could
+            leave out, takes part in the first.
         arguments: of `step`, by their names in what `prepare` returns.
-        unroll: turns of the chain in a loop's body. XLA makes CUDA graphs of a body's operations,
-            and turns cost the host. But where XLA works out results itself, more than one would let
-            it leave out all but the last.
     """
 
     step: Step
     arguments: tuple[str, ...]
-    unroll: int = 10
 
 
 def operations(group: jax_ep.EpGroup) -> dict[str, Operation]:
@@ -89,16 +90,20 @@ def operations(group: jax_ep.EpGroup) -> dict[str, Operation]:
         _, weights_bar = vjp(rows_bar)
         return weights_bar
 
-    def combine_vjp(vjp: Callable[..., Any], out_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y_bar, weights_bar = vjp(out_bar)
-        return weights_bar, y_bar
+    def combine_vjp(vjp: Callable[..., Any], out_bar: jax.Array) -> jax.Array:
+        y_bar, weights_bar = jax.lax.optimization_barrier(vjp(out_bar))
+        return weights_bar.reshape(-1)[:1] + y_bar[0, :1].astype(weights_bar.dtype)
+
+    def chain(idx: jax.Array) -> jax.Array:
+        return idx
 
     return {
         "plan": Operation(plan, ("x", "idx", "w")),
         "dispatch": Operation(dispatch, ("x", "idx", "w")),
         "combine": Operation(combine, ("y", "handle", "row_weights")),
         "dispatch_vjp": Operation(dispatch_vjp, ("dispatch_vjp", "y", "row_weights")),
-        "combine_vjp": Operation(combine_vjp, ("combine_vjp", "x"), unroll=1),
+        "combine_vjp": Operation(combine_vjp, ("combine_vjp", "x")),
+        "chain": Operation(chain, ("idx",)),
     }
 
 
@@ -167,7 +172,7 @@ class _Exchange:
 
     def chained(self, op: Operation, length: int) -> Step:
         """`length` times an operation, on one rank."""
-        return lambda *args: chained(op.step, self.routing_shape, length, op.unroll, args)
+        return lambda *args: chained(op.step, self.routing_shape, length, args)
 
 
 @contextlib.contextmanager

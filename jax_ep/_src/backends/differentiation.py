@@ -133,12 +133,29 @@ def row_weights(
     return _where_held(row_source, weights)[:, None]
 
 
-# Rematerialized, so that the backward keeps the rows in their own dtype and not in float32.
+# Rematerialized, so that the backward keeps the rows in their own dtype and not in float32. What
+# goes in and comes out is in that dtype too, the cotangent included: XLA makes arrays of all that
+# crosses the border of what is rematerialized.
 @jax.checkpoint
-def _scaled_rows(factor: jax.Array, y: jax.Array, row_source: jax.Array) -> jax.Array:
-    """`factor * y` in float32; 0 for rows without a token, which may hold NaN."""
-    held = _where_held(jnp.broadcast_to(row_source[:, None], y.shape), y)
-    return factor * held.astype(jnp.float32)
+def _weighted_rows_tangent(
+    y: jax.Array,
+    weights: jax.Array,
+    y_dot: jax.Array | None,
+    weights_dot: jax.Array | None,
+    row_source: jax.Array,
+    row_topk_idx: jax.Array | None,
+) -> jax.Array:
+    """The tangent of `row_weights(weights) * y`; y counts as 0 in rows without a token."""
+    terms = []
+    if y_dot is not None:
+        factor = row_weights(weights, row_source, row_topk_idx)
+        terms.append(factor * y_dot.astype(jnp.float32))
+    if weights_dot is not None:
+        factor = row_weights(weights_dot, row_source, row_topk_idx)
+        # Rows without a token may hold NaN.
+        held = _where_held(jnp.broadcast_to(row_source[:, None], y.shape), y)
+        terms.append(factor * held.astype(jnp.float32))
+    return sum(terms[1:], terms[0]).astype(y.dtype)
 
 
 def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
@@ -149,19 +166,18 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
     group_rank, y, weights, row_scalars, topk_idx, slot, row_source = primals[:7]
     row_topk_idx, source_slot = primals[7:]
     y_dot, weights_dot, scalars_dot = tangents[1:4]
-    by_row = row_topk_idx if spec.layout == "rank" else None
     outputs = combine_p.bind(*primals, spec=spec)
     del row_scalars
     rows_dot = y_dot
-    if not is_absent(weights):
-        terms = []
-        if type(y_dot) is not ad.Zero:
-            factor = row_weights(weights, row_source, by_row)
-            terms.append(factor * y_dot.astype(jnp.float32))
-        if type(weights_dot) is not ad.Zero:
-            factor = row_weights(weights_dot, row_source, by_row)
-            terms.append(_scaled_rows(factor, y, row_source))
-        rows_dot = sum(terms[1:], terms[0]).astype(y.dtype) if terms else y_dot
+    if not is_absent(weights) and (type(y_dot), type(weights_dot)) != (ad.Zero, ad.Zero):
+        rows_dot = _weighted_rows_tangent(
+            y,
+            weights,
+            None if type(y_dot) is ad.Zero else y_dot,
+            None if type(weights_dot) is ad.Zero else weights_dot,
+            row_source,
+            row_topk_idx if spec.layout == "rank" else None,
+        )
 
     def linear(rows_dot: Any, scalars_dot: Any) -> Any:
         return combine_p.bind(
