@@ -194,10 +194,13 @@ def summary(found: Mapping[str, Any]) -> str:
         )
     if one:
         medians = {op: spread["median"] for op, spread in one["seconds"].items()}
-        met = "met" if max(medians.values()) <= GOAL_OVERHEAD_S else "missed"
+        chain = medians.pop("chain", 0.0)
+        worst = max(medians.values()) - chain
+        met = "met" if worst <= GOAL_OVERHEAD_S else "missed"
         lines.append(
-            f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing; the "
-            f"goal for that, {_us(GOAL_OVERHEAD_S)} for each operation, is {met}."
+            f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing, "
+            f"{_us(chain)} of it that of the chain itself; the goal for the rest, "
+            f"{_us(GOAL_OVERHEAD_S)} for each operation, is {met}."
         )
     if one and one.get("kernels"):
         lines.append(f"Of that, beyond the kernels alone: {_by_operation(overheads(one))}.")

@@ -102,14 +102,13 @@ enum class Region : int32_t {
   kArrived,       // u32 [R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
   kRouting,       // i32 [R, max_tokens, K]: topk_idx of every rank
   kScalars,       // f32 [R, max_tokens, K]: scalars that travel with rows
-  kScales,        // f32 [R, max_tokens, scale_stride]: of FP8 rows; only with the FP8 wire
-  kRows,          // bytes [R, max_tokens, row_stride]: rows on their way
+  kRows,          // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
   // From here on the rank's own.
   kControl,  // u32: see Control
   kCounts,   // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
   kTotals,   // u32 [bins]: selections per bin
 };
-inline constexpr int32_t kNumRegions = 9;
+inline constexpr int32_t kNumRegions = 8;
 inline constexpr int32_t kFirstOwnRegion = static_cast<int32_t>(Region::kControl);
 
 // Words of Region::kControl.
@@ -134,8 +133,7 @@ struct RegionInfo {
 struct HeapLayout {
   int64_t offset[kNumRegions];  // bytes
   int64_t bytes[kNumRegions];
-  int64_t row_stride;    // bytes from a staged row to the next, a multiple of 16
-  int64_t scale_stride;  // float32 from one row's scales to the next's, a multiple of 4
+  int64_t row_stride;  // bytes from a staged row to the next, a multiple of 16
   int64_t max_tokens;
   int64_t peer_bytes;   // the part that peers map
   int64_t total_bytes;  // of the heap
@@ -149,17 +147,15 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   const int64_t tokens = shape.max_tokens;
   const int64_t topk = shape.num_topk;
   const int64_t bins = num_bins(shape.layout, shape.num_experts, shape.num_ranks);
-  const bool fp8 = shape.wire == Wire::kFloat8E4M3;
   HeapLayout layout{};
+  // An FP8 row with its scales is never longer.
   layout.row_stride = align_up(shape.hidden * size_bytes(shape.dtype), 16);
-  layout.scale_stride = fp8 ? align_up(ceil_div(shape.hidden, kScaleBlock), 4) : 0;
   layout.max_tokens = tokens;
   const int64_t bytes[kNumRegions] = {
       4 * ranks,
       4 * ranks * kMaxChunks,
       4 * ranks * tokens * topk,
       4 * ranks * tokens * topk,
-      4 * ranks * tokens * layout.scale_stride,
       ranks * tokens * layout.row_stride,
       4 * int64_t{kNumControlWords},
       4 * ranks * max_num_tiles(tokens, shape.num_ranks) * bins,

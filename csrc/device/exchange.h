@@ -45,7 +45,7 @@ class Exchange {
   JAX_EP_DEVICE void signal_arrived(i32 flag) const {
     warp_sync();
     for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
-      // RELEASE(arrived): publishes the warp's rows, scalars, scales or routing of the chunk
+      // RELEASE(arrived): publishes the warp's rows, scalars or routing of the chunk
       // (ordered by the warp_sync above).
       st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), arrival_flag(epoch_, op_));
     }

@@ -44,10 +44,6 @@ JAX_EP_DEVICE Ptr<float> staged_scalars(
     const RankView& view, i32 holder, i32 source, i64 token, i32 num_topk) {
   return region<float>(view, holder, Region::kScalars) + staged(view, source, token) * num_topk;
 }
-JAX_EP_DEVICE Ptr<float> staged_scales(const RankView& view, i32 holder, i32 source, i64 token) {
-  return region<float>(view, holder, Region::kScales) +
-         staged(view, source, token) * view.layout.scale_stride;
-}
 JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 source, i64 token) {
   return region<std::byte>(view, holder, Region::kRows) +
          staged(view, source, token) * view.layout.row_stride;

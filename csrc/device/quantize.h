@@ -4,8 +4,10 @@
 #ifndef JAX_EP_CSRC_DEVICE_QUANTIZE_H_
 #define JAX_EP_CSRC_DEVICE_QUANTIZE_H_
 
+#include <type_traits>
+
 #include "csrc/device/convert.h"
-#include "csrc/device/segment_ring.h"
+#include "csrc/device/heap.h"
 
 namespace jax_ep::dev {
 
@@ -18,79 +20,101 @@ JAX_EP_DEVICE float largest_of_lanes(u32 magnitude) {
   return as_float(magnitude);
 }
 
-// Quantizes `channels` elements, a multiple of 16, in place. Lane b gets the scale of block b of
-// the segment. All lanes; the result may be bulk stored by any of them.
-template <typename Rows, typename Stages>
-JAX_EP_DEVICE float quantize_segment(Ptr<u32> stage, i32 channels) {
-  constexpr int kVectors = Stages::kSegmentBytes / 16 / 32;
-  constexpr int kPerVector = 4 * Rows::kPerWord;
-  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector;
+// A segment on the FP8 wire: a byte for each channel, then the scales of its blocks, filled up to a
+// multiple of four.
+JAX_EP_DEVICE u32 num_staged_scales(i32 channels) {
+  return static_cast<u32>(align_up(ceil_div(channels, kScaleBlock), 4));
+}
+JAX_EP_DEVICE Ptr<float> scales_in(Ptr<u32> stage, i32 channels) {
+  return as<float>(stage + channels / 4);
+}
+
+// All lanes: lane b puts down the scale of block b. Then the segment may be bulk stored by any of
+// them, as may what they stored before.
+JAX_EP_DEVICE void complete_segment(Ptr<u32> stage, i32 channels, float scale) {
+  if (lane_id() < num_staged_scales(channels)) st(scales_in(stage, channels) + lane_id(), scale);
+  fence_proxy_async();  // the copy engines see what the lanes wrote
+  warp_sync();
+}
+
+// How many elements of a row 16 bytes hold, in the rows' own dtype.
+template <typename Rows>
+inline constexpr int kPerVector = 4 * Rows::kPerWord;
+// What they are in FP8.
+template <typename Rows>
+using Fp8Vector = std::conditional_t<kPerVector<Rows> == 8, u64, u32>;
+
+// Quantizes `channels` elements, a multiple of 16, in place. All lanes.
+//
+// A loop that is not unrolled: each rank's process has a copy of the code, and ranks that share a
+// GPU share its instruction caches.
+template <typename Rows>
+JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 channels) {
+  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<Rows>;
   constexpr u32 kBlocksPerVector = kWarpSize / kLanesPerBlock;
   const u32 lane = lane_id();
-  const i32 num_vectors = channels / kPerVector;
-  Vec16 held[kVectors];
-  for (int i = 0; i < kVectors; ++i) {
-    const i32 v = static_cast<i32>(lane) + 32 * i;
-    held[i] = v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
-  }
-  warp_sync();  // everybody has read before anybody writes
+  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<Rows>;
+  const auto load = [stage, num_vectors](u32 v) {
+    return v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
+  };
+  Vec16 ahead = load(lane);
   float scale_of_lane = 0;
-  for (int i = 0; i < kVectors; ++i) {
+  JAX_EP_NO_UNROLL
+  for (u32 first = 0; first < num_vectors; first += kWarpSize) {
+    const u32 v = first + lane;
+    const Vec16 held = ahead;
+    ahead = load(v + kWarpSize);
+    warp_sync();  // what is overwritten has been read, for it does not lie behind what is read
     u32 largest = 0;
-    for (int w = 0; w < 4; ++w) largest = Rows::larger_magnitudes(held[i].word[w], largest);
+    for (int w = 0; w < 4; ++w) largest = Rows::larger_magnitudes(held.word[w], largest);
     const float scale =
         fp8_scale(largest_of_lanes<kLanesPerBlock>(Rows::largest_magnitude(largest)));
     const u32 block_lane = lane % kBlocksPerVector * kLanesPerBlock;
     const float block_scale = as_float(warp_shfl(as_bits(scale), block_lane));
-    if (lane / kBlocksPerVector == static_cast<u32>(i)) scale_of_lane = block_scale;
-    const i32 v = static_cast<i32>(lane) + 32 * i;
+    if (lane / kBlocksPerVector == first / kWarpSize) scale_of_lane = block_scale;
     if (v >= num_vectors) continue;
-    float values[kPerVector];
-    for (int w = 0; w < 4; ++w) Rows::unpack(held[i].word[w], values + w * Rows::kPerWord);
+    float values[kPerVector<Rows>];
+    for (int w = 0; w < 4; ++w) Rows::unpack(held.word[w], values + w * Rows::kPerWord);
     const Divider scaled(scale);
-    for (int w = 0; w < Rows::kPerWord; ++w) {
-      const float* const four = values + 4 * w;
-      const u32 low = to_fp8_pair(scaled(four[0]), scaled(four[1]));
-      const u32 high = to_fp8_pair(scaled(four[2]), scaled(four[3]));
-      st(stage + (v * Rows::kPerWord + w), low | high << 16);
+    Fp8Vector<Rows> out = 0;
+    for (int c = 0; c < kPerVector<Rows>; c += 2) {
+      const u32 pair = to_fp8_pair(scaled(values[c]), scaled(values[c + 1]));
+      out |= static_cast<Fp8Vector<Rows>>(pair) << 8 * c;
     }
+    st(as<Fp8Vector<Rows>>(stage) + v, out);
   }
-  fence_proxy_async();  // the copy engines see what the lanes wrote
-  warp_sync();
-  return scale_of_lane;
+  complete_segment(stage, channels, scale_of_lane);
 }
 
-// The inverse, in place. The stage also holds the scales of the segment's blocks.
-template <typename Rows, typename Stages>
+// The inverse, in place, from the end to the beginning.
+template <typename Rows>
 JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels) {
-  const Ptr<u32> scales = stage + Stages::kScalesAt;
-  constexpr int kChannels = Stages::kSegmentBytes / 4 * Rows::kPerWord;
-  constexpr int kVectors = (kChannels / 16 + 31) / 32;
-  const i32 num_vectors = channels / 16;
-  Vec16 held[kVectors];
-  float scale[kVectors] = {};
-  for (int i = 0; i < kVectors; ++i) {
-    const i32 v = static_cast<i32>(lane_id()) + 32 * i;
+  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<Rows>;
+  const u32 lane = lane_id();
+  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<Rows>;
+  const auto load = [stage, num_vectors](u32 v) {
+    return v < num_vectors ? ld(as<Fp8Vector<Rows>>(stage) + v) : 0;
+  };
+  const float scale_of_lane =
+      lane < num_staged_scales(channels) ? ld(scales_in(stage, channels) + lane) : 0.0F;
+  auto end = static_cast<u32>(align_up(num_vectors, kWarpSize));
+  Fp8Vector<Rows> ahead = load(end - kWarpSize + lane);
+  JAX_EP_NO_UNROLL
+  for (; end > 0; end -= kWarpSize) {
+    const u32 v = end - kWarpSize + lane;
+    const Fp8Vector<Rows> held = ahead;
+    if (end > kWarpSize) ahead = load(v - kWarpSize);
+    const float scale = as_float(warp_shfl(as_bits(scale_of_lane), v / kLanesPerBlock % kWarpSize));
+    warp_sync();  // what is overwritten has been read, for it does not lie before what is read
     if (v >= num_vectors) continue;
-    held[i] = ld(as<Vec16>(stage) + v);
-    scale[i] = as_float(ld(scales + v * 16 / kScaleBlock));
-  }
-  warp_sync();
-  for (int i = 0; i < kVectors; ++i) {
-    const i32 v = static_cast<i32>(lane_id()) + 32 * i;
-    if (v >= num_vectors) continue;
-    float values[16];
-    for (int pair = 0; pair < 8; ++pair) {
-      from_fp8_pair(held[i].word[pair / 2] >> pair % 2 * 16 & 0xFFFF, values + 2 * pair);
+    float values[kPerVector<Rows>];
+    for (int c = 0; c < kPerVector<Rows>; c += 2) {
+      from_fp8_pair(static_cast<u32>(held >> 8 * c) & 0xFFFF, values + c);
     }
-    for (float& value : values) value *= scale[i];
-    for (int part = 0; part < 4 / Rows::kPerWord; ++part) {
-      Vec16 out;
-      for (int w = 0; w < 4; ++w) {
-        out.word[w] = Rows::pack(values + (part * 4 + w) * Rows::kPerWord);
-      }
-      st(as<Vec16>(stage) + (v * (4 / Rows::kPerWord) + part), out);
-    }
+    for (float& value : values) value *= scale;
+    Vec16 out;
+    for (int w = 0; w < 4; ++w) out.word[w] = Rows::pack(values + w * Rows::kPerWord);
+    st(as<Vec16>(stage) + v, out);
   }
   fence_proxy_async();
   warp_sync();

@@ -15,19 +15,14 @@ struct SegmentStages {
   static constexpr int kSegmentBytes = kBytes;
   static_assert(kStages >= 2 && kSegmentBytes % 512 == 0);
 
-  // Where a stage keeps the scales of an FP8 segment: that fills half of it at most.
-  static constexpr int kScalesAt = kSegmentBytes / 2 / 4;
-
   alignas(128) Shared<u32> stage[kStages][kSegmentBytes / 4];
   Mbar loaded[kStages];
 };
 
-// What is loaded into a stage, in multiples of 16 bytes.
+// What is loaded into a stage.
 struct SegmentSource {
-  Ptr<const std::byte> row;
-  u32 row_bytes;
-  Ptr<const std::byte> scales = {};
-  u32 scale_bytes = 0;
+  Ptr<const std::byte> from;
+  u32 bytes;
 };
 
 template <typename Stages>
@@ -53,13 +48,9 @@ class SegmentRing {
     warp_sync();
     const u32 stage = loads_ % Stages::kStages;
     if (lane_id() == 0) {
-      Mbar* const loaded = &stages_.loaded[stage];
-      auto& words = stages_.stage[stage];
-      mbar_arrive_expect(loaded, source.row_bytes + source.scale_bytes);
-      bulk_load(address_of(words[0]), source.row, source.row_bytes, loaded);
-      if (source.scale_bytes != 0) {
-        bulk_load(address_of(words[Stages::kScalesAt]), source.scales, source.scale_bytes, loaded);
-      }
+      mbar_arrive_expect(&stages_.loaded[stage], source.bytes);
+      bulk_load(
+          address_of(stages_.stage[stage][0]), source.from, source.bytes, &stages_.loaded[stage]);
     }
     ++loads_;
   }

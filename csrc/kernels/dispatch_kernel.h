@@ -43,7 +43,7 @@ class DispatchKernel {
         bulk_(hidden_ * least(least(x_bytes_, wire_bytes_), rows_bytes_) % 16 == 0),
         segments_(hidden_,
                   Tile::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
-                  // Rows, and scales where there are any, are loaded 16 bytes at a time.
+                  // Rows, and the scales behind them, are copied 16 bytes at a time.
                   params.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
                                                    : 16 / static_cast<i32>(sizeof(Element))),
         num_blocks_(ceil_div(hidden_, kScaleBlock)),
@@ -153,34 +153,27 @@ class DispatchKernel {
                                   Ptr<u32> stage) {
     const i32 channels = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
-    if (fp8_wire()) {
-      const auto blocks = static_cast<i32>(ceil_div(channels, kScaleBlock));
-      const i64 first_block = first / kScaleBlock;
-      float scale = 0;
-      if (quantizes()) {
-        scale = quantize_segment<Rows, typename Tile::Stages>(stage, channels);
-      } else if (static_cast<i32>(lane_id()) < blocks) {
-        scale = ld(Ptr<const float>{params_.x_scales} +
-                   (token * num_blocks_ + first_block + lane_id()));
-      }
-      send_scales(selections, token, first_block, blocks, scale);
+    if (quantizes()) {
+      quantize_segment<Rows>(stage, channels);
+    } else if (fp8_wire()) {
+      const i64 block = first / kScaleBlock + lane_id();
+      const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < channels;
+      const auto scales = Ptr<const float>{params_.x_scales} + token * num_blocks_;
+      complete_segment(stage, channels, is_block ? ld(scales + block) : 0.0F);
     }
     if (!selections.leads() || selections.dest() == stays_) return;
-    bulk_store(staged_row(exchange_.view(), selections.dest(), rank_, token) + first * wire_bytes_,
+    bulk_store(staged_row(exchange_.view(), selections.dest(), rank_, token) + staged_at(first),
                stage,
-               static_cast<u32>(channels * wire_bytes_));
+               staged_bytes(channels));
   }
 
-  // Lane b holds the scale of block `first_block + b`. What is loaded with the last is sent too.
-  JAX_EP_DEVICE void send_scales(
-      const Selections& selections, i64 token, i64 first_block, i32 blocks, float scale) {
-    u32 leaders = warp_ballot(selections.leads());
-    for (; leaders != 0; leaders &= leaders - 1) {
-      const auto dest =
-          static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
-      if (static_cast<i32>(lane_id()) >= align_up(blocks, 4)) continue;
-      st(staged_scales(exchange_.view(), dest, rank_, token) + (first_block + lane_id()), scale);
-    }
+  // Where a segment lies in a staged row, and how long it is.
+  JAX_EP_DEVICE i64 staged_at(i64 first) const {
+    return first * wire_bytes_ + (fp8_wire() ? first / kScaleBlock * 4 : 0);
+  }
+  JAX_EP_DEVICE u32 staged_bytes(i32 channels) const {
+    return static_cast<u32>(channels * wire_bytes_) +
+           (fp8_wire() ? 4 * num_staged_scales(channels) : 0);
   }
 
   JAX_EP_DEVICE void send_scalars(const Selections& selections, i64 token) {
@@ -214,11 +207,10 @@ class DispatchKernel {
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
       const Ptr<std::byte> to = staged_row(exchange_.view(), dest, rank_, token);
       if (quantizes()) {
-        quantize_elements(token, to, staged_scales(exchange_.view(), dest, rank_, token));
+        quantize_elements(token, to);
       } else if (fp8_wire()) {
         copy_elements(as<u8>(to), as<const u8>(x_row(token)));
-        copy_scales(staged_scales(exchange_.view(), dest, rank_, token),
-                    Ptr<const float>{params_.x_scales} + token * num_blocks_);
+        copy_scales(scales_behind(to), Ptr<const float>{params_.x_scales} + token * num_blocks_);
       } else {
         copy_elements(as<Element>(to), as<const Element>(x_row(token)));
       }
@@ -233,7 +225,13 @@ class DispatchKernel {
     for (i64 i = lane_id(); i < num_blocks_; i += kWarpSize) st(to + i, ld(from + i));
   }
 
-  JAX_EP_DEVICE void quantize_elements(i64 token, Ptr<std::byte> to, Ptr<float> scales) const {
+  // Rows that are copied element by element have all their scales at the end.
+  template <typename Byte>
+  JAX_EP_DEVICE Ptr<float> scales_behind(Ptr<Byte> row) const {
+    return {as<float>(Ptr<std::byte>{const_cast<std::byte*>(row.raw)} + align_up(hidden_, 4))};
+  }
+
+  JAX_EP_DEVICE void quantize_elements(i64 token, Ptr<std::byte> to) const {
     for (i64 block = 0; block < num_blocks_; ++block) {
       const BlockOfElements<Rows> elements(as<const Element>(x_row(token)), block, hidden_);
       const Divider scaled(elements.scale);
@@ -242,7 +240,7 @@ class DispatchKernel {
         if (channel >= hidden_) continue;
         st(as<u8>(to) + channel, to_fp8(scaled(elements.value[i])));
       }
-      if (lane_id() == 0) st(scales + block, elements.scale);
+      if (lane_id() == 0) st(scales_behind(to) + block, elements.scale);
     }
   }
 
@@ -294,24 +292,13 @@ class DispatchKernel {
     return {row.raw};
   }
 
-  JAX_EP_DEVICE Ptr<float> arrived_scales(i32 source, i64 token) const {
-    return staged_scales(exchange_.view(), rank_, source, token);
-  }
-
   JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
     const auto needed = [this, source](i64 token) {
       return warp_ballot(row_of_lane(source, token) >= 0) != 0;
     };
     const auto source_of = [this, source](i64 token, i32 segment) {
-      const i64 first = segments_.first(segment);
-      const i32 channels = segments_.size(segment, hidden_);
-      SegmentSource from{arrived_row(source, token) + first * wire_bytes_,
-                         static_cast<u32>(channels * wire_bytes_)};
-      if (restores()) {
-        from.scales = as<const std::byte>(arrived_scales(source, token) + first / kScaleBlock);
-        from.scale_bytes = static_cast<u32>(4 * align_up(ceil_div(channels, kScaleBlock), 4));
-      }
-      return from;
+      return SegmentSource{arrived_row(source, token) + staged_at(segments_.first(segment)),
+                           staged_bytes(segments_.size(segment, hidden_))};
     };
     stream_segments(ring_,
                     first,
@@ -323,21 +310,18 @@ class DispatchKernel {
                     [this, source](i64 token, i32 segment, Ptr<u32> stage) {
                       const i32 row = row_of_lane(source, token);
                       if (segment == 0) expand_scalars(source, token, row);
-                      expand_segment(source, token, row, segment, stage);
+                      expand_segment(row, segment, stage);
                     });
   }
 
-  JAX_EP_DEVICE void expand_segment(i32 source, i64 token, i32 row, i32 segment, Ptr<u32> stage) {
+  JAX_EP_DEVICE void expand_segment(i32 row, i32 segment, Ptr<u32> stage) {
     const i32 channels = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
     if (restores()) {
-      restore_segment<Rows, typename Tile::Stages>(stage, channels);
+      restore_segment<Rows>(stage, channels);
     } else if (fp8_wire()) {
-      const i64 first_block = first / kScaleBlock;
-      expand_scales(arrived_scales(source, token) + first_block,
-                    first_block,
-                    ceil_div(channels, kScaleBlock),
-                    row);
+      expand_scales(
+          scales_in(stage, channels), first / kScaleBlock, ceil_div(channels, kScaleBlock), row);
     }
     if (row < 0) return;
     bulk_store(out_row(row) + first * rows_bytes_, stage, static_cast<u32>(channels * rows_bytes_));
@@ -370,7 +354,7 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
     const Ptr<const std::byte> from = arrived_row(source, token);
-    const Ptr<float> scales = arrived_scales(source, token);
+    const Ptr<float> scales = scales_behind(from);
     u32 holders = warp_ballot(row >= 0);
     for (; holders != 0; holders &= holders - 1) {
       const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), lowest_bit(holders)));

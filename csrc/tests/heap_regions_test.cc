@@ -83,9 +83,18 @@ TEST(HeapRegions, RowsAreAlignedForBulkCopies) {
     const HeapLayout layout = make_heap_layout(shape);
     EXPECT_EQ(layout.row_stride % 16, 0);
     EXPECT_GE(layout.row_stride, shape.hidden * size_bytes(shape.dtype));
-    EXPECT_EQ(layout.scale_stride % 4, 0);
-    const int64_t scales = shape.wire == Wire::kSame ? 0 : ceil_div(shape.hidden, kScaleBlock);
-    EXPECT_GE(layout.scale_stride, scales);
+  }
+}
+
+// In multiples of 16 channels, segments of 512 with four scales each; or all scales at the end.
+TEST(HeapRegions, RowsHaveRoomForFp8AndScales) {
+  for (int64_t hidden = 1; hidden <= 2000; ++hidden) {
+    const HeapLayout layout =
+        make_heap_layout({.hidden = hidden, .dtype = DType::kBFloat16, .wire = Wire::kFloat8E4M3});
+    const int64_t scales = 4 * ceil_div(hidden, kScaleBlock);
+    EXPECT_GE(layout.row_stride,
+              hidden % 16 == 0 ? hidden + align_up(scales, 16) : align_up(hidden, 4) + scales)
+        << hidden;
   }
 }
 

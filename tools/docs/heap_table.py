@@ -25,7 +25,6 @@ _LETTERS = {
     "tokens": "max_tokens",
     "topk": "K",
     "layout.row_stride": "row_stride",
-    "layout.scale_stride": "scale_stride",
     "max_num_tiles(max_tokens, shape.num_ranks)": "tiles",
 }
 
@@ -40,10 +39,9 @@ class HeapShape:
     max_tokens: int
     hidden: int
     element_bytes: int
-    fp8: bool
 
 
-EXAMPLE = HeapShape(8, 256, 8, 4096, 7168, 2, fp8=False)
+EXAMPLE = HeapShape(8, 256, 8, 4096, 7168, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +123,11 @@ def _letters(formula: str) -> str:
 
 def region_bytes(shape: HeapShape) -> dict[str, int]:
     """Returns the bytes of each region by name."""
-    scale_blocks = align_up(ceil_div(shape.hidden, 128), 4)
     values = {
         "R": shape.num_ranks,
         "K": shape.num_topk,
         "max_tokens": shape.max_tokens,
         "row_stride": align_up(shape.hidden * shape.element_bytes, 16),
-        "scale_stride": scale_blocks if shape.fp8 else 0,
         "tiles": max_num_tiles(shape.max_tokens, shape.num_ranks),
         "bins": shape.num_experts,
     }
@@ -152,8 +148,7 @@ def heap_bytes(shape: HeapShape) -> int:
 
 def text() -> str:
     """Returns the table."""
-    plain = region_bytes(EXAMPLE)
-    fp8 = region_bytes(dataclasses.replace(EXAMPLE, fp8=True))
+    example = region_bytes(EXAMPLE)
     own = False
     rows = []
     for region in regions():
@@ -164,13 +159,11 @@ def text() -> str:
                 "the rank alone" if own else "peers too",
                 f"{region.shape}: {region.holds}",
                 f"`{region.formula}`",
-                f"{plain[region.name]:,}",
-                f"{fp8[region.name]:,}",
+                f"{example[region.name]:,}",
             )
         )
-    totals = (heap_bytes(EXAMPLE), heap_bytes(dataclasses.replace(EXAMPLE, fp8=True)))
-    rows.append(("the heap", "", "", "", *(f"{total:,}" for total in totals)))
-    header = ("region", "used by", "what it holds", "bytes", "example", "example, FP8 wire")
+    rows.append(("the heap", "", "", "", f"{heap_bytes(EXAMPLE):,}"))
+    header = ("region", "used by", "what it holds", "bytes", "example")
     return marked_part.table(header, rows)
 
 
