@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forwards to the rule built into Bazel."""
+
+# buildifier: disable=native-py
+py_library = native.py_library
