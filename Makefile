@@ -17,6 +17,11 @@ WERROR ?= OFF
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CONSTRAINTS := tools/constraints.txt
+# From npm, which is where it is to be had; pinned, as formatters are.
+BUILDIFIER := $(VENV)/buildifier/node_modules/.bin/buildifier
+BUILDIFIER_PACKAGE := @bazel/buildifier@8.2.1
+BAZEL_FILES = $(shell find . \( -path './.*' -o -path ./build -o -path ./dist \) -prune -o \
+  \( -name '*.bazel' -o -name '*.bzl' -o -name 'WORKSPACE*' \) -type f -print)
 CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # What the compiled module is built from.
 NATIVE := pyproject.toml CMakeLists.txt \
@@ -29,8 +34,8 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-python sim soak bench cuda gpu lint lint-python lint-cpp \
-  lint-types lint-layers lint-spelling lint-project format wheel clean
+.PHONY: help train test test-cpp test-python sim soak bench cuda gpu bazel lint lint-python lint-cpp \
+  lint-types lint-layers lint-spelling lint-project lint-bazel format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -112,7 +117,26 @@ cuda: $(READY) ## Compile all CUDA kernels (needs nvcc, no GPU) and print their 
 gpu: ## Test on this machine's GPU, eight ranks as processes (PIECE="problems soak", SOAK=100000)
 	JAX_EP_SOAK=$(SOAK) $(PYTHON) tests/gpu/run.py $(PIECE)
 
-lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project ## Check the sources
+# Without jax_ep in it, so that what Bazel builds is what is imported.
+BAZEL_PYTHON ?= $(VENV)/bazel/bin/python
+# With startup options, if need be.
+BAZEL ?= bazel
+BAZEL_TEST = PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL) test --jobs=$(JOBS)
+
+bazel: $(BAZEL_PYTHON) ## Build and test with Bazel, and a monorepo that uses jax_ep (docs/bazel.md)
+	@command -v $(firstword $(BAZEL)) >/dev/null || { echo 'jax_ep: there is no Bazel. Debian:' \
+	  'apt-get install bazel-bootstrap bazel-platforms bazel-rules-java bazel-rules-proto' >&2; exit 1; }
+	$(BAZEL_TEST) $(ARGS) //...
+	PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL_PYTHON) tools/bazel/check_layers.py $(BAZEL)
+	cd tests/bazel_consumer && $(BAZEL_TEST) --@jax_ep//:cuda=false //...
+
+$(VENV)/bazel/bin/python:
+	@echo '==> $(VENV)/bazel: a virtual environment with what tests need, without jax_ep'
+	@$(PYTHON) -m venv $(VENV)/bazel
+	@$(PYTHON) tools/requirements.py test | $@ -m pip --disable-pip-version-check -qq install \
+	  -c $(CONSTRAINTS) nanobind -r /dev/stdin
+
+lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project lint-bazel ## Check the sources
 
 lint-python: $(INSTALLED)-dev
 	$(BIN)/ruff check
@@ -136,10 +160,24 @@ lint-project: $(READY)
 	$(BIN)/python tools/lint/check_memory_order.py
 	$(BIN)/python tools/lint/check_size.py
 
+lint-bazel:
+	@if command -v npm >/dev/null; then \
+	  set -e; \
+	  [ -x $(BUILDIFIER) ] || npm install --silent --prefix $(VENV)/buildifier $(BUILDIFIER_PACKAGE); \
+	  echo '$(BUILDIFIER) -mode=check -lint=warn (Bazel files)'; \
+	  $(BUILDIFIER) -mode=check -lint=warn $(BAZEL_FILES); \
+	else \
+	  echo '################################################################################'; \
+	  echo '# SKIPPED: the check of Bazel files. buildifier comes from npm, which was not found.'; \
+	  echo '# Debian, Ubuntu: apt-get install npm'; \
+	  echo '################################################################################'; \
+	fi
+
 format: $(INSTALLED)-dev ## Format all sources, and mend what ruff can
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
 	@$(BIN)/clang-format -i $(CPP_FILES)
+	@[ ! -x $(BUILDIFIER) ] || $(BUILDIFIER) $(BAZEL_FILES)
 
 wheel: $(READY) ## Build a wheel for this Python into dist/
 	$(PIP) wheel --no-deps --wheel-dir dist .
