@@ -95,7 +95,8 @@ def operations(group: jax_ep.EpGroup) -> dict[str, Operation]:
         return weights_bar.reshape(-1)[:1] + y_bar[0, :1].astype(weights_bar.dtype)
 
     def chain(idx: jax.Array) -> jax.Array:
-        return idx
+        # Or XLA would make one kernel of several turns.
+        return jax.lax.optimization_barrier(idx)
 
     return {
         "plan": Operation(plan, ("x", "idx", "w")),

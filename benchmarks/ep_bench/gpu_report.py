@@ -197,10 +197,11 @@ def summary(found: Mapping[str, Any]) -> str:
         chain = medians.pop("chain", 0.0)
         worst = max(medians.values()) - chain
         met = "met" if worst <= GOAL_OVERHEAD_S else "missed"
+        what = f", {_us(chain)} of it that of the chain itself; the goal for the rest"
         lines.append(
-            f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing, "
-            f"{_us(chain)} of it that of the chain itself; the goal for the rest, "
-            f"{_us(GOAL_OVERHEAD_S)} for each operation, is {met}."
+            f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing"
+            f"{what if chain else '; the goal for that'}, {_us(GOAL_OVERHEAD_S)} for each "
+            f"operation, is {met}."
         )
     if one and one.get("kernels"):
         lines.append(f"Of that, beyond the kernels alone: {_by_operation(overheads(one))}.")

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "csrc/core/float_formats.h"
 
@@ -70,6 +71,20 @@ std::string first_of(std::initializer_list<std::string> errors) {
     if (!error.empty()) return error;
   }
   return {};
+}
+
+// A plan takes much as -1: here are experts that do not exist, and repetitions of an earlier
+// selection of the token. The CPU backend, which refuses both, has the -1.
+std::vector<int32_t> with_bad_experts(std::vector<int32_t> topk_idx, const EpShape& shape) {
+  const int32_t bad[] = {-1, shape.num_experts, -7, std::numeric_limits<int32_t>::max()};
+  for (size_t i = 0; i < topk_idx.size(); ++i) {
+    if (topk_idx[i] != -1) continue;
+    const size_t k = i % as_size(shape.num_topk);
+    const auto earlier = topk_idx.begin() + static_cast<int64_t>(i - k);
+    const int32_t last = k > 0 ? earlier[static_cast<int64_t>(i * 7 % k)] : -1;
+    topk_idx[i] = i % 2 == 0 && last >= 0 ? last : bad[i / 2 % 4];
+  }
+  return topk_idx;
 }
 
 }  // namespace
@@ -156,7 +171,7 @@ void RankArrays::upload(DeviceMemory& memory) const {
     put(to, fill.data(), bytes);
   };
   put(group_rank_on_device_, group_rank, sizeof group_rank);
-  put_all(topk_idx_, mine.topk_idx);
+  put_all(topk_idx_, with_bad_experts(mine.topk_idx, options().shape));
   put_all(x_on_device_, x_);
   put_all(x_scales_on_device_, x_scales_);
   put_all(token_scalars_, mine.token_scalars);
