@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from ep_bench import report, timing
 from ep_bench.cases import NUM_RANKS, Case

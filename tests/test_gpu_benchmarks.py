@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from ep_bench import gpu_bytes, gpu_kernels, gpu_plot, gpu_report
 from ep_bench.gpu_cases import FP8, OPERATIONS, SIZES, GpuCase, Rows, all_cases, some_cases

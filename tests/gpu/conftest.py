@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests that need a GPU: skipped unless `make gpu` runs them."""
+"""The tests that need a GPU: skipped unless `make gpu` or `make nvlink` runs them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from gpu.mps import MpsDaemon
+from gpu.placement import Placement, count_gpus
 from gpu.ranks import Case, RankRun, run_ranks
 
 
@@ -18,8 +19,17 @@ def only_by_make_gpu() -> None:
 
 
 @pytest.fixture(scope="session")
-def mps() -> Iterator[MpsDaemon]:
-    """A running daemon, which is stopped in any case."""
+def placement() -> Placement:
+    """Of the ranks of all tests."""
+    return Placement.chosen()
+
+
+@pytest.fixture(scope="session")
+def mps(placement) -> Iterator[MpsDaemon | None]:
+    """A running daemon, which is stopped in any case; None where ranks share no GPU."""
+    if placement is not Placement.SHARED:
+        yield None
+        return
     daemon = MpsDaemon()
     try:
         daemon.start()
@@ -29,23 +39,32 @@ def mps() -> Iterator[MpsDaemon]:
 
 
 @pytest.fixture
-def on_ranks(mps, tmp_path_factory) -> Iterator[Callable[..., list[RankRun]]]:
-    """`run_ranks` under MPS, in a folder of its own; starts the daemon anew after a failure."""
+def on_ranks(mps, placement, tmp_path_factory) -> Iterator[Callable[..., list[RankRun]]]:
+    """`run_ranks` in a folder of its own; after a failure MPS, if it is used, starts anew.
+
+    Skips the test where there are fewer GPUs than it needs.
+    """
     is_dirty = False
 
-    def run(cases: list[Case], *, environment: dict[str, str] | None = None, **kwargs):
+    def run(
+        cases: list[Case], *, num_ranks: int, environment: dict[str, str] | None = None, **kwargs
+    ):
         nonlocal is_dirty
+        if mps is None and num_ranks > count_gpus():
+            pytest.skip(f"{num_ranks} ranks on GPUs of their own: there are {count_gpus()} GPUs")
         is_dirty = True
         runs = run_ranks(
             cases,
+            num_ranks=num_ranks,
+            placement=placement,
             folder=tmp_path_factory.mktemp("ranks"),
-            environment=mps.environment | (environment or {}),
+            environment=(mps.environment if mps else {}) | (environment or {}),
             **kwargs,
         )
         is_dirty = any(run.exit_code for run in runs)
         return runs
 
     yield run
-    if is_dirty:
+    if is_dirty and mps:
         print(mps.log())
         mps.restart()

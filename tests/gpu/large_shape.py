@@ -20,13 +20,13 @@ from gpu.rank_programs import place
 from jax_ep import reference
 from programs import over_ranks
 
-RANKS, TOKENS, HIDDEN, TOPK, EXPERTS = 8, 4096, 7168, 8, 256
+TOKENS, HIDDEN, TOPK, EXPERTS = 4096, 7168, 8, 256
 # The first and the last 128: whole blocks of the FP8 wire.
 _COLUMNS = np.r_[:128, HIDDEN - 128 : HIDDEN]
 _EVERY = 16  # token that the oracle sums up
 
 
-def config(layout: str, wire_dtype: str | None) -> jax_ep.EpConfig:
+def config(num_ranks: int, layout: str, wire_dtype: str | None) -> jax_ep.EpConfig:
     """Of the layer; a quarter more rows than even routing needs in layout "expert"."""
     base = jax_ep.EpConfig(
         num_experts=EXPERTS,
@@ -36,13 +36,13 @@ def config(layout: str, wire_dtype: str | None) -> jax_ep.EpConfig:
         wire_dtype=wire_dtype,
         layout=layout,
     )
-    return base.with_capacity_factor(1.25, num_ranks=RANKS) if layout == "expert" else base
+    return base.with_capacity_factor(1.25, num_ranks=num_ranks) if layout == "expert" else base
 
 
-def routing() -> tuple[np.ndarray, np.ndarray]:
+def routing(num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """`topk_idx` and `topk_weights`, `[R, T, K]`."""
     rng = np.random.default_rng(0)
-    scores = rng.random((RANKS, TOKENS, EXPERTS), np.float32)
+    scores = rng.random((num_ranks, TOKENS, EXPERTS), np.float32)
     idx = np.argpartition(scores, TOPK, axis=-1)[..., :TOPK].astype(np.int32)
     return idx, rng.uniform(0.05, 1.0, idx.shape).astype(np.float32)
 
@@ -57,7 +57,8 @@ def _payload(number: Any, column: Any, xp: Any) -> Any:
 
 def run(mesh: Mesh, layout: str, wire_dtype: str | None) -> dict[str, Any]:
     """An exchange: how many elements of rows are wrong (without FP8), and parts of the results."""
-    with jax_ep.EpGroup(mesh, "expert", config(layout, wire_dtype), backend="ffi") as group:
+    shape = config(mesh.size, layout, wire_dtype)
+    with jax_ep.EpGroup(mesh, "expert", shape, backend="ffi") as group:
 
         def on_rank(idx, w):
             rank = jax.lax.axis_index("expert").astype(jnp.uint32)
@@ -78,14 +79,15 @@ def run(mesh: Mesh, layout: str, wire_dtype: str | None) -> dict[str, Any]:
                 "out": out[::_EVERY, _COLUMNS],
             }
 
-        return over_ranks(group, on_rank)(*place(mesh, *routing()))
+        return over_ranks(group, on_rank)(*place(mesh, *routing(mesh.size)))
 
 
 def check(got: dict[str, np.ndarray], layout: str, wire_dtype: str | None) -> None:
     """Compares all ranks' results with the oracle's."""
-    idx, weights = routing()
-    number = np.arange(RANKS * TOKENS, dtype=np.uint32)
-    x = _payload(number, _COLUMNS.astype(np.uint32), np).reshape(RANKS, TOKENS, -1)
+    num_ranks = len(got["wrong"])
+    idx, weights = routing(num_ranks)
+    number = np.arange(num_ranks * TOKENS, dtype=np.uint32)
+    x = _payload(number, _COLUMNS.astype(np.uint32), np).reshape(num_ranks, TOKENS, -1)
     want = reference.dispatch(
         x,
         idx,
@@ -93,7 +95,7 @@ def check(got: dict[str, np.ndarray], layout: str, wire_dtype: str | None) -> No
         num_experts=EXPERTS,
         max_tokens_per_rank=TOKENS,
         layout=layout,
-        recv_capacity=config(layout, wire_dtype).recv_capacity,
+        recv_capacity=config(num_ranks, layout, wire_dtype).recv_capacity,
         dtype=ml_dtypes.bfloat16,
         wire_dtype=wire_dtype,
     )

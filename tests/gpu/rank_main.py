@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process of one rank: `python -m gpu.rank_main FOLDER ADDRESS NUM_RANKS RANK`.
+"""A process with ranks: `python -m gpu.rank_main FOLDER ADDRESS NUM_RANKS PLACEMENT PROCESS`.
 
 Started by `ranks.run_ranks`.
 """
 
 import faulthandler
+import functools
 import logging
 import os
 import pathlib
@@ -18,23 +19,44 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from gpu.placement import Placement
 from gpu.ranks import Case, Outcome
 
 
-def _of_this_rank(value: Any) -> Any:
+def _of_rank(value: Any, rank: int) -> Any:
+    """A rank's part of an array over all ranks; anything else is every rank's."""
     if isinstance(value, jax.Array):
-        return np.asarray(value.addressable_shards[0].data)[0]
+        parts = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}
+        return np.asarray(parts[rank])[0]
     return value
 
 
-def _run(case: Case, mesh: Mesh) -> Outcome:
-    start, value, error = time.time(), None, None
+def _run(case: Case, mesh: Mesh, ranks: range) -> dict[int, Outcome]:
+    """How a case ended, for each of this process's ranks."""
+    start, values, error = time.time(), {}, None
     try:
         result = case.function(mesh, **case.kwargs)
-        value = jax.tree.map(_of_this_rank, result)
+        for rank in ranks:
+            values[rank] = jax.tree.map(functools.partial(_of_rank, rank=rank), result)
     except Exception:  # noqa: BLE001 - whatever it was, the report has it
         error = traceback.format_exc()
-    return Outcome(value, error, time.time(), time.time() - start)
+    ended = time.time()
+    return {rank: Outcome(values.get(rank), error, ended, ended - start) for rank in ranks}
+
+
+def _mesh(address: str, num_ranks: int, placement: Placement, process: int) -> Mesh:
+    """Rank r is the r-th of its devices."""
+    num_processes = placement.num_processes(num_ranks)
+    if placement is not Placement.ONE_PROCESS:
+        ids = placement.local_device_ids(process)
+        jax.distributed.initialize(address, num_processes, process, local_device_ids=ids)
+    devices = jax.devices()
+    if len(devices) < num_ranks:
+        raise RuntimeError(
+            f"{num_ranks} ranks, placement {placement}, need as many devices; JAX has "
+            f"{len(devices)}"
+        )
+    return Mesh(np.array(devices[:num_ranks]), ("expert",), axis_types=(AxisType.Auto,))
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
@@ -44,26 +66,35 @@ def _write(path: pathlib.Path, data: bytes) -> None:
     partial.rename(path)
 
 
-def main(folder: pathlib.Path, address: str, num_ranks: int, rank: int) -> None:
+def main(
+    folder: pathlib.Path, address: str, num_ranks: int, placement: Placement, process: int
+) -> None:
     """Runs the cases up to the first that fails, and stays until the others are done too."""
     faulthandler.enable()
     logging.basicConfig()  # what the library logs, where the test finds it
-    jax.distributed.initialize(address, num_ranks, rank, local_device_ids=[0])
+    mesh = _mesh(address, num_ranks, placement, process)
     # Not before: it imports modules of tests, and some of those use JAX.
     cases: list[Case] = pickle.loads((folder / "cases").read_bytes())
-    mesh = Mesh(np.array(jax.devices()), ("expert",), axis_types=(AxisType.Auto,))
     failed = ""
     for index, case in enumerate(cases):
-        outcome = _run(case, mesh)
-        _write(folder / f"outcome{rank}.{index}", pickle.dumps(outcome))
-        if outcome.error is not None:
-            failed = case.name
+        outcomes = _run(case, mesh, placement.ranks_of(process, num_ranks))
+        for rank, outcome in outcomes.items():
+            _write(folder / f"outcome{rank}.{index}", pickle.dumps(outcome))
+            if outcome.error is not None:
+                failed = case.name
+        if failed:
             break
-    _write(folder / f"done{rank}", failed.encode())
+    _write(folder / f"done{process}", failed.encode())
     sys.stdin.read()
     # After a kernel gave up, CUDA and XLA cannot be shut down in order.
     os._exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(
+        pathlib.Path(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        Placement(sys.argv[4]),
+        int(sys.argv[5]),
+    )

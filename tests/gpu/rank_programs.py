@@ -2,7 +2,8 @@
 """What the ranks run: each function in all processes alike, on the ranks of a mesh.
 
 They run on a mesh of CPU devices as well, where the tests get the bits that they compare with. No
-collective of XLA crosses ranks: NCCL does not serve several ranks on one GPU.
+collective of XLA crosses ranks, because NCCL does not serve several ranks on one GPU; but for those
+of `beside_collectives`.
 """
 
 import functools
@@ -165,6 +166,33 @@ def on_collective_stream(mesh: Mesh, problem: EpProblem) -> Any:
             return out, vjp(out)[0], jnp.sign(x) * 2
 
         return over_ranks(group, on_rank)(*place(mesh, *_tokens(problem)))
+
+
+def beside_collectives(mesh: Mesh, problem: EpProblem, backend: str = "ffi") -> Any:
+    """Two layers, with XLA's collectives before, between and after them, and their gradients.
+
+    Ranks share a scale, as data parallelism shares parameters: its gradient is a psum. Besides, a
+    psum and an all-gather that no exchange waits for, and that wait for none.
+    """
+    with make_group(problem, backend, mesh=mesh, timeout=_TIMEOUT_S) as group:
+        axis = group.axis_names
+
+        def on_rank(x, idx, w, scale):
+            def run(x, scale):
+                first = layer(x * jax.lax.pmean(scale, axis), idx, w, group=group)
+                second = _turned(idx, 1, problem.num_experts)
+                return layer(first - jax.lax.pmean(first, axis), second, w, group=group)
+
+            out, vjp = jax.vjp(run, x, scale)
+            x_bar, scale_bar = vjp(out)
+            aside = jax.lax.psum(x * 3, axis), jax.lax.all_gather(idx, axis)
+            return out, x_bar, jax.lax.psum(scale_bar, axis), aside
+
+        scale = np.linspace(0.5, 1.5, problem.num_ranks * problem.hidden, dtype=np.float32)
+        scale = scale.reshape(problem.num_ranks, 1, problem.hidden)
+        args = place(mesh, *_tokens(problem), scale)
+        *close, (summed, gathered) = over_ranks(group, on_rank)(*args)
+        return {"exact": gathered, "close": (*close, summed)}
 
 
 # --- many turns, each checked where it ran -----------------------------------------------------

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the ranks of a group as processes on one GPU, many cases in one set of processes.
+"""Runs the ranks of a group in processes of their own, many cases in one set of processes.
 
 A case is a function of the group's mesh, see `rank_programs`. To start JAX on the GPU takes
-seconds, so processes are given a list of cases; each rank writes down how each one ended.
+seconds, so processes are given a list of cases, and write down how each one ended on each rank.
 """
 
 import dataclasses
@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpu.placement import Placement
 from processes import free_port
 
-# Of the GPU's memory, for the XLA of each rank; heaps are allocated beside it.
-_MEMORY_FRACTION = ".06"
 # After a rank has failed, the others may still be waiting for it, each until its own deadline.
 _GRACE_S = 30.0
 _LOG_PART = 2500  # characters
@@ -62,16 +61,18 @@ class Outcome:
 
 @dataclasses.dataclass
 class RankRun:
-    """What is left of one rank's process.
+    """What is left of a rank.
 
     Attributes:
         rank: its rank.
+        process: that ran it.
         outcomes: of the cases that it came to the end of, in order.
         exit_code: of the process; negative: the signal that ended it.
         log: the beginning and the end of what it printed.
     """
 
     rank: int
+    process: int
     outcomes: list[Outcome]
     exit_code: int | None
     log: str
@@ -88,25 +89,29 @@ def run_ranks(
     num_ranks: int,
     folder: pathlib.Path,
     environment: dict[str, str],
+    placement: Placement = Placement.SHARED,
     deadline: float = 240.0,
 ) -> list[RankRun]:
-    """Runs the cases, one after another, in a process for each rank.
+    """Runs the cases, one after another, in the processes of a placement.
 
     Args:
         cases: what to run.
         num_ranks: `R`.
         folder: an empty one, for what the processes write.
         environment: variables beside this process's own.
+        placement: of the ranks.
         deadline: seconds after which processes that are still running are killed.
 
     Returns:
         What became of each rank, by rank; fails nothing by itself.
     """
     (folder / "cases").write_bytes(pickle.dumps(list(cases)))
-    group = [f"127.0.0.1:{free_port()}", str(num_ranks)]
+    num_processes = placement.num_processes(num_ranks)
+    group = [f"127.0.0.1:{free_port()}", str(num_ranks), placement]
+    environment = placement.environment(num_ranks) | environment
     processes = [
-        _start([str(folder), *group, str(rank)], folder / f"log{rank}", environment)
-        for rank in range(num_ranks)
+        _start([str(folder), *group, str(i)], folder / f"log{i}", environment)
+        for i in range(num_processes)
     ]
     try:
         _wait(processes, folder, time.monotonic() + deadline)
@@ -121,7 +126,11 @@ def run_ranks(
         for process in processes:
             process.kill()
             process.wait()
-    return [_collect(folder, rank, process) for rank, process in enumerate(processes)]
+    return [
+        _collect(folder, rank, i, process.returncode)
+        for i, process in enumerate(processes)
+        for rank in placement.ranks_of(i, num_ranks)
+    ]
 
 
 def _start(
@@ -132,7 +141,6 @@ def _start(
         "PYTHONPATH": os.pathsep.join([str(tests), *filter(None, sys.path)]),
         "JAX_PLATFORMS": "cuda",
         "XLA_FLAGS": "",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": _MEMORY_FRACTION,
         "TF_CPP_MIN_LOG_LEVEL": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -149,7 +157,7 @@ def _start(
 def _wait(processes: list[subprocess.Popen], folder: pathlib.Path, deadline: float) -> None:
     """Until all have ended or say that they are done; not long after one has failed."""
     while time.monotonic() < deadline:
-        paths = [folder / f"done{rank}" for rank in range(len(processes))]
+        paths = [folder / f"done{i}" for i in range(len(processes))]
         done = [path.exists() for path in paths]
         ended = [process.poll() is not None for process in processes]
         if all(d or e for d, e in zip(done, ended, strict=True)):
@@ -159,23 +167,26 @@ def _wait(processes: list[subprocess.Popen], folder: pathlib.Path, deadline: flo
         time.sleep(0.05)
 
 
-def _collect(folder: pathlib.Path, rank: int, process: subprocess.Popen) -> RankRun:
+def _collect(folder: pathlib.Path, rank: int, process: int, exit_code: int) -> RankRun:
     outcomes = []
     for index in itertools.count():
         path = folder / f"outcome{rank}.{index}"
         if not path.exists():
             break
         outcomes.append(pickle.loads(path.read_bytes()))
-    log = (folder / f"log{rank}").read_text(errors="replace")
+    log = (folder / f"log{process}").read_text(errors="replace")
     if len(log) > 2 * _LOG_PART:
         log = f"{log[:_LOG_PART]}\n...\n{log[-_LOG_PART:]}"
-    return RankRun(rank, outcomes, process.returncode, log)
+    return RankRun(rank, process, outcomes, exit_code, log)
 
 
 def failure_report(runs: Sequence[RankRun], cases: Sequence[Case]) -> str | None:
-    """Each rank that did not come to the end of all cases, the first one to fail first."""
+    """Each rank that did not come to the end of all cases, the first one to fail first.
+
+    Of ranks in one process, which fail together, the first one alone.
+    """
     failed = []
-    for run in runs:
+    for run in {run.process: run for run in reversed(runs)}.values():
         errors = [(o.ended, cases[i].name, o.error) for i, o in enumerate(run.outcomes) if o.error]
         if errors:
             ended, name, error = errors[0]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the compiled modules for the GPU of this machine, runs its tests, prints a summary.
 
-    python tests/gpu/run.py [PIECE ...]
+    python tests/gpu/run.py [--placement shared|own|one_process] [PIECE ...]
 
 Each piece takes less than nine minutes. Needs nvcc, CMake, Ninja and, for the Python that runs it,
 JAX with CUDA, nanobind and pytest: nothing is installed. JAX_EP_FFI_INCLUDE_DIR may name a folder
 with the XLA FFI headers of another jaxlib.
 """
 
+import argparse
 import os
 import pathlib
 import shutil
@@ -24,6 +25,14 @@ PIECES = {
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
     "soak": ["test_programs.py", "-k", "soak"],
+    "collectives": ["test_collectives.py"],
+}
+# Placement of ranks -> the pieces that have something to run. The sanitizer's ranks share a GPU in
+# any case; only a rank with a process of its own can be lost; NCCL wants a GPU for each rank.
+PIECES_OF = {
+    "shared": ["problems", "graphs", "sanitizer", "failures", "soak"],
+    "own": ["problems", "graphs", "failures", "collectives", "soak"],
+    "one_process": ["problems", "graphs", "collectives", "soak"],
 }
 
 
@@ -61,7 +70,7 @@ def build() -> None:
         shutil.copy(module, ROOT / "jax_ep")
 
 
-def run(piece: str) -> tuple[int, float]:
+def run(piece: str, placement: str) -> tuple[int, float]:
     """Runs the tests of a piece; the exit status and the seconds."""
     start = time.monotonic()
     here = pathlib.Path(__file__).parent.relative_to(ROOT)
@@ -69,6 +78,7 @@ def run(piece: str) -> tuple[int, float]:
     environment = {
         **os.environ,
         "JAX_EP_GPU_TESTS": "1",
+        "JAX_EP_GPU_PLACEMENT": placement,
         "JAX_EP_VIRTUAL_RANKS": str(next(BUILD.rglob("virtual_ranks"))),
         "PYTHONPATH": str(ROOT),
     }
@@ -77,20 +87,37 @@ def run(piece: str) -> tuple[int, float]:
     return done.returncode, time.monotonic() - start
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--placement",
+        choices=PIECES_OF,
+        default="shared",
+        help="all ranks on one GPU; each on its own, in a process of its own; or in one process",
+    )
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", help="default: all there are")
+    args = parser.parse_args(argv)
+    allowed = PIECES_OF[args.placement]
+    if unknown := set(args.pieces) - set(allowed):
+        parser.error(
+            f"unknown: {', '.join(sorted(unknown))}; with placement {args.placement} there are "
+            f"{', '.join(allowed)}"
+        )
+    args.pieces = args.pieces or allowed
+    return args
+
+
 def main() -> int:
     """Runs the pieces named as arguments, or all."""
-    pieces = sys.argv[1:] or list(PIECES)
-    unknown = set(pieces) - set(PIECES)
-    if unknown:
-        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
-        return 2
+    args = parse_args()
     start = time.monotonic()
     build()
     print(f"built in {time.monotonic() - start:.0f} s")
-    results = {piece: run(piece) for piece in pieces}
-    print(f"\n{_describe()}")
+    results = {piece: run(piece, args.placement) for piece in args.pieces}
+    print(f"\n{_describe()}; placement {args.placement}")
     for piece, (status, seconds) in results.items():
-        print(f"{piece:10} {'passed' if status == 0 else 'FAILED'} {seconds:6.0f} s")
+        print(f"{piece:11} {'passed' if status == 0 else 'FAILED'} {seconds:6.0f} s")
     return max(status for status, _ in results.values())
 
 

@@ -4,7 +4,7 @@
 Under MPS a kernel that stops takes the other clients' kernels with it, so that only the first ranks
 to give up may be able to say why. Two ranks also run with a context each, as on GPUs of their own.
 Of more, which would take turns on the GPU, one hung at times after several had stopped at once; we
-do not know why.
+do not know why. Only ranks in processes of their own can be lost.
 """
 
 import functools
@@ -15,6 +15,7 @@ import pytest
 
 from gpu.comparison import case_of, check_cases
 from gpu.lost_ranks import lost
+from gpu.placement import Placement, count_gpus
 from gpu.rank_programs import exchange
 from gpu.ranks import run_ranks
 from problems import PROBLEMS, EpProblem
@@ -32,12 +33,31 @@ TIMEOUT_S = 4.0
 SLACK_S = 10.0
 
 
-@pytest.fixture(params=["mps", "own_context"])
-def on_some_ranks(request, mps, on_ranks, tmp_path):
-    """Runs ranks under MPS, or each with a context of its own; and how many."""
-    if request.param == "mps":
-        yield 4, functools.partial(on_ranks, environment=NO_GRAPHS)
-        mps.restart()
+@pytest.fixture(autouse=True)
+def needs_several_processes(placement):
+    if placement is Placement.ONE_PROCESS:
+        pytest.skip("a process that is lost takes all ranks with it")
+
+
+@pytest.fixture
+def num_ranks(placement) -> int:
+    """Four, or as many as there are GPUs for."""
+    if placement is Placement.SHARED:
+        return 4
+    if count_gpus() < 2:
+        pytest.skip("one rank is not lost to others")
+    return min(4, count_gpus())
+
+
+@pytest.fixture(params=["placed", "own_context"])
+def on_some_ranks(request, placement, num_ranks, mps, on_ranks, tmp_path):
+    """Runs ranks as placed, or two with a context each on the same GPU; and how many."""
+    if request.param == "placed":
+        yield num_ranks, functools.partial(on_ranks, environment=NO_GRAPHS)
+        if mps:
+            mps.restart()
+    elif placement is not Placement.SHARED:
+        pytest.skip("the same GPU is not what is tested now")
     else:
         yield 2, functools.partial(run_ranks, folder=tmp_path, environment=NO_GRAPHS)
 
@@ -74,16 +94,18 @@ def test_the_others_name_a_lost_rank(delay, on_some_ranks):
     _check_survivors(_reports(runs), set(range(num_ranks)) - {VICTIM})
 
 
-def test_a_rank_that_is_late_by_less_than_the_deadline_does_no_harm(on_ranks):
+def test_a_rank_that_is_late_by_less_than_the_deadline_does_no_harm(num_ranks, on_ranks):
     kwargs = {"victim": VICTIM, "timeout": 30.0, "delay": 3.0}
-    runs = on_ranks([case_of(lost, PROBLEM, **kwargs)], num_ranks=4)
+    problem = PROBLEM.replace(num_ranks=num_ranks)
+    runs = on_ranks([case_of(lost, problem, **kwargs)], num_ranks=num_ranks)
     for rank, report in _reports(runs).items():
         assert report["error"] is None, f"rank {rank}: {report}"
         assert report["seconds"] >= 2.9
-    assert len(_reports(runs)) == 4
+    assert len(_reports(runs)) == num_ranks
 
 
-def test_a_new_group_works_in_fresh_processes(mps, on_ranks):
-    mps.restart()
-    problem = PROBLEMS["masked_half"]
+def test_a_new_group_works_in_fresh_processes(num_ranks, mps, on_ranks):
+    if mps:
+        mps.restart()
+    problem = PROBLEMS["masked_half"].replace(num_ranks=num_ranks)
     check_cases(on_ranks, [case_of(exchange, problem)], problem.num_ranks)

@@ -5,6 +5,7 @@ import pytest
 
 from gpu import large_shape
 from gpu.comparison import case_of, check_cases
+from gpu.placement import Placement
 from gpu.rank_programs import exchange, gradients, moe
 from gpu.ranks import Case, failure_report, stacked
 from problems import PROBLEMS, EpProblem
@@ -63,13 +64,14 @@ def test_ranks_get_the_oracles_bits(num_ranks, on_ranks):
     check_cases(on_ranks, _cases(num_ranks), num_ranks)
 
 
-def test_deepseek_v3s_shape(on_ranks):
+@pytest.mark.parametrize("num_ranks", Placement.chosen().numbers_of_ranks())
+def test_deepseek_v3s_shape(num_ranks, on_ranks):
     variants = [("expert", None), ("rank", None), ("expert", _FP8)]
     cases = [
         Case(f"{layout}, {wire}", large_shape.run, {"layout": layout, "wire_dtype": wire})
         for layout, wire in variants
     ]
-    runs = on_ranks(cases, num_ranks=large_shape.RANKS)
+    runs = on_ranks(cases, num_ranks=num_ranks)
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
     for index, (layout, wire) in enumerate(variants):
         large_shape.check(stacked(runs, index), layout, wire)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gpu.comparison import case_of, check_cases
+from gpu.placement import Placement
 from gpu.rank_programs import (
     jitted,
     launches,
@@ -22,7 +23,11 @@ from gpu.ranks import failure_report, stacked
 from jax_ep import reference
 from problems import PROBLEMS, EpProblem
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(540),
+    pytest.mark.parametrize("num_ranks", Placement.chosen().numbers_of_ranks()),
+]
 
 LAYER = PROBLEMS["eight_ranks"].replace(num_tokens=40, hidden=48)
 TURNS = EpProblem(
@@ -55,29 +60,31 @@ def _check_turns(problem: EpProblem, runs, index: int, turns_each: int) -> int:
     return len(rounds)
 
 
-def _layers():
+def _layers(num_ranks):
+    problem = LAYER.replace(num_ranks=num_ranks)
     return [
-        case_of(jitted, LAYER),
-        case_of(scanned, LAYER),
-        case_of(scanned, LAYER, remat=True),
-        case_of(two_groups, LAYER),
-        case_of(jitted, LAYER.replace(dtype="bfloat16", wire_dtype="float8_e4m3fn")),
+        case_of(jitted, problem),
+        case_of(scanned, problem),
+        case_of(scanned, problem, remat=True),
+        case_of(two_groups, problem),
+        case_of(jitted, problem.replace(dtype="bfloat16", wire_dtype="float8_e4m3fn")),
     ]
 
 
 @pytest.mark.parametrize("flags", [GRAPHS, NO_GRAPHS], ids=["graphs", "no_graphs"])
-def test_transformed_layers_have_the_cpus_bits(flags, on_ranks):
+def test_transformed_layers_have_the_cpus_bits(flags, num_ranks, on_ranks):
     def run(cases, **kwargs):
         return on_ranks(cases, environment={"XLA_FLAGS": flags}, **kwargs)
 
-    check_cases(run, _layers(), LAYER.num_ranks)
+    check_cases(run, _layers(num_ranks), num_ranks)
 
 
-def test_calls_on_the_collective_stream_have_the_cpus_bits(on_ranks, tmp_path):
+def test_calls_on_the_collective_stream_have_the_cpus_bits(num_ranks, on_ranks, tmp_path):
     def run(cases, **kwargs):
         return on_ranks(cases, environment=_dumping(tmp_path), **kwargs)
 
-    check_cases(run, [case_of(on_collective_stream, LAYER)], LAYER.num_ranks)
+    problem = LAYER.replace(num_ranks=num_ranks)
+    check_cases(run, [case_of(on_collective_stream, problem)], num_ranks)
     asked = _dumped(tmp_path, "before_optimizations").splitlines()
     for call in ("plan", "dispatch", "combine"):
         lines = [line for line in asked if f'custom_call_target="jax_ep_{call}"' in line]
@@ -97,17 +104,18 @@ def _dumped(folder: pathlib.Path, kind: str) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob(f"*{kind}.txt")))
 
 
-def test_graphs_hold_our_calls_and_replay_with_changing_routing(on_ranks, tmp_path):
+def test_graphs_hold_our_calls_and_replay_with_changing_routing(num_ranks, on_ranks, tmp_path):
+    problem = TURNS.replace(num_ranks=num_ranks)
     cases = [
-        case_of(launches, TURNS, count=1000),
-        case_of(turns, TURNS, rounds=2, turns_each=500),
+        case_of(launches, problem, count=1000),
+        case_of(turns, problem, rounds=2, turns_each=500),
     ]
-    runs = on_ranks(cases, num_ranks=8, environment=_dumping(tmp_path, GRAPHS))
+    runs = on_ranks(cases, num_ranks=num_ranks, environment=_dumping(tmp_path, GRAPHS))
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
     turn, wrong = stacked(runs, 0)
     np.testing.assert_array_equal(turn, 1000)
     np.testing.assert_array_equal(wrong, 0)
-    _check_turns(TURNS, runs, 1, turns_each=500)
+    _check_turns(problem, runs, 1, turns_each=500)
     # What is in a graph is indented under it: plan, dispatch, combine.
     thunks = _dumped(tmp_path, "thunk_sequence_after_thunk_passes").splitlines()
     lines = [line for line in thunks if "kCustomCall" in line]
@@ -115,11 +123,12 @@ def test_graphs_hold_our_calls_and_replay_with_changing_routing(on_ranks, tmp_pa
     assert all(line.startswith("  ") for line in lines), "\n".join(lines)
 
 
-def test_soak(on_ranks):
+def test_soak(num_ranks, on_ranks):
+    problem = TURNS.replace(num_ranks=num_ranks)
     total = int(os.environ.get("JAX_EP_SOAK", "5000"))
-    cases = [case_of(turns, TURNS, rounds=total // 1000, turns_each=1000)]
-    runs = on_ranks(cases, num_ranks=8, deadline=480)
+    cases = [case_of(turns, problem, rounds=total // 1000, turns_each=1000)]
+    runs = on_ranks(cases, num_ranks=num_ranks, deadline=480)
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
-    assert _check_turns(TURNS, runs, 0, turns_each=1000) == total // 1000
+    assert _check_turns(problem, runs, 0, turns_each=1000) == total // 1000
     seconds = max(run.outcomes[0].seconds for run in runs)
     print(f"{total} iterations, {seconds:.1f} s")

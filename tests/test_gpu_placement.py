@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher of the GPU tests, on CPU devices: ranks to processes and devices, and reports.
+
+With `ffi` in one process, whose kernels are the CPU's there; with `xla` in several.
+"""
+
+import functools
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from gpu import test_collectives
+from gpu.comparison import case_of, check_cases
+from gpu.placement import VARIABLE, Placement
+from gpu.rank_programs import exchange, gradients, place, turns
+from gpu.ranks import Case, failure_report, run_ranks, stacked
+from gpu.run import PIECES, PIECES_OF, parse_args
+from problems import PROBLEMS, EpProblem
+
+pytestmark = pytest.mark.multiprocess
+
+CPU = {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return functools.partial(run_ranks, folder=tmp_path, environment=CPU)
+
+
+def where(mesh):
+    """Rank, process and device of each rank, as the rank itself sees them."""
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    ranks = np.arange(mesh.size, dtype=np.int32)
+    return {
+        "rank": jax.jit(lambda r: r * 10)(*place(mesh, ranks)),
+        "process": jax.process_index(),
+        "num_processes": jax.process_count(),
+        "num_local": jax.local_device_count(),
+        "ids": [d.id for d in mesh.devices.flat],
+        "mine": [d.id for d in mine],
+        "memory": os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
+    }
+
+
+def fail_on(mesh, rank, with_signal=None):
+    """Ends early in the process of a rank."""
+    if jax.process_index() == mesh.devices.flat[rank].process_index:
+        if with_signal is not None:
+            os.kill(os.getpid(), with_signal)
+        raise ArithmeticError(f"rank {rank} cannot go on")
+    return 0
+
+
+@pytest.mark.parametrize("placement", [Placement.SHARED, Placement.OWN])
+def test_a_rank_has_a_process_of_its_own(placement, run):
+    cases = [Case("where", where)]
+    runs = run(cases, num_ranks=2, placement=placement)
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    for rank, done in enumerate(runs):
+        value = done.outcomes[0].value
+        assert (done.rank, done.process, done.exit_code) == (rank, rank, 0)
+        assert (value["rank"], value["process"], value["num_processes"]) == (10 * rank, rank, 2)
+        assert value["num_local"] == 1
+        assert value["mine"] == value["ids"][rank : rank + 1]
+
+
+def test_one_process_has_all_ranks(run):
+    cases = [Case("where", where)]
+    runs = run(cases, num_ranks=3, placement=Placement.ONE_PROCESS)
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    assert [done.rank for done in runs] == [0, 1, 2]
+    for done in runs:
+        value = done.outcomes[0].value
+        assert (done.process, done.exit_code, value["rank"]) == (0, 0, 10 * done.rank)
+        assert (value["num_processes"], value["num_local"]) == (1, 3)
+        assert value["mine"] == value["ids"]
+
+
+def test_gpus_are_shared_or_not():
+    assert Placement.SHARED.local_device_ids(3) == [0]
+    assert Placement.OWN.local_device_ids(3) == [3]
+    assert Placement.ONE_PROCESS.local_device_ids(0) is None
+    shares = {p: float(p.environment(8)["XLA_PYTHON_CLIENT_MEM_FRACTION"]) for p in Placement}
+    assert 8 * shares[Placement.SHARED] < 0.75
+    assert shares[Placement.OWN] == shares[Placement.ONE_PROCESS] > 0.5
+
+
+def test_one_process_runs_the_cases_of_the_gpu_tests(run):
+    names = ("masked_half", "fp8_by_rank")
+    problems = [PROBLEMS[name].replace(num_ranks=4, num_experts=8) for name in names]
+    cases = [case_of(f, p) for f in (exchange, gradients) for p in problems]
+    check_cases(functools.partial(run, placement=Placement.ONE_PROCESS), cases, 4)
+
+
+def test_a_wrong_row_in_one_process_is_noticed(run):
+    problem = PROBLEMS["masked_half"]
+
+    def spoiled(cases, **kwargs):
+        runs = run(cases, placement=Placement.ONE_PROCESS, **kwargs)
+        received = runs[2].outcomes[0].value[0]
+        row = np.argmax(received.handle.row_source >= 0)
+        received.x[row, 3] += 1
+        return runs
+
+    with pytest.raises(AssertionError, match="exchange"):
+        check_cases(spoiled, [case_of(exchange, problem)], problem.num_ranks)
+
+
+def test_turns_of_one_process_are_checked_where_they_ran(run):
+    problem = EpProblem(name="turns", num_ranks=4, num_tokens=8, num_topk=4, num_experts=64)
+    cases = [case_of(turns, problem, rounds=2, turns_each=5)]
+    runs = run(cases, num_ranks=4, placement=Placement.ONE_PROCESS)
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    rounds = stacked(runs, 0)
+    assert len(rounds) == 2
+    for wrong, _ in rounds:
+        np.testing.assert_array_equal(wrong, np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("placement", "backend"), [(Placement.ONE_PROCESS, "ffi"), (Placement.OWN, "xla")]
+)
+def test_gradients_are_summed_beside_exchanges(placement, backend, run):
+    cases = test_collectives.cases(2, backend)[:1]
+    check_cases(functools.partial(run, placement=placement), cases, 2)
+
+
+# --- reports of failures -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", [Placement.OWN, Placement.ONE_PROCESS])
+def test_an_error_is_reported_once_for_each_process(placement, run):
+    cases = [Case("where", where), Case("failing", fail_on, {"rank": 1}), Case("never", where)]
+    runs = run(cases, num_ranks=2, placement=placement)
+    report = failure_report(runs, cases)
+    assert report.count("ArithmeticError: rank 1 cannot go on") == 1
+    assert "failed in failing" in report
+    assert runs[1].exit_code == 1
+    assert len(runs[1].outcomes) == 2
+
+
+def test_a_killed_process_is_reported_with_its_signal(run):
+    cases = [Case("killed", fail_on, {"rank": 1, "with_signal": signal.SIGKILL})]
+    report = failure_report(run(cases, num_ranks=2, placement=Placement.OWN), cases)
+    assert "rank 1 did not end killed (exit code -9)" in report
+
+
+def test_too_few_devices_are_reported(tmp_path):
+    cases = [Case("where", where)]
+    runs = run_ranks(
+        cases,
+        num_ranks=3,
+        folder=tmp_path,
+        environment=CPU | {"JAX_NUM_CPU_DEVICES": "2"},
+        placement=Placement.ONE_PROCESS,
+    )
+    report = failure_report(runs, cases)
+    assert "3 ranks, placement one_process, need as many devices; JAX has 2" in report
+    assert all(done.exit_code == 1 for done in runs)
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert Placement.chosen() is Placement.SHARED
+    monkeypatch.setenv(VARIABLE, "one_process")
+    assert Placement.chosen() is Placement.ONE_PROCESS
+    monkeypatch.setenv(VARIABLE, "mine")
+    with pytest.raises(ValueError, match=f"{VARIABLE} is 'mine'; allowed: shared, own"):
+        Placement.chosen()
+
+
+def test_every_placement_has_pieces_and_every_piece_a_placement():
+    assert list(PIECES_OF) == list(Placement)
+    assert {piece for pieces in PIECES_OF.values() for piece in pieces} == set(PIECES)
+
+
+def test_pieces_are_those_of_the_placement(capsys):
+    assert parse_args([]).pieces == PIECES_OF["shared"]
+    args = parse_args(["--placement", "own", "soak"])
+    assert (args.placement, args.pieces) == ("own", ["soak"])
+    with pytest.raises(SystemExit):
+        parse_args(["--placement", "one_process", "failures"])
+    assert "unknown: failures; with placement one_process there are" in capsys.readouterr().err
