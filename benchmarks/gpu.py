@@ -10,11 +10,9 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import Any
 
-import ep_bench
 from ep_bench import gpu_environment, gpu_kernels, gpu_plot, gpu_report
 from ep_bench.gpu_cases import SMOKE_CASES, GpuCase, all_cases, some_cases
 
@@ -24,14 +22,13 @@ sys.path[0] = str(ROOT / "tests")
 sys.path.insert(1, str(ROOT / "tools" / "docs"))
 import marked_part  # noqa: E402
 
-from ep_bench import gpu_programs  # noqa: E402
+from ep_bench import gpu_programs, gpu_ranks  # noqa: E402
 from gpu.mps import MpsDaemon  # noqa: E402
-from gpu.ranks import Case, failure_report, run_ranks  # noqa: E402
+from gpu.placement import Placement  # noqa: E402
+from gpu.ranks import Case  # noqa: E402
 
 # Of the GPU, for the XLA of each rank: large enough for 2 GB of rows in each of several arrays.
 MEMORY_FRACTION = ".1"
-# Of one set of processes.
-DEADLINE_S = 540.0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,15 +60,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run_on_ranks(cases: list[GpuCase], mps: MpsDaemon, folder: pathlib.Path) -> dict[str, Any]:
+def run_on_ranks(cases: list[GpuCase], mps: MpsDaemon) -> dict[str, Any]:
     """All that is measured with one number of ranks, in one set of processes.
 
     Raises:
         RuntimeError: a rank failed; the message has the first one's traceback first.
     """
-    # Ranks find this folder's package, but not gpu.py.
-    (folder / "ep_bench").symlink_to(pathlib.Path(ep_bench.__file__).parent)
-    path = [str(folder), *filter(None, sys.path)]
     # Worked out here once, and sent along.
     for case in cases:
         _ = case.rows
@@ -81,21 +75,10 @@ def run_on_ranks(cases: list[GpuCase], mps: MpsDaemon, folder: pathlib.Path) -> 
         *(Case(case.name, gpu_programs.measure, {"case": case}) for case in cases),
         *(Case(f"by XLA: {c.name}", gpu_programs.measure_baselines, {"case": c}) for c in plain),
     ]
-    runs = run_ranks(
-        work,
-        num_ranks=cases[0].num_ranks,
-        folder=folder,
-        environment={
-            **mps.environment,
-            "PYTHONPATH": os.pathsep.join(path),
-            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION,
-        },
-        deadline=DEADLINE_S,
+    environment = {**mps.environment, "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION}
+    copies, *measured = gpu_ranks.values_by_rank(
+        work, cases[0].num_ranks, Placement.SHARED, environment
     )
-    if failure := failure_report(runs, work):
-        raise RuntimeError(failure)
-    copies, *measured = ([run.outcomes[i].value for run in runs] for i in range(len(work)))
     return {
         "copy": gpu_report.copy_bandwidths(copies),
         "results": [gpu_report.result(c, v) for c, v in zip(cases, measured, strict=False)],
@@ -122,8 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for num_ranks in dict.fromkeys(case.num_ranks for case in cases):
             start = time.monotonic()
             own = [case for case in cases if case.num_ranks == num_ranks]
-            with tempfile.TemporaryDirectory() as folder:
-                part = run_on_ranks(own, mps, pathlib.Path(folder))
+            part = run_on_ranks(own, mps)
             print(f"{num_ranks} ranks: {time.monotonic() - start:.0f} s", file=sys.stderr)
             found["copy"][str(num_ranks)] = part["copy"]
             found["results"] += part["results"]

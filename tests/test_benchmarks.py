@@ -18,7 +18,15 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 from ep_bench import report, timing
 from ep_bench.cases import NUM_RANKS, Case
 from ep_bench.checks import Expected, WrongResultError
-from ep_bench.variants import BASELINES, VARIANTS, as_numpy, make_mesh, open_variant, put
+from ep_bench.variants import (
+    BASELINES,
+    VARIANTS,
+    as_numpy,
+    ep_config,
+    make_mesh,
+    open_variant,
+    put,
+)
 
 PROGRAM = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "cpu.py"
 # Sizes that no other size divides, so that a mixed-up axis shows.
@@ -31,7 +39,7 @@ CASE = Case.parse("13x40x24x3")
 def test_every_variant_computes_the_dense_result(key, dtype, with_gradient):
     inputs = CASE.inputs(dtype)
     mesh = make_mesh()
-    with open_variant(key, CASE, dtype, mesh) as variant:
+    with open_variant(key, CASE, ep_config(CASE, dtype), mesh) as variant:
         result = variant.compile(with_gradient)(*put(inputs, mesh))
         names = ("x_bar", "topk_weights_bar") if with_gradient else ("out",)
         Expected.of(CASE, inputs, dtype).check(key, names, as_numpy(result))
@@ -42,7 +50,7 @@ def test_all_variants_exchange_rows_with_other_ranks():
     mesh = make_mesh()
     args = put(CASE.inputs("float32"), mesh)
     for key in BASELINES:
-        with open_variant(key, CASE, "float32", mesh) as variant:
+        with open_variant(key, CASE, ep_config(CASE, "float32"), mesh) as variant:
             compiled[key] = variant.compile(False).lower(*args).compile().as_text()
     assert " all-gather(" in compiled["gather_scatter"]
     assert " reduce-scatter(" in compiled["gather_scatter"]

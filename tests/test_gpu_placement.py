@@ -89,9 +89,11 @@ def test_gpus_are_shared_or_not():
 
 
 def test_one_process_runs_the_cases_of_the_gpu_tests(run):
-    names = ("masked_half", "fp8_by_rank")
+    # Without tokens, JAX gives every device all of the empty arrays.
+    names = ("masked_half", "fp8_by_rank", "no_tokens")
     problems = [PROBLEMS[name].replace(num_ranks=4, num_experts=8) for name in names]
-    cases = [case_of(f, p) for f in (exchange, gradients) for p in problems]
+    cases = [case_of(exchange, p) for p in problems]
+    cases += [case_of(gradients, p) for p in problems[:2]]
     check_cases(functools.partial(run, placement=Placement.ONE_PROCESS), cases, 4)
 
 

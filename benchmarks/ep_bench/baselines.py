@@ -98,3 +98,67 @@ def bucket_all_to_all(
     weights = jnp.where(slot < num_slots, topk_weights, 0).astype(x.dtype)
     taken = back.at[jnp.minimum(slot, num_slots - 1)].get(mode="promise_in_bounds")  # [T, K, H]
     return jnp.einsum("tkh,tk->th", taken, weights)
+
+
+def ragged_all_to_all(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    axis_name: str,
+    num_experts: int,
+    recv_capacity: int,
+) -> jax.Array:
+    """A row for each selection by `lax.ragged_all_to_all`, sorted by expert there, and back.
+
+    Counts are exchanged first. XLA compiles it for GPUs and TPUs, not for CPUs.
+
+    Args:
+        x: `[T, H]`.
+        topk_idx: `[T, K]` int32.
+        topk_weights: `[T, K]` float32.
+        axis_name: mesh axis of the ranks.
+        num_experts: `E`.
+        recv_capacity: `C`; no rank may get more rows.
+    """
+    num_ranks, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    num_tokens, num_topk = topk_idx.shape
+    num_local = num_experts // num_ranks
+    expert = topk_idx.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    counts = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
+    counts = jax.lax.all_gather(counts, axis_name).reshape(num_ranks, num_ranks, num_local)
+    rows_to = counts.sum(axis=2)  # [source, destination]
+    first_sent = (jnp.cumsum(rows_to, axis=1) - rows_to).astype(jnp.int32)
+    first_received = (jnp.cumsum(rows_to, axis=0) - rows_to).astype(jnp.int32)
+
+    rows = x.at[order // num_topk].get(mode="promise_in_bounds")  # [T * K, H]
+    received = jax.lax.ragged_all_to_all(
+        rows,
+        jnp.zeros((recv_capacity, x.shape[1]), x.dtype),
+        first_sent[me],
+        rows_to[me],
+        first_received[me],
+        rows_to[:, me],
+        axis_name=axis_name,
+    )
+    # They come by (source, expert); the experts want them by (expert, source).
+    of_mine = counts[:, me].reshape(-1)
+    local = jnp.tile(jnp.arange(num_local, dtype=jnp.int32), num_ranks)
+    local = jnp.repeat(local, of_mine, total_repeat_length=recv_capacity)
+    is_row = jnp.arange(recv_capacity, dtype=jnp.int32) < of_mine.sum()
+    by_expert = jnp.argsort(jnp.where(is_row, local, num_local), stable=True)
+    y = identity_experts(received.at[by_expert].get(mode="promise_in_bounds"))
+    y = y.at[jnp.argsort(by_expert)].get(mode="promise_in_bounds")
+    back = jax.lax.ragged_all_to_all(
+        y,
+        jnp.zeros_like(rows),
+        first_received[:, me],
+        rows_to[:, me],
+        first_sent[:, me],
+        rows_to[me],
+        axis_name=axis_name,
+    )
+    taken = back.at[jnp.argsort(order)].get(mode="promise_in_bounds")
+    taken = taken.reshape(num_tokens, num_topk, -1)
+    return jnp.einsum("tkh,tk->th", taken, topk_weights.astype(x.dtype))

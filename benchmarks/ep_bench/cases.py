@@ -71,6 +71,11 @@ class Case:
         return cls(num_tokens=tokens, hidden=hidden, num_experts=experts, num_topk=topk)
 
     @property
+    def num_ranks(self) -> int:
+        """`R`."""
+        return NUM_RANKS
+
+    @property
     def recv_capacity(self) -> int:
         """`C`, rows of each rank's receive buffer, for all variants that have one."""
         return math.ceil(CAPACITY_FACTOR * self.num_tokens * self.num_topk)

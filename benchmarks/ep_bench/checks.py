@@ -12,11 +12,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ep_bench.cases import NUM_RANKS, Case, Inputs
+from ep_bench.cases import Case, Inputs
+from ep_bench.gpu_cases import GpuCase
 from jax_ep import reference
 
 NUM_ORACLE_CHANNELS = 4
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
+
+
+_FP8_BLOCK, _FP8_LARGEST, _FP8_LEAST_SCALE = 128, 448.0, 1e-4 / 448.0
 
 
 class WrongResultError(AssertionError):
@@ -37,46 +41,55 @@ class Expected:
     bounds: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, case: Case, inputs: Inputs, dtype: str) -> "Expected":
+    def of(cls, case: Case | GpuCase, inputs: Inputs, dtype: str) -> "Expected":
         """Works out the closed form, and has the oracle confirm it.
 
-        Bounds, with `u` the dtype's unit roundoff: a sum over selections is rounded once for its
-        weights, once for each product and at each of at most K + R - 1 additions and at the end,
-        in any of the variants; all its terms have one sign. The gradient of a weight is a product
-        of two tokens. Its H terms have random signs, so a running sum that is rounded to the
-        dtype at every step goes astray by about `u H / sqrt(6)` times a term's root mean square
-        (errors of the size of the running sum, which grows like a random walk, added up at
+        Bounds, with `u` the dtype's unit roundoff: see `_weighted`; and the gradient of a weight
+        is a product of two tokens. Its H terms have random signs, so a running sum that is rounded
+        to the dtype at every step goes astray by about `u H / sqrt(6)` times a term's root mean
+        square (errors of the size of the running sum, which grows like a random walk, added up at
         random); `u H` times it is allowed.
         """
-        x, out_bar = inputs.x.astype(np.float64), inputs.out_bar.astype(np.float64)
-        total = inputs.topk_weights.astype(np.float64).sum(axis=1, keepdims=True)
-        terms = x * out_bar
+        terms = inputs.x.astype(np.float64) * inputs.out_bar.astype(np.float64)
         inner = terms.sum(axis=1, keepdims=True)
-        values = {
-            "out": x * total,
-            "x_bar": out_bar * total,
-            "topk_weights_bar": np.repeat(inner, case.num_topk, axis=1),
-        }
-        unit = UNIT_ROUNDOFF[dtype]
-        growth = (1 + unit) ** (case.num_topk + NUM_RANKS + 3) - 1
         rms = np.sqrt(np.mean(terms**2, axis=1, keepdims=True))
-        bounds = {
-            "out": growth * np.abs(values["out"]),
-            "x_bar": growth * np.abs(values["x_bar"]),
-            "topk_weights_bar": np.broadcast_to(
-                unit * case.hidden * rms, values["topk_weights_bar"].shape
+        num_topk = inputs.topk_idx.shape[1]
+        both = {
+            "out": _weighted(inputs.x, inputs.topk_weights, dtype, case.num_ranks),
+            "x_bar": _weighted(inputs.out_bar, inputs.topk_weights, dtype, case.num_ranks),
+            "topk_weights_bar": (
+                np.repeat(inner, num_topk, axis=1),
+                np.repeat(UNIT_ROUNDOFF[dtype] * terms.shape[1] * rms, num_topk, axis=1),
             ),
         }
-        expected = cls(values=values, bounds=bounds)
+        expected = cls(
+            values={name: value for name, (value, _) in both.items()},
+            bounds={name: bound for name, (_, bound) in both.items()},
+        )
         expected._confirm(case, inputs)
         return expected
 
-    def _confirm(self, case: Case, inputs: Inputs) -> None:
-        channels = np.linspace(0, case.hidden - 1, min(NUM_ORACLE_CHANNELS, case.hidden))
+    @classmethod
+    def of_outputs(
+        cls,
+        x: np.ndarray,
+        topk_weights: np.ndarray,
+        dtype: str,
+        num_ranks: int,
+        *,
+        fp8_wire: bool = False,
+    ) -> "Expected":
+        """`out` alone, of some of the tokens; the oracle is not asked."""
+        value, bound = _weighted(x, topk_weights, dtype, num_ranks, fp8_wire=fp8_wire)
+        return cls(values={"out": value}, bounds={"out": bound})
+
+    def _confirm(self, case: Case | GpuCase, inputs: Inputs) -> None:
+        hidden = inputs.x.shape[1]
+        channels = np.linspace(0, hidden - 1, min(NUM_ORACLE_CHANNELS, hidden))
         channels = channels.astype(int)
 
         def by_rank(array: np.ndarray) -> np.ndarray:
-            return array.reshape(NUM_RANKS, -1, array.shape[-1])
+            return array.reshape(case.num_ranks, -1, array.shape[-1])
 
         recv = reference.dispatch(
             by_rank(inputs.x[:, channels]),
@@ -124,3 +137,41 @@ class Expected:
                     f"{self.values[name][token, column]} within {self.bounds[name][token, column]}"
                 )
         return worst
+
+
+def _weighted(
+    rows: np.ndarray,
+    topk_weights: np.ndarray,
+    dtype: str,
+    num_ranks: int,
+    *,
+    fp8_wire: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows times the sum of their weights, and how far from that roundings may lead.
+
+    A sum over selections is rounded once for its weights, once for each product and at each of at
+    most K + R - 1 additions and at the end, in any of the variants; all its terms have one sign.
+    On an FP8 wire rows are rounded to the wire's format first, and then to the dtype.
+    """
+    exact = rows.astype(np.float64)
+    total = topk_weights.astype(np.float64).sum(axis=1, keepdims=True)
+    value = exact * total
+    num_roundings = topk_weights.shape[1] + num_ranks + 3
+    if not fp8_wire:
+        growth = (1 + UNIT_ROUNDOFF[dtype]) ** num_roundings - 1
+        return value, growth * np.abs(value)
+    growth = (1 + UNIT_ROUNDOFF[dtype]) ** (num_roundings + 1) - 1
+    off = _fp8_rounding(exact)
+    return value, total * (growth * np.abs(exact) + (1 + growth) * off)
+
+
+def _fp8_rounding(rows: np.ndarray) -> np.ndarray:
+    """How far e4m3 with a scale for each 128 channels is from a row: half of its last bit's value.
+
+    3 bits of mantissa; below the scale / 64, the last bit's value is the scale / 512.
+    """
+    size = np.abs(rows)
+    starts = np.arange(0, rows.shape[1], _FP8_BLOCK)
+    scale = np.maximum.reduceat(size, starts, axis=1) / _FP8_LARGEST
+    scale = np.repeat(np.maximum(scale, _FP8_LEAST_SCALE), _FP8_BLOCK, axis=1)[:, : rows.shape[1]]
+    return np.maximum(size / 16, scale / 1024)

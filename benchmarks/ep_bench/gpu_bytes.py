@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fewest bytes that operations read and write in the memory of the GPU that all ranks share.
+"""The fewest bytes that operations read and write in memory, and what they send to other ranks.
 
-Rows alone: routing, slots, weights and flags are less than a hundredth of them.
+In memory rows alone: routing, slots, weights and flags are less than a hundredth of them.
 """
 
 import dataclasses
 import math
+
+import numpy as np
 
 from ep_bench.gpu_cases import HIDDEN, GpuCase, Rows
 
@@ -49,6 +51,37 @@ def floor(operation: str, rows: Rows, *, fp8_wire: bool = False) -> Floor | None
         # to be multiplied by the weights.
         return Floor(own=ends + rows.held * ROW, through_heap=sent + 3 * rows.held * ROW)
     return None
+
+
+# Index and weight of a selection.
+SELECTION = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that a rank gets in one operation, the mean of all ranks.
+
+    Attributes:
+        logical: of each token that a rank gets, once, and of its selections there.
+        wire: the same without what a rank gets from itself.
+    """
+
+    logical: float
+    wire: float
+
+
+def traffic(operation: str, case: GpuCase) -> Traffic | None:
+    """The bytes of an operation; None for the plan, which moves no rows."""
+    if operation == "plan":
+        return None
+    row = FP8_ROW if operation == "dispatch" and case.wire_dtype else ROW
+    destination = case.topk_idx // (case.num_experts // case.num_ranks)
+    away = destination != np.arange(case.num_ranks)[:, None, None]
+    rows, num_ranks = case.rows, case.num_ranks
+    return Traffic(
+        logical=((rows.away + rows.home) * row + away.size * SELECTION) / num_ranks,
+        wire=(rows.away * row + int(away.sum()) * SELECTION) / num_ranks,
+    )
 
 
 def chain_length(operation: str, case: GpuCase, *, sample_s: float = 0.01) -> int:

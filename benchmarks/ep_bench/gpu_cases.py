@@ -87,7 +87,7 @@ class GpuCase:
 
     Attributes:
         num_tokens: `T`, of each rank.
-        num_ranks: `R`, on one GPU.
+        num_ranks: `R`.
         wire_dtype: None (bfloat16) or FP8.
         layout: "expert" or "rank".
         num_sms: SMs of each rank, for each kernel.
@@ -137,6 +137,16 @@ class GpuCase:
         """`C`: a quarter more than even routing needs, or all that the busiest rank gets."""
         even = self.rows.held / self.num_ranks
         return max(math.ceil(CAPACITY_FACTOR * even), self.rows.busiest)
+
+    @property
+    def num_experts(self) -> int:
+        """`E`."""
+        return NUM_EXPERTS
+
+    @functools.cached_property
+    def bucket_capacity(self) -> int:
+        """Rows of a (source rank, expert) bucket: the fewest with which this routing drops none."""
+        return max(int(np.bincount(of_rank.reshape(-1)).max()) for of_rank in self.topk_idx)
 
     def config_kwargs(self) -> dict[str, Any]:
         """Of its `EpConfig`."""

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ep_bench.gpu_cases import OPERATIONS, SIZES, GpuCase
 from ep_bench.gpu_report import copy_bandwidth
@@ -23,8 +24,6 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
         found: the JSON of `benchmarks/gpu.py`.
         path: what to write, .svg or .png.
     """
-    mpl.rcParams["svg.hashsalt"] = path.name  # the same picture has the same bytes
-    mpl.rcParams["svg.fonttype"] = "none"  # text as text
     sizes = {
         GpuCase(num_tokens=tokens, num_ranks=ranks): (tokens, ranks) for tokens, ranks in SIZES
     }
@@ -51,5 +50,12 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.plot([], [], "k:", label="the operation's own bytes ÷ copy bandwidth")
     axes.legend(fontsize=8, ncols=2)
     axes.set_title(f"{found['environment']['gpu']}, all ranks on one GPU, 16 SMs each", fontsize=10)
+    save(figure, path)
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a picture: the same one has the same bytes, and text is text."""
+    mpl.rcParams["svg.hashsalt"] = path.name
+    mpl.rcParams["svg.fonttype"] = "none"
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

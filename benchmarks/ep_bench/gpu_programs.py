@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -134,7 +134,7 @@ def prepare(idx: jax.Array, w: jax.Array, *, group: jax_ep.EpGroup) -> dict[str,
     }
 
 
-def _samples(
+def samples_of(
     run: Callable[[], Any], meet: Callable[[], Any], num_samples: int, length: int
 ) -> np.ndarray:
     """Seconds of one operation, `num_samples` times; ranks begin each sample together."""
@@ -183,18 +183,33 @@ def _opened(mesh: Mesh, case: GpuCase) -> Iterator[_Exchange]:
         yield _Exchange(mesh, case, group)
 
 
-def measure(mesh: Mesh, case: GpuCase) -> dict[str, np.ndarray]:
-    """Seconds of one operation, `[NUM_SAMPLES]`, by name, as this rank sees them."""
+def measure(
+    mesh: Mesh,
+    case: GpuCase,
+    *,
+    only: Collection[str] | None = None,
+    num_samples: int = NUM_SAMPLES,
+) -> dict[str, np.ndarray]:
+    """Seconds of one operation, `[num_samples]`, by name, as this rank sees them.
+
+    Args:
+        mesh: of the ranks.
+        case: what to measure.
+        only: names of operations; None: all of the case.
+        num_samples: of each operation.
+    """
     found = {}
     with _opened(mesh, case) as exchange:
         for name in case.operations:
+            if only is not None and name not in only:
+                continue
             length = chain_length(name, case)
             run = exchange.chain(name, length)
-            found[name] = _samples(run, exchange.meet, NUM_SAMPLES, length)
+            found[name] = samples_of(run, exchange.meet, num_samples, length)
     return found
 
 
-def _last_of(count: int, run: Callable[[], Any]) -> Any:
+def last_of(count: int, run: Callable[[], Any]) -> Any:
     """Starts a program `count` times, each time without waiting; its last result."""
     for _ in range(count - 1):
         run()
@@ -239,15 +254,15 @@ def measure_baselines(mesh: Mesh, case: GpuCase) -> dict[str, np.ndarray]:
         length = chain_length("combine", case)
         for step in (gather, segment_sum, gather_back):
             once = functools.partial(over_ranks(exchange.group, step), *args[step.__name__])
-            run = functools.partial(_last_of, length, once)
-            found[step.__name__] = _samples(run, exchange.meet, NUM_BASELINE_SAMPLES, length)
+            run = functools.partial(last_of, length, once)
+            found[step.__name__] = samples_of(run, exchange.meet, NUM_BASELINE_SAMPLES, length)
     return found
 
 
 def _copy_bandwidth(source: jax.Array) -> float:
     length = 10
     start = time.perf_counter()
-    jax.block_until_ready(_last_of(length, functools.partial(jnp.copy, source)))
+    jax.block_until_ready(last_of(length, functools.partial(jnp.copy, source)))
     return 2 * source.nbytes * length / (time.perf_counter() - start)
 
 

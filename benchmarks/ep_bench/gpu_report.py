@@ -21,7 +21,7 @@ ByRank = Sequence[Mapping[str, np.ndarray]]
 Result = Mapping[str, Any]
 
 
-def _slowest(values: ByRank) -> dict[str, Any]:
+def slowest(values: ByRank) -> dict[str, Any]:
     """Spread and samples of the slowest rank in each sample, by name."""
     found = {}
     for name in values[0]:
@@ -42,13 +42,13 @@ def result(case: GpuCase, values: ByRank) -> dict[str, Any]:
         "recv_capacity": case.recv_capacity,
         "rows": dataclasses.asdict(case.rows),
         "bytes": {name: dataclasses.asdict(f) for name, f in floors.items() if f},
-        "seconds": _slowest(values),
+        "seconds": slowest(values),
     }
 
 
 def baseline(case: GpuCase, values: ByRank) -> dict[str, Any]:
     """Likewise, of what XLA does without this library."""
-    return {"case": dataclasses.asdict(case), "seconds": _slowest(values)}
+    return {"case": dataclasses.asdict(case), "seconds": slowest(values)}
 
 
 def copy_bandwidths(values: ByRank) -> dict[str, float]:
@@ -68,13 +68,16 @@ def share(entry: Result, operation: str, of: str, bandwidth: float) -> float:
     return entry["bytes"][operation][of] / seconds / bandwidth
 
 
-def _us(seconds: float) -> str:
+def microseconds(seconds: float) -> str:
+    """For a cell of a table."""
     value = 1e6 * seconds
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _time(spread: Mapping[str, float]) -> str:
-    return f"{_us(spread['median'])} ({_us(spread['p10'])}-{_us(spread['p90'])})"
+def time_cell(spread: Mapping[str, float]) -> str:
+    """Median and percentiles, in microseconds."""
+    median, low, high = (microseconds(spread[name]) for name in ("median", "p10", "p90"))
+    return f"{median} ({low}-{high})"
 
 
 def label(case: Mapping[str, Any]) -> list[str]:
@@ -87,10 +90,11 @@ def label(case: Mapping[str, Any]) -> list[str]:
 
 
 _KERNELS = ("plan", "dispatch", "combine")
-_WHAT = ["T, R", "wire", "layout", "SMs"]
+WHAT = ["T, R", "wire", "layout", "SMs"]
 
 
-def _table(headers: list[str], rows: list[list[Any]], tablefmt: str) -> str:
+def table(headers: list[str], rows: list[list[Any]], tablefmt: str) -> str:
+    """In the format that tabulate calls so."""
     return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
 
 
@@ -99,11 +103,11 @@ def time_table(found: Mapping[str, Any], tablefmt: str) -> str:
     rows = [
         [
             *label(r["case"]),
-            *(_time(r["seconds"][op]) if op in r["seconds"] else "" for op in OPERATIONS),
+            *(time_cell(r["seconds"][op]) if op in r["seconds"] else "" for op in OPERATIONS),
         ]
         for r in found["results"]
     ]
-    return _table([*_WHAT, *OPERATIONS.values()], rows, tablefmt)
+    return table([*WHAT, *OPERATIONS.values()], rows, tablefmt)
 
 
 def share_table(found: Mapping[str, Any], tablefmt: str) -> str:
@@ -122,7 +126,7 @@ def share_table(found: Mapping[str, Any], tablefmt: str) -> str:
     # With few tokens launches and waits count, not bytes.
     large = [r for r in found["results"] if r["case"]["num_tokens"] >= 100]
     rows = [[*label(r["case"]), *(cell(r, op) for op in moving)] for r in large]
-    return _table([*_WHAT, *(OPERATIONS[op] for op in moving)], rows, tablefmt)
+    return table([*WHAT, *(OPERATIONS[op] for op in moving)], rows, tablefmt)
 
 
 def overheads(r: Result) -> dict[str, float]:
@@ -139,13 +143,13 @@ def kernel_table(found: Mapping[str, Any], tablefmt: str) -> str:
     def cells(r: Result) -> list[str]:
         more = overheads(r)
         return [
-            *(_us(r["kernels"][name]) for name in _KERNELS),
+            *(microseconds(r["kernels"][name]) for name in _KERNELS),
             *(f"{1e6 * more[name]:+.1f}" if name in more else "" for name in _KERNELS),
         ]
 
     rows = [[*label(r["case"]), *cells(r)] for r in found["results"] if r.get("kernels")]
     headers = ["plan", "dispatch", "combine", "jit: plan", "jit: plan + dispatch", "jit: combine"]
-    return _table([*_WHAT, *headers], rows, tablefmt) if rows else ""
+    return table([*WHAT, *headers], rows, tablefmt) if rows else ""
 
 
 def baseline_table(found: Mapping[str, Any], tablefmt: str) -> str:
@@ -157,19 +161,21 @@ def baseline_table(found: Mapping[str, Any], tablefmt: str) -> str:
         rows.append(
             [
                 f"{case['num_tokens']}, {case['num_ranks']}",
-                _time(seconds["gather"]),
-                _time(ours["dispatch"]),
-                _time(seconds["segment_sum"]),
-                _time(seconds["gather_back"]),
-                _time(ours["combine"]),
+                time_cell(seconds["gather"]),
+                time_cell(ours["dispatch"]),
+                time_cell(seconds["segment_sum"]),
+                time_cell(seconds["gather_back"]),
+                time_cell(ours["combine"]),
             ]
         )
     headers = ["T, R", "gather", "plan + dispatch", "segment sum", "gather + sum", "combine"]
-    return _table(headers, rows, tablefmt)
+    return table(headers, rows, tablefmt)
 
 
 def _by_operation(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{OPERATIONS[op]} {_us(seconds[op])}" for op in OPERATIONS if op in seconds)
+    return ", ".join(
+        f"{OPERATIONS[op]} {microseconds(seconds[op])}" for op in OPERATIONS if op in seconds
+    )
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -197,10 +203,10 @@ def summary(found: Mapping[str, Any]) -> str:
         chain = medians.pop("chain", 0.0)
         worst = max(medians.values()) - chain
         met = "met" if worst <= GOAL_OVERHEAD_S else "missed"
-        what = f", {_us(chain)} of it that of the chain itself; the goal for the rest"
+        what = f", {microseconds(chain)} of it that of the chain itself; the goal for the rest"
         lines.append(
             f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing"
-            f"{what if chain else '; the goal for that'}, {_us(GOAL_OVERHEAD_S)} for each "
+            f"{what if chain else '; the goal for that'}, {microseconds(GOAL_OVERHEAD_S)} for each "
             f"operation, is {met}."
         )
     if one and one.get("kernels"):

@@ -19,6 +19,7 @@ from ep_bench.variants import (
     VARIANTS,
     Variant,
     as_numpy,
+    ep_config,
     make_mesh,
     open_variant,
     put,
@@ -87,7 +88,9 @@ def _measure_times(
     results = []
     with contextlib.ExitStack() as stack:
         variants = {
-            key: stack.enter_context(open_variant(key, case, dtype, mesh, settings.backend))
+            key: stack.enter_context(
+                open_variant(key, case, ep_config(case, dtype), mesh, settings.backend)
+            )
             for key in VARIANTS
         }
         if variants["ours"].backend == "xla":

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from ep_bench.cases import NUM_RANKS, Case
-from ep_bench.variants import DIRECTIONS, make_mesh, open_variant, put
+from ep_bench.variants import DIRECTIONS, ep_config, make_mesh, open_variant, put
 
 PROBE = pathlib.Path(__file__).resolve().parents[1] / "peak_memory.py"
 _NUM_CALLS = 3
@@ -61,7 +61,7 @@ def probe(key: str, case: Case, dtypes: list[str], backend: str | None) -> list[
     found = []
     for dtype in dtypes:
         args = put(case.inputs(dtype), mesh)
-        with open_variant(key, case, dtype, mesh, backend) as variant:
+        with open_variant(key, case, ep_config(case, dtype), mesh, backend) as variant:
             for direction, with_gradient in DIRECTIONS.items():
                 compiled = variant.compile(with_gradient).lower(*args).compile()
                 planned = compiled.memory_analysis()

@@ -13,8 +13,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_ep
-from ep_bench.baselines import bucket_all_to_all, gather_scatter, identity_experts
+from ep_bench.baselines import (
+    bucket_all_to_all,
+    gather_scatter,
+    identity_experts,
+    ragged_all_to_all,
+)
 from ep_bench.cases import DTYPES, NUM_RANKS, Case, Inputs
+from ep_bench.gpu_cases import GpuCase
 
 AXIS = "expert"
 # Key on the command line and in the JSON -> name in tables.
@@ -24,6 +30,8 @@ VARIANTS = {
     "gather_scatter": "all-gather + reduce-scatter",
     "all_to_all": "capacity all_to_all",
 }
+# Not for CPUs, see there.
+RAGGED = {"ragged_all_to_all": "lax.ragged_all_to_all"}
 # What users write without this library; the faster one is what `ours` is compared with.
 BASELINES = ("gather_scatter", "all_to_all")
 # Direction -> whether the gradient is taken too.
@@ -75,7 +83,7 @@ class Variant:
     """One thing that is compared.
 
     Attributes:
-        key: of `VARIANTS`.
+        key: of `VARIANTS` or `RAGGED`.
         backend: of the group; None for baselines.
         exchange: one rank's `(x, topk_idx, topk_weights) -> out`.
         mesh: of the ranks.
@@ -89,7 +97,7 @@ class Variant:
     @property
     def label(self) -> str:
         """Name in tables."""
-        return f"jax_ep ({self.backend})" if self.backend else VARIANTS[self.key]
+        return f"jax_ep ({self.backend})" if self.backend else (VARIANTS | RAGGED)[self.key]
 
     def compile(self, with_gradient: bool) -> Any:
         """A jitted function of `put`'s arrays.
@@ -118,20 +126,25 @@ class Variant:
 
 @contextlib.contextmanager
 def open_variant(
-    key: str, case: Case, dtype: str, mesh: jax.sharding.Mesh, backend: str | None = None
+    key: str,
+    case: Case | GpuCase,
+    config: jax_ep.EpConfig,
+    mesh: jax.sharding.Mesh,
+    backend: str | None = None,
 ) -> Iterator[Variant]:
     """Makes a variant; its group, if it has one, is closed at the end.
 
     Args:
-        key: of `VARIANTS`.
+        key: of `VARIANTS` or `RAGGED`.
         case: sizes.
-        dtype: key of `DTYPES`.
+        config: of `ours` and `xla`.
         mesh: of the ranks.
         backend: of `ours`; None: the library's choice.
     """
     sizes: dict[str, Any] = {"axis_name": AXIS, "num_experts": case.num_experts}
-    if key == "gather_scatter":
-        exchange = functools.partial(gather_scatter, recv_capacity=case.recv_capacity, **sizes)
+    if key in ("gather_scatter", "ragged_all_to_all"):
+        baseline = gather_scatter if key == "gather_scatter" else ragged_all_to_all
+        exchange = functools.partial(baseline, recv_capacity=case.recv_capacity, **sizes)
         yield Variant(key=key, backend=None, exchange=exchange, mesh=mesh)
     elif key == "all_to_all":
         exchange = functools.partial(
@@ -140,7 +153,7 @@ def open_variant(
         yield Variant(key=key, backend=None, exchange=exchange, mesh=mesh)
     else:
         chosen = "xla" if key == "xla" else backend
-        with jax_ep.EpGroup(mesh, AXIS, ep_config(case, dtype), backend=chosen) as group:
+        with jax_ep.EpGroup(mesh, AXIS, config, backend=chosen) as group:
             exchange = functools.partial(_there_and_back, group=group)
             yield Variant(key=key, backend=group.backend, exchange=exchange, mesh=mesh)
 

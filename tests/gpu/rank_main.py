@@ -25,10 +25,14 @@ from gpu.ranks import Case, Outcome
 
 def _of_rank(value: Any, rank: int) -> Any:
     """A rank's part of an array over all ranks; anything else is every rank's."""
-    if isinstance(value, jax.Array):
-        parts = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}
-        return np.asarray(parts[rank])[0]
-    return value
+    if not isinstance(value, jax.Array):
+        return value
+    # Usually a shard has one rank's part; of an array without elements, each may have all.
+    for shard in value.addressable_shards:
+        ranks = range(value.shape[0])[shard.index[0]]
+        if rank in ranks:
+            return np.asarray(shard.data)[ranks.index(rank)]
+    raise ValueError(f"no part of rank {rank} in this process: {value.sharding}")
 
 
 def _run(case: Case, mesh: Mesh, ranks: range) -> dict[int, Outcome]:

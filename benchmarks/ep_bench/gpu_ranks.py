@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the work of a benchmark on ranks, by the launcher of tests/gpu."""
+
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ep_bench
+from gpu.placement import Placement
+from gpu.ranks import Case, failure_report, run_ranks
+
+# Of one set of processes.
+DEADLINE_S = 540.0
+
+
+def values_by_rank(
+    work: Sequence[Case], num_ranks: int, placement: Placement, environment: Mapping[str, str]
+) -> list[list[Any]]:
+    """Runs all work in one set of processes; the values of each item, by rank.
+
+    Args:
+        work: what to run.
+        num_ranks: `R`.
+        placement: of the ranks.
+        environment: variables of the processes, beside this one's and its `XLA_FLAGS`.
+
+    Raises:
+        RuntimeError: a rank failed; the message has the first one's traceback first.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        # Ranks find this folder's package, but not the programs beside it.
+        (folder / "ep_bench").symlink_to(pathlib.Path(ep_bench.__file__).parent)
+        path = [str(folder), *filter(None, sys.path)]
+        runs = run_ranks(
+            work,
+            num_ranks=num_ranks,
+            folder=folder,
+            environment={
+                "PYTHONPATH": os.pathsep.join(path),
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+                **environment,
+            },
+            placement=placement,
+            deadline=DEADLINE_S,
+        )
+    if failure := failure_report(runs, work):
+        raise RuntimeError(failure)
+    return [[run.outcomes[i].value for run in runs] for i in range(len(work))]
