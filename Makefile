@@ -34,8 +34,8 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-python sim soak bench cuda gpu bazel lint lint-python lint-cpp \
-  lint-types lint-layers lint-spelling lint-project lint-bazel format wheel clean
+.PHONY: help train test test-cpp test-python sim soak bench cuda gpu nvlink bazel lint lint-python \
+  lint-cpp lint-types lint-layers lint-spelling lint-project lint-bazel format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -116,6 +116,10 @@ cuda: $(READY) ## Compile all CUDA kernels (needs nvcc, no GPU) and print their 
 # With the machine's own Python and JAX, which has to be one for CUDA: nothing is installed.
 gpu: ## Test on this machine's GPU, eight ranks as processes (PIECE="problems soak", SOAK=100000)
 	JAX_EP_SOAK=$(SOAK) $(PYTHON) tests/gpu/run.py $(PIECE)
+
+# Likewise; what it prints and measures is in build/nvlink too. PIECE="own bench-4096": a part of it.
+nvlink: ## Test, train and measure with a GPU for each rank: needs 2, 4 or 8 GPUs
+	$(PYTHON) tools/run_nvlink.py $(PIECE)
 
 # Without jax_ep in it, so that what Bazel builds is what is imported.
 BAZEL_PYTHON ?= $(VENV)/bazel/bin/python

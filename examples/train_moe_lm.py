@@ -5,7 +5,8 @@
 
 The text is Python's standard library, whose sources are on every machine. By default the model is
 spread over 8 devices as data 2 x expert 4; on a machine without accelerators these are 8 devices
-that JAX makes of the CPU. `--help` lists the options.
+that JAX makes of the CPU; `--platform cuda` takes GPUs, all of one process. `--help` lists the
+options.
 """
 
 import os
@@ -17,7 +18,10 @@ from moe_lm.options import Options, parse
 
 def set_up_devices(options: Options) -> None:
     """Asks JAX for as many CPU devices as the mesh has, unless the user has decided otherwise."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if options.platform == "auto":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    else:
+        os.environ["JAX_PLATFORMS"] = options.platform
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         count = f"--xla_force_host_platform_device_count={options.num_devices}"

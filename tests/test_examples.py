@@ -21,24 +21,30 @@ TINY = [*SMALL, "--batch", "8"]
 pytestmark = pytest.mark.example
 
 
-def _environment() -> dict[str, str]:
+def _environment(**variables: str) -> dict[str, str]:
     """Without the test suite's own devices: the programs ask for what they need."""
     path = os.pathsep.join(p for p in sys.path if p)
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return {**kept, "PYTHONPATH": path, "MPLBACKEND": "Agg"}
+    return {**kept, "PYTHONPATH": path, "MPLBACKEND": "Agg", **variables}
 
 
-def _start(*args: object, out: pathlib.Path | None = None) -> subprocess.Popen:
+def _start(*args: object, out: pathlib.Path | None = None, **variables: str) -> subprocess.Popen:
     command = [sys.executable, str(EXAMPLES / "train_moe_lm.py"), *map(str, args)]
     if out is not None:
         command += ["--out", str(out)]
     return subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=_environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def _run(*args: object, out: pathlib.Path | None = None, status: int = 0) -> tuple[str, str]:
-    process = _start(*args, out=out)
+def _run(
+    *args: object, out: pathlib.Path | None = None, status: int = 0, **variables: str
+) -> tuple[str, str]:
+    process = _start(*args, out=out, **variables)
     stdout, stderr = process.communicate(timeout=250)
     assert process.returncode == status, f"{stdout[-2000:]}\n{stderr[-3000:]}"
     return stdout, stderr
@@ -130,6 +136,7 @@ def test_other_options_train_as_well(options, tmp_path):
         (["--experts", "0"], ["--experts", "0", "allowed"]),
         (["--capacity-factor", "-1"], ["--capacity-factor", "-1", "above 0"]),
         (["--backend", "cuda"], ["--backend", "cuda", "ffi"]),
+        (["--platform", "tpu"], ["--platform", "tpu", "cuda"]),
         (["--flavor", "haiku"], ["--flavor", "haiku", "linen"]),
         (["--topk", "9"], ["--topk", "9", "8"]),
         (["--batch", "9"], ["--batch", "9"]),
@@ -141,6 +148,18 @@ def test_a_bad_option_gets_a_clear_error(options, parts):
     assert "error: " in message, stderr
     for part in parts:
         assert part in message, message
+
+
+def test_the_option_decides_on_the_platform_and_not_the_environment(tmp_path):
+    args = [*TINY, "--steps", 2, "--mesh", "1x2", "--platform", "cpu"]
+    stdout, _ = _run(*args, out=tmp_path, JAX_PLATFORMS="cuda")
+    assert "mesh data 1 x expert 2 of cpu, backend ffi" in stdout
+    assert len(_losses(tmp_path)) == 2
+
+
+def test_a_platform_without_devices_gets_a_clear_error():
+    _, stderr = _run("--platform", "cuda", status=2, CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu")
+    assert "train_moe_lm.py: error: --platform cuda: JAX finds no devices" in stderr
 
 
 def test_the_tutorial_runs_and_checks_itself():

@@ -50,11 +50,14 @@ def build(options: Options) -> Setup:
     """Makes everything but the parameters.
 
     Raises:
-        ValueError: there are not enough devices for the mesh.
+        ValueError: there are not enough devices for the mesh, or none of the platform.
         jax_ep.EpUnavailable: the backend that was asked for cannot serve.
     """
     shape = (1, 1) if options.dense else options.mesh
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # without the platform's plugin, JAX asserts
+        raise ValueError(f"--platform {options.platform}: JAX finds no devices: {error}") from error
     if len(devices) < options.num_devices:
         raise ValueError(
             f"--mesh {shape[0]}x{shape[1]} needs {options.num_devices} devices, and JAX has "

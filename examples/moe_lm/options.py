@@ -29,6 +29,7 @@ class Options:
     z_loss: float
     seed: int
     mesh: tuple[int, int]
+    platform: str
     backend: str
     capacity_factor: float | None
     fp8_wire: bool
@@ -121,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
 
     ep = parser.add_argument_group("expert parallelism")
     add(ep, "--mesh", _mesh, "2x4", "devices, as DATAxEXPERT", metavar="DATAxEXPERT")
+    add(
+        ep,
+        "--platform",
+        str,
+        "auto",
+        "of the devices; auto: that of JAX_PLATFORMS, or else cpu",
+        choices=("auto", "cpu", "cuda"),
+    )
     add(ep, "--backend", str, "auto", "of dispatch and combine", choices=("auto", "ffi", "xla"))
     add(
         ep,

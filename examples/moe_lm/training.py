@@ -189,12 +189,14 @@ class _Run:
 
     def _describe(self, first: int) -> str:
         options, group = self.options, self.setup.group
+        platform = group.mesh.devices.flat[0].platform
         size = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         where = (
             "1 device, dense"
             if options.dense
             else (
-                f"mesh data {options.mesh[0]} x expert {options.mesh[1]}, backend {group.backend}"
+                f"mesh data {options.mesh[0]} x expert {options.mesh[1]} of {platform}, backend "
+                f"{group.backend}"
             )
         )
         start = f", from step {first}" if first else ""
