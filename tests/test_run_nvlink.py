@@ -86,6 +86,35 @@ def test_the_end_of_a_piece_is_told(code, result, tmp_path):
     assert ("fine" in (tmp_path / "log").read_text()) == (result == "passed")
 
 
+def _smi(folder: pathlib.Path, num_gpus: int) -> dict[str, str]:
+    """Variables of a machine whose nvidia-smi lists so many GPUs."""
+    fake = folder / "nvidia-smi"
+    fake.write_text("#!/bin/sh\n" + "echo 'GPU 0: a GPU'\n" * num_gpus)
+    fake.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_a_piece_ends_with_the_command(tmp_path):
+    """Otherwise it would keep the GPUs."""
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import os, time; print(os.getpid()); time.sleep(100)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import run_nvlink as tool; "
+        f"tool.pieces = lambda *_: {{'sleep': [{str(sleeper)!r}]}}; sys.exit(tool.main())"
+    )
+    log = tmp_path / "out" / "sleep.log"
+    command = [sys.executable, "-c", code, "--out", str(tmp_path / "out"), "sleep"]
+    process = subprocess.Popen(command, env=_smi(tmp_path, 8), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (log.exists() and log.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_real_program_finds_its_modules_and_the_library(tmp_path):
@@ -118,12 +147,9 @@ def test_training_has_to_learn(text, result, tmp_path):
     ],
 )
 def test_what_cannot_run_is_refused_at_once(num_gpus, args, message, tmp_path):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\n" + "echo 'GPU 0: a GPU'\n" * num_gpus)
-    fake.chmod(0o755)
     done = subprocess.run(
         [sys.executable, str(PROGRAM), *args],
-        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        env=_smi(tmp_path, num_gpus),
         capture_output=True,
         text=True,
         check=False,

@@ -122,6 +122,8 @@ def main() -> int:
     if unknown := set(args.pieces) - set(every):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     out.mkdir(parents=True, exist_ok=True)
+    # So that a piece, which has a session of its own, ends with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = {}
     for name in args.pieces or every:
         start = time.monotonic()
