@@ -5,19 +5,18 @@ With `ffi` in one process, whose kernels are the CPU's there; with `xla` in seve
 """
 
 import functools
-import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 
 from gpu import test_collectives
 from gpu.comparison import case_of, check_cases
 from gpu.placement import VARIABLE, Placement
-from gpu.rank_programs import exchange, gradients, place, turns
+from gpu.rank_programs import exchange, gradients, turns
 from gpu.ranks import Case, failure_report, run_ranks, stacked
 from gpu.run import PIECES, PIECES_OF, parse_args
+from placed_programs import fail_on, where
 from problems import PROBLEMS, EpProblem
 
 pytestmark = pytest.mark.multiprocess
@@ -28,30 +27,6 @@ CPU = {"JAX_PLATFORMS": "cpu"}
 @pytest.fixture
 def run(tmp_path):
     return functools.partial(run_ranks, folder=tmp_path, environment=CPU)
-
-
-def where(mesh):
-    """Rank, process and device of each rank, as the rank itself sees them."""
-    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    ranks = np.arange(mesh.size, dtype=np.int32)
-    return {
-        "rank": jax.jit(lambda r: r * 10)(*place(mesh, ranks)),
-        "process": jax.process_index(),
-        "num_processes": jax.process_count(),
-        "num_local": jax.local_device_count(),
-        "ids": [d.id for d in mesh.devices.flat],
-        "mine": [d.id for d in mine],
-        "memory": os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
-    }
-
-
-def fail_on(mesh, rank, with_signal=None):
-    """Ends early in the process of a rank."""
-    if jax.process_index() == mesh.devices.flat[rank].process_index:
-        if with_signal is not None:
-            os.kill(os.getpid(), with_signal)
-        raise ArithmeticError(f"rank {rank} cannot go on")
-    return 0
 
 
 @pytest.mark.parametrize("placement", [Placement.SHARED, Placement.OWN])

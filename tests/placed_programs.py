@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks run in the tests of where they are; their processes import it."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gpu.rank_programs import place
+
+
+def where(mesh: Mesh) -> dict[str, Any]:
+    """Rank, process and device of each rank, as the rank itself sees them."""
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    ranks = np.arange(mesh.size, dtype=np.int32)
+    return {
+        "rank": jax.jit(lambda r: r * 10)(*place(mesh, ranks)),
+        "process": jax.process_index(),
+        "num_processes": jax.process_count(),
+        "num_local": jax.local_device_count(),
+        "ids": [d.id for d in mesh.devices.flat],
+        "mine": [d.id for d in mine],
+        "memory": os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
+    }
+
+
+def fail_on(mesh: Mesh, rank: int, with_signal: int | None = None) -> int:
+    """Ends early in the process of a rank."""
+    if jax.process_index() == mesh.devices.flat[rank].process_index:
+        if with_signal is not None:
+            os.kill(os.getpid(), with_signal)
+        raise ArithmeticError(f"rank {rank} cannot go on")
+    return 0
