@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
     from jax_ep._src.group import EpGroup as EpGroup
+    from jax_ep._src.health import EpHealth as EpHealth
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
     from jax_ep._src.moe import moe_with_stats as moe_with_stats
@@ -34,6 +35,7 @@ _EXPORTS = {
     "EpConfig": "jax_ep._src.config",
     "EpGroup": "jax_ep._src.group",
     "EpGroupClosed": "jax_ep._src.errors",
+    "EpHealth": "jax_ep._src.health",
     "EpUnavailable": "jax_ep._src.errors",
     "DispatchHandle": "jax_ep._src.types",
     "Dispatched": "jax_ep._src.types",
@@ -55,6 +57,7 @@ __all__ = [
     "EpConfig",
     "EpGroup",
     "EpGroupClosed",
+    "EpHealth",
     "EpUnavailable",
     "MoeStats",
     "combine",

@@ -96,14 +96,17 @@ def test_a_rank_is_a_place_in_the_mesh_and_not_a_device_number():
 
 def test_ranks_of_several_axes_are_counted_in_the_order_of_the_axes():
     devices = np.array(
-        [type("Device", (), {"process_index": 3, "local_hardware_id": i})() for i in range(8)]
+        [
+            type("Device", (), {"process_index": 3, "id": 9 + i, "local_hardware_id": i})()
+            for i in range(8)
+        ]
     ).reshape(2, 2, 2)
     mesh = type("Mesh", (), {})()
     mesh.devices, mesh.axis_names = devices, ("a", "b", "c")
     mesh.shape = dict(zip(mesh.axis_names, devices.shape, strict=True))
     places = {(p.group_index, p.rank): p for p in cuda_group.placements(mesh, ("c", "a"))}
     for (a, b, c), device in np.ndenumerate(devices):
-        assert places[b, 2 * c + a] == (3, device.local_hardware_id, b, 2 * c + a)
+        assert places[b, 2 * c + a] == (3, device.id, device.local_hardware_id, b, 2 * c + a)
 
 
 # --- what cannot be served ---------------------------------------------------------------------

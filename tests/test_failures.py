@@ -2,10 +2,13 @@
 """What goes wrong while a program runs: everybody is told, nobody hangs, the next call works."""
 
 import functools
+import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_ep import combine, dispatch
+from jax_ep import EpHealth, combine, dispatch
 from jax_ep._src import native
 from problems import EpProblem
 from programs import make_group, make_mesh
@@ -121,18 +124,26 @@ def _lose_a_rank() -> None:
     print("the others were told, and the next call works")
 
 
-# In a process of its own: JAX reports a failed callback once more when the process ends.
-def test_a_rank_that_never_comes_fails_the_others_after_the_deadline():
+def _child_env() -> dict[str, str]:
     here = str(pathlib.Path(__file__).parent)
     path = os.pathsep.join(p for p in [here, *sys.path] if p)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", "import conftest, test_failures as t; t._lose_a_rank()"],
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+    return {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
+
+
+# In a process of its own: JAX reports a failed callback once more when the process ends.
+def _run_alone(function: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-c", f"import conftest, test_failures as t; t.{function}()"],
+        env=_child_env(),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_a_rank_that_never_comes_fails_the_others_after_the_deadline():
+    done = _run_alone("_lose_a_rank")
     assert "the others were told, and the next call works" in done.stdout, done.stderr[-3000:]
 
 
@@ -145,7 +156,7 @@ def test_the_deadline_error_names_the_missing_rank():
         from jax_ep._src.spec import OpSpec
 
         def alone(idx):
-            return plan_p.bind(jnp.zeros(2, jnp.int32), idx, spec=OpSpec.of(group))[0]
+            return plan_p.bind(jnp.zeros(1, jnp.int32), idx, spec=OpSpec.of(group))[0]
 
         mapped = jax.shard_map(
             alone, mesh=half, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
@@ -154,6 +165,166 @@ def test_the_deadline_error_names_the_missing_rank():
         for part in ("DEADLINE_EXCEEDED", "plan", "rank", "1", "0.5 s", group.name):
             assert part in message, (part, message)
         assert native.load().num_open_meetings() == 0
+
+
+# --- what the log is told, before anybody reads a result ------------------------------------------
+
+# XLA ends a process 60 s after a collective of its own lacks a device, and no result is ever read.
+HANGS = """
+import conftest, functools, jax, numpy as np, sys
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import test_failures as t
+from programs import make_group, make_mesh
+
+mesh = make_mesh((2, 4), ("data", "expert"))
+group = make_group(t.PROBLEM, "ffi", mesh=mesh, timeout=2.0)
+x = np.tile(t._global(t.PROBLEM.x), (2, 1))
+idx = np.tile(t._global(t.PROBLEM.topk_idx), (2, 1))
+
+def bad_routing_in_one_group(x, idx):
+    return jax.lax.psum(t._round_trip(x, idx, group=group), "data")
+
+def a_rank_that_does_not_come(x, idx):
+    rank = jax.lax.axis_index("expert")
+    y = jax.lax.cond(rank != 2, lambda: t._round_trip(x, idx, group=group), lambda: x)
+    return jax.lax.psum(y, "expert")
+
+if sys.argv[1] == "bad_routing_in_one_group":
+    idx[7, 1] = 8  # data 0, rank 2, token 1
+spec = P(("data", "expert"))
+f = jax.shard_map(globals()[sys.argv[1]], mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+jax.block_until_ready(jax.jit(f)(x, idx))
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("bad_routing_in_one_group", "group_index 0, plan: rank 2: topk_idx[1, 1] is 8, but must"),
+        ("a_rank_that_does_not_come", "rank(s) 2 of 4 did not reach this plan within 2 s"),
+    ],
+)
+def test_an_error_is_logged_though_xla_hangs_behind_it(program, words):
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", HANGS, program],
+        env=_child_env(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    begin = time.monotonic()
+    try:
+        assert any(words in line for line in process.stderr)
+    finally:
+        process.kill()
+        process.communicate()
+    assert time.monotonic() - begin < 55  # it came before XLA's end
+
+
+def _with_slow_rank(x, idx, *, group, slow, until):
+    """A program in which the host code of one rank waits for an event before its dispatch."""
+
+    def host(x, rank):
+        if rank == slow:
+            assert until.wait(60)
+        return x
+
+    rank = jax.lax.axis_index(group.axis_names)
+    x = jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x, rank)
+    return _round_trip(x, idx, group=group)
+
+
+def _start_with_slow_rank(group, until):
+    """Launches the program; rank 3 is the slow one."""
+    spec = P("expert")
+    program = jax.jit(
+        jax.shard_map(
+            functools.partial(_with_slow_rank, group=group, slow=3, until=until),
+            mesh=group.mesh,
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=False,
+        )
+    )
+    return program(_global(PROBLEM.x), _global(PROBLEM.topk_idx))
+
+
+def _wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_late_rank_is_logged_and_seen_in_the_groups_health(caplog):
+    until = threading.Event()
+    with (
+        caplog.at_level(logging.INFO, logger="jax_ep"),
+        make_group(PROBLEM, "ffi", warn_after=0.1, timeout=60) as group,
+    ):
+        assert group.health() == EpHealth()
+        assert group.health().ok
+        out = _start_with_slow_rank(group, until)
+        _wait_for(lambda: group.health().waiting_for == (3,))
+        health = group.health()
+        assert not health.ok
+        assert (health.operation, health.group_index) == ("plan", 0)
+        assert health.root.startswith("rank 3 (device 3) is in no operation of an EP group")
+        _wait_for(lambda: sum("have waited" in r.message for r in caplog.records) >= 2)
+        until.set()
+        jax.block_until_ready(out)
+        _wait_for(lambda: "came after" in caplog.records[-1].message)
+        assert group.health().ok
+        seen = [(r.levelname, r.message) for r in caplog.records if group.name in r.message]
+    level, text = seen[0]
+    assert level == "WARNING"
+    assert f"{group.name}, group_index 0, plan: rank(s) 0-2 of 4 have waited 0." in text
+    assert "for rank(s) 3; rank 3 (device 3) is in no operation" in text
+    assert text.endswith("Giving up after 60 s")
+    assert seen[-1][0] == "INFO"
+    assert "plan: rank(s) 3 came after" in seen[-1][1]
+
+
+def _close_while_ranks_wait() -> None:
+    until = threading.Event()
+    group = make_group(PROBLEM, "ffi", timeout=60)
+    out = _start_with_slow_rank(group, until)
+    _wait_for(lambda: len(group.health().waiting_for) == 1)
+    begin = time.monotonic()
+    native.load().close_group(group.group_id)  # as close(), which would wait for `out`
+    assert group.health().ok  # nobody waits any more
+    until.set()
+    message = _error_of(lambda: out)
+    assert "FAILED_PRECONDITION" in message, message
+    assert time.monotonic() - begin < 30
+    print("told at once")
+
+
+def test_close_fails_the_ranks_that_wait_for_one_that_will_be_refused():
+    done = _run_alone("_close_while_ranks_wait")
+    assert "told at once" in done.stdout, done.stderr[-3000:]
+    words = "plan: the group was closed while rank(s) 0-2 waited for rank(s) 3 of 4"
+    assert words in done.stderr, done.stderr[-3000:]
+
+
+def test_a_program_on_another_mesh_than_the_groups_is_refused():
+    with make_group(PROBLEM, "ffi", timeout=30) as group:
+        turned = make_mesh((4,), ("expert",), order=[1, 0, 2, 3])
+        other = make_mesh((4,), ("expert",), order=[4, 5, 6, 7])
+        args = _global(PROBLEM.x), _global(PROBLEM.topk_idx)
+        for mesh, words in (
+            (turned, r"as rank (1 on a device that is rank 0|0 on a device that is rank 1) of"),
+            (other, rf"{re.escape(group.name)} has no rank on CPU device [4-7], which runs"),
+        ):
+            f = jax.shard_map(
+                functools.partial(_round_trip, group=group),
+                mesh=mesh,
+                in_specs=P("expert"),
+                out_specs=P("expert"),
+            )
+            message = _error_of(jax.jit(f), *args)
+            assert "on the mesh that the group was made for" in message
+            assert re.search(words, message), message
 
 
 def test_a_compiled_function_of_a_closed_group_says_so():

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """EpGroup: sizes, choice of the backend, life and death, and its error messages."""
 
+import copy
 import logging
+import math
+import pickle
 import re
 
 import jax
@@ -10,8 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep._src import bootstrap, native
 from jax_ep._src import group as group_module
-from jax_ep._src import native
+from jax_ep._src.bootstrap import group_key
 from problems import PROBLEMS, EpProblem
 from programs import exchange, make_group, make_mesh, over_ranks
 
@@ -52,8 +56,15 @@ def test_it_is_hashable_and_equal_only_to_itself(mesh):
         ({"axis_name": ("expert", "expert")}, "allowed: one or more distinct axes"),
         ({"config": {}}, "config is a dict; allowed: an EpConfig"),
         ({"backend": "cuda"}, "backend is 'cuda'; allowed: None, 'ffi', 'xla'"),
-        ({"timeout": 0}, "timeout is 0; allowed: a finite number of seconds above 0"),
-        ({"timeout": float("inf")}, "timeout is inf; allowed: a finite number"),
+        ({"timeout": 0}, "timeout is 0; allowed: None, or seconds above 0 (math.inf)"),
+        ({"timeout": float("nan")}, "timeout is nan; allowed: None, or seconds above 0"),
+        ({"timeout": "60"}, "timeout is '60'; allowed: None, or seconds above 0"),
+        ({"warn_after": -1.0}, "warn_after is -1.0; allowed: None, or seconds above 0"),
+        (
+            {"warn_after": 5.0, "timeout": 5},
+            "warn_after is 5.0 and timeout is 5; allowed: a warn_after below timeout",
+        ),
+        ({"warn_after": 30.0}, "warn_after is 30.0 and timeout is 30; allowed: a warn_after below"),
         (
             {"config": jax_ep.EpConfig(num_experts=6, num_topk=1, hidden=1, max_tokens_per_rank=1)},
             "EpConfig.num_experts is 6; it must be a multiple of the group's 4 ranks",
@@ -72,6 +83,51 @@ def test_bad_arguments(mesh, change, message):
     arguments = {"mesh": mesh, "axis_name": "expert", "config": CONFIG, **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         jax_ep.EpGroup(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "deadlines"),
+    [
+        ({}, (10.0, 30.0)),
+        ({"timeout": 4}, (2.0, 4.0)),
+        ({"timeout": math.inf}, (10.0, math.inf)),
+        ({"timeout": 1e300}, (10.0, 1e300)),
+        ({"warn_after": 1, "timeout": 2.0}, (1.0, 2.0)),
+        ({"warn_after": math.inf, "timeout": math.inf}, (math.inf, math.inf)),
+    ],
+)
+def test_deadlines(arguments, deadlines, mesh):
+    with jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi", **arguments) as group:
+        assert (group.warn_after, group.timeout) == deadlines
+        exchanged = over_ranks(group, lambda x, idx: jax_ep.dispatch(x, idx, group=group).x)
+        jax.block_until_ready(exchanged(PROBLEM.x, PROBLEM.topk_idx))
+
+
+def test_a_copy_of_a_group_is_the_group(mesh):
+    with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
+        assert copy.copy(group) is group
+        assert copy.deepcopy({"layers": [group]})["layers"][0] is group
+        with pytest.raises(TypeError, match="cannot be pickled; pickle its config and the names"):
+            pickle.dumps(group)
+        assert pickle.loads(pickle.dumps(group.config)) == CONFIG
+
+
+def test_a_group_is_not_made_inside_jit(mesh, backend):
+    def body(x):
+        jax_ep.EpGroup(mesh, "expert", CONFIG, backend=backend)
+        return x
+
+    with pytest.raises(ValueError, match=r"an EpGroup is made inside jit.*allowed: outside"):
+        jax.jit(body)(1.0)
+
+
+def test_ids_are_those_of_the_next_run_too(mesh):
+    # They become part of compiled programs, which are looked up in a cache on disk.
+    key = group_key(mesh, ("expert",)).split("/")[0]
+    count = bootstrap._made[key]
+    for number in range(count + 1, count + 3):
+        with jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi") as group:
+            assert group.group_id == bootstrap.group_id(f"{key}/{number}")
 
 
 def test_close_is_idempotent_and_use_after_close_is_an_error(mesh, backend):

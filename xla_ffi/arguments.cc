@@ -72,7 +72,7 @@ Status check_rows_out(const Buffer& out,
                                   std::string(in_name) + "', " + std::string(name(in_dtype)));
 }
 
-Status check_group_rank(const Buffer& group_rank) { return group_rank.check(S32, {2}); }
+Status check_program_rank(const Buffer& program_rank) { return program_rank.check(S32, {1}); }
 
 }  // namespace
 
@@ -98,7 +98,7 @@ Status check_plan(const EpAttrs& attrs,
   JAX_EP_RETURN_IF_ERROR(buffers.group_sizes.check(S32, {shape.num_row_groups()}));
   JAX_EP_RETURN_IF_ERROR(buffers.tokens_per_expert.check(S32, {shape.num_local_experts()}));
   JAX_EP_RETURN_IF_ERROR(buffers.num_dropped.check(S32, {}));
-  return check_group_rank(buffers.group_rank);
+  return check_program_rank(buffers.program_rank);
 }
 
 Status check_dispatch(const EpAttrs& attrs,
@@ -128,7 +128,7 @@ Status check_dispatch(const EpAttrs& attrs,
   arguments.hidden = x.dim(1);
   arguments.scalars = with_scalars ? shape.num_topk : 0;
   arguments.wire = static_cast<Wire>(wire);
-  return check_group_rank(buffers.group_rank);
+  return check_program_rank(buffers.program_rank);
 }
 
 Status check_combine(const EpAttrs& attrs,
@@ -152,7 +152,7 @@ Status check_combine(const EpAttrs& attrs,
   }
   arguments.hidden = y.dim(1);
   arguments.scalars = with_scalars ? shape.num_topk : 0;
-  return check_group_rank(buffers.group_rank);
+  return check_program_rank(buffers.program_rank);
 }
 
 Status check_source_slot(const Buffer& buffer, const EpShape& shape) {
@@ -160,13 +160,6 @@ Status check_source_slot(const Buffer& buffer, const EpShape& shape) {
       S32,
       {shape.num_tokens * shape.num_ranks,
        max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts())});
-}
-
-Status closed_group(std::string_view op) {
-  return {StatusCode::kFailedPrecondition,
-          "the EpGroup of this " + std::string(op) +
-              " has been closed; a compiled function may be called only while the group that it "
-              "was traced with is open"};
 }
 
 Failure::operator xla::ffi::Error() const { return to_error(status); }

@@ -31,7 +31,7 @@ struct EpAttrs {
 enum class SourceSlot { kAbsent, kPresent };
 
 struct PlanBuffers {
-  Buffer group_rank;         // int32 [2] in: index of the group, rank in it
+  Buffer program_rank;       // int32 [1] in: this rank, as the program says
   Buffer topk_idx;           // int32 [T, K] in
   Buffer slot;               // int32 [T, K] out
   Buffer row_source;         // int32 [C] out
@@ -43,7 +43,7 @@ struct PlanBuffers {
 };
 
 struct DispatchBuffers {
-  Buffer group_rank;     // int32 [2] in
+  Buffer program_rank;   // int32 [1] in
   Buffer x;              // rows [T, H] in
   Buffer token_scalars;  // float32 [T, K] in, or absent
   Buffer topk_idx;       // int32 [T, K] in
@@ -54,7 +54,7 @@ struct DispatchBuffers {
 };
 
 struct CombineBuffers {
-  Buffer group_rank;     // int32 [2] in
+  Buffer program_rank;   // int32 [1] in
   Buffer y;              // rows [C, H] in
   Buffer weights;        // float32 [C] or [C, K] in, or absent
   Buffer row_scalars;    // float32 [C] or [C, K] in, or absent
@@ -98,9 +98,6 @@ Status check_combine(const EpAttrs& attrs,
 
 // InvalidArgument unless the buffer is the int32 [R * T, J] that a plan of this shape yields.
 Status check_source_slot(const Buffer& buffer, const EpShape& shape);
-
-// FailedPrecondition: an operation was called whose group is no more.
-Status closed_group(std::string_view op);
 
 // An error on its way to XLA, which takes it in the type that the handler returns.
 struct Failure {

@@ -9,7 +9,8 @@ namespace {
 
 ffi::Future combine(CpuSite* site,
                     ffi::RunId run_id,
-                    ffi::AnyBuffer group_rank,
+                    int32_t device,
+                    ffi::AnyBuffer program_rank,
                     ffi::AnyBuffer y,
                     ffi::AnyBuffer weights,
                     ffi::AnyBuffer row_scalars,
@@ -18,7 +19,7 @@ ffi::Future combine(CpuSite* site,
                     ffi::Result<ffi::AnyBuffer> out,
                     ffi::Result<ffi::AnyBuffer> token_scalars,
                     EpAttrs attrs) {
-  const CombineBuffers buffers{.group_rank = {"group_rank", group_rank},
+  const CombineBuffers buffers{.program_rank = {"program_rank", program_rank},
                                .y = {"y", y},
                                .weights = {"weights", weights},
                                .row_scalars = {"row_scalars", row_scalars},
@@ -28,10 +29,9 @@ ffi::Future combine(CpuSite* site,
                                .token_scalars = {"token_scalars", token_scalars}};
   CombineArguments arguments;
   JAX_EP_FAIL_IF_ERROR(check_combine(attrs, buffers, arguments));
-  return join_site(site,
-                   run_id,
+  return join_site({site, run_id, device},
                    attrs,
-                   buffers.group_rank,
+                   buffers.program_rank,
                    CombineCall{.shape = arguments.shape,
                                .hidden = arguments.hidden,
                                .weighted = arguments.weighted,
@@ -53,7 +53,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cpu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<CpuSite>>()
                                   .Ctx<ffi::RunId>()
-                                  .Arg<ffi::AnyBuffer>()  // group_rank
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()  // program_rank
                                   .Arg<ffi::AnyBuffer>()  // y
                                   .Arg<ffi::AnyBuffer>()  // weights
                                   .Arg<ffi::AnyBuffer>()  // row_scalars

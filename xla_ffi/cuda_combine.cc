@@ -12,7 +12,7 @@ namespace {
 
 ffi::Error combine(cudaStream_t stream,
                    int32_t device,
-                   ffi::AnyBuffer group_rank,
+                   ffi::AnyBuffer program_rank,
                    ffi::AnyBuffer y,
                    ffi::AnyBuffer weights,
                    ffi::AnyBuffer row_scalars,
@@ -23,7 +23,7 @@ ffi::Error combine(cudaStream_t stream,
                    ffi::Result<ffi::AnyBuffer> out,
                    ffi::Result<ffi::AnyBuffer> token_scalars,
                    EpAttrs attrs) {
-  const CombineBuffers buffers{.group_rank = {"group_rank", group_rank},
+  const CombineBuffers buffers{.program_rank = {"program_rank", program_rank},
                                .y = {"y", y},
                                .weights = {"weights", weights},
                                .row_scalars = {"row_scalars", row_scalars},
@@ -50,7 +50,7 @@ ffi::Error combine(cudaStream_t stream,
                              .weighted = arguments.weighted,
                              .scalars = arguments.scalars,
                              .dtype = arguments.dtype,
-                             .group_rank = buffers.group_rank.data<const int32_t>(),
+                             .program_rank = buffers.program_rank.data<const int32_t>(),
                              .y = buffers.y.data<const void>(),
                              .weights = buffers.weights.data<const float>(),
                              .row_scalars = buffers.row_scalars.data<const float>(),
@@ -75,7 +75,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cuda,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()  // group_rank
+                                  .Arg<ffi::AnyBuffer>()  // program_rank
                                   .Arg<ffi::AnyBuffer>()  // y
                                   .Arg<ffi::AnyBuffer>()  // weights
                                   .Arg<ffi::AnyBuffer>()  // row_scalars

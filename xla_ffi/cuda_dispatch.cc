@@ -12,7 +12,7 @@ namespace {
 
 ffi::Error dispatch(cudaStream_t stream,
                     int32_t device,
-                    ffi::AnyBuffer group_rank,
+                    ffi::AnyBuffer program_rank,
                     ffi::AnyBuffer x,
                     ffi::AnyBuffer token_scalars,
                     ffi::AnyBuffer topk_idx,
@@ -24,7 +24,7 @@ ffi::Error dispatch(cudaStream_t stream,
                     EpAttrs attrs,
                     int32_t wire,
                     bool zero_fill) {
-  const DispatchBuffers buffers{.group_rank = {"group_rank", group_rank},
+  const DispatchBuffers buffers{.program_rank = {"program_rank", program_rank},
                                 .x = {"x", x},
                                 .token_scalars = {"token_scalars", token_scalars},
                                 .topk_idx = {"topk_idx", topk_idx},
@@ -50,7 +50,7 @@ ffi::Error dispatch(cudaStream_t stream,
                               .x_format = RowFormat::kDType,
                               .rows_format = RowFormat::kDType,
                               .zero_fill = zero_fill,
-                              .group_rank = buffers.group_rank.data<const int32_t>(),
+                              .program_rank = buffers.program_rank.data<const int32_t>(),
                               .x = buffers.x.data<const void>(),
                               .x_scales = nullptr,
                               .token_scalars = buffers.token_scalars.data<const float>(),
@@ -76,7 +76,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cuda,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()  // group_rank
+                                  .Arg<ffi::AnyBuffer>()  // program_rank
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // token_scalars
                                   .Arg<ffi::AnyBuffer>()  // topk_idx

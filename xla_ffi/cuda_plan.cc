@@ -11,7 +11,7 @@ namespace {
 
 ffi::Error plan(cudaStream_t stream,
                 int32_t device,
-                ffi::AnyBuffer group_rank,
+                ffi::AnyBuffer program_rank,
                 ffi::AnyBuffer topk_idx,
                 ffi::Result<ffi::AnyBuffer> slot,
                 ffi::Result<ffi::AnyBuffer> row_source,
@@ -21,7 +21,7 @@ ffi::Error plan(cudaStream_t stream,
                 ffi::Result<ffi::AnyBuffer> tokens_per_expert,
                 ffi::Result<ffi::AnyBuffer> num_dropped,
                 EpAttrs attrs) {
-  const PlanBuffers buffers{.group_rank = {"group_rank", group_rank},
+  const PlanBuffers buffers{.program_rank = {"program_rank", program_rank},
                             .topk_idx = {"topk_idx", topk_idx},
                             .slot = {"slot", slot},
                             .row_source = {"row_source", row_source},
@@ -36,7 +36,7 @@ ffi::Error plan(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(find_site(attrs, device, "plan", arguments.shape, site));
   const PlanParams params{.view = site.rank->view(),
                           .shape = arguments.shape,
-                          .group_rank = buffers.group_rank.data<const int32_t>(),
+                          .program_rank = buffers.program_rank.data<const int32_t>(),
                           .topk_idx = buffers.topk_idx.data<const int32_t>(),
                           .slot = buffers.slot.data<int32_t>(),
                           .row_source = buffers.row_source.data<int32_t>(),
@@ -59,7 +59,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_cuda,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()  // group_rank
+                                  .Arg<ffi::AnyBuffer>()  // program_rank
                                   .Arg<ffi::AnyBuffer>()  // topk_idx
                                   .Ret<ffi::AnyBuffer>()  // slot
                                   .Ret<ffi::AnyBuffer>()  // row_source

@@ -11,8 +11,7 @@ Status find_site(const EpAttrs& attrs,
                  std::string_view op,
                  const EpShape& shape,
                  CudaSite& site) {
-  site.group = CudaGroupRegistry::instance().find(attrs.group_id);
-  if (site.group == nullptr) return closed_group(op);
+  JAX_EP_RETURN_IF_ERROR(CudaGroupRegistry::instance().find_open(attrs.group_id, op, site.group));
   JAX_EP_RETURN_IF_ERROR(site.group->find(device, site.rank));
   JAX_EP_RETURN_IF_ERROR(site.rank->error());
   return check_fits(site.heap(), shape);

@@ -9,7 +9,8 @@ namespace {
 
 ffi::Future dispatch(CpuSite* site,
                      ffi::RunId run_id,
-                     ffi::AnyBuffer group_rank,
+                     int32_t device,
+                     ffi::AnyBuffer program_rank,
                      ffi::AnyBuffer x,
                      ffi::AnyBuffer token_scalars,
                      ffi::AnyBuffer topk_idx,
@@ -20,7 +21,7 @@ ffi::Future dispatch(CpuSite* site,
                      EpAttrs attrs,
                      int32_t wire,
                      bool zero_fill) {
-  const DispatchBuffers buffers{.group_rank = {"group_rank", group_rank},
+  const DispatchBuffers buffers{.program_rank = {"program_rank", program_rank},
                                 .x = {"x", x},
                                 .token_scalars = {"token_scalars", token_scalars},
                                 .topk_idx = {"topk_idx", topk_idx},
@@ -30,10 +31,9 @@ ffi::Future dispatch(CpuSite* site,
                                 .row_scalars = {"row_scalars", row_scalars}};
   DispatchArguments arguments;
   JAX_EP_FAIL_IF_ERROR(check_dispatch(attrs, wire, buffers, arguments));
-  return join_site(site,
-                   run_id,
+  return join_site({site, run_id, device},
                    attrs,
-                   buffers.group_rank,
+                   buffers.program_rank,
                    DispatchCall{.shape = arguments.shape,
                                 .hidden = arguments.hidden,
                                 .scalars = arguments.scalars,
@@ -56,7 +56,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cpu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<CpuSite>>()
                                   .Ctx<ffi::RunId>()
-                                  .Arg<ffi::AnyBuffer>()  // group_rank
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()  // program_rank
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // token_scalars
                                   .Arg<ffi::AnyBuffer>()  // topk_idx

@@ -8,16 +8,16 @@
 
 namespace jax_ep {
 
-// (group_rank [2], topk_idx [T, K]) -> (slot [T, K], row_source [C], row_topk_idx [C, K],
+// (program_rank [1], topk_idx [T, K]) -> (slot [T, K], row_source [C], row_topk_idx [C, K],
 // source_slot [0], group_sizes, tokens_per_expert [L], num_dropped []), all int32. source_slot is
 // there because it is in the plan on CUDA.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_cpu);
 
-// (group_rank, x [T, H], token_scalars [T, K], topk_idx, slot, row_source)
+// (program_rank, x [T, H], token_scalars [T, K], topk_idx, slot, row_source)
 // -> (rows [C, H], row_scalars).
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_dispatch_cpu);
 
-// (group_rank, y [C, H], weights, row_scalars, topk_idx, slot)
+// (program_rank, y [C, H], weights, row_scalars, topk_idx, slot)
 // -> (out [T, H], token_scalars [T, K]).
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_combine_cpu);
 

@@ -9,7 +9,8 @@ namespace {
 
 ffi::Future plan(CpuSite* site,
                  ffi::RunId run_id,
-                 ffi::AnyBuffer group_rank,
+                 int32_t device,
+                 ffi::AnyBuffer program_rank,
                  ffi::AnyBuffer topk_idx,
                  ffi::Result<ffi::AnyBuffer> slot,
                  ffi::Result<ffi::AnyBuffer> row_source,
@@ -19,7 +20,7 @@ ffi::Future plan(CpuSite* site,
                  ffi::Result<ffi::AnyBuffer> tokens_per_expert,
                  ffi::Result<ffi::AnyBuffer> num_dropped,
                  EpAttrs attrs) {
-  const PlanBuffers buffers{.group_rank = {"group_rank", group_rank},
+  const PlanBuffers buffers{.program_rank = {"program_rank", program_rank},
                             .topk_idx = {"topk_idx", topk_idx},
                             .slot = {"slot", slot},
                             .row_source = {"row_source", row_source},
@@ -30,10 +31,9 @@ ffi::Future plan(CpuSite* site,
                             .num_dropped = {"num_dropped", num_dropped}};
   PlanArguments arguments;
   JAX_EP_FAIL_IF_ERROR(check_plan(attrs, buffers, SourceSlot::kAbsent, arguments));
-  return join_site(site,
-                   run_id,
+  return join_site({site, run_id, device},
                    attrs,
-                   buffers.group_rank,
+                   buffers.program_rank,
                    PlanCall{.shape = arguments.shape,
                             .topk_idx = buffers.topk_idx.data<const int32_t>(),
                             .slot = buffers.slot.data<int32_t>(),
@@ -51,7 +51,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_cpu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<CpuSite>>()
                                   .Ctx<ffi::RunId>()
-                                  .Arg<ffi::AnyBuffer>()  // group_rank
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()  // program_rank
                                   .Arg<ffi::AnyBuffer>()  // topk_idx
                                   .Ret<ffi::AnyBuffer>()  // slot
                                   .Ret<ffi::AnyBuffer>()  // row_source

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
+#include <string>
+#include <string_view>
 #include <utility>
 
+#include "csrc/core/error_record.h"
 #include "csrc/core/group_registry.h"
 #include "xla_ffi/registration.h"
 
@@ -25,21 +27,35 @@ XLA_FFI_Error* instantiate_cpu_site(XLA_FFI_CallFrame* frame) {
   return with_state<CpuSite, kInstantiate>(frame);
 }
 
-ffi::Future join_site(
-    CpuSite* site, ffi::RunId run_id, const EpAttrs& attrs, const Buffer& group_rank, Call call) {
-  const std::optional<GroupInfo> group = GroupRegistry::instance().find(attrs.group_id);
-  if (!group.has_value()) return Failure{closed_group(op_name(call))};
-  const auto* where = group_rank.data<const int32_t>();
-  Rendezvous::Arrival arrival{.run_id = run_id.run_id,
-                              .group_index = where[0],
-                              .rank = where[1],
+ffi::Future join_site(const CpuCaller& caller,
+                      const EpAttrs& attrs,
+                      const Buffer& program_rank,
+                      Call call) {
+  const std::string_view op = op_name(call);
+  GroupInfoPtr group;
+  JAX_EP_FAIL_IF_ERROR(GroupRegistry::instance().find_open(attrs.group_id, op, group));
+  const auto place = group->places.find(caller.device);
+  if (place == group->places.end()) {
+    return Failure{{StatusCode::kFailedPrecondition,
+                    group->name + " has no rank on CPU device " + std::to_string(caller.device) +
+                        ", which runs its " + std::string(op) +
+                        "; run the program on the mesh that the group was made for"}};
+  }
+  Rendezvous::Arrival arrival{.run_id = caller.run_id.run_id,
+                              .group = group,
+                              .device = caller.device,
+                              .place = place->second,
                               .num_ranks = attrs.num_ranks,
-                              .timeout = group->timeout,
-                              .group_name = group->name,
-                              .call = std::move(call)};
+                              .call = std::move(call),
+                              .refusal = {}};
+  const int32_t claimed = *program_rank.data<const int32_t>();
+  if (claimed != place->second.rank) {
+    arrival.refusal = {StatusCode::kFailedPrecondition,
+                       wrong_rank_text(op, claimed, place->second.rank)};
+  }
   ffi::Promise promise;
   ffi::Future future(promise);
-  site->rendezvous.join(std::move(arrival), [promise](const Status& outcome) mutable {
+  caller.site->rendezvous.join(std::move(arrival), [promise](const Status& outcome) mutable {
     if (outcome.ok()) {
       promise.SetAvailable();
     } else {

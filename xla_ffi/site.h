@@ -24,11 +24,20 @@ struct CpuSite {
 // Handler of the instantiate stage, the same for every target.
 XLA_FFI_Error* instantiate_cpu_site(XLA_FFI_CallFrame* frame);
 
-// Brings one rank's call to the site's rendezvous. `group_rank` is int32[2], checked: the index of
-// the group among the mesh's other axes, and the rank in it. The future completes when all ranks of
-// the group have met and the operation is done, or with the error of any of them.
-ffi::Future join_site(
-    CpuSite* site, ffi::RunId run_id, const EpAttrs& attrs, const Buffer& group_rank, Call call);
+// Where a call of a handler runs.
+struct CpuCaller {
+  CpuSite* site;
+  ffi::RunId run_id;
+  int32_t device;  // its ordinal
+};
+
+// Brings one rank's call to the site's rendezvous. The device says which rank it is;
+// `program_rank`, int32[1], checked, must be the same. The future completes when all ranks of the
+// group have met and the operation is done, or with the error of any of them.
+ffi::Future join_site(const CpuCaller& caller,
+                      const EpAttrs& attrs,
+                      const Buffer& program_rank,
+                      Call call);
 
 }  // namespace jax_ep
 

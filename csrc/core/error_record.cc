@@ -44,14 +44,19 @@ std::string advice(const ErrorRecord& record) {
 
 }  // namespace
 
+std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t rank) {
+  return "the program runs " + std::string(op) + " as rank " + std::to_string(program_rank) +
+         " on a device that is rank " + std::to_string(rank) +
+         " of its EpGroup; run it on the mesh that the group was made for";
+}
+
 std::string describe(const ErrorRecord& record, double timeout_s) {
   const auto tag = static_cast<WaitTag>(record.tag);
   const std::string op(op_name(record.op));
   const std::string rank = "rank " + std::to_string(record.rank);
   const std::string peer = "rank " + std::to_string(record.peer);
   if (tag == WaitTag::kWrongRank) {
-    return "the program runs " + op + " as " + peer + " on a device that is " + rank +
-           " of its EpGroup; run it on the mesh that the group was made for";
+    return wrong_rank_text(op, record.peer, record.rank);
   }
   if (tag == WaitTag::kWrongOp) {
     return "ranks disagree: exchange " + std::to_string(record.expected / kFlagsPerEpoch) + " is " +

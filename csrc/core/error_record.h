@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace jax_ep {
 
@@ -39,6 +40,9 @@ struct ErrorRecord {
   uint32_t seen;
   uint32_t chunk;  // kArrived: which chunk of the peer's
 };
+
+// The error where a program runs `op` as another rank than its device is: it runs on another mesh.
+std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t rank);
 
 // "rank 2 waited 60 s in dispatch for rank 5 ..."; see error_record.cc.
 std::string describe(const ErrorRecord& record, double timeout_s);

@@ -1,17 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/core/group_registry.h"
 
+#include <algorithm>
+#include <cmath>
+#include <deque>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 
 namespace jax_ep {
+namespace {
+
+// Names of closed groups that are remembered for messages.
+constexpr size_t kMaxClosed = 4096;
+
+}  // namespace
 
 struct GroupRegistry::Impl {
   std::mutex mutex;
-  std::unordered_map<int64_t, GroupInfo> groups;
-  int64_t next_id = 1;
+  std::unordered_map<int64_t, GroupInfoPtr> groups;
+  std::unordered_map<int64_t, std::string> closed;  // id -> name
+  std::deque<int64_t> closed_order;                 // oldest first
 };
+
+int32_t GroupInfo::device_of(const RankPlace& place) const {
+  const auto it = std::find_if(
+      places.begin(), places.end(), [&](const auto& entry) { return entry.second == place; });
+  return it == places.end() ? -1 : it->first;
+}
+
+Status closed_group(std::string_view group_name, std::string_view op) {
+  return {StatusCode::kFailedPrecondition,
+          std::string(group_name) + " of this " + std::string(op) +
+              " has been closed; a compiled function may be called only while the group that it "
+              "was traced with is open"};
+}
+
+Status unknown_group(int64_t id, std::string_view op) {
+  return {StatusCode::kFailedPrecondition,
+          "this " + std::string(op) +
+              " was compiled for an EpGroup that this process has not made (id " +
+              std::to_string(id) +
+              "); before a program that was exported or serialized is called, make a group with "
+              "the same mesh, axes and config, as the same in number of those with that mesh and "
+              "axes"};
+}
+
+std::chrono::milliseconds to_milliseconds(double seconds) {
+  constexpr double kCentury = 100 * 365.25 * 86400;
+  return std::chrono::milliseconds(
+      static_cast<int64_t>(std::ceil(std::min(seconds, kCentury) * 1e3)));
+}
 
 // Never destroyed: threads may still look groups up while the process exits.
 GroupRegistry& GroupRegistry::instance() {
@@ -24,26 +62,43 @@ GroupRegistry::Impl& GroupRegistry::impl() {
   return *impl;
 }
 
-int64_t GroupRegistry::create(GroupInfo info) {
+bool GroupRegistry::add(GroupInfo info) {
   Impl& state = impl();
   const std::lock_guard lock(state.mutex);
-  const int64_t id = state.next_id++;
-  state.groups.emplace(id, std::move(info));
-  return id;
+  const int64_t id = info.id;
+  if (state.closed.contains(id)) return false;
+  return state.groups.emplace(id, std::make_shared<const GroupInfo>(std::move(info))).second;
 }
 
 bool GroupRegistry::close(int64_t id) {
   Impl& state = impl();
   const std::lock_guard lock(state.mutex);
-  return state.groups.erase(id) > 0;
+  const auto it = state.groups.find(id);
+  if (it == state.groups.end()) return false;
+  state.closed.emplace(id, it->second->name);
+  state.closed_order.push_back(id);
+  if (state.closed_order.size() > kMaxClosed) {
+    state.closed.erase(state.closed_order.front());
+    state.closed_order.pop_front();
+  }
+  state.groups.erase(it);
+  return true;
 }
 
-std::optional<GroupInfo> GroupRegistry::find(int64_t id) const {
+GroupInfoPtr GroupRegistry::find(int64_t id) const {
   Impl& state = impl();
   const std::lock_guard lock(state.mutex);
   const auto it = state.groups.find(id);
-  if (it == state.groups.end()) return std::nullopt;
-  return it->second;
+  return it == state.groups.end() ? nullptr : it->second;
+}
+
+Status GroupRegistry::find_open(int64_t id, std::string_view op, GroupInfoPtr& info) const {
+  info = find(id);
+  if (info != nullptr) return {};
+  Impl& state = impl();
+  const std::lock_guard lock(state.mutex);
+  const auto closed = state.closed.find(id);
+  return closed == state.closed.end() ? unknown_group(id, op) : closed_group(closed->second, op);
 }
 
 int64_t GroupRegistry::size() const {

@@ -4,28 +4,63 @@
 
 #include <chrono>
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <string>
+#include <string_view>
+#include <unordered_map>
+
+#include "csrc/core/status.h"
 
 namespace jax_ep {
 
-// What the library holds for a live EP group.
-struct GroupInfo {
-  std::string name;  // for messages, e.g. "EpGroup 3 (axis 'expert')"
-  int32_t num_ranks = 1;
-  std::chrono::milliseconds timeout{60'000};
+// Which rank a device is, and of which of the EP groups that the mesh's other axes make.
+struct RankPlace {
+  int32_t group_index = 0;
+  int32_t rank = 0;
+
+  bool operator==(const RankPlace&) const = default;
 };
 
-// The only process-global state: group id -> group, from creation until close(). Ids are never
-// used twice in a process. Thread-safe.
+// What the library holds for a live EP group.
+struct GroupInfo {
+  int64_t id = 0;
+  std::string name;  // for messages, e.g. "EpGroup 3 (axis 'expert')"
+  int32_t num_ranks = 1;
+  std::chrono::milliseconds warn_after{10'000};
+  std::chrono::milliseconds timeout{30'000};
+  // By device ordinal. This, and nothing that a program computes, says who meets whom: what an
+  // operand says of a rank's group may be the same on devices that hold other data.
+  std::unordered_map<int32_t, RankPlace> places;
+
+  // The device of a rank; -1 if there is none.
+  [[nodiscard]] int32_t device_of(const RankPlace& place) const;
+};
+
+using GroupInfoPtr = std::shared_ptr<const GroupInfo>;
+
+// FailedPrecondition: an operation was called whose group is no more.
+Status closed_group(std::string_view group_name, std::string_view op);
+// FailedPrecondition: an operation was called of a group that was never here.
+Status unknown_group(int64_t id, std::string_view op);
+
+// Seconds as they come from a user: a number above 0, infinity too. What is longer than a century
+// is a century, which no sum of times overflows with.
+std::chrono::milliseconds to_milliseconds(double seconds);
+
+// The only process-global state: group id -> group, from creation until close(). An id is the
+// caller's choice, never used twice in a process. Thread-safe.
 class GroupRegistry {
  public:
   static GroupRegistry& instance();
 
-  int64_t create(GroupInfo info);
+  // False if there is, or was, a group of that id.
+  bool add(GroupInfo info);
   // False if there is no such group (closing twice is harmless).
   bool close(int64_t id);
-  [[nodiscard]] std::optional<GroupInfo> find(int64_t id) const;
+  // Null if there is no such group.
+  [[nodiscard]] GroupInfoPtr find(int64_t id) const;
+  // The group for a call of `op`; closed_group or unknown_group if there is none.
+  Status find_open(int64_t id, std::string_view op, GroupInfoPtr& info) const;
   [[nodiscard]] int64_t size() const;
 
  private:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "csrc/core/float_env.h"
+#include "csrc/core/notices.h"
 #include "csrc/cpu/completer.h"
 #include "csrc/cpu/deadlines.h"
 #include "csrc/cpu/meeting.h"
@@ -21,24 +22,19 @@ namespace jax_ep {
 namespace {
 
 std::atomic<int64_t> open_meetings{0};
-std::atomic<int64_t> alive_rendezvous{0};
 
 Status check_arrival(const Rendezvous::Arrival& arrival) {
   const auto invalid = [&arrival](const std::string& what) {
-    return Status::invalid_argument(arrival.group_name + ", " + std::string(op_name(arrival.call)) +
-                                    ": " + what);
+    return Status::invalid_argument(arrival.group->name + ", " +
+                                    std::string(op_name(arrival.call)) + ": " + what);
   };
   if (arrival.num_ranks < 1) {
     return invalid("num_ranks is " + std::to_string(arrival.num_ranks) +
                    ", but must be at least 1");
   }
-  if (arrival.rank < 0 || arrival.rank >= arrival.num_ranks) {
-    return invalid("rank is " + std::to_string(arrival.rank) + ", but must be in [0, " +
+  if (arrival.place.rank < 0 || arrival.place.rank >= arrival.num_ranks) {
+    return invalid("rank is " + std::to_string(arrival.place.rank) + ", but must be in [0, " +
                    std::to_string(arrival.num_ranks) + ")");
-  }
-  if (arrival.group_index < 0) {
-    return invalid("group_index is " + std::to_string(arrival.group_index) +
-                   ", but must be at least 0");
   }
   return {};
 }
@@ -55,6 +51,24 @@ void tell(Waiter waiter, const Status& status) {
 
 void tell(std::vector<Waiter> waiters, const Status& status) {
   for (Waiter& waiter : waiters) tell(std::move(waiter), status);
+}
+
+// Before the ranks are told: their programs may end the process.
+void post_failure(const Status& status) {
+  Notices::shared().post(NoticeLevel::kError, status.message());
+}
+
+// Ranks that wait in a failed meeting, and its error.
+struct Failed {
+  std::vector<Waiter> waiters;
+  Status error;
+};
+
+void post_and_tell(std::vector<Failed> all) {
+  for (Failed& failed : all) {
+    post_failure(failed.error);
+    tell(std::move(failed.waiters), failed.error);
+  }
 }
 
 // Runs a meeting's operation; the error says where it happened.
@@ -75,15 +89,17 @@ struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   // Failed meetings that are remembered for their late ranks.
   static constexpr size_t kMaxFailed = 64;
 
-  std::mutex mutex;
+  mutable std::mutex mutex;
   // The meetings of each key, oldest first: those that lack a rank, and failed ones of which a
   // rank has not been told.
   std::map<Key, std::deque<MeetingPtr>> meetings;
   std::deque<std::pair<Key, MeetingPtr>> failed;  // of `meetings`, oldest failure first
 
   void join(Arrival arrival, Done done);
-  void expire(const Key& key, const MeetingPtr& meeting);
+  void alarm(const Key& key, const MeetingPtr& meeting);
   void abandon();
+  void close_group(int64_t group_id);
+  void add_waits(std::vector<Wait>& waits) const;
 
  private:
   // How an arrival ends its meeting, or itself.
@@ -96,14 +112,15 @@ struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   // Those below are called with the mutex held.
   Outcome admit(const Key& key, Arrival arrival, Done& done);
   MeetingPtr find_or_open(const Key& key, const Arrival& arrival);
+  void set_alarm(const Key& key, const MeetingPtr& meeting);
   std::vector<Waiter> fail(const Key& key, const MeetingPtr& meeting, const Status& error);
   void close(const MeetingPtr& meeting);
   void forget(const Key& key, const MeetingPtr& meeting);
 };
 
 void Rendezvous::Impl::join(Arrival arrival, Done done) {
-  const int32_t rank = arrival.rank;
-  const Key key{arrival.run_id, arrival.group_index};
+  const int32_t rank = arrival.place.rank;
+  const Key key{arrival.run_id, arrival.place.group_index};
   Outcome outcome;
   {
     const std::lock_guard lock(mutex);
@@ -113,6 +130,7 @@ void Rendezvous::Impl::join(Arrival arrival, Done done) {
   if (!outcome.failure && !outcome.complete) return;  // it waits
 
   const Status status = outcome.failure ? *outcome.failure : execute_meeting(*outcome.complete);
+  if (!status.ok()) post_failure(status);
   // The others first: this rank's callback may wait for them.
   for (Waiter& waiter : outcome.waiters) {
     if (waiter.rank == rank) {
@@ -131,14 +149,18 @@ Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arriva
     outcome.late = meeting->failure();
     meeting->add_late(arrival);
     if (meeting->is_complete()) forget(key, meeting);
-  } else if (arrival.num_ranks != meeting->num_ranks()) {
-    outcome.failure = meeting->other_num_ranks(arrival);
+  } else if (arrival.num_ranks != meeting->num_ranks() || !arrival.refusal.ok()) {
+    outcome.failure =
+        arrival.refusal.ok() ? meeting->other_num_ranks(arrival) : meeting->refused(arrival);
     outcome.waiters = fail(key, meeting, *outcome.failure);
     meeting->add_late(arrival);
     if (meeting->is_complete()) forget(key, meeting);
   } else {
     meeting->add(std::move(arrival), std::move(done));
     if (meeting->is_complete()) {
+      if (const auto text = meeting->came_after_warning()) {
+        Notices::shared().post(NoticeLevel::kInfo, *text);
+      }
       close(meeting);
       forget(key, meeting);
       outcome.waiters = meeting->take_waiters();
@@ -152,26 +174,28 @@ Rendezvous::Impl::MeetingPtr Rendezvous::Impl::find_or_open(const Key& key,
                                                             const Arrival& arrival) {
   std::deque<MeetingPtr>& queue = meetings[key];
   for (const MeetingPtr& meeting : queue) {
-    if (!meeting->has(arrival.rank)) return meeting;
+    if (!meeting->has(arrival.place.rank)) return meeting;
   }
   auto meeting = std::make_shared<Meeting>(arrival);
   queue.push_back(meeting);
   ++open_meetings;
-  // So that now + timeout cannot overflow; no program waits for longer.
-  constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365);
-  meeting->deadline = Deadlines::shared().add(
-      Deadlines::Clock::now() + std::min(arrival.timeout, kForever),
+  set_alarm(key, meeting);
+  return meeting;
+}
+
+void Rendezvous::Impl::set_alarm(const Key& key, const MeetingPtr& meeting) {
+  meeting->alarm = Deadlines::shared().add(
+      meeting->next_alarm(),
       [weak_impl = weak_from_this(), weak_meeting = std::weak_ptr(meeting), key] {
         const auto impl = weak_impl.lock();
         const auto meeting = weak_meeting.lock();
-        if (impl && meeting) impl->expire(key, meeting);
+        if (impl && meeting) impl->alarm(key, meeting);
       });
-  return meeting;
 }
 
 // The meeting has ended, well or not.
 void Rendezvous::Impl::close(const MeetingPtr& meeting) {
-  Deadlines::shared().cancel(meeting->deadline);
+  Deadlines::shared().cancel(meeting->alarm);
   --open_meetings;
 }
 
@@ -197,53 +221,131 @@ std::vector<Waiter> Rendezvous::Impl::fail(const Key& key,
   return waiters;
 }
 
-void Rendezvous::Impl::expire(const Key& key, const MeetingPtr& meeting) {
+void Rendezvous::Impl::alarm(const Key& key, const MeetingPtr& meeting) {
+  const std::vector<Wait> all = Rendezvous::waits();  // takes the mutex of each rendezvous in turn
   Status error;
   std::vector<Waiter> waiters;
   {
     const std::lock_guard lock(mutex);
-    // The last rank, or another failure, may have come between the deadline and here.
+    // The last rank, or another failure, may have come between the alarm and here.
     if (meeting->is_complete() || meeting->failure()) return;
+    if (!meeting->is_past_deadline()) {
+      const std::string cause = root_cause(meeting->wait(), all);
+      Notices::shared().post(NoticeLevel::kWarning, meeting->warning(cause));
+      meeting->warned();
+      return set_alarm(key, meeting);
+    }
     error = meeting->missing_ranks();
     waiters = fail(key, meeting, error);
   }
-  tell(std::move(waiters), error);
+  post_and_tell({{std::move(waiters), error}});
 }
 
 void Rendezvous::Impl::abandon() {
-  std::vector<std::pair<std::vector<Waiter>, Status>> told;
+  std::vector<Failed> told;
   {
     const std::lock_guard lock(mutex);
     for (const auto& [key, queue] : meetings) {
       for (const MeetingPtr& meeting : queue) {
         if (meeting->failure()) continue;
         close(meeting);
-        const Status error = meeting->abandoned();
-        told.emplace_back(meeting->fail(error), error);
+        const Status error = meeting->abandoned("the program was abandoned");
+        told.push_back({meeting->fail(error), error});
       }
     }
     meetings.clear();
     failed.clear();
   }
-  for (auto& [waiters, error] : told) tell(std::move(waiters), error);
+  post_and_tell(std::move(told));
 }
 
-Rendezvous::Rendezvous() : impl_(std::make_shared<Impl>()) { ++alive_rendezvous; }
+void Rendezvous::Impl::close_group(int64_t group_id) {
+  std::vector<Failed> told;
+  {
+    const std::lock_guard lock(mutex);
+    std::vector<std::pair<Key, MeetingPtr>> open;
+    for (const auto& [key, queue] : meetings) {
+      for (const MeetingPtr& meeting : queue) {
+        if (!meeting->failure() && meeting->group().id == group_id) open.emplace_back(key, meeting);
+      }
+    }
+    for (const auto& [key, meeting] : open) {
+      const Status error = meeting->abandoned("the group was closed");
+      told.push_back({fail(key, meeting, error), error});
+    }
+  }
+  post_and_tell(std::move(told));
+}
+
+void Rendezvous::Impl::add_waits(std::vector<Wait>& waits) const {
+  const std::lock_guard lock(mutex);
+  for (const auto& [key, queue] : meetings) {
+    for (const MeetingPtr& meeting : queue) {
+      if (!meeting->failure()) waits.push_back(meeting->wait());
+    }
+  }
+}
+
+// All rendezvous of the process. A weak one: it may be on its way out.
+struct Rendezvous::Everywhere {
+  std::mutex mutex;
+  std::map<const Impl*, std::weak_ptr<Impl>> impls;
+
+  static Everywhere& instance() {
+    static auto* const everywhere = new Everywhere;
+    return *everywhere;
+  }
+  std::vector<std::shared_ptr<Impl>> all() {
+    const std::lock_guard lock(mutex);
+    std::vector<std::shared_ptr<Impl>> result;
+    for (const auto& [raw, weak] : impls) {
+      if (auto impl = weak.lock()) result.push_back(std::move(impl));
+    }
+    return result;
+  }
+};
+
+Rendezvous::Rendezvous() : impl_(std::make_shared<Impl>()) {
+  Everywhere& everywhere = Everywhere::instance();
+  const std::lock_guard lock(everywhere.mutex);
+  everywhere.impls.emplace(impl_.get(), impl_);
+}
 
 Rendezvous::~Rendezvous() {
+  {
+    Everywhere& everywhere = Everywhere::instance();
+    const std::lock_guard lock(everywhere.mutex);
+    everywhere.impls.erase(impl_.get());
+  }
   impl_->abandon();
-  --alive_rendezvous;
 }
 
 void Rendezvous::join(Arrival arrival, Done done) {
-  if (const Status status = check_arrival(arrival); !status.ok()) return done(status);
+  if (const Status status = check_arrival(arrival); !status.ok()) {
+    post_failure(status);
+    return done(status);
+  }
   // A callback may destroy this object before join() returns.
   const std::shared_ptr<Impl> impl = impl_;
   impl->join(std::move(arrival), std::move(done));
 }
 
+void Rendezvous::close_group(int64_t group_id) {
+  for (const auto& impl : Everywhere::instance().all()) impl->close_group(group_id);
+}
+
+std::vector<Wait> Rendezvous::waits() {
+  std::vector<Wait> waits;
+  for (const auto& impl : Everywhere::instance().all()) impl->add_waits(waits);
+  return waits;
+}
+
 int64_t Rendezvous::num_open_meetings() { return open_meetings; }
 
-int64_t Rendezvous::num_alive() { return alive_rendezvous; }
+int64_t Rendezvous::num_alive() {
+  Everywhere& everywhere = Everywhere::instance();
+  const std::lock_guard lock(everywhere.mutex);
+  return static_cast<int64_t>(everywhere.impls.size());
+}
 
 }  // namespace jax_ep

@@ -16,10 +16,10 @@ namespace jax_ep::dev {
 class Exchange {
  public:
   // All threads, first thing in the kernel.
-  JAX_EP_DEVICE Exchange(const RankView& view, OpKind op, const i32* group_rank)
+  JAX_EP_DEVICE Exchange(const RankView& view, OpKind op, const i32* program_rank)
       : view_(view), op_(op), epoch_(ld(control(view, Control::kEpoch)) + 1) {
-    if (block_id() != 0 || thread_id() != 0) return;
-    const i32 rank = ld(Ptr<const i32>{group_rank} + 1);
+    // By every thread: none stores to a peer as another rank.
+    const i32 rank = ld(Ptr<const i32>{program_rank});
     if (rank == view.rank) return;
     give_up(view, {WaitTag::kWrongRank, op, rank, 0}, 0, 0);
   }

@@ -31,7 +31,7 @@ class CombineKernel {
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
       : params_(params),
         shape_(params.shape),
-        exchange_(params.view, OpKind::kCombine, params.group_rank),
+        exchange_(params.view, OpKind::kCombine, params.program_rank),
         terms_(shared<typename Tile::SharedStorage>().terms[warp_id()]),
         hidden_(params.hidden),
         row_bytes_(hidden_ * static_cast<i64>(sizeof(typename Rows::Element))),

@@ -34,7 +34,7 @@ class DispatchKernel {
   JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
       : params_(params),
         shape_(params.shape),
-        exchange_(params.view, OpKind::kDispatch, params.group_rank),
+        exchange_(params.view, OpKind::kDispatch, params.program_rank),
         ring_(shared<typename Tile::SharedStorage>().stages[warp_id()]),
         hidden_(params.hidden),
         x_bytes_(element_bytes(params.x_format == RowFormat::kFloat8E4M3)),

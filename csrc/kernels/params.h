@@ -30,16 +30,16 @@ struct RankView {
 struct PlanParams {
   RankView view;
   EpShape shape;
-  const int32_t* group_rank;   // [2] in: index of the group, rank in it; must be the view's
-  const int32_t* topk_idx;     // [T, K] in; what is not in [-1, E) counts as -1
-  int32_t* slot;               // [T, K] out
-  int32_t* row_source;         // [C] out
-  int32_t* row_topk_idx;       // [C, K] out, kRank only
-  int32_t* source_slot;        // [R * T, J] out: rows that this rank holds of each token of each
-                               // rank, ascending, then -1; J = max_rows_per_token
-  int32_t* group_sizes;        // [num_row_groups] out
-  int32_t* tokens_per_expert;  // [L] out
-  int32_t* num_dropped;        // [] out
+  const int32_t* program_rank;  // [1] in: this rank, as the program says; must be the view's
+  const int32_t* topk_idx;      // [T, K] in; what is not in [-1, E) counts as -1
+  int32_t* slot;                // [T, K] out
+  int32_t* row_source;          // [C] out
+  int32_t* row_topk_idx;        // [C, K] out, kRank only
+  int32_t* source_slot;         // [R * T, J] out: rows that this rank holds of each token of each
+                                // rank, ascending, then -1; J = max_rows_per_token
+  int32_t* group_sizes;         // [num_row_groups] out
+  int32_t* tokens_per_expert;   // [L] out
+  int32_t* num_dropped;         // [] out
 };
 
 // How rows look outside the kernels: in `dtype`, or quantized with their scales.
@@ -59,17 +59,17 @@ struct DispatchParams {
   RowFormat x_format;     // kFloat8E4M3 needs the FP8 wire
   RowFormat rows_format;  // kFloat8E4M3 needs the FP8 wire
   bool zero_fill;
-  const int32_t* group_rank;   // [2] in
-  const void* x;               // [T, H] in
-  const float* x_scales;       // [T, ceil(H / 128)] in, x_format kFloat8E4M3 only
-  const float* token_scalars;  // [T, K] in
-  const int32_t* topk_idx;     // [T, K] in
-  const int32_t* slot;         // [T, K] in
-  const int32_t* row_source;   // [C] in
-  const int32_t* source_slot;  // [R * T, J] in
-  void* rows;                  // [C, H] out
-  float* rows_scales;          // [C, ceil(H / 128)] out, rows_format kFloat8E4M3 only
-  float* row_scalars;          // [C] (kExpert) or [C, K] (kRank) out
+  const int32_t* program_rank;  // [1] in
+  const void* x;                // [T, H] in
+  const float* x_scales;        // [T, ceil(H / 128)] in, x_format kFloat8E4M3 only
+  const float* token_scalars;   // [T, K] in
+  const int32_t* topk_idx;      // [T, K] in
+  const int32_t* slot;          // [T, K] in
+  const int32_t* row_source;    // [C] in
+  const int32_t* source_slot;   // [R * T, J] in
+  void* rows;                   // [C, H] out
+  float* rows_scales;           // [C, ceil(H / 128)] out, rows_format kFloat8E4M3 only
+  float* row_scalars;           // [C] (kExpert) or [C, K] (kRank) out
 };
 
 // Rows travel back and are summed; row scalars travel back to their selections.
@@ -80,7 +80,7 @@ struct CombineParams {
   bool weighted;
   int32_t scalars;  // K: row_scalars travel back; 0: they don't
   DType dtype;
-  const int32_t* group_rank;    // [2] in
+  const int32_t* program_rank;  // [1] in
   const void* y;                // [C, H] in
   const float* weights;         // [C] (kExpert) or [C, K] (kRank) in if weighted
   const float* row_scalars;     // like weights, in if scalars > 0

@@ -38,7 +38,7 @@ class PlanKernel {
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
       : params_(params),
         shape_(params.shape),
-        exchange_(params.view, OpKind::kPlan, params.group_rank),
+        exchange_(params.view, OpKind::kPlan, params.program_rank),
         memory_(shared<typename Tile::SharedStorage>()),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),

@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include "csrc/core/group_registry.h"
+
 namespace jax_ep {
 
 // Never destroyed: at exit, handlers may still look groups up, and CUDA may be gone already.
@@ -22,6 +24,7 @@ bool CudaGroupRegistry::close(int64_t id) {
   const auto it = groups_.find(id);
   if (it == groups_.end()) return false;
   group = std::move(it->second);
+  closed_.insert_or_assign(id, group->config().name);
   groups_.erase(it);
   return true;
 }
@@ -30,6 +33,16 @@ std::shared_ptr<CudaGroup> CudaGroupRegistry::find(int64_t id) const {
   const std::lock_guard lock(mutex_);
   const auto it = groups_.find(id);
   return it == groups_.end() ? nullptr : it->second;
+}
+
+Status CudaGroupRegistry::find_open(int64_t id,
+                                    std::string_view op,
+                                    std::shared_ptr<CudaGroup>& group) const {
+  group = find(id);
+  if (group != nullptr) return {};
+  const std::lock_guard lock(mutex_);
+  const auto closed = closed_.find(id);
+  return closed == closed_.end() ? unknown_group(id, op) : closed_group(closed->second, op);
 }
 
 int64_t CudaGroupRegistry::size() const {

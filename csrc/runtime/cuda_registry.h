@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <string_view>
 #include <unordered_map>
 
 #include "csrc/runtime/cuda_group.h"
@@ -24,6 +26,8 @@ class CudaGroupRegistry {
   bool close(int64_t id);
   // Null if there is no such group.
   [[nodiscard]] std::shared_ptr<CudaGroup> find(int64_t id) const;
+  // The group for a call of `op`; closed_group or unknown_group if there is none.
+  Status find_open(int64_t id, std::string_view op, std::shared_ptr<CudaGroup>& group) const;
   [[nodiscard]] int64_t size() const;
 
  private:
@@ -31,6 +35,7 @@ class CudaGroupRegistry {
 
   mutable std::mutex mutex_;
   std::unordered_map<int64_t, std::shared_ptr<CudaGroup>> groups_;
+  std::unordered_map<int64_t, std::string> closed_;  // id -> name
 };
 
 }  // namespace jax_ep

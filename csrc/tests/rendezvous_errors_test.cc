@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -32,7 +33,8 @@ class RendezvousErrors : public RendezvousFixture {
     return join(rank, [](Rendezvous::Arrival&) {});
   }
   Completion& join(ShiftRank& rank, milliseconds timeout) {
-    return join(rank, [timeout](Rendezvous::Arrival& arrival) { arrival.timeout = timeout; });
+    return join(rank,
+                [timeout](Rendezvous::Arrival& arrival) { arrival.group = shift_group(timeout); });
   }
 
   static void expect_error(Completion& completion, StatusCode code, const std::string& message) {
@@ -60,10 +62,9 @@ TEST_F(RendezvousErrors, ABadArrivalFailsAlone) {
   };
   std::deque<ShiftRank> all = ranks(3);
   Completion& first = join(all[0]);
-  expect_alone([](auto& a) { a.rank = 3; }, "rank is 3, but must be in [0, 3)");
-  expect_alone([](auto& a) { a.rank = -1; }, "rank is -1, but must be in [0, 3)");
+  expect_alone([](auto& a) { a.place.rank = 3; }, "rank is 3, but must be in [0, 3)");
+  expect_alone([](auto& a) { a.place.rank = -1; }, "rank is -1, but must be in [0, 3)");
   expect_alone([](auto& a) { a.num_ranks = 0; }, "num_ranks is 0, but must be at least 1");
-  expect_alone([](auto& a) { a.group_index = -1; }, "group_index is -1, but must be at least 0");
   EXPECT_EQ(Rendezvous::num_open_meetings(), 1);
   Completion& second = join(all[1]);
   EXPECT_FALSE(second.is_ready());
@@ -123,7 +124,7 @@ TEST_F(RendezvousErrors, TheOperationsErrorReachesAll) {
   const int32_t bad = 17;
   for (int32_t rank = 0; rank < 3; ++rank) {
     join(all[rank], [&](auto& arrival) {
-      arrival.group_index = 5;
+      arrival.place.group_index = 5;
       if (rank == 1) std::get<PlanCall>(arrival.call).topk_idx = &bad;
     });
   }
@@ -180,7 +181,7 @@ TEST_F(RendezvousErrors, AFailureDoesNotTouchOtherRunsAndGroups) {
   std::deque<ShiftRank> all = ranks(2);
   std::deque<ShiftRank> other = ranks(2);
   const auto other_run = [](auto& arrival) { arrival.run_id = 2; };
-  const auto other_group = [](auto& arrival) { arrival.group_index = 1; };
+  const auto other_group = [](auto& arrival) { arrival.place.group_index = 1; };
   EXPECT_EQ(join(all[0], milliseconds(5)).wait().code(), StatusCode::kDeadlineExceeded);
   for (ShiftRank& rank : other) join(rank, other_run);
   EXPECT_TRUE(completions_[1].wait().ok());
@@ -221,8 +222,9 @@ TEST_F(RendezvousErrors, ArrivalsRaceWithTheDeadline) {
 
 TEST_F(RendezvousErrors, ATimeoutOfAYearOrForeverIsFine) {
   std::deque<ShiftRank> all = ranks(2);
-  join(all[0], milliseconds::max());
-  EXPECT_TRUE(join(all[1], milliseconds::max()).wait().ok());
+  join(all[0], to_milliseconds(365 * 86400.0));
+  const double forever = std::numeric_limits<double>::infinity();
+  EXPECT_TRUE(join(all[1], to_milliseconds(forever)).wait().ok());
   EXPECT_TRUE(completions_[0].wait().ok());
 }
 
@@ -235,7 +237,7 @@ TEST_F(RendezvousErrors, FailedMeetingsAreForgottenPastALimit) {
   const auto run = [](int64_t run_id) {
     return [run_id](auto& arrival) {
       arrival.run_id = run_id;
-      arrival.timeout = milliseconds(1);
+      arrival.group = shift_group(milliseconds(1));
     };
   };
   for (int64_t run_id = 0; run_id < kFailed; ++run_id) {
@@ -245,7 +247,7 @@ TEST_F(RendezvousErrors, FailedMeetingsAreForgottenPastALimit) {
   EXPECT_TRUE(join(second, run(kFailed - 64)).is_ready());
   const Status forgotten = join(second, [](auto& arrival) {
                              arrival.run_id = 0;
-                             arrival.timeout = milliseconds(50);
+                             arrival.group = shift_group(milliseconds(50));
                            }).wait();
   EXPECT_NE(forgotten.message().find("rank(s) 0 of 2 did not reach"), std::string::npos)
       << forgotten.message();
@@ -259,7 +261,7 @@ TEST_F(RendezvousErrors, AbandonedRanksGetAnError) {
   ShiftRank timed_out(0, 2, 1);
   Completion& told_before = join(timed_out, [](auto& arrival) {
     arrival.run_id = 10;
-    arrival.timeout = milliseconds(1);
+    arrival.group = shift_group(milliseconds(1));
   });
   EXPECT_EQ(told_before.wait().code(), StatusCode::kDeadlineExceeded);
   EXPECT_EQ(Rendezvous::num_open_meetings(), 2);

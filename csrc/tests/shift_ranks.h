@@ -10,13 +10,37 @@
 #include <future>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "csrc/core/group_registry.h"
 #include "csrc/core/status.h"
 #include "csrc/cpu/deadlines.h"
 #include "csrc/cpu/rendezvous.h"
 
 namespace jax_ep {
+
+// Devices of several groups of at most 100 ranks.
+inline int32_t device_of_shift_rank(int32_t group_index, int32_t rank) {
+  return 100 * group_index + rank;
+}
+
+// The group of all ShiftRanks.
+inline GroupInfoPtr shift_group(std::chrono::milliseconds timeout = std::chrono::seconds(120),
+                                std::chrono::milliseconds warn_after = std::chrono::seconds(60)) {
+  GroupInfo info{.id = 3,
+                 .name = "EpGroup 3 (axis 'expert')",
+                 .num_ranks = 8,
+                 .warn_after = warn_after,
+                 .timeout = timeout,
+                 .places = {}};
+  for (int32_t group_index = 0; group_index < 10; ++group_index) {
+    for (int32_t rank = 0; rank < 8; ++rank) {
+      info.places[device_of_shift_rank(group_index, rank)] = {group_index, rank};
+    }
+  }
+  return std::make_shared<const GroupInfo>(std::move(info));
+}
 
 // One rank's part of a plan whose answer tells which calls met: rank r sends its one token to
 // rank (r + shift) % num_ranks, so rank d must receive from (d - shift) % num_ranks.
@@ -31,11 +55,10 @@ class ShiftRank {
 
   Rendezvous::Arrival arrival(int64_t run_id = 1, int32_t group_index = 0) {
     return {.run_id = run_id,
-            .group_index = group_index,
-            .rank = rank_,
+            .group = shift_group(),
+            .device = device_of_shift_rank(group_index, rank_),
+            .place = {.group_index = group_index, .rank = rank_},
             .num_ranks = num_ranks_,
-            .timeout = std::chrono::seconds(120),
-            .group_name = "EpGroup 3 (axis 'expert')",
             .call = PlanCall{.shape = {.num_ranks = num_ranks_,
                                        .num_experts = num_ranks_,
                                        .num_topk = 1,
@@ -47,7 +70,8 @@ class ShiftRank {
                              .row_topk_idx = nullptr,
                              .group_sizes = &group_size_,
                              .tokens_per_expert = &tokens_,
-                             .num_dropped = &dropped_}};
+                             .num_dropped = &dropped_},
+            .refusal = {}};
   }
 
   // Whether the calls that met were those of the same shift.

@@ -40,6 +40,15 @@ def group_key(mesh: jax.sharding.Mesh, axis_names: Sequence[str]) -> str:
         return f"{digest}/{_made[digest]}"
 
 
+def group_id(key: str) -> int:
+    """The number by which compiled programs know a group, from its `group_key`.
+
+    It is the same in all processes, and in the next run, where the compilation cache is asked for
+    the programs.
+    """
+    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+
+
 class Bootstrap:
     """One group's messages between the processes of its mesh."""
 

@@ -43,6 +43,11 @@ def as_varying(axes: frozenset[str], *arrays: jax.Array) -> tuple[jax.Array, ...
     return tuple(cast(array) for array in arrays)
 
 
+def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, all typed as varying over the axes over which any of them does."""
+    return as_varying(varying_axes(*arrays), *arrays)
+
+
 def like(aval: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     """An abstract array of another shape and dtype that varies over the same axes as `aval`.
 

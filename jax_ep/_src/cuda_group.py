@@ -2,7 +2,6 @@
 """A group's memory on GPUs: made in every process, mapped by its peers, and given back."""
 
 import contextlib
-import hashlib
 import logging
 import math
 import pathlib
@@ -11,15 +10,15 @@ import secrets
 import threading
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from jax_ep._src import native
-from jax_ep._src.bootstrap import Bootstrap, Message, group_key
+from jax_ep._src.bootstrap import Bootstrap, Message, group_id, group_key
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpUnavailable
+from jax_ep._src.health import EpHealth
+from jax_ep._src.placements import placements
 
 _logger = logging.getLogger("jax_ep")
 
@@ -49,27 +48,6 @@ def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
     if num_ranks > _MAX_RANKS:
         return f"the group has {num_ranks} ranks; on GPUs it may have at most {_MAX_RANKS}"
     return None
-
-
-class Placement(NamedTuple):
-    """Where a rank of the mesh's groups is."""
-
-    process: int
-    device_ordinal: int  # of the GPU in its process
-    group_index: int  # position along the mesh's other axes, row-major
-    rank: int  # position along the group's axes, row-major in the order that they were given
-
-
-def placements(mesh: jax.sharding.Mesh, axis_names: Sequence[str]) -> list[Placement]:
-    """The ranks of all of the mesh's groups."""
-    others = [name for name in mesh.axis_names if name not in axis_names]
-    axes = [mesh.axis_names.index(name) for name in (*others, *axis_names)]
-    num_ranks = math.prod(mesh.shape[name] for name in axis_names)
-    by_group = np.transpose(mesh.devices, axes).reshape(-1, num_ranks)
-    return [
-        Placement(device.process_index, device.local_hardware_id, group_index, rank)
-        for (group_index, rank), device in np.ndenumerate(by_group)
-    ]
 
 
 class CudaGroup:
@@ -113,9 +91,7 @@ class CudaGroup:
         shape = _heap_shape(config, self._num_ranks)
         self.heap_bytes: int = self._module.heap_bytes(**shape)
         key = group_key(mesh, axis_names)
-        # It becomes part of compiled programs, which must be the same in all processes, and in the
-        # next run where the compilation cache is asked for them.
-        self.group_id = int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+        self.group_id = group_id(key)
         self._bootstrap = Bootstrap(key, sorted({p.process for p in everywhere}), me, timeout)
         try:
             self._open(shape)
@@ -219,6 +195,10 @@ class CudaGroup:
     def error(self) -> str | None:
         """What a kernel of this process's ranks reported when it gave up; None if none did."""
         return self._module.error_of(self.group_id)
+
+    def health(self) -> EpHealth:
+        """Whom the ranks of this process wait for."""
+        return EpHealth(aborted=self.error())
 
     def close(self) -> None:
         """Gives the memory back, once no peer maps it any more. No kernel may be running."""

@@ -5,16 +5,21 @@ import contextlib
 import itertools
 import logging
 import math
+import numbers
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from jax_ep._src import cuda_group, native
+from jax_ep._src import cuda_group, native, notices
+from jax_ep._src.bootstrap import group_id, group_key
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed, EpUnavailable
+from jax_ep._src.health import EpHealth
+from jax_ep._src.placements import placements
 
 _logger = logging.getLogger("jax_ep")
 _BACKENDS = ("ffi", "xla")
@@ -39,6 +44,7 @@ class EpGroup:
         config: as it was given.
         backend: "ffi" or "xla": what serves this group.
         platform: of the mesh's devices: "cpu", "cuda" or another.
+        warn_after: seconds after which a rank that has not come is logged.
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank.
@@ -54,7 +60,8 @@ class EpGroup:
         config: EpConfig,
         *,
         backend: str | None = None,
-        timeout: float = 60.0,
+        warn_after: float | None = None,
+        timeout: float | None = None,
     ) -> None:
         """Makes a group. Call it outside `jit`, in every process of the mesh.
 
@@ -64,9 +71,14 @@ class EpGroup:
             config: sizes and formats.
             backend: "ffi" (this library's own kernels), "xla" (collectives of XLA), or None: the
                 best that can serve this mesh. An explicit choice never falls back.
+            warn_after: seconds that ranks wait for one that does not come before the logger
+                `jax_ep` gets a warning that names it, and again after 2, 4, 8 ... times as long.
+                None: 10, or half of a shorter `timeout`. `math.inf`: never. Backend `ffi` only.
             timeout: seconds that ranks wait for one that does not come before all of them fail
-                with an error that names it; on GPUs also how long processes wait for each other
-                when the group is made or closed. Backend `ffi` only.
+                with an error that names it. None: 30 on CPU, where XLA ends a process that waits
+                for one of its own collectives for 40; 1800 on GPUs, where a rank that gives up
+                costs its process. `math.inf`: never. On GPUs it is also how long processes wait
+                for each other when the group is made. Backend `ffi` only.
 
         Raises:
             ValueError: a bad argument, or a config that does not fit the number of ranks.
@@ -80,13 +92,17 @@ class EpGroup:
         _check_axes(mesh, self.axis_names)
         if not isinstance(config, EpConfig):
             raise ValueError(f"config is a {type(config).__name__}; allowed: an EpConfig")
-        if not 0 < float(timeout) < math.inf:
-            raise ValueError(f"timeout is {timeout!r}; allowed: a finite number of seconds above 0")
         if backend is not None and backend not in _BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed: None, 'ffi', 'xla'")
+        if isinstance(jax.numpy.zeros(()), jax.core.Tracer):
+            raise ValueError(
+                "an EpGroup is made inside jit, once for each compilation; allowed: outside of it, "
+                "in a variable that the jitted function closes over"
+            )
         self.mesh = mesh
         self.config = config
-        self.timeout = float(timeout)
+        self.platform = _platform(mesh)
+        self.warn_after, self.timeout = _deadlines(self.platform, warn_after, timeout)
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
         if config.num_experts % self.num_ranks:
             raise ValueError(
@@ -102,7 +118,6 @@ class EpGroup:
                 "max_tokens_per_rank"
             )
         self.heap_bytes = 0
-        self.platform = _platform(mesh)
         self.backend = _choose_backend(
             backend, None if backend == "xla" else _why_not_ffi(mesh, config, self.num_ranks)
         )
@@ -124,7 +139,20 @@ class EpGroup:
             return self._cuda.group_id
         ext = native.load()
         native.register_targets()
-        return ext.create_group(self.name, self.num_ranks, self.timeout)
+        notices.start(ext)
+        number = group_id(group_key(self.mesh, self.axis_names))
+        ext.create_group(
+            group_id=number,
+            name=self.name,
+            num_ranks=self.num_ranks,
+            warn_after_s=self.warn_after,
+            timeout_s=self.timeout,
+            ranks=[
+                (place.device_id, place.group_index, place.rank)
+                for place in placements(self.mesh, self.axis_names)
+            ],
+        )
+        return number
 
     def close(self) -> None:
         """Frees what the group holds. Using it afterwards is an error; closing twice is not.
@@ -144,6 +172,27 @@ class EpGroup:
                 native.load().close_group(self.group_id)
             else:
                 self._cuda.close()
+
+    def health(self) -> EpHealth:
+        """Whom the ranks of this process wait for now, and since when.
+
+        Never waits itself, and may be called from any thread. Says nothing of the `xla` backend.
+        """
+        if self.group_id < 0 or self._closed:
+            return EpHealth()
+        if self._cuda is not None:
+            return self._cuda.health()
+        waits = native.load().waits_of(self.group_id)
+        if not waits:
+            return EpHealth()
+        group_index, operation, _, missing, seconds, root = waits[0]
+        return EpHealth(
+            waiting_for=tuple(missing),
+            seconds=seconds,
+            operation=operation,
+            group_index=group_index,
+            root=root,
+        )
 
     @property
     def closed(self) -> bool:
@@ -166,6 +215,21 @@ class EpGroup:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    # A group is equal only to itself, and what is traced with it knows it by its number: a copy of
+    # a model has the same groups.
+    def __copy__(self) -> "EpGroup":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "EpGroup":
+        del memo
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an EpGroup belongs to its process and cannot be pickled; pickle its config and the "
+            "names of its axes, and make the group again from them and a mesh"
+        )
 
     def __repr__(self) -> str:
         return (
@@ -211,15 +275,44 @@ def _why_not_ffi(mesh: jax.sharding.Mesh, config: EpConfig, num_ranks: int) -> s
     """Why the `ffi` backend cannot serve a mesh; None if it can."""
     platform = _platform(mesh)
     processes = {device.process_index for device in np.asarray(mesh.devices).flat}
+    if platform in ("cpu", "cuda") and jax.process_index() not in processes:
+        return "no device of the mesh belongs to this process"
     if platform == "cpu":
         if len(processes) > 1:
             return "on CPU it serves the devices of one process, and this mesh spans several"
         return native.why_unavailable()
     if platform == "cuda":
-        if jax.process_index() not in processes:
-            return "no device of the mesh belongs to this process"
         return native.why_no_cuda() or cuda_group.why_too_large(config, num_ranks)
     return f"it has no kernels for platform {platform}"
+
+
+# In seconds, by platform. XLA ends a process that has waited 40 s for a collective of its own on
+# CPU, and the error of ours must come before; on GPUs giving up costs the process.
+_TIMEOUTS = {"cpu": 30.0, "cuda": 1800.0}
+_WARN_AFTER = 10.0
+
+
+def _deadlines(
+    platform: str, warn_after: float | None, timeout: float | None
+) -> tuple[float, float]:
+    """Seconds until the log names a late rank, and until the ranks give it up."""
+    for name, value in (("warn_after", warn_after), ("timeout", timeout)):
+        if value is not None and not _is_above_zero(value):
+            raise ValueError(f"{name} is {value!r}; allowed: None, or seconds above 0 (math.inf)")
+    until_given_up = _TIMEOUTS.get(platform, math.inf) if timeout is None else float(timeout)
+    if warn_after is None:
+        return min(_WARN_AFTER, until_given_up / 2), until_given_up
+    if float(warn_after) >= until_given_up and not math.isinf(until_given_up):
+        raise ValueError(
+            f"warn_after is {warn_after!r} and timeout is {until_given_up:g}; allowed: a "
+            "warn_after below timeout"
+        )
+    return float(warn_after), until_given_up
+
+
+def _is_above_zero(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and float(value) > 0  # false for NaN
 
 
 def _choose_backend(asked: str | None, why_not: str | None) -> str:

@@ -136,7 +136,7 @@ RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
   }
   const size_t most =
       as_size(max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts()));
-  group_rank_on_device_ = place<int32_t>(2);
+  program_rank_on_device_ = place<int32_t>(1);
   topk_idx_ = place<int32_t>(mine.topk_idx.size());
   slot_ = place<int32_t>(mine.slot.size());
   row_source_ = place<int32_t>(mine.row_source.size());
@@ -159,7 +159,6 @@ RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
 
 void RankArrays::upload(DeviceMemory& memory) const {
   const RankBuffers& mine = buffers();
-  const int32_t group_rank[2] = {0, rank_};
   const auto put = [&](void* to, const void* from, size_t bytes) {
     if (bytes > 0) memory.write(to, from, bytes);
   };
@@ -170,7 +169,7 @@ void RankArrays::upload(DeviceMemory& memory) const {
     const std::vector<std::byte> fill(bytes, kUntouchedByte);
     put(to, fill.data(), bytes);
   };
-  put(group_rank_on_device_, group_rank, sizeof group_rank);
+  put(program_rank_on_device_, &rank_, sizeof rank_);
   put_all(topk_idx_, with_bad_experts(mine.topk_idx, options().shape));
   put_all(x_on_device_, x_);
   put_all(x_scales_on_device_, x_scales_);
@@ -184,7 +183,7 @@ void RankArrays::upload(DeviceMemory& memory) const {
 PlanParams RankArrays::plan(const RankView& view) const {
   return {.view = view,
           .shape = options().shape,
-          .group_rank = group_rank_on_device_,
+          .program_rank = program_rank_on_device_,
           .topk_idx = topk_idx_,
           .slot = slot_,
           .row_source = row_source_,
@@ -205,7 +204,7 @@ DispatchParams RankArrays::dispatch(const RankView& view) const {
           .x_format = problem_.x_format,
           .rows_format = problem_.rows_format,
           .zero_fill = options().zero_fill,
-          .group_rank = group_rank_on_device_,
+          .program_rank = program_rank_on_device_,
           .x = x_on_device_,
           .x_scales = x_scales_on_device_,
           .token_scalars = token_scalars_,
@@ -225,7 +224,7 @@ CombineParams RankArrays::combine(const RankView& view) const {
           .weighted = options().weighted,
           .scalars = options().scalars ? options().shape.num_topk : 0,
           .dtype = options().dtype,
-          .group_rank = group_rank_on_device_,
+          .program_rank = program_rank_on_device_,
           .y = y_,
           .weights = weights_,
           .row_scalars = weights_,

@@ -71,7 +71,7 @@ class RankArrays {
   std::vector<std::byte> expected_rows_;
   std::vector<float> expected_scales_;
 
-  int32_t* group_rank_on_device_;
+  int32_t* program_rank_on_device_;
   int32_t* topk_idx_;
   int32_t* slot_;
   int32_t* row_source_;

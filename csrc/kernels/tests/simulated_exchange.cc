@@ -57,11 +57,11 @@ class RankProgram {
     const int64_t most =
         max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
     const int64_t row_topk_idx = shape.layout == Layout::kRank ? scalars : 0;
-    group_rank_ = place<int32_t>(2);
+    program_rank_ = place<int32_t>(1);
     rows_bytes_ = static_cast<uint64_t>(rows * (rows_quantized ? exchange.hidden : row_bytes));
     plan_ = {.view = view,
              .shape = shape,
-             .group_rank = group_rank_,
+             .program_rank = program_rank_,
              .topk_idx = operand(exchange.topk_idx, selections),
              .slot = result(exchange.slot, selections),
              .row_source = result(exchange.row_source, rows),
@@ -80,7 +80,7 @@ class RankProgram {
         .x_format = static_cast<RowFormat>(exchange.x_format),
         .rows_format = static_cast<RowFormat>(exchange.rows_format),
         .zero_fill = exchange.zero_fill != 0,
-        .group_rank = group_rank_,
+        .program_rank = program_rank_,
         .x = operand(exchange.x, shape.num_tokens * (x_quantized ? exchange.hidden : row_bytes)),
         .x_scales = operand(exchange.x_scales, x_quantized ? shape.num_tokens * scales : 0),
         .token_scalars = operand(exchange.topk_weights, selections),
@@ -97,7 +97,7 @@ class RankProgram {
                  .weighted = true,
                  .scalars = shape.num_topk,
                  .dtype = dtype,
-                 .group_rank = group_rank_,
+                 .program_rank = program_rank_,
                  .y = operand(exchange.y, rows * row_bytes),
                  .weights = dispatch_.row_scalars,
                  .row_scalars = dispatch_.row_scalars,
@@ -140,8 +140,7 @@ class RankProgram {
   void upload(sim::Machine& machine) const {
     const auto r = static_cast<uint32_t>(rank_);
     machine.poison(r, memory_, bytes_);
-    const int32_t group_rank[2] = {0, rank_};
-    machine.write(r, group_rank_, group_rank, sizeof group_rank);
+    machine.write(r, program_rank_, &rank_, sizeof rank_);
     for (const Operand& operand : operands_) {
       machine.write(r, operand.device, operand.host, operand.bytes);
     }
@@ -190,7 +189,7 @@ class RankProgram {
   uint64_t rows_bytes_ = 0;
   std::vector<Operand> operands_;
   std::vector<Result> results_;
-  int32_t* group_rank_ = nullptr;
+  int32_t* program_rank_ = nullptr;
   PlanParams plan_{};
   DispatchParams dispatch_{};
   CombineParams weighted_{};

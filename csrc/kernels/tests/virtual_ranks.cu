@@ -223,15 +223,14 @@ void run_times(const ClusterOptions& options, int32_t sms) {
     }
     const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(array(count * 4)); };
     const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(array(count * 4)); };
-    int32_t* const group_rank = ints(2);
-    const int32_t group_rank_value[2] = {0, rank};
-    check(cudaMemcpy(group_rank, group_rank_value, 8, cudaMemcpyHostToDevice), "copy");
+    int32_t* const program_rank = ints(1);
+    check(cudaMemcpy(program_rank, &rank, sizeof rank, cudaMemcpyHostToDevice), "copy");
     int32_t* const topk_idx = ints(selections);
     check(cudaMemcpy(topk_idx, routing.data(), routing.size() * 4, cudaMemcpyHostToDevice), "copy");
     const RankView view = ranks.view(rank);
     plans.push_back({.view = view,
                      .shape = shape,
-                     .group_rank = group_rank,
+                     .program_rank = program_rank,
                      .topk_idx = topk_idx,
                      .slot = ints(selections),
                      .row_source = ints(shape.recv_capacity),
@@ -249,7 +248,7 @@ void run_times(const ClusterOptions& options, int32_t sms) {
                           .x_format = RowFormat::kDType,
                           .rows_format = RowFormat::kDType,
                           .zero_fill = false,
-                          .group_rank = group_rank,
+                          .program_rank = program_rank,
                           .x = array(shape.num_tokens * row_bytes),
                           .x_scales = nullptr,
                           .token_scalars = floats(selections),
@@ -267,7 +266,7 @@ void run_times(const ClusterOptions& options, int32_t sms) {
                         .weighted = true,
                         .scalars = 0,
                         .dtype = options.dtype,
-                        .group_rank = group_rank,
+                        .program_rank = program_rank,
                         .y = dispatches.back().rows,
                         .weights = dispatches.back().row_scalars,
                         .row_scalars = nullptr,

@@ -58,12 +58,12 @@ def _tangents_of(outputs: Sequence[Any], rows: Any, scalars: Any, linear: Any) -
 
 
 def _dispatch_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
-    group_rank, x, token_scalars, *handle = primals
+    program_rank, x, token_scalars, *handle = primals
     outputs = dispatch_p.bind(*primals, spec=spec)
 
     def linear(x_dot: Any, scalars_dot: Any) -> Any:
         return dispatch_p.bind(
-            group_rank,
+            program_rank,
             _no_rows(scalars_dot, x.dtype) if type(x_dot) is ad.Zero else x_dot,
             absent_scalars(x_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
             *handle,
@@ -76,7 +76,7 @@ def _dispatch_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSp
 
 def _dispatch_transpose(
     cotangents: Sequence[Any],
-    group_rank: Any,
+    program_rank: Any,
     x: Any,
     token_scalars: Any,
     topk_idx: Any,
@@ -94,7 +94,7 @@ def _dispatch_transpose(
     no_scalars = absent_scalars(topk_idx)
     empty_rows = jnp.broadcast_to(row_source[:, None], (spec.recv_capacity, 1))[:, :0]
     x_bar, token_scalars_bar = combine_p.bind(
-        group_rank,
+        program_rank,
         empty_rows.astype(dtype) if type(rows_bar) is ad.Zero else rows_bar,
         no_scalars,
         no_scalars if type(row_scalars_bar) is ad.Zero else row_scalars_bar,
@@ -163,7 +163,7 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
 
     So reverse mode sends the output's cotangent once, and the products are left to XLA.
     """
-    group_rank, y, weights, row_scalars, topk_idx, slot, row_source = primals[:7]
+    program_rank, y, weights, row_scalars, topk_idx, slot, row_source = primals[:7]
     row_topk_idx, source_slot = primals[7:]
     y_dot, weights_dot, scalars_dot = tangents[1:4]
     outputs = combine_p.bind(*primals, spec=spec)
@@ -181,7 +181,7 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
 
     def linear(rows_dot: Any, scalars_dot: Any) -> Any:
         return combine_p.bind(
-            group_rank,
+            program_rank,
             _no_rows(scalars_dot, y.dtype) if type(rows_dot) is ad.Zero else rows_dot,
             absent_scalars(scalars_dot if type(rows_dot) is ad.Zero else rows_dot),
             absent_scalars(rows_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
@@ -198,7 +198,7 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
 
 def _combine_transpose(
     cotangents: Sequence[Any],
-    group_rank: Any,
+    program_rank: Any,
     y: Any,
     weights: Any,
     row_scalars: Any,
@@ -217,7 +217,7 @@ def _combine_transpose(
         return [None] * 9
     dtype = y.aval.dtype if ad.is_undefined_primal(y) else y.dtype
     rows_bar, row_scalars_bar = dispatch_p.bind(
-        group_rank,
+        program_rank,
         topk_idx[:, :0].astype(dtype) if type(out_bar) is ad.Zero else out_bar,
         absent_scalars(topk_idx) if type(token_scalars_bar) is ad.Zero else token_scalars_bar,
         topk_idx,

@@ -18,31 +18,20 @@ from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import DispatchHandle
 
 
-def _with_group_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """(group_rank, *operands), all varying over the same mesh axes.
+def _with_program_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """(program_rank, *operands), all varying over the same mesh axes.
 
-    `group_rank` is int32[2]: which of the mesh's EP groups this is, and the rank in it. Groups
-    are told apart by their position along the other manual axes over which an operand varies;
-    along an axis over which none varies the groups hold the same data, and may share meetings.
+    `program_rank`, int32[1], is the rank that this program takes its device for. Who meets whom is
+    not for a program to say: the device says it, see docs/ordering.md.
     """
-    rank = jax.lax.axis_index(spec.axis_names)
-    tracked = bool(compat.varying_axes(rank))  # False under check_vma=False
-    axes = compat.varying_axes(rank, *operands)
-    others = tuple(
-        name
-        for name in jax.sharding.get_abstract_mesh().manual_axes
-        if name not in spec.axis_names and (name in axes or not tracked)
-    )
-    group_index = jax.lax.axis_index(others) if others else jnp.zeros_like(rank)
-    rank, group_index = compat.as_varying(axes, rank, group_index)
-    group_rank = jnp.stack([group_index, rank]).astype(jnp.int32)
-    return group_rank, *compat.as_varying(axes, *operands)
+    rank = jax.lax.axis_index(spec.axis_names).astype(jnp.int32)[None]
+    return compat.varying_alike(rank, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     """Works out every selection's row, exchanging the routing of all ranks."""
-    outputs = plan_p.bind(*_with_group_rank(spec, topk_idx), spec=spec)
+    outputs = plan_p.bind(*_with_program_rank(spec, topk_idx), spec=spec)
     slot, row_source, row_topk_idx, source_slot, group_sizes, tokens_per_expert, num_dropped = (
         outputs
     )
@@ -63,7 +52,7 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sends rows and, where given, one scalar per selection."""
     scalars = absent_scalars(x) if token_scalars is None else token_scalars
-    operands = _with_group_rank(
+    operands = _with_program_rank(
         spec,
         x,
         scalars,
@@ -83,7 +72,7 @@ def combine(
 ) -> jax.Array:
     """Sums every token's rows, times their weights where given."""
     absent = absent_scalars(y)
-    operands = _with_group_rank(
+    operands = _with_program_rank(
         spec,
         y,
         absent if weights is None else weights,
@@ -108,7 +97,7 @@ def _dispatch(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, jax.Array]
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch_fp8(
     spec: OpSpec,
-    group_rank: jax.Array,
+    program_rank: jax.Array,
     x: jax.Array,
     token_scalars: jax.Array,
     topk_idx: jax.Array,
@@ -116,22 +105,22 @@ def _dispatch_fp8(
     row_source: jax.Array,
     source_slot: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    return _dispatch(spec, group_rank, x, token_scalars, topk_idx, slot, row_source, source_slot)
+    return _dispatch(spec, program_rank, x, token_scalars, topk_idx, slot, row_source, source_slot)
 
 
 def _dispatch_fp8_fwd(spec: OpSpec, *operands: jax.Array) -> tuple:
-    group_rank, _, _, *handle = operands
+    program_rank, _, _, *handle = operands
     # Elsewhere source_slot is row_source, which is to be kept once.
-    return _dispatch(spec, *operands), (group_rank, *(handle if spec.gpu else handle[:-1]))
+    return _dispatch(spec, *operands), (program_rank, *(handle if spec.gpu else handle[:-1]))
 
 
 def _dispatch_fp8_bwd(spec: OpSpec, residuals: tuple, cotangents: tuple) -> tuple:
-    group_rank, topk_idx, slot, row_source = residuals[:4]
+    program_rank, topk_idx, slot, row_source = residuals[:4]
     source_slot = residuals[-1]
     rows_bar, row_scalars_bar = cotangents
     absent = absent_scalars(slot)
     x_bar, token_scalars_bar = combine_p.bind(
-        group_rank,
+        program_rank,
         rows_bar,
         absent,
         row_scalars_bar,

@@ -6,7 +6,7 @@
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
   and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
 
-Operands come first as arrays, `group_rank` (int32[2], see `ffi.py`) before all; all operands vary
+Operands come first as arrays, `program_rank` (int32[1], see `ffi.py`) before all; all operands vary
 over the same manual mesh axes. An operand that does not take part has shape `[0]`; rows that do
 not take part have `H = 0`. No operation has side effects: what one hands to another is an array.
 
@@ -52,8 +52,8 @@ def _check_same_axes(name: str, *avals: Any) -> None:
 # --- abstract evaluation -----------------------------------------------------------------------
 
 
-def _plan_abstract(group_rank: Any, topk_idx: Any, *, spec: OpSpec) -> list[Any]:
-    _check_same_axes("jax_ep_plan", group_rank, topk_idx)
+def _plan_abstract(program_rank: Any, topk_idx: Any, *, spec: OpSpec) -> list[Any]:
+    _check_same_axes("jax_ep_plan", program_rank, topk_idx)
     shapes = (
         topk_idx.shape,  # slot
         (spec.recv_capacity,),  # row_source
@@ -67,7 +67,7 @@ def _plan_abstract(group_rank: Any, topk_idx: Any, *, spec: OpSpec) -> list[Any]
 
 
 def _dispatch_abstract(
-    group_rank: Any,
+    program_rank: Any,
     x: Any,
     token_scalars: Any,
     topk_idx: Any,
@@ -78,7 +78,7 @@ def _dispatch_abstract(
     spec: OpSpec,
 ) -> list[Any]:
     _check_same_axes(
-        "jax_ep_dispatch", group_rank, x, token_scalars, topk_idx, slot, row_source, source_slot
+        "jax_ep_dispatch", program_rank, x, token_scalars, topk_idx, slot, row_source, source_slot
     )
     scalars_shape = (0,) if is_absent(token_scalars) else spec.row_scalars_shape
     return [
@@ -88,7 +88,7 @@ def _dispatch_abstract(
 
 
 def _combine_abstract(
-    group_rank: Any,
+    program_rank: Any,
     y: Any,
     weights: Any,
     row_scalars: Any,
@@ -102,7 +102,7 @@ def _combine_abstract(
 ) -> list[Any]:
     del spec
     _check_same_axes(
-        "jax_ep_combine", group_rank, y, weights, row_scalars, topk_idx, slot, row_source,
+        "jax_ep_combine", program_rank, y, weights, row_scalars, topk_idx, slot, row_source,
         row_topk_idx, source_slot,
     )  # fmt: skip
     scalars_shape = (0,) if is_absent(row_scalars) else topk_idx.shape
@@ -171,7 +171,8 @@ def _batch(
     def one(elements: list[Any]) -> list[Any]:
         element = iter(elements)
         operands = [next(element) if d is not None else a for a, d in zip(args, dims, strict=True)]
-        return primitive.bind(*operands, spec=spec)
+        # `vmap(spmd_axis_name=...)` spreads the batched ones over a further axis.
+        return primitive.bind(*compat.varying_alike(*operands), spec=spec)
 
     outputs = jax.lax.map(one, batched)
     return list(outputs), [0] * len(outputs)
