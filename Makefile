@@ -34,8 +34,9 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-python sim soak bench cuda gpu nvlink bazel lint lint-python \
-  lint-cpp lint-types lint-layers lint-spelling lint-project lint-bazel format wheel clean
+.PHONY: help train test test-cpp test-sim test-python sim mutants soak bench cuda gpu nvlink bazel \
+  lint lint-python lint-cpp lint-types lint-layers lint-spelling lint-project lint-bazel format \
+  wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -47,7 +48,7 @@ help: ## Show this list
 train: $(INSTALLED)-examples ## Train a Mixture-of-Experts language model on 8 CPU devices
 	$(BIN)/python examples/train_moe_lm.py $(ARGS)
 
-test: test-cpp test-python ## Run all tests
+test: test-cpp test-sim test-python ## Run all tests but those that `make sim` adds
 
 test-python: $(INSTALLED)-test ## Run the Python tests
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
@@ -61,7 +62,8 @@ BUILD_KIND := $(if $(SANITIZE),$(subst $(comma),-,$(SANITIZE)),plain)
 CPP_BUILD := build/cpp/$(BUILD_KIND)
 SIM_BUILD := build/sim/$(BUILD_KIND)
 CMAKE_CSRC = $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" \
-  -DJAX_EP_SANITIZE=$(SANITIZE) -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING
+  -DPython_EXECUTABLE="$(abspath $(BIN))/python" -DJAX_EP_SANITIZE=$(SANITIZE) \
+  -DJAX_EP_WERROR=$(WERROR) --log-level=WARNING
 # ThreadSanitizer of older compilers refuses the widely randomized addresses of newer kernels.
 CTEST = $(if $(filter thread,$(SANITIZE)),$(shell setarch -R true 2>/dev/null && echo setarch -R)) \
   $(BIN)/ctest
@@ -70,35 +72,31 @@ run_ctest = $(CTEST) --test-dir $(1) $(2) --output-on-failure --no-tests=error -
   -O $(abspath $(1))/test.log || { cat $(1)/test.log; exit 1; }; tail -n 3 $(1)/test.log
 
 test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thread: with sanitizers)
-	@if printf '#include <gtest/gtest.h>\n' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
-	  set -e -x; \
-	  $(CMAKE_CSRC) -B $(CPP_BUILD); \
-	  $(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS); \
-	  $(call run_ctest,$(CPP_BUILD),); \
-	else \
-	  echo '################################################################################'; \
-	  echo '# SKIPPED: the C++ unit tests. They need GoogleTest, which was not found.'; \
-	  echo '# Debian, Ubuntu: apt-get install libgtest-dev'; \
-	  echo '################################################################################'; \
-	fi
+	$(CMAKE_CSRC) -B $(CPP_BUILD)
+	$(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS)
+	@$(call run_ctest,$(CPP_BUILD),)
 
 define build_sim
 	$(CMAKE_CSRC) -B $(SIM_BUILD) -DJAX_EP_BUILD_TESTS=OFF -DJAX_EP_BUILD_SIM=ON
 	$(BIN)/cmake --build $(SIM_BUILD) --parallel $(JOBS)
 endef
 
-ifeq ($(SANITIZE),)
-sim: $(INSTALLED)-test ## Run the CUDA kernels on the simulator, and their mutants (no GPU needed)
+test-sim: $(READY) ## Run the CUDA kernels on the simulator (no GPU needed)
 	$(build_sim)
 	@$(call run_ctest,$(SIM_BUILD),--parallel $(JOBS))
+
+ifeq ($(SANITIZE),)
+sim: test-sim mutants ## The same, further problems, and mutants of the kernels
+else
+sim: test-sim
+endif
+
+# What `make sim` adds to `make test`.
+mutants: $(INSTALLED)-test
+	$(build_sim)
 	JAX_EP_SIMULATED_EXCHANGE=$(abspath $(SIM_BUILD))/kernels/tests/libjax_ep_simulated_exchange.so \
 	  $(BIN)/pytest -n $(JOBS) tests/sim
 	$(BIN)/python csrc/kernels/tests/mutants.py --build $(SIM_BUILD) --jobs $(JOBS)
-else
-sim: $(READY)
-	$(build_sim)
-	@$(call run_ctest,$(SIM_BUILD),--parallel $(JOBS))
-endif
 
 soak: $(READY) ## Run random stories on the simulator, on all cores, for 10 minutes (SECONDS=N)
 	$(build_sim)

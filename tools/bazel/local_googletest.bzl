@@ -1,42 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""local_googletest: the GoogleTest that is installed on this machine."""
+"""local_googletest: GoogleTest, compiled from the sources that CMake's build takes too."""
 
+load(":locate.bzl", "ENVIRON", "interpreter")
+
+# As cmake/JaxEpGoogleTest.cmake compiles it. The second of the includes is for its own sources.
 _BUILD = """\
 load("@rules_cc//cc:cc_library.bzl", "cc_library")
 
 cc_library(
     name = "gtest_main",
+    testonly = True,
     srcs = [
-        "libgtest_main.a",
-        "libgtest.a",
+        "src/gtest-all.cc",
+        "src/gtest_main.cc",
     ],
     hdrs = glob(["include/gtest/**/*.h"]),
-    includes = ["include"],
-    linkopts = ["-lpthread"],
+    copts = [
+        "-std=c++20",
+        "-w",
+        "-O0",
+        "-g0",
+    ],
+    includes = [
+        "include",
+        ".",
+    ],
+    linkopts = ["-pthread"],
+    linkstatic = True,
+    textual_hdrs = glob(
+        [
+            "src/*.cc",
+            "src/*.h",
+        ],
+        exclude = [
+            "src/gtest-all.cc",
+            "src/gtest_main.cc",
+        ],
+    ),
     visibility = ["//visibility:public"],
 )
 """
 
-_PREFIXES = ["/usr/local", "/usr"]
-_FOLDERS = ["lib", "lib64", "lib/x86_64-linux-gnu", "lib/aarch64-linux-gnu"]
-
 def _local_googletest_impl(rctx):
-    for prefix in _PREFIXES:
-        headers = rctx.path(prefix + "/include/gtest")
-        for folder in _FOLDERS:
-            library = rctx.path(prefix + "/" + folder)
-            if headers.exists and library.get_child("libgtest_main.a").exists:
-                rctx.symlink(headers, "include/gtest")
-                for name in ["libgtest.a", "libgtest_main.a"]:
-                    rctx.symlink(library.get_child(name), name)
-                rctx.file("BUILD.bazel", _BUILD)
-                return
-    fail(("jax_ep: the C++ unit tests need GoogleTest, which was not found below {}. Install it " +
-          "(Debian, Ubuntu: apt-get install libgtest-dev).").format(" or ".join(_PREFIXES)))
+    python, problem = interpreter(rctx)
+    if problem:
+        fail("jax_ep: " + problem)
+    tool = rctx.path(Label("//tools:googletest.py"))
+    result = rctx.execute([python, tool, rctx.path("downloaded")])
+    if result.return_code:
+        fail(result.stderr)
+    for name in ["include", "src"]:
+        rctx.symlink(result.stdout.strip() + "/" + name, name)
+    rctx.file("BUILD.bazel", _BUILD)
 
 local_googletest = repository_rule(
     implementation = _local_googletest_impl,
     configure = True,
-    doc = "GoogleTest, as distributions install it. Only jax_ep's own tests need it.",
-    local = True,
+    doc = "GoogleTest, which pip downloads as sources. Only jax_ep's own tests need it.",
+    environ = ENVIRON + ["JAX_EP_GOOGLETEST_DIR"],
 )

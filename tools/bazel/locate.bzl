@@ -15,6 +15,21 @@ ENVIRON = [
 
 HOW_TO_CHOOSE = "set PYTHON_BIN_PATH to an interpreter that has it"
 
+def interpreter(rctx):
+    """Finds the surrounding interpreter.
+
+    Args:
+      rctx: the repository's context.
+
+    Returns:
+      (path, None), or (None, a sentence) if there is none.
+    """
+    python = rctx.os.environ.get("PYTHON_BIN_PATH") or rctx.which("python3")
+    if python:
+        return python, None
+    return None, ("there is no python3 in PATH. Install Python 3.11 or newer, or set " +
+                  "PYTHON_BIN_PATH to it.")
+
 def locate(rctx):
     """Asks the interpreter where its packages are.
 
@@ -24,10 +39,9 @@ def locate(rctx):
     Returns:
       What locate.py prints, and under "problem" a sentence if there is no interpreter to ask.
     """
-    python = rctx.os.environ.get("PYTHON_BIN_PATH") or rctx.which("python3")
-    if not python:
-        return {"problem": "there is no python3 in PATH. Install Python 3.11 or newer, or set " +
-                           "PYTHON_BIN_PATH to it."}
+    python, problem = interpreter(rctx)
+    if problem:
+        return {"problem": problem}
     result = rctx.execute([python, rctx.path(Label("//tools/bazel:locate.py"))])
     if result.return_code:
         return {"problem": ("{} is no Python 3.11 or newer. Set PYTHON_BIN_PATH to one.\n" +

@@ -7,7 +7,7 @@ load(":local_python.bzl", "local_python")
 
 # buildifier: disable=unnamed-macro
 def jax_ep_repositories():
-    """Declares them; each looks at what is installed, and downloads nothing."""
+    """Declares them; each looks at what is installed. Only GoogleTest may be downloaded."""
     local_cuda(name = "jax_ep_cuda")
     local_googletest(name = "jax_ep_googletest")
     local_nvshmem(name = "jax_ep_nvshmem")
