@@ -7,7 +7,10 @@
 
 set(JAX_EP_CUDA AUTO CACHE STRING
   "AUTO: build the CUDA kernels if nvcc is found; ON, PYPI: fail if it is not; OFF: don't")
-set(JAX_EP_CUDA_ARCHS "90a-real;100a-real" CACHE STRING
+# Machine code for 9.0, and for 10.0 and 10.3, which share it; PTX for what comes. No `a` or `f`: the
+# kernels use no feature of one architecture or family, so their machine code would be the same, and
+# PTX with such features runs on nothing newer.
+set(JAX_EP_CUDA_ARCHS "90-real;100-real;90-virtual" CACHE STRING
   "What the kernels are compiled for, as CMAKE_CUDA_ARCHITECTURES takes it")
 option(JAX_EP_PTXAS_VERBOSE "Print the registers, memory and spills of each kernel" OFF)
 

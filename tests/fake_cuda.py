@@ -34,6 +34,13 @@ class FakeCuda:
     def cuda_targets(self) -> dict:
         return {name: {"execute": name} for name in ("jax_ep_plan",)}
 
+    def build_info(self) -> dict:
+        return {
+            "architectures": "90-real, 100-real, 90-virtual",
+            "cuda_runtime": 13000,
+            "shared_memory": 226 * 1024,
+        }
+
     def heap_bytes(
         self, *, num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout
     ) -> int:

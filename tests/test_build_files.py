@@ -9,6 +9,7 @@ import pytest
 import bazel_files
 import cmake_files
 import jax_ep
+from jax_ep._src.capabilities import serves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CC_RULES = "tools/bazel/cc.bzl"
@@ -85,7 +86,15 @@ def test_bazels_flags_of_the_kernels_are_cmakes():
 def test_both_compile_for_the_same_gpus():
     bazel = bazel_files.constant(CUDA_RULES, "CUDA_ARCHITECTURES")
     cmake = cmake_files.variable("JAX_EP_CUDA_ARCHS").split(";")
-    assert [f"{architecture}-real" for architecture in bazel] == cmake
+    assert bazel == cmake
+    for capability in ((9, 0), (10, 0), (10, 3), (11, 0)):
+        assert any(serves(architecture, capability) for architecture in cmake), capability
+    gencode = bazel_files.constant(CUDA_RULES, "_gencode")
+    assert [gencode(architecture) for architecture in bazel] == [
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
 
 
 def _own_flags_of_bazel() -> dict[str, set[str]]:

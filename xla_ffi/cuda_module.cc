@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "csrc/core/heap_regions.h"
+#include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_registry.h"
 #include "xla_ffi/cuda_handlers.h"
 
@@ -253,10 +254,11 @@ NB_MODULE(_cuda, m) {
         nb::dict info;
         info["architectures"] = JAX_EP_CUDA_ARCHITECTURES;
         info["cuda_runtime"] = CUDART_VERSION;
+        info["shared_memory"] = shared_bytes_per_block();
         return info;
       },
-      "What the kernels were compiled for (architectures, as CMake names them), and with which "
-      "CUDA.");
+      "What the kernels were compiled for (architectures, as CMake names them), with which CUDA,\n"
+      "and how many bytes of shared memory a block takes at most. Needs no GPU.");
   define_of_shape(
       m,
       "heap_bytes",

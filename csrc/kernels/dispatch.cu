@@ -18,6 +18,8 @@ cudaError_t load() {
 
 }  // namespace
 
+int32_t shared_bytes_of_dispatch() { return sizeof(Tile::SharedStorage); }
+
 cudaError_t load_dispatch() {
   if (cudaError_t e = load<dev::Float32Rows>(); e != cudaSuccess) return e;
   if (cudaError_t e = load<dev::BFloat16Rows>(); e != cudaSuccess) return e;

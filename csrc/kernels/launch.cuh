@@ -42,6 +42,11 @@ template <typename Kernel, typename Tile, typename Params>
 [[nodiscard]] cudaError_t load_dispatch();
 [[nodiscard]] cudaError_t load_combine();
 
+// Bytes of shared memory that a block of each takes.
+[[nodiscard]] int32_t shared_bytes_of_plan();
+[[nodiscard]] int32_t shared_bytes_of_dispatch();
+[[nodiscard]] int32_t shared_bytes_of_combine();
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_CSRC_KERNELS_LAUNCH_CUH_

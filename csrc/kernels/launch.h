@@ -15,6 +15,9 @@ namespace jax_ep {
 // loaded lazily, while others of the group wait for it, can deadlock.
 [[nodiscard]] cudaError_t load_kernels();
 
+// Bytes of shared memory that a block of the most demanding kernel takes.
+[[nodiscard]] int32_t shared_bytes_per_block();
+
 // Each enqueues its kernel, whose blocks must all fit on the device at once (one block per SM).
 // cudaErrorInvalidConfiguration: no kernel was compiled for these warps and stages.
 [[nodiscard]] cudaError_t launch_plan(const PlanParams& params,

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "csrc/kernels/launch.cuh"
 #include "csrc/kernels/plan_kernel.h"
 
@@ -14,6 +16,10 @@ template <typename Tile>
 using Kernel = dev::PlanKernel<Tile>;
 
 }  // namespace
+
+int32_t shared_bytes_of_plan() {
+  return std::max<int32_t>(sizeof(FewBins::SharedStorage), sizeof(ManyBins::SharedStorage));
+}
 
 cudaError_t load_plan() {
   if (cudaError_t e = load_kernel<Kernel<FewBins>, FewBins, PlanParams>(); e != cudaSuccess)
@@ -34,6 +40,10 @@ cudaError_t load_kernels() {
   if (cudaError_t e = load_plan(); e != cudaSuccess) return e;
   if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
   return load_combine();
+}
+
+int32_t shared_bytes_per_block() {
+  return std::max({shared_bytes_of_plan(), shared_bytes_of_dispatch(), shared_bytes_of_combine()});
 }
 
 }  // namespace jax_ep

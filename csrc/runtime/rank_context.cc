@@ -75,9 +75,10 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   JAX_EP_RETURN_IF_ERROR(guard.status());
   RankContext made;
   made.config_ = config;
+  // First: on a GPU that the kernels were not compiled for, nothing is to be allocated.
+  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_kernels()));
   JAX_EP_RETURN_IF_ERROR(SymmetricHeap::allocate(config.heap, config.device, made.heap_));
   JAX_EP_RETURN_IF_ERROR(PinnedRecord::allocate(made.record_));
-  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_kernels()));
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(
       cudaDeviceGetAttribute(&made.device_sms_, cudaDevAttrMultiProcessorCount, config.device)));
   const HeapOwner owner{

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jax_ep._src import cuda_group, native, notices
+from jax_ep._src import capabilities, cuda_group, native, notices
 from jax_ep._src.bootstrap import group_id, group_key
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed, EpUnavailable
@@ -282,7 +282,11 @@ def _why_not_ffi(mesh: jax.sharding.Mesh, config: EpConfig, num_ranks: int) -> s
             return "on CPU it serves the devices of one process, and this mesh spans several"
         return native.why_unavailable()
     if platform == "cuda":
-        return native.why_no_cuda() or cuda_group.why_too_large(config, num_ranks)
+        return (
+            native.why_no_cuda()
+            or cuda_group.why_too_large(config, num_ranks)
+            or capabilities.why_not_built_for(mesh.devices.flat)
+        )
     return f"it has no kernels for platform {platform}"
 
 

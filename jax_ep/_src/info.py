@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import jax
 
-from jax_ep._src import native
+from jax_ep._src import capabilities, native
 
 Row = tuple[str, str, str]  # what, its state, what is missing or what it is for
 
@@ -41,7 +41,10 @@ def _versions() -> list[Row]:
 def _devices() -> list[Row]:
     kinds: dict[tuple[str, str], int] = {}
     for device in jax.devices():
-        key = (device.platform, device.device_kind)
+        kind = device.device_kind
+        if capability := getattr(device, "compute_capability", None):
+            kind = f"{kind}, compute capability {capability}"
+        key = (device.platform, kind)
         kinds[key] = kinds.get(key, 0) + 1
     rows: list[Row] = [
         (f"devices ({name})", f"{count} x {kind}", "") for (name, kind), count in kinds.items()
@@ -71,8 +74,8 @@ def _backends() -> list[Row]:
     return rows
 
 
-def _num_gpus() -> int:
-    return sum(device.platform in ("gpu", "cuda") for device in jax.local_devices())
+def _gpus() -> list[jax.Device]:
+    return [device for device in jax.local_devices() if device.platform in ("gpu", "cuda")]
 
 
 def _cuda() -> Row:
@@ -81,13 +84,14 @@ def _cuda() -> Row:
         return ("ffi on CUDA", "not available", why_not)
     build = native.load_cuda().build_info()
     version = f"{build['cuda_runtime'] // 1000}.{build['cuda_runtime'] % 1000 // 10}"
-    archs = build["architectures"].replace(";", ", ")
-    state = "available" if _num_gpus() else "built"
-    return ("ffi on CUDA", state, f"CUDA {version}, kernels for {archs}")
+    note = f"CUDA {version}, kernels for {', '.join(capabilities.architectures())}"
+    if why_not := capabilities.why_not_built_for(_gpus()):
+        return ("ffi on CUDA", "not available", f"{why_not} ({note})")
+    return ("ffi on CUDA", "available" if _gpus() else "built", note)
 
 
 def _peer_access() -> Row:
-    num_gpus = _num_gpus()
+    num_gpus = len(_gpus())
     if num_gpus < 2:
         return ("peer access", f"no ({num_gpus} GPUs here)", "scale-up needs two or more GPUs")
     note = "found out when a group is made, which fails where there is none"

@@ -59,7 +59,7 @@ def build() -> None:
         "Python_EXECUTABLE": sys.executable,
         "nanobind_DIR": nanobind,
         "JAX_EP_CUDA": "ON",
-        "JAX_EP_CUDA_ARCHS": f"{capability.replace('.', '')}a-real",
+        "JAX_EP_CUDA_ARCHS": f"{capability.replace('.', '')}-real",
         "JAX_EP_FFI_INCLUDE_DIR": os.environ.get("JAX_EP_FFI_INCLUDE_DIR", ""),
     }
     defines = [f"-D{name}={value}" for name, value in arguments.items() if value]

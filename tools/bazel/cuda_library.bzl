@@ -7,8 +7,12 @@ load("@rules_cc//cc/common:cc_common.bzl", "cc_common")
 load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
 load(":cuda.bzl", "NEEDS_CUDA")
 
-# As CMake's JAX_EP_CUDA_ARCHS, whose -real means: machine code, and no PTX for other GPUs.
-CUDA_ARCHITECTURES = ["90a", "100a"]
+# CMake's JAX_EP_CUDA_ARCHS, which says why these; -real is machine code, -virtual is PTX.
+CUDA_ARCHITECTURES = [
+    "90-real",
+    "100-real",
+    "90-virtual",
+]
 
 _COPTS = [
     "-std=c++20",
@@ -21,13 +25,18 @@ _COPTS = [
     "-fmad=false",
 ]
 
+def _gencode(architecture):
+    number, _, kind = architecture.partition("-")
+    code = {"real": "sm_", "virtual": "compute_"}[kind] + number
+    return "-gencode=arch=compute_{},code={}".format(number, code)
+
 def _include_flags(context):
     flags = ["-I" + d for d in context.quote_includes.to_list() + context.includes.to_list()]
     return flags + ["-isystem=" + d for d in context.system_includes.to_list()]
 
 def _compile(ctx, cc_toolchain, src, context):
     obj = ctx.actions.declare_file("_cuda/{}/{}.pic.o".format(ctx.label.name, src.basename))
-    flags = _COPTS + ["-gencode=arch=compute_{0},code=sm_{0}".format(a) for a in CUDA_ARCHITECTURES]
+    flags = _COPTS + [_gencode(a) for a in CUDA_ARCHITECTURES]
     ctx.actions.run(
         executable = ctx.files._nvcc[0],
         arguments = ["-ccbin", cc_toolchain.compiler_executable] + flags + ctx.attr.copts +
