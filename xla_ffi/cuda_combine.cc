@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/core/heap_fit.h"
+#include "csrc/core/row_alignment.h"
 #include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_status.h"
 #include "csrc/runtime/tuning.h"
@@ -44,6 +45,11 @@ ffi::Error combine(cudaStream_t stream,
   CudaSite site;
   JAX_EP_FAIL_IF_ERROR(find_site(attrs, device, "combine", shape, site));
   JAX_EP_FAIL_IF_ERROR(check_rows_fit(site.heap(), arguments.hidden, arguments.dtype, Wire::kSame));
+  const int64_t row_bytes = arguments.hidden * size_bytes(arguments.dtype);
+  JAX_EP_FAIL_IF_ERROR(
+      check_rows_aligned("y", buffers.y.data<const void>(), shape.recv_capacity, row_bytes));
+  JAX_EP_FAIL_IF_ERROR(
+      check_rows_aligned("out", buffers.out.data<const void>(), shape.num_tokens, row_bytes));
   const CombineParams params{.view = site.rank->view(),
                              .shape = shape,
                              .hidden = arguments.hidden,
@@ -60,7 +66,6 @@ ffi::Error combine(cudaStream_t stream,
                              .source_slot = source_slot.data<const int32_t>(),
                              .out = buffers.out.data<void>(),
                              .token_scalars = buffers.token_scalars.data<float>()};
-  const int64_t row_bytes = arguments.hidden * size_bytes(arguments.dtype);
   const LaunchShape launch =
       launch_shape(OpKind::kCombine, shape, row_bytes, site.rank->sm_budget());
   const DeviceGuard guard(device);

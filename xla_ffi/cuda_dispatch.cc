@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/core/heap_fit.h"
+#include "csrc/core/row_alignment.h"
 #include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_status.h"
 #include "csrc/runtime/tuning.h"
@@ -41,6 +42,12 @@ ffi::Error dispatch(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(find_site(attrs, device, "dispatch", shape, site));
   JAX_EP_FAIL_IF_ERROR(
       check_rows_fit(site.heap(), arguments.hidden, arguments.dtype, arguments.wire));
+  const int64_t row_bytes = arguments.hidden * size_bytes(arguments.dtype);
+  const int64_t least_bytes = arguments.wire == Wire::kFloat8E4M3 ? arguments.hidden : row_bytes;
+  JAX_EP_FAIL_IF_ERROR(
+      check_rows_aligned("x", buffers.x.data<const void>(), shape.num_tokens, least_bytes));
+  JAX_EP_FAIL_IF_ERROR(check_rows_aligned(
+      "rows", buffers.rows.data<const void>(), shape.recv_capacity, least_bytes));
   const DispatchParams params{.view = site.rank->view(),
                               .shape = shape,
                               .hidden = arguments.hidden,
@@ -61,7 +68,6 @@ ffi::Error dispatch(cudaStream_t stream,
                               .rows = buffers.rows.data<void>(),
                               .rows_scales = nullptr,
                               .row_scalars = buffers.row_scalars.data<float>()};
-  const int64_t row_bytes = arguments.hidden * size_bytes(arguments.dtype);
   const LaunchShape launch =
       launch_shape(OpKind::kDispatch, shape, row_bytes, site.rank->sm_budget());
   const DeviceGuard guard(device);
