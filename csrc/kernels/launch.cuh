@@ -30,11 +30,16 @@ template <typename Kernel, typename Tile, typename Params>
   if (shape.num_warps != Tile::kWarps || shape.num_stages != Tile::kStages) {
     return cudaErrorInvalidConfiguration;
   }
-  run_kernel<Kernel, Tile, Params><<<static_cast<unsigned>(shape.num_blocks),
-                                     Tile::kWarps * 32,
-                                     sizeof(typename Tile::SharedStorage),
-                                     stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(shape.num_blocks);
+  config.blockDim = Tile::kWarps * 32;
+  config.dynamicSmemBytes = sizeof(typename Tile::SharedStorage);
+  config.stream = stream;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  // Not <<<>>> and cudaGetLastError, which would report what an earlier call of this thread left
+  // behind, after this kernel has been launched.
+  return cudaLaunchKernelExC(
+      &config, reinterpret_cast<const void*>(&run_kernel<Kernel, Tile, Params>), arguments);
 }
 
 // What each kernel file loads.

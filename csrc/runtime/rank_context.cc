@@ -45,8 +45,7 @@ PinnedRecord& PinnedRecord::operator=(PinnedRecord&& other) noexcept {
 
 void PinnedRecord::free() {
   if (on_host_ == nullptr) return;
-  static_cast<void>(cudaFreeHost(std::exchange(on_host_, nullptr)));
-  static_cast<void>(cudaGetLastError());
+  static_cast<void>(JAX_EP_CUDA_STATUS(cudaFreeHost(std::exchange(on_host_, nullptr))));
 }
 
 Status PinnedRecord::allocate(PinnedRecord& record) {

@@ -111,8 +111,7 @@ SymmetricHeap& SymmetricHeap::operator=(SymmetricHeap&& other) noexcept {
 void SymmetricHeap::free() {
   if (base_ == nullptr) return;
   const DeviceGuard guard(device_);
-  static_cast<void>(cudaFree(std::exchange(base_, nullptr)));
-  static_cast<void>(cudaGetLastError());
+  static_cast<void>(JAX_EP_CUDA_STATUS(cudaFree(std::exchange(base_, nullptr))));
 }
 
 Status SymmetricHeap::allocate(const HeapShape& shape, int32_t device, SymmetricHeap& heap) {
@@ -174,8 +173,7 @@ void PeerMapping::unmap() {
   std::byte* const base = std::exchange(base_, nullptr);
   if (!std::exchange(opened_, false)) return;
   const DeviceGuard guard(device_);
-  static_cast<void>(cudaIpcCloseMemHandle(base));
-  static_cast<void>(cudaGetLastError());
+  static_cast<void>(JAX_EP_CUDA_STATUS(cudaIpcCloseMemHandle(base)));
 }
 
 Status PeerMapping::map(const HeapHandle& handle, int32_t device, PeerMapping& mapping) {

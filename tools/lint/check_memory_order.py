@@ -29,7 +29,8 @@ TAGGED = {"st_release<": "RELEASE", "wait_until_reached<": "ACQUIRE"}
 NEAR = 9
 BANNED = re.compile(
     r"\b__restrict(?:__)?\b|\b__ldg\b|\b__ldcg\b|\bvolatile\b"
-    r"|\b(?:threadIdx|blockIdx|blockDim|gridDim|warpSize)\b"
+    # Not after a dot: the host's cudaLaunchConfig_t has members of these names.
+    r"|(?<!\.)\b(?:threadIdx|blockIdx|blockDim|gridDim|warpSize)\b"
     r"|\b__(?:shfl|ballot|match|any|all|reduce|activemask|sync|threadfence|nanosleep|trap)\w*"
     r"|\b__shared__\b|\bclock(?:64)?\(|\batomic\w*|\bcuda::|<cuda/|<cooperative_groups"
 )
