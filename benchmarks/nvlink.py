@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ep_bench import gpu_environment, nvlink_cases, nvlink_plot, nvlink_report
@@ -98,9 +98,20 @@ def knows_ragged_flags() -> bool:
 
 
 def run_size(
-    args: argparse.Namespace, cases: list[GpuCase], environment: Mapping[str, str]
-) -> dict[str, Any]:
+    args: argparse.Namespace,
+    cases: list[GpuCase],
+    environment: Mapping[str, str],
+    found: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
     """All that is measured with one number of tokens, but for the ragged collective.
+
+    Args:
+        args: of the command line.
+        cases: of this number of tokens.
+        environment: variables of the processes.
+        found: gets what each item of the work has measured, as soon as all ranks have it.
+        save: called after each.
 
     Raises:
         RuntimeError: a rank failed; the message has the first one's traceback first.
@@ -117,16 +128,21 @@ def run_size(
         *(Case(case.name, gpu_programs.measure, {"case": case, **ours}) for case in cases),
         *(_comparison(args, case, nvlink_cases.compared_in(case)) for case in compared),
     ]
-    links, *values = gpu_ranks.values_by_rank(work, args.ranks, args.placement, environment)
-    by_case = zip(cases, values, strict=False)
-    by_comparison = zip(compared, values[len(cases) :], strict=True)
     where = args.placement.value
-    found = {
-        "results": [nvlink_report.result(c, v, where) for c, v in by_case],
-        "comparisons": [nvlink_report.comparison(c, v, where) for c, v in by_comparison],
-    }
-    key = nvlink_report.where_of(found["results"][0])
-    return {**found, "links": {key: nvlink_report.links(links)}}
+
+    def add(index: int, values: list[Any]) -> None:
+        if index == 0:
+            key = nvlink_report.where_of({"case": {"num_ranks": args.ranks}, "placement": where})
+            found["links"][key] = nvlink_report.links(values)
+        elif index <= len(cases):
+            found["results"].append(nvlink_report.result(cases[index - 1], values, where))
+        else:
+            case = compared[index - 1 - len(cases)]
+            found["comparisons"].append(nvlink_report.comparison(case, values, where))
+        print(f"measured: {work[index].name}", file=sys.stderr, flush=True)
+        save()
+
+    gpu_ranks.values_by_rank(work, args.ranks, args.placement, environment, add)
 
 
 def _comparison(args: argparse.Namespace, case: GpuCase, keys: list[str]) -> Case:
@@ -162,8 +178,7 @@ def add_ragged(
             )
         except RuntimeError as error:
             print(error, file=sys.stderr)
-            text = str(error).strip().splitlines()
-            found["failures"].append(f"{what}: {text[0]} {_last_error(text)}")
+            found["failures"].append(f"{what}: {_in_short(error)}")
             continue
         for case, of_case, entry in zip(compared, values, found["comparisons"], strict=True):
             more = nvlink_report.comparison(case, of_case, args.placement.value)
@@ -171,34 +186,48 @@ def add_ragged(
                 entry[field][key] = more[field]["ragged_all_to_all"]
 
 
-def _last_error(lines: list[str]) -> str:
-    """The first line that names an exception's type, as at the end of a traceback."""
-    return next((line for line in lines if "Error: " in line), "")
+def _in_short(error: RuntimeError) -> str:
+    """Which rank failed first in what, and the line of its traceback that names the exception."""
+    lines = str(error).strip().splitlines()
+    return f"{lines[0]} {next((line for line in lines if 'Error: ' in line), '')}".strip()
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs everything; the numbers, for the JSON."""
+    """Runs everything; the numbers, for the JSON, which is written whenever there are more."""
     environment = {"JAX_PLATFORMS": "cpu"} if args.smoke else {}
-    parts = []
+    parts: list[dict[str, Any]] = []
     for num_tokens in args.tokens:
         start = time.monotonic()
         cases = nvlink_cases.cases(args.ranks, num_tokens, full=args.full)
         found: dict[str, Any] = {
             "environment": gpu_environment.describe(args.commit),
-            "failures": [],
-            **run_size(args, cases, environment),
+            "links": {},
+            **{name: [] for name in ("results", "comparisons", "failures")},
         }
+        parts.append(found)
+        try:
+            run_size(args, cases, environment, found, lambda: _save(args.json, parts))
+        except RuntimeError as error:
+            found["failures"].append(f"T {num_tokens}: {_in_short(error)}")
+            _save(args.json, parts)
+            raise
         if args.smoke:
             found["failures"].append("ragged_all_to_all: XLA does not compile it for CPUs")
         else:
             add_ragged(args, cases, found, environment)
         print(f"T {num_tokens}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-        parts.append(found)
-        if args.json:  # at once: later sizes may fail, or the loan of the GPUs may end
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(nvlink_report.merged(parts), indent=1)
-            args.json.write_text(text + os.linesep)
+        _save(args.json, parts)
     return nvlink_report.merged(parts)
+
+
+def _save(path: pathlib.Path | None, parts: list[dict[str, Any]]) -> None:
+    """Writes the numbers, at once: what follows may fail, or the loan of the GPUs may end."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(nvlink_report.merged(parts), indent=1) + os.linesep)
+    partial.rename(path)
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ranks run in the tests of where they are; their processes import it."""
 
+import logging
 import os
+import pathlib
+import time
 from typing import Any
 
 import jax
@@ -24,6 +27,26 @@ def where(mesh: Mesh) -> dict[str, Any]:
         "mine": [d.id for d in mine],
         "memory": os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
     }
+
+
+def stall(mesh: Mesh, folder: pathlib.Path) -> None:
+    """Says so to the library's logger, and in a file of the process; then does not end."""
+    process = jax.process_index()
+    logging.getLogger("jax_ep").warning("process %d of %d stalls", process, mesh.size)
+    for _ in range(100):
+        print("something else")
+    (folder / f"stalled{process}").touch()
+    time.sleep(600)
+
+
+def stall_but_on(mesh: Mesh, rank: int, folder: pathlib.Path) -> None:
+    """Ends early in the process of a rank, once all others stall."""
+    process = jax.process_index()
+    if process != mesh.devices.flat[rank].process_index:
+        stall(mesh, folder)
+    while len(list(folder.glob("stalled*"))) < jax.process_count() - 1:
+        time.sleep(0.05)
+    fail_on(mesh, rank)
 
 
 def fail_on(mesh: Mesh, rank: int, with_signal: int | None = None) -> int:

@@ -5,18 +5,19 @@ With `ffi` in one process, whose kernels are the CPU's there; with `xla` in seve
 """
 
 import functools
+import re
 import signal
 
 import numpy as np
 import pytest
 
-from gpu import test_collectives
+from gpu import ranks, test_collectives
 from gpu.comparison import case_of, check_cases
 from gpu.placement import VARIABLE, Placement
 from gpu.rank_programs import exchange, gradients, turns
 from gpu.ranks import Case, failure_report, run_ranks, stacked
 from gpu.run import PIECES, PIECES_OF, parse_args
-from placed_programs import fail_on, where
+from placed_programs import fail_on, stall_but_on, where
 from problems import PROBLEMS, EpProblem
 
 pytestmark = pytest.mark.multiprocess
@@ -123,6 +124,28 @@ def test_a_killed_process_is_reported_with_its_signal(run):
     cases = [Case("killed", fail_on, {"rank": 1, "with_signal": signal.SIGKILL})]
     report = failure_report(run(cases, num_ranks=2, placement=Placement.OWN), cases)
     assert "rank 1 did not end killed (exit code -9)" in report
+
+
+def test_a_rank_that_does_not_end_is_reported_with_its_stack(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "_GRACE_S", 0.2)
+    cases = [Case("stalling", stall_but_on, {"rank": 1, "folder": tmp_path})]
+    report = failure_report(run(cases, num_ranks=2, placement=Placement.OWN), cases)
+    failed, stalled = report.split("\n\nrank 0 did not end stalling (exit code -9)")
+    assert failed.startswith("rank 1 failed in stalling")
+    assert re.search(r'placed_programs\.py", line \d+ in stall\n', stalled), stalled
+    assert "Current thread" in stalled or "most recent call first" in stalled
+
+
+def test_values_are_told_as_soon_as_all_ranks_have_them(run):
+    told = []
+    cases = [Case("where", where), Case("failing", fail_on, {"rank": 1}), Case("never", where)]
+    run(
+        cases,
+        num_ranks=2,
+        placement=Placement.ONE_PROCESS,
+        each=lambda index, values: told.append((index, [int(value["rank"]) for value in values])),
+    )
+    assert told == [(0, [0, 10])]
 
 
 def test_too_few_devices_are_reported(tmp_path):

@@ -210,6 +210,42 @@ def test_a_smoke_run_writes_every_number(tmp_path):
     assert plot.stat().st_size > 1000
 
 
+def test_numbers_are_written_as_soon_as_they_are_there(tmp_path):
+    """All that was measured before a rank failed, and that it did."""
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+sys.argv = ["nvlink.py"]
+import numpy as np
+import nvlink
+
+def values_by_rank(work, num_ranks, placement, environment, each):
+    plan = {{"plan": np.full(2, 4e-5)}}
+    for index, values in enumerate([[{{"ring": np.full(2, 4e11)}}] * 2, [plan] * 2]):
+        each(index, values)
+        found = json.loads(args.json.read_text())
+        print(len(found["links"]), len(found["results"]), len(found["comparisons"]))
+    raise RuntimeError("rank 1 did not end something:\\nxla.SomeError: why")
+
+nvlink.gpu_ranks.values_by_rank = values_by_rank
+nvlink.nvlink_cases.confirm = lambda case: None
+sizes = ["--ranks", "2", "--tokens", "128"]
+args = nvlink.parse_args([*sizes, "--json", {str(tmp_path / "x.json")!r}])
+try:
+    nvlink.measure(args)
+except RuntimeError:
+    print("raised")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.split("\n")[:3] == ["1 0 0", "1 1 0", "raised"], done.stderr
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["failures"] == ["T 128: rank 1 did not end something: xla.SomeError: why"]
+    assert "Did not run: T 128: rank 1 did not end something" in report.to_text(found)
+    assert "measured: links" in done.stderr
+
+
 # --- reports -----------------------------------------------------------------------------------
 
 

@@ -2,13 +2,18 @@
 """The command that runs all that needs several GPUs: its pieces, and what it says of their ends."""
 
 import importlib.util
+import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from gpu.run import parse_args as parse_tests
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tools" / "run_nvlink.py"
@@ -28,7 +33,6 @@ tool = _load(PROGRAM)
 def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
     """Which programs would refuse their options only shows once there are GPUs."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from gpu.run import parse_args as tests_args
     from moe_lm.options import parse as example_args
 
     ranks = {2: 2, 4: 4, 5: 4, 8: 8}[num_gpus]
@@ -39,7 +43,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
             options = example_args(args)
             assert (options.platform, options.num_devices) == ("cuda", ranks)
         elif program.endswith("run.py"):
-            options = tests_args(args)
+            options = parse_tests(args)
             tested += [(options.placement, piece) for piece in options.pieces]
         else:
             measured.append(dict(zip(args[::2], args[1::2], strict=True)))
@@ -94,25 +98,135 @@ def _smi(folder: pathlib.Path, num_gpus: int) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
-def test_a_piece_ends_with_the_command(tmp_path):
-    """Otherwise it would keep the GPUs."""
-    sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import os, time; print(os.getpid()); time.sleep(100)")
+def _start(folder: pathlib.Path, **programs: str) -> subprocess.Popen:
+    """The command, with stand-ins for its pieces: name -> what it runs; "build" is one of them."""
+    for name, code in ({"build": "print('built')"} | programs).items():
+        (folder / f"{name}.py").write_text(code)
+    every = {name: [str(folder / f"{name}.py")] for name in programs}
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import run_nvlink as tool; "
-        f"tool.pieces = lambda *_: {{'sleep': [{str(sleeper)!r}]}}; sys.exit(tool.main())"
+        f"tool.BUILD = [{str(folder / 'build.py')!r}]; "
+        f"tool.pieces = lambda *_: {every}; sys.exit(tool.main())"
     )
-    log = tmp_path / "out" / "sleep.log"
-    command = [sys.executable, "-c", code, "--out", str(tmp_path / "out"), "sleep"]
-    process = subprocess.Popen(command, env=_smi(tmp_path, 8), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not (log.exists() and log.read_text().strip()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(20) == 143
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "--out", str(folder / "out")],
+        env=_smi(folder, 8),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+SLEEPER = "import os, time; print(os.getpid()); time.sleep(100)"
+
+
+def _lines_until(process: subprocess.Popen, found) -> list[str]:
+    """What the command has printed up to a line for which `found` is true."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if found(lines[-1]):
+            return lines
+    raise AssertionError(lines)
+
+
+def test_a_piece_ends_with_the_command(tmp_path):
+    """Otherwise it would keep the GPUs."""
+    with _start(tmp_path, sleep=SLEEPER) as process:
+        pid = int(_lines_until(process, str.isdigit)[-1])
+        process.terminate()
+        assert process.wait(20) == 143
     with pytest.raises(ProcessLookupError):
-        os.kill(int(log.read_text()), 0)
+        os.kill(pid, 0)
+
+
+def test_what_a_piece_prints_appears_at_once_and_survives_the_end_of_all(tmp_path):
+    with _start(tmp_path, first="print('done')", sleep=SLEEPER) as process:
+        lines = _lines_until(process, str.isdigit)
+        process.kill()
+    pid = int(lines[-1])
+    os.kill(pid, signal.SIGKILL)
+    assert lines[1] == "built"
+    assert "done" in lines
+    assert (tmp_path / "out" / "first.log").read_text() == "done\n"
+    assert (tmp_path / "out" / "sleep.log").read_text() == f"{pid}\n"
+    summary = json.loads((tmp_path / "out" / tool.SUMMARY).read_text())
+    results = {name: of_piece["result"] for name, of_piece in summary.items()}
+    assert results == {"build": "passed", "first": "passed", "sleep": "did not end"}
+
+
+def test_without_the_modules_nothing_runs(tmp_path):
+    with _start(tmp_path, build="raise SystemExit(7)", first="print('done')") as process:
+        text = process.stdout.read()
+    assert process.returncode == 1
+    assert "done" not in text
+    assert text.splitlines()[-1].endswith("FAILED: exit status 7")
+
+
+def test_a_piece_that_fails_does_not_stop_the_others(tmp_path):
+    with _start(tmp_path, first="raise SystemExit(3)", second="print('done')") as process:
+        text = process.stdout.read()
+    assert process.returncode == 1
+    assert re.search(r"^first +\d+ s  FAILED: exit status 3\nsecond +\d+ s  passed$", text, re.M)
+
+
+def test_pieces_build_what_they_need():
+    program, *args = tool.BUILD
+    assert program == "tests/gpu/run.py"
+    assert parse_tests(args).build_only
+    assert not parse_tests([]).build_only
+
+
+def _wait_until_ended(pid: int) -> None:
+    """A child of nobody may stay for a while, or in a container for ever, as a zombie."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+        except FileNotFoundError:
+            return
+        if state in "ZX":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} runs on")
+
+
+@pytest.mark.multiprocess
+def test_at_the_limit_each_rank_says_where_it_stands(tmp_path, monkeypatch, capsys):
+    program, ranks_folder = tmp_path / "stalling.py", tmp_path / "ranks"
+    ranks_folder.mkdir()
+    program.write_text(
+        "import pathlib, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from gpu.placement import Placement\n"
+        "from gpu.ranks import Case, run_ranks\n"
+        "from placed_programs import stall\n"
+        f"folder = pathlib.Path({str(ranks_folder)!r})\n"
+        "run_ranks([Case('stalling', stall, {'folder': folder})], num_ranks=2, folder=folder,\n"
+        "          environment={'JAX_PLATFORMS': 'cpu'}, placement=Placement.OWN)\n"
+    )
+
+    def until_both_stall(process, shown, deadline):
+        while len(list(ranks_folder.glob("stalled*"))) < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    monkeypatch.setattr(tool, "_wait", until_both_stall)
+    assert tool.run([str(program)], tmp_path / "log", 200) == "FAILED: not done after 200 s"
+    text = (tmp_path / "log").read_text()
+    assert capsys.readouterr().out == text
+    # The program's own stack comes first, then the ranks', each with what the library logged.
+    own, said = text.split("=== not done after 200 s; where each process stands:\n")
+    assert re.search(r'ranks\.py", line \d+ in run_ranks\n.*stalling\.py", line \d+', own, re.S), (
+        own
+    )
+    zero, one = said[said.index("--- rank 0") :].split("--- rank 1")
+    assert "--- stalling.py (process" in said
+    for rank, of_rank in enumerate((zero, one)):
+        assert "): stalling\n" in of_rank
+        assert f"WARNING:jax_ep:process {rank} of 2 stalls" in of_rank
+        assert re.search(r'placed_programs\.py", line \d+ in stall\n', of_rank), of_rank
+        _wait_until_ended(int(re.search(r"\(process (\d+)\)", of_rank)[1]))
 
 
 @pytest.mark.slow

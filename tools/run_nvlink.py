@@ -3,27 +3,39 @@
 
     python tools/run_nvlink.py [PIECE ...]
 
-Each piece takes less than nine minutes and writes its output into --out. One that fails does not
-stop the others. Needs what tests/gpu/run.py needs, and optax, orbax-checkpoint, matplotlib, rich,
-tabulate. No setting of a GPU is changed; NCCL and NVSHMEM keep the variables that are set.
+Each piece takes less than nine minutes, or says where each rank stands and is ended. What it prints
+appears at once, and is in a file of --out. One that fails does not stop the others. Needs what
+tests/gpu/run.py needs, and optax, orbax-checkpoint, matplotlib, rich, tabulate. No setting of a GPU
+is changed; NCCL and NVSHMEM keep the variables that are set.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from gpu import standing  # noqa: E402
+from gpu.placement import count_gpus  # noqa: E402
+
+# What every piece needs: the modules, compiled for this machine's GPUs into the source tree.
+BUILD = ["tests/gpu/run.py", "--build-only"]
+SUMMARY = "summary.json"
 LIMIT_S = 540.0
 SOAK = 10_000
 # Of the example: how far below the entropy of single bytes its held-out loss must end.
 LEAST_LEARNED = 0.5
 
 Pieces = dict[str, list[str]]
+Results = dict[str, tuple[str, float]]  # piece -> how it ended, seconds
 
 
 def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
@@ -65,37 +77,80 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
 
 
 def run(command: list[str], log: pathlib.Path, limit_s: float = LIMIT_S) -> str:
-    """Runs a piece, shows and keeps what it prints; "passed", or how it ended."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "JAX_EP_SOAK": str(SOAK),
-        "PYTHONUNBUFFERED": "1",
-    }
-    with open(log, "w") as file:
+    """Runs a piece; shows what it prints at once, and keeps it; "passed", or how it ended.
+
+    The piece writes into the log itself, so what it printed is there however it or this ends.
+    """
+    log.write_bytes(b"")
+    with tempfile.TemporaryDirectory() as name, open(log, "ab") as file:
+        standings = pathlib.Path(name)
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, standing.__file__, *command],
             cwd=ROOT,
-            env=environment,
+            env=_environment(standings),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        shown = _Shown(log)
         try:
-            status = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            status = None
+            status = _wait(process, shown, time.monotonic() + limit_s)
+            if status is None:
+                report = standing.report(standings, process.pid)
+                ending = (
+                    f"\n=== not done after {limit_s:g} s; where each process stands:\n{report}\n"
+                )
+                file.write(ending.encode())
         finally:
             if process.poll() is None:  # with the ranks that it started
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    text = log.read_text(errors="replace")
-    print(text, flush=True)
+            file.flush()
+            shown.show()
     if status is None:
         return f"FAILED: not done after {limit_s:g} s"
     if status != 0:
         return f"FAILED: exit status {status}"
+    text = log.read_text(errors="replace")
     return _what_was_learned(text) if "train_moe_lm" in command[0] else "passed"
+
+
+def _environment(standings: pathlib.Path) -> dict[str, str]:
+    path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "JAX_EP_SOAK": str(SOAK),
+        "PYTHONUNBUFFERED": "1",
+        standing.VARIABLE: str(standings),
+    }
+
+
+class _Shown:
+    """How much of a log has been shown."""
+
+    def __init__(self, log: pathlib.Path) -> None:
+        self._log = log
+        self._position = 0
+
+    def show(self) -> None:
+        with open(self._log, "rb") as file:
+            file.seek(self._position)
+            new = file.read()
+        self._position += len(new)
+        sys.stdout.write(new.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+def _wait(process: subprocess.Popen, shown: _Shown, deadline: float) -> int | None:
+    """Shows what a piece prints until it ends; its exit status, None at the deadline."""
+    while time.monotonic() < deadline:
+        shown.show()
+        try:
+            return process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            pass
+    return None
 
 
 def _what_was_learned(text: str) -> str:
@@ -105,11 +160,39 @@ def _what_was_learned(text: str) -> str:
     return "passed"
 
 
+def _run_all(names: Iterable[str], every: Pieces, out: pathlib.Path) -> Results:
+    """Builds, then runs the pieces; how each one ended, also in a file that always says so much."""
+    results: Results = {}
+
+    def one(name: str, command: list[str]) -> None:
+        print(f"==> {name}: python {' '.join(command)}", flush=True)
+        start = time.monotonic()
+        results[name] = "did not end", 0.0
+        _write(out / SUMMARY, results)
+        results[name] = run(command, out / f"{name}.log"), time.monotonic() - start
+        _write(out / SUMMARY, results)
+
+    one("build", BUILD)
+    if results["build"][0] != "passed":
+        return results  # nothing else could run
+    for name in names:
+        one(name, every[name])
+    if numbers := sorted(str(p) for p in out.glob("*.json") if p.name != SUMMARY):
+        one("report", ["benchmarks/nvlink.py", "--report", *numbers])
+    return results
+
+
+def _write(path: pathlib.Path, results: Results) -> None:
+    pieces_of = {
+        n: {"result": result, "seconds": round(s, 1)} for n, (result, s) in results.items()
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(pieces_of, indent=1) + "\n")
+    partial.rename(path)
+
+
 def main() -> int:
     """Runs the pieces named as arguments, or all."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from gpu.placement import count_gpus  # noqa: PLC0415
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "nvlink")
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help="default: all")
@@ -124,15 +207,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     # So that a piece, which has a session of its own, ends with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results = {}
-    for name in args.pieces or every:
-        start = time.monotonic()
-        print(f"==> {name}: python {' '.join(every[name])}", flush=True)
-        results[name] = run(every[name], out / f"{name}.log"), time.monotonic() - start
-    numbers = sorted(str(path) for path in out.glob("*.json"))
-    if numbers:
-        report = ["benchmarks/nvlink.py", "--report", *numbers]
-        results["report"] = run(report, out / "report.log"), 0.0
+    results = _run_all(args.pieces or every, every, out)
     print(f"{num_gpus} GPUs; logs and numbers are in {out}")
     for name, (result, seconds) in results.items():
         print(f"{name:22} {seconds:5.0f} s  {result}")

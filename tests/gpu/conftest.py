@@ -6,9 +6,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from gpu import standing
 from gpu.mps import MpsDaemon
 from gpu.placement import Placement, count_gpus
 from gpu.ranks import Case, RankRun, run_ranks
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """So that whoever ends a run that takes too long knows which test it is at."""
+    if "JAX_EP_GPU_TESTS" in os.environ:
+        standing.announce("pytest")
+        standing.doing(nodeid)
 
 
 @pytest.fixture(autouse=True, scope="session")

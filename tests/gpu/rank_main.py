@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from gpu import standing
 from gpu.placement import Placement
 from gpu.ranks import Case, Outcome
 
@@ -74,6 +75,9 @@ def main(
     folder: pathlib.Path, address: str, num_ranks: int, placement: Placement, process: int
 ) -> None:
     """Runs the cases up to the first that fails, and stays until the others are done too."""
+    ranks = placement.ranks_of(process, num_ranks)
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    standing.announce(who, folder / f"log{process}")
     faulthandler.enable()
     logging.basicConfig()  # what the library logs, where the test finds it
     mesh = _mesh(address, num_ranks, placement, process)
@@ -81,13 +85,15 @@ def main(
     cases: list[Case] = pickle.loads((folder / "cases").read_bytes())
     failed = ""
     for index, case in enumerate(cases):
-        outcomes = _run(case, mesh, placement.ranks_of(process, num_ranks))
+        standing.doing(case.name)
+        outcomes = _run(case, mesh, ranks)
         for rank, outcome in outcomes.items():
             _write(folder / f"outcome{rank}.{index}", pickle.dumps(outcome))
             if outcome.error is not None:
                 failed = case.name
         if failed:
             break
+    standing.doing("waiting for the other ranks to be done")
     _write(folder / f"done{process}", failed.encode())
     sys.stdin.read()
     # After a kernel gave up, CUDA and XLA cannot be shut down in order.

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpu import standing
 from gpu.placement import Placement
 from processes import free_port
 
@@ -91,6 +92,7 @@ def run_ranks(
     environment: dict[str, str],
     placement: Placement = Placement.SHARED,
     deadline: float = 240.0,
+    each: Callable[[int, list[Any]], None] | None = None,
 ) -> list[RankRun]:
     """Runs the cases, one after another, in the processes of a placement.
 
@@ -100,7 +102,9 @@ def run_ranks(
         folder: an empty one, for what the processes write.
         environment: variables beside this process's own.
         placement: of the ranks.
-        deadline: seconds after which processes that are still running are killed.
+        deadline: seconds after which processes that are still running are killed, after they have
+            printed where they stand.
+        each: called with a case's number and the ranks' values as soon as all ranks have them.
 
     Returns:
         What became of each rank, by rank; fails nothing by itself.
@@ -108,13 +112,18 @@ def run_ranks(
     (folder / "cases").write_bytes(pickle.dumps(list(cases)))
     num_processes = placement.num_processes(num_ranks)
     group = [f"127.0.0.1:{free_port()}", str(num_ranks), placement]
+    standings = pathlib.Path(os.environ.get(standing.VARIABLE) or folder)
     environment = placement.environment(num_ranks) | environment
+    environment |= {standing.VARIABLE: str(standings)}
+    tell = _Telling(folder, num_ranks, each)
     processes = [
         _start([str(folder), *group, str(i)], folder / f"log{i}", environment)
         for i in range(num_processes)
     ]
     try:
-        _wait(processes, folder, time.monotonic() + deadline)
+        if not _wait(processes, folder, time.monotonic() + deadline, tell):
+            running = {process.pid for process in processes if process.poll() is None}
+            standing.ask(standings, running.__contains__)
         # Together: the first process serves the others.
         for process in processes:
             process.stdin.close()
@@ -154,17 +163,52 @@ def _start(
         )
 
 
-def _wait(processes: list[subprocess.Popen], folder: pathlib.Path, deadline: float) -> None:
-    """Until all have ended or say that they are done; not long after one has failed."""
+class _Telling:
+    """Tells of each case that all ranks have ended well, once, in order."""
+
+    def __init__(
+        self, folder: pathlib.Path, num_ranks: int, each: Callable[[int, list[Any]], None] | None
+    ) -> None:
+        self._folder = folder
+        self._num_ranks = num_ranks
+        self._each = each
+        self._next = 0
+
+    def __call__(self) -> None:
+        while self._each is not None:
+            ranks = range(self._num_ranks)
+            paths = [self._folder / f"outcome{rank}.{self._next}" for rank in ranks]
+            if not all(path.exists() for path in paths):
+                return
+            outcomes = [pickle.loads(path.read_bytes()) for path in paths]
+            if any(outcome.error for outcome in outcomes):
+                return
+            self._each(self._next, [outcome.value for outcome in outcomes])
+            self._next += 1
+
+
+def _wait(
+    processes: list[subprocess.Popen],
+    folder: pathlib.Path,
+    deadline: float,
+    tell: Callable[[], None],
+) -> bool:
+    """Until all have ended or say that they are done; not long after one has failed.
+
+    Returns whether they did.
+    """
     while time.monotonic() < deadline:
+        tell()
         paths = [folder / f"done{i}" for i in range(len(processes))]
         done = [path.exists() for path in paths]
         ended = [process.poll() is not None for process in processes]
         if all(d or e for d, e in zip(done, ended, strict=True)):
-            return
+            tell()
+            return True
         if any(ended) or any(p.read_text() for p in paths if p.exists()):
             deadline = min(deadline, time.monotonic() + _GRACE_S)
         time.sleep(0.05)
+    return False
 
 
 def _collect(folder: pathlib.Path, rank: int, process: int, exit_code: int) -> RankRun:

@@ -96,6 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="shared",
         help="all ranks on one GPU; each on its own, in a process of its own; or in one process",
     )
+    parser.add_argument("--build-only", action="store_true", help="run nothing")
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help="default: all there are")
     args = parser.parse_args(argv)
     allowed = PIECES_OF[args.placement]
@@ -114,6 +115,8 @@ def main() -> int:
     start = time.monotonic()
     build()
     print(f"built in {time.monotonic() - start:.0f} s")
+    if args.build_only:
+        return 0
     results = {piece: run(piece, args.placement) for piece in args.pieces}
     print(f"\n{_describe()}; placement {args.placement}")
     for piece, (status, seconds) in results.items():
