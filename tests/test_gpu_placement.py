@@ -8,17 +8,19 @@ import functools
 import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from gpu import ranks, test_collectives
 from gpu.comparison import case_of, check_cases
 from gpu.placement import VARIABLE, Placement
-from gpu.rank_programs import exchange, gradients, turns
+from gpu.rank_programs import chosen, exchange, gradients, turns
 from gpu.ranks import Case, failure_report, run_ranks, stacked
 from gpu.run import PIECES, PIECES_OF, parse_args
 from placed_programs import fail_on, stall_but_on, where
 from problems import PROBLEMS, EpProblem
+from programs import make_mesh
 
 pytestmark = pytest.mark.multiprocess
 
@@ -70,7 +72,18 @@ def test_one_process_runs_the_cases_of_the_gpu_tests(run):
     problems = [PROBLEMS[name].replace(num_ranks=4, num_experts=8) for name in names]
     cases = [case_of(exchange, p) for p in problems]
     cases += [case_of(gradients, p) for p in problems[:2]]
+    cases += [case_of(chosen, problems[0], how=how) for how in ("cond", "switch")]
     check_cases(functools.partial(run, placement=Placement.ONE_PROCESS), cases, 4)
+
+
+@pytest.mark.parametrize("how", ["cond", "switch"])
+def test_a_branch_that_all_ranks_choose_has_the_bits_of_the_branch_alone(how):
+    problem = PROBLEMS["masked_half"]
+    mesh = make_mesh((problem.num_ranks,), ("expert",))
+    got, want = (jax.tree.map(np.asarray, chosen(mesh, problem, h)) for h in (how, "python"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    # All three branches were taken, or every turn would have had the same results.
+    assert len({out.tobytes() for out, _ in want[:3]}) == 3
 
 
 def test_a_wrong_row_in_one_process_is_noticed(run):

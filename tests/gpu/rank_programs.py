@@ -108,6 +108,58 @@ def scanned(mesh: Mesh, problem: EpProblem, remat: bool = False) -> Any:
         return over_ranks(group, on_rank)(*place(mesh, *_tokens(problem)))
 
 
+def _choose(how: str, turn: Any, branches: list[Callable], x: jax.Array) -> jax.Array:
+    """One of three branches by the turn; "python": of a turn that is a number already."""
+    number = turn % 3
+    if how == "python":
+        return branches[number](x)
+    if how == "switch":
+        return jax.lax.switch(number, branches, x)
+
+    def others(x):
+        return jax.lax.cond(number == 1, branches[1], branches[2], x)
+
+    return jax.lax.cond(number == 0, branches[0], others, x)
+
+
+def chosen(mesh: Mesh, problem: EpProblem, how: str) -> Any:
+    """Value and gradient of x through branches with and without an exchange, for six turns.
+
+    All ranks choose alike, as they must, by a number that only the running program knows: once, and
+    in a loop. With "cond" and "switch" all turns are launches of one program.
+    """
+    with _open_group(problem, mesh=mesh) as group:
+
+        def on_rank(turn, x, idx, w):
+            def exchange(shift, x):
+                return layer(x, _turned(idx, shift, problem.num_experts), w, group=group) * 0.25
+
+            branches = [functools.partial(exchange, shift) for shift in (0, 1)]
+            branches.append(lambda x: x * 0.5)
+
+            def in_loop(x):
+                if how == "python":
+                    for offset in range(3):
+                        x = _choose(how, turn + offset, branches, x)
+                    return x
+
+                def step(x, offset):
+                    return _choose(how, turn + offset, branches, x), None
+
+                return jax.lax.scan(step, x, jnp.arange(3, dtype=jnp.int32))[0]
+
+            out, vjp = jax.vjp(lambda x: in_loop(_choose(how, turn, branches, x)), x)
+            return out, vjp(out)[0]
+
+        tokens = place(mesh, *_tokens(problem))
+        if how == "python":
+            programs = [over_ranks(group, functools.partial(on_rank, turn)) for turn in range(6)]
+            return [program(*tokens) for program in programs]
+        run = over_ranks(group, on_rank)
+        numbers = place(mesh, *(np.full(problem.num_ranks, turn, np.int32) for turn in range(6)))
+        return [run(number, *tokens) for number in numbers]
+
+
 def gradients(mesh: Mesh, problem: EpProblem) -> Any:
     """The layer's value and gradient of x, defined to the bit; and of the weights, which is not."""
     with _open_group(problem, mesh=mesh) as group:

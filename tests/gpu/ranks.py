@@ -121,14 +121,15 @@ def run_ranks(
         for i in range(num_processes)
     ]
     try:
-        if not _wait(processes, folder, time.monotonic() + deadline, tell):
+        done = _wait(processes, folder, time.monotonic() + deadline, tell)
+        if not done:
             running = {process.pid for process in processes if process.poll() is None}
             standing.ask(standings, running.__contains__)
         # Together: the first process serves the others.
         for process in processes:
             process.stdin.close()
         for process in processes:
-            process.wait(10)
+            process.wait(10 if done else 1)
     except subprocess.TimeoutExpired:
         pass
     finally:

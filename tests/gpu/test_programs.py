@@ -10,6 +10,7 @@ import pytest
 from gpu.comparison import case_of, check_cases
 from gpu.placement import Placement
 from gpu.rank_programs import (
+    chosen,
     jitted,
     launches,
     on_collective_stream,
@@ -33,12 +34,13 @@ LAYER = PROBLEMS["eight_ranks"].replace(num_tokens=40, hidden=48)
 TURNS = EpProblem(
     name="turns", num_ranks=8, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
 )
-# Everything that may be in a graph is, however short the graph.
-GRAPHS = (
-    "--xla_gpu_graph_min_graph_size=1 "
-    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
-)
+# What is in graphs: as users have it, conditionals too; the same, however short a graph; only the
+# kinds that are named; nothing.
+DEFAULT = ""
+SHORT = "--xla_gpu_graph_min_graph_size=1"
+GRAPHS = f"{SHORT} --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+FLAGS = {"default": DEFAULT, "short": SHORT, "graphs": GRAPHS, "no_graphs": NO_GRAPHS}
 
 
 def _check_turns(problem: EpProblem, runs, index: int, turns_each: int) -> int:
@@ -67,11 +69,13 @@ def _layers(num_ranks):
         case_of(scanned, problem),
         case_of(scanned, problem, remat=True),
         case_of(two_groups, problem),
+        case_of(chosen, problem, how="cond"),
+        case_of(chosen, problem, how="switch"),
         case_of(jitted, problem.replace(dtype="bfloat16", wire_dtype="float8_e4m3fn")),
     ]
 
 
-@pytest.mark.parametrize("flags", [GRAPHS, NO_GRAPHS], ids=["graphs", "no_graphs"])
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_transformed_layers_have_the_cpus_bits(flags, num_ranks, on_ranks):
     def run(cases, **kwargs):
         return on_ranks(cases, environment={"XLA_FLAGS": flags}, **kwargs)
@@ -104,13 +108,16 @@ def _dumped(folder: pathlib.Path, kind: str) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob(f"*{kind}.txt")))
 
 
-def test_graphs_hold_our_calls_and_replay_with_changing_routing(num_ranks, on_ranks, tmp_path):
+@pytest.mark.parametrize("flags", [SHORT, GRAPHS], ids=["short", "graphs"])
+def test_graphs_hold_our_calls_and_replay_with_changing_routing(
+    flags, num_ranks, on_ranks, tmp_path
+):
     problem = TURNS.replace(num_ranks=num_ranks)
     cases = [
         case_of(launches, problem, count=1000),
         case_of(turns, problem, rounds=2, turns_each=500),
     ]
-    runs = on_ranks(cases, num_ranks=num_ranks, environment=_dumping(tmp_path, GRAPHS))
+    runs = on_ranks(cases, num_ranks=num_ranks, environment=_dumping(tmp_path, flags))
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
     turn, wrong = stacked(runs, 0)
     np.testing.assert_array_equal(turn, 1000)
