@@ -71,7 +71,7 @@ Status enable_peer_access(int32_t device, int32_t peer) {
     static_cast<void>(cudaGetLastError());  // XLA may have done it
     return {};
   }
-  return JAX_EP_CUDA_STATUS(error);
+  return cuda_status(error, "cudaDeviceEnablePeerAccess", __FILE__, __LINE__);
 }
 
 }  // namespace
@@ -128,7 +128,7 @@ Status SymmetricHeap::allocate(const HeapShape& shape, int32_t device, Symmetric
     static_cast<void>(cudaGetLastError());
     return does_not_fit(shape, bytes, device);
   }
-  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(error));
+  JAX_EP_RETURN_IF_ERROR(cuda_status(error, "cudaMalloc", __FILE__, __LINE__));
   made.base_ = static_cast<std::byte*>(memory);
   JAX_EP_RETURN_IF_ERROR(zero(made.base_, bytes));
   heap = std::move(made);
