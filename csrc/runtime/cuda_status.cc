@@ -30,7 +30,7 @@ DeviceGuard::DeviceGuard(int32_t device) {
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (former_ >= 0) static_cast<void>(cudaSetDevice(former_));
+  if (former_ >= 0) static_cast<void>(JAX_EP_CUDA_STATUS(cudaSetDevice(former_)));
 }
 
 }  // namespace jax_ep

@@ -10,7 +10,8 @@
 
 namespace jax_ep {
 
-// OK, or Internal with CUDA's error, the expression and where it is.
+// OK, or Internal with CUDA's error, the expression and where it is. The thread's last error is
+// cleared then, also where nobody is interested in the status: its next launch would report it.
 Status cuda_status(cudaError_t error, const char* expression, const char* file, int line);
 
 // Makes a device the calling thread's current one, and restores the former at the end.

@@ -136,7 +136,7 @@ Status RankContext::connect(std::span<const HeapHandle> handles) {
 
 void RankContext::wait_for_kernels() const {
   const DeviceGuard guard(config_.device);
-  if (guard.status().ok()) static_cast<void>(cudaDeviceSynchronize());
+  if (guard.status().ok()) static_cast<void>(JAX_EP_CUDA_STATUS(cudaDeviceSynchronize()));
 }
 
 void RankContext::disconnect() { peers_.clear(); }

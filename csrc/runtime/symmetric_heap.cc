@@ -36,7 +36,7 @@ Status does_not_fit(const HeapShape& shape, int64_t bytes, int32_t device) {
                         " does not fit on CUDA device " + std::to_string(device);
   size_t available = 0;
   size_t total = 0;
-  if (cudaMemGetInfo(&available, &total) == cudaSuccess) {
+  if (JAX_EP_CUDA_STATUS(cudaMemGetInfo(&available, &total)).ok()) {
     message += ", which has " + bytes_text(static_cast<int64_t>(available)) + " free of " +
                bytes_text(static_cast<int64_t>(total));
   }
@@ -52,7 +52,7 @@ Status zero(std::byte* base, int64_t bytes) {
       JAX_EP_CUDA_STATUS(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)));
   Status status = JAX_EP_CUDA_STATUS(cudaMemsetAsync(base, 0, static_cast<size_t>(bytes), stream));
   if (status.ok()) status = JAX_EP_CUDA_STATUS(cudaStreamSynchronize(stream));
-  static_cast<void>(cudaStreamDestroy(stream));
+  static_cast<void>(JAX_EP_CUDA_STATUS(cudaStreamDestroy(stream)));
   return status;
 }
 
