@@ -5,14 +5,15 @@ It keeps the books that the real one keeps: which groups hold memory, who has ma
 are made on a mesh of CPU devices, and take themselves for groups on GPUs.
 """
 
+import functools
 import json
 import math
 
 import jax
 import pytest
 
+from jax_ep._src import cuda_group, cuda_watch, native
 from jax_ep._src import group as group_module
-from jax_ep._src import native
 
 REGIONS = ("rows", "bytes [R, max_tokens, row_stride]", "rows on their way")
 
@@ -23,7 +24,8 @@ class FakeCuda:
     def __init__(self) -> None:
         self.log: list[tuple] = []
         self.groups: dict[int, dict] = {}
-        self.error: str | None = None  # what a kernel has reported
+        self.said: list[tuple] = []  # what kernels have reported, as `statuses` gives it
+        self.left: list[int] = []  # groups whose heaps were not freed
         self.refuse: dict[str, Exception] = {}  # function -> what it raises
 
     def _called(self, name: str, *what) -> None:
@@ -51,34 +53,52 @@ class FakeCuda:
         return [(*REGIONS, 0, self.heap_bytes(**shape))]
 
     def create_group(
-        self, *, group_id, name, nonce, timeout_s, num_sms, ranks, num_ranks, **shape
+        self,
+        *,
+        group_id,
+        name,
+        nonce,
+        warn_after_s,
+        timeout_s,
+        num_sms,
+        ranks,
+        num_ranks,
+        **shape,
     ) -> list[bytes]:
         self._called("create", num_sms)
         self.heap_bytes(num_ranks=num_ranks, **shape)
         assert group_id not in self.groups
         self.groups[group_id] = {
-            "nonce": nonce, "name": name, "timeout_s": timeout_s, "ranks": ranks, "mapped": {},
-        }  # fmt: skip
+            "nonce": nonce,
+            "name": name,
+            "deadlines": (warn_after_s, timeout_s),
+            "ranks": ranks,
+            "num_ranks": num_ranks,
+            "mapped": {},
+        }
         return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]
 
     def connect_group(self, group_id, group_index, rank, handles) -> None:
         self._called("connect", group_index, rank)
         group = self.groups[group_id]
-        wanted = [[group["nonce"], group_index, peer] for peer in range(len(handles))]
-        assert [json.loads(handle) for handle in handles] == wanted
-        group["mapped"][group_index, rank] = len(handles)
+        given = [json.loads(handle) for handle in handles]
+        wanted = [[group["nonce"], group_index, peer] for peer in range(group["num_ranks"])]
+        assert [handle for handle in sorted(given) if handle in wanted] == wanted
+        group["mapped"][group_index, rank] = len(wanted)
 
-    def disconnect_group(self, group_id) -> None:
+    def disconnect_group(self, *, group_id, limit_s) -> None:
+        del limit_s
         self._called("disconnect")
         self.groups[group_id]["mapped"].clear()
 
-    def close_group(self, group_id) -> bool:
+    def close_group(self, *, group_id, leave_heaps) -> bool:
         self._called("close")
+        if leave_heaps:
+            self.left.append(group_id)
         return self.groups.pop(group_id, None) is not None
 
-    def error_of(self, group_id) -> str | None:
-        del group_id
-        return self.error
+    def statuses(self) -> list[tuple]:
+        return self.said
 
     def num_groups(self) -> int:
         return len(self.groups)
@@ -89,6 +109,7 @@ def install(patch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     patch.setattr(native, "_try_load_cuda", lambda: (fake, None))
     patch.setattr(native, "_registered", set(native._registered))
+    patch.setattr(cuda_group, "_watch", functools.cache(lambda: cuda_watch.Watch(fake)))
     register = jax.ffi.register_ffi_target
 
     def register_others(name, stages, platform):

@@ -14,7 +14,7 @@ from processes import run_processes
 pytestmark = pytest.mark.multiprocess
 
 SET_UP = """
-import logging, re, threading, time
+import logging, re, time
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -26,12 +26,11 @@ fake = fake_cuda.install(pytest.MonkeyPatch())
 mesh = Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "expert"))
 config = jax_ep.EpConfig(num_experts=12, num_topk=2, hidden=16, max_tokens_per_rank=4)
 
-def refused(words, mesh=mesh, config=config, axis="expert", timeout=60.0):
+def refused(words, mesh=mesh, config=config, axis="expert", timeout=60.0, backend=None):
     begin = time.monotonic()
     with pytest.raises(jax_ep.EpUnavailable, match=words):
-        jax_ep.EpGroup(mesh, axis, config, timeout=timeout)
+        jax_ep.EpGroup(mesh, axis, config, timeout=timeout, backend=backend)
     assert not fake.groups, fake.groups
-    assert not [t for t in threading.enumerate() if t.name.startswith("jax_ep")]
     return time.monotonic() - begin
 """
 
@@ -131,7 +130,11 @@ refused("process . made it with another config: .*hidden=", config=other)
 
 from jax_ep._src import cuda_group
 real, cuda_group._host = cuda_group._host, lambda: f"host {process}"
-refused("its ranks are on several hosts .processes 0 and 1, group_index 0.", axis="data")
+refused("its ranks are on several hosts .processes 0 and 1, group_index 0.", axis="data",
+        backend="ffi")
+with jax_ep.EpGroup(mesh, "data", config) as group:
+    assert group.backend == "xla"  # in both processes, before anything is allocated
+assert not [entry for entry in fake.log if entry[0] == "create"], fake.log
 with jax_ep.EpGroup(mesh, "expert", config):
     pass  # its groups are inside a host each
 """,
@@ -154,27 +157,121 @@ print("waited" if time.monotonic() - begin > 1 else "came last")
     assert ["waited" in output for output in outputs] == [True, False]
 
 
-def test_close_without_a_process_says_so_and_goes_on():
+def test_close_leaves_memory_that_a_process_may_still_map():
+    # Freed, it would be given to somebody else while the late process still stores into it.
     outputs = _run(
         """
 group = jax_ep.EpGroup(mesh, "expert", config, timeout=1.0)
 if process == 0:
     group.close()
-    assert not fake.groups
+    assert fake.left == [group.group_id]
+else:
+    time.sleep(3)
+    group.close()
+    assert fake.left == []  # the other one is past it
 """,
         2,
     )
     assert "closed without process(es) 1, which did not close it within 1 s" in outputs[0]
+    assert "are left as they are until this process ends" in outputs[0]
+
+
+def test_a_process_that_ends_closes_its_groups():
+    outputs = _run(
+        """
+import atexit
+group = jax_ep.EpGroup(mesh, "expert", config)
+if process == 0:
+    atexit.register(lambda: print("closed", not fake.groups, fake.left))
+    import jax_ep._src.cuda_group as c
+    atexit.register(c._close_open_groups)  # as at import, but before the print
+else:
+    group.close()
+""",
+        2,
+    )
+    assert "closed True []" in outputs[0]
+
+
+def test_a_process_that_failed_before_can_come_later():
+    # A notebook's interrupt, say: the others' attempts are not in the way of a later one.
+    _run(
+        """
+if process == 0:
+    refused(r"process\\(es\\) 1 did not come within 2 s", timeout=2.0)
+else:
+    time.sleep(4)  # it failed on its own, and is tried again
+for _ in range(3):
+    with jax_ep.EpGroup(mesh, "expert", config, timeout=30.0) as group:
+        held = fake.groups[group.group_id]
+        assert held["num_ranks"] == 2
+assert not fake.groups
+""",
+        2,
+    )
+
+
+def test_groups_are_known_by_the_same_number_after_failures():
+    outputs = _run(
+        """
+ids = []
+for attempt in range(3):
+    if attempt == 1 and process == 1:
+        fake.refuse["create"] = MemoryError("the heap needs 3 GiB")
+    try:
+        with jax_ep.EpGroup(mesh, "expert", config, timeout=30.0) as group:
+            ids.append(group.group_id)
+    except jax_ep.EpUnavailable:
+        pass
+    fake.refuse.clear()
+print("ids", ids)
+""",
+        2,
+    )
+    ids = [next(line for line in o.splitlines() if line.startswith("ids")) for o in outputs]
+    assert ids[0] == ids[1]
+    assert len(set(ids[0].split())) == 3
+
+
+def test_all_processes_choose_the_same_backend():
+    outputs = _run(
+        """
+from jax_ep._src import native
+if process == 1:
+    native._try_load_cuda = lambda: (None, "the module is not there")
+    native.why_no_cuda = lambda: "the module is not there"
+with jax_ep.EpGroup(mesh, "expert", config) as group:
+    print("backend", group.backend)
+refused("in process 1, the module is not there", backend="ffi")
+""",
+        2,
+    )
+    assert all("backend xla" in output for output in outputs)
+
+
+def test_a_process_that_is_late_is_named_in_the_log():
+    outputs = _run(
+        """
+if process == 1:
+    time.sleep(3)
+with jax_ep.EpGroup(mesh, "expert", config, warn_after=0.5, timeout=60.0):
+    pass
+""",
+        2,
+    )
+    assert "WARNING making or closing an EpGroup: process 0 has waited 0.5" in outputs[0]
+    assert "for process 1 (join); giving up after 60 s" in outputs[0]
 
 
 def test_a_process_alone_asks_no_service():
-    boot = Bootstrap("key", [0], 0, 1.0)
-    assert boot.from_first("nonce", {"nonce": 1}) == {"nonce": 1}
+    boot = Bootstrap("digest", [0], 0, warn_after=1.0, timeout=1.0)
+    assert isinstance(boot.begin(), int)
     assert boot.gather("handles", {"a": 2}) == {0: {"a": 2}}
-    assert boot.leave("disconnected") == []
+    boot.all_have_begun()
+    assert boot.leave("disconnected", 1.0) == []
     boot.forget("handles")
 
 
 def test_several_processes_need_the_service():
     with pytest.raises(EpUnavailable, match=r"jax\.distributed\.initialize has not been called"):
-        Bootstrap("key", [0, 1], 0, 1.0)
+        Bootstrap("digest", [0, 1], 0, warn_after=1.0, timeout=1.0)

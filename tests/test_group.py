@@ -2,10 +2,15 @@
 """EpGroup: sizes, choice of the backend, life and death, and its error messages."""
 
 import copy
+import json
 import logging
 import math
+import os
+import pathlib
 import pickle
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,9 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import bootstrap, native
 from jax_ep._src import group as group_module
-from jax_ep._src.bootstrap import group_key
+from jax_ep._src import native
 from problems import PROBLEMS, EpProblem
 from programs import exchange, make_group, make_mesh, over_ranks
 
@@ -121,13 +125,27 @@ def test_a_group_is_not_made_inside_jit(mesh, backend):
         jax.jit(body)(1.0)
 
 
-def test_ids_are_those_of_the_next_run_too(mesh):
+def test_ids_are_those_of_the_next_run_too():
     # They become part of compiled programs, which are looked up in a cache on disk.
-    key = group_key(mesh, ("expert",)).split("/")[0]
-    count = bootstrap._made[key]
-    for number in range(count + 1, count + 3):
-        with jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi") as group:
-            assert group.group_id == bootstrap.group_id(f"{key}/{number}")
+    code = (
+        "import conftest, jax_ep, test_group as t\n"
+        "mesh = t.make_mesh((2, 4), ('data', 'expert'))\n"
+        "make = lambda axis: jax_ep.EpGroup(mesh, axis, t.CONFIG, backend='ffi')\n"
+        "print([make(axis).group_id for axis in ('expert', 'data', 'expert')])"
+    )
+    path = os.pathsep.join(p for p in [str(pathlib.Path(__file__).parent), *sys.path] if p)
+    runs = [
+        subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert len(set(json.loads(runs[0]))) == 3
 
 
 def test_close_is_idempotent_and_use_after_close_is_an_error(mesh, backend):

@@ -23,7 +23,8 @@ ffi::Error combine(cudaStream_t stream,
                    ffi::AnyBuffer source_slot_arg,
                    ffi::Result<ffi::AnyBuffer> out,
                    ffi::Result<ffi::AnyBuffer> token_scalars,
-                   EpAttrs attrs) {
+                   EpAttrs attrs,
+                   int32_t place) {
   const CombineBuffers buffers{.program_rank = {"program_rank", program_rank},
                                .y = {"y", y},
                                .weights = {"weights", weights},
@@ -50,24 +51,26 @@ ffi::Error combine(cudaStream_t stream,
       check_rows_aligned("y", buffers.y.data<const void>(), shape.recv_capacity, row_bytes));
   JAX_EP_FAIL_IF_ERROR(
       check_rows_aligned("out", buffers.out.data<const void>(), shape.num_tokens, row_bytes));
-  const CombineParams params{.view = site.rank->view(),
-                             .shape = shape,
-                             .hidden = arguments.hidden,
-                             .weighted = arguments.weighted,
-                             .scalars = arguments.scalars,
-                             .dtype = arguments.dtype,
-                             .program_rank = buffers.program_rank.data<const int32_t>(),
-                             .y = buffers.y.data<const void>(),
-                             .weights = buffers.weights.data<const float>(),
-                             .row_scalars = buffers.row_scalars.data<const float>(),
-                             .topk_idx = buffers.topk_idx.data<const int32_t>(),
-                             .slot = buffers.slot.data<const int32_t>(),
-                             .row_topk_idx = row_topk_idx.data<const int32_t>(),
-                             .source_slot = source_slot.data<const int32_t>(),
-                             .out = buffers.out.data<void>(),
-                             .token_scalars = buffers.token_scalars.data<float>()};
+  CombineParams params{.view = site.rank->view(),
+                       .shape = shape,
+                       .call_tag = 0,
+                       .hidden = arguments.hidden,
+                       .weighted = arguments.weighted,
+                       .scalars = arguments.scalars,
+                       .dtype = arguments.dtype,
+                       .program_rank = buffers.program_rank.data<const int32_t>(),
+                       .y = buffers.y.data<const void>(),
+                       .weights = buffers.weights.data<const float>(),
+                       .row_scalars = buffers.row_scalars.data<const float>(),
+                       .topk_idx = buffers.topk_idx.data<const int32_t>(),
+                       .slot = buffers.slot.data<const int32_t>(),
+                       .row_topk_idx = row_topk_idx.data<const int32_t>(),
+                       .source_slot = source_slot.data<const int32_t>(),
+                       .out = buffers.out.data<void>(),
+                       .token_scalars = buffers.token_scalars.data<float>()};
   const LaunchShape launch =
       launch_shape(OpKind::kCombine, shape, row_bytes, site.rank->sm_budget());
+  params.call_tag = call_tag_of(params, static_cast<uint32_t>(place));
   const DeviceGuard guard(device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   return to_error(JAX_EP_CUDA_STATUS(launch_combine(params, launch, stream)));
@@ -90,7 +93,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cuda,
                                   .Arg<ffi::AnyBuffer>()  // source_slot
                                   .Ret<ffi::AnyBuffer>()  // out
                                   .Ret<ffi::AnyBuffer>()  // token_scalars
-                                  .Attr<EpAttrs>("ep"),
+                                  .Attr<EpAttrs>("ep")
+                                  .Attr<int32_t>("place"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -24,7 +24,8 @@ ffi::Error dispatch(cudaStream_t stream,
                     ffi::Result<ffi::AnyBuffer> row_scalars,
                     EpAttrs attrs,
                     int32_t wire,
-                    bool zero_fill) {
+                    bool zero_fill,
+                    int32_t place) {
   const DispatchBuffers buffers{.program_rank = {"program_rank", program_rank},
                                 .x = {"x", x},
                                 .token_scalars = {"token_scalars", token_scalars},
@@ -48,28 +49,30 @@ ffi::Error dispatch(cudaStream_t stream,
       check_rows_aligned("x", buffers.x.data<const void>(), shape.num_tokens, least_bytes));
   JAX_EP_FAIL_IF_ERROR(check_rows_aligned(
       "rows", buffers.rows.data<const void>(), shape.recv_capacity, least_bytes));
-  const DispatchParams params{.view = site.rank->view(),
-                              .shape = shape,
-                              .hidden = arguments.hidden,
-                              .scalars = arguments.scalars,
-                              .dtype = arguments.dtype,
-                              .wire = arguments.wire,
-                              .x_format = RowFormat::kDType,
-                              .rows_format = RowFormat::kDType,
-                              .zero_fill = zero_fill,
-                              .program_rank = buffers.program_rank.data<const int32_t>(),
-                              .x = buffers.x.data<const void>(),
-                              .x_scales = nullptr,
-                              .token_scalars = buffers.token_scalars.data<const float>(),
-                              .topk_idx = buffers.topk_idx.data<const int32_t>(),
-                              .slot = buffers.slot.data<const int32_t>(),
-                              .row_source = buffers.row_source.data<const int32_t>(),
-                              .source_slot = source_slot.data<const int32_t>(),
-                              .rows = buffers.rows.data<void>(),
-                              .rows_scales = nullptr,
-                              .row_scalars = buffers.row_scalars.data<float>()};
+  DispatchParams params{.view = site.rank->view(),
+                        .shape = shape,
+                        .call_tag = 0,
+                        .hidden = arguments.hidden,
+                        .scalars = arguments.scalars,
+                        .dtype = arguments.dtype,
+                        .wire = arguments.wire,
+                        .x_format = RowFormat::kDType,
+                        .rows_format = RowFormat::kDType,
+                        .zero_fill = zero_fill,
+                        .program_rank = buffers.program_rank.data<const int32_t>(),
+                        .x = buffers.x.data<const void>(),
+                        .x_scales = nullptr,
+                        .token_scalars = buffers.token_scalars.data<const float>(),
+                        .topk_idx = buffers.topk_idx.data<const int32_t>(),
+                        .slot = buffers.slot.data<const int32_t>(),
+                        .row_source = buffers.row_source.data<const int32_t>(),
+                        .source_slot = source_slot.data<const int32_t>(),
+                        .rows = buffers.rows.data<void>(),
+                        .rows_scales = nullptr,
+                        .row_scalars = buffers.row_scalars.data<float>()};
   const LaunchShape launch =
       launch_shape(OpKind::kDispatch, shape, row_bytes, site.rank->sm_budget());
+  params.call_tag = call_tag_of(params, static_cast<uint32_t>(place));
   const DeviceGuard guard(device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   return to_error(JAX_EP_CUDA_STATUS(launch_dispatch(params, launch, stream)));
@@ -93,7 +96,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cuda,
                                   .Ret<ffi::AnyBuffer>()  // row_scalars
                                   .Attr<EpAttrs>("ep")
                                   .Attr<int32_t>("wire")
-                                  .Attr<bool>("zero_fill"),
+                                  .Attr<bool>("zero_fill")
+                                  .Attr<int32_t>("place"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -18,9 +18,12 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/core/error_record.h"
 #include "csrc/core/heap_regions.h"
+#include "csrc/core/wait_times.h"
 #include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_registry.h"
+#include "csrc/runtime/rank_words.h"
 #include "xla_ffi/cuda_handlers.h"
 
 namespace nb = nanobind;
@@ -34,12 +37,14 @@ nb::dict cuda_target(XLA_FFI_Handler* execute) {
   return stages;
 }
 
-// ValueError for bad arguments, MemoryError for a heap that does not fit, else RuntimeError.
+// ValueError for bad arguments, MemoryError for a heap that does not fit, TimeoutError, else
+// RuntimeError.
 void raise_if_error(const Status& status) {
   if (status.ok()) return;
   PyObject* type = PyExc_RuntimeError;
   if (status.code() == StatusCode::kInvalidArgument) type = PyExc_ValueError;
   if (status.code() == StatusCode::kResourceExhausted) type = PyExc_MemoryError;
+  if (status.code() == StatusCode::kDeadlineExceeded) type = PyExc_TimeoutError;
   PyErr_SetString(type, status.message().c_str());
   throw nb::python_error();
 }
@@ -117,6 +122,53 @@ void connect_group(int64_t id,
   raise_if_error(status);
 }
 
+void disconnect_group(int64_t id, double limit_s) {
+  const std::shared_ptr<CudaGroup> group = find_group(id);
+  Status status;
+  {
+    // A kernel may wait for a peer whose program waits for a callback, which waits for the GIL.
+    const nb::gil_scoped_release unlocked;
+    status = group->disconnect(limit_s);
+  }
+  raise_if_error(status);
+}
+
+bool close_group(int64_t id, bool leave_heaps) {
+  const nb::gil_scoped_release unlocked;  // to free memory is to wait for the device
+  if (leave_heaps) {
+    const std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(id);
+    if (group != nullptr) group->leave_heaps();
+  }
+  return CudaGroupRegistry::instance().close(id);
+}
+
+// peer, operation, what is waited for, exchange, seconds, whether it has ended
+using WaitTuple = std::tuple<int32_t, std::string, std::string, uint32_t, double, bool>;
+using StatusTuple =
+    std::tuple<std::string, int32_t, int32_t, std::optional<std::string>, std::vector<WaitTuple>>;
+
+std::vector<StatusTuple> statuses() {
+  std::vector<StatusTuple> result;
+  for (const RankStatus& status : rank_statuses()) {
+    const WordsOwner& owner = status.owner;
+    std::optional<std::string> error;
+    if (status.error.has_value()) error = describe(*status.error, owner.timeout_s);
+    std::vector<WaitTuple> waits;
+    for (const RankWait& of : status.waits) {
+      const auto peer = static_cast<uint32_t>(of.peer);
+      waits.emplace_back(of.peer,
+                         std::string(op_name(of.wait.op)),
+                         awaited_text(static_cast<WaitTag>(of.wait.tag), of.wait.op, peer),
+                         of.wait.epoch,
+                         waited_s(owner.report_s, of.wait.level),
+                         of.wait.ended);
+    }
+    result.emplace_back(
+        owner.group_name, owner.group_index, owner.rank, std::move(error), std::move(waits));
+  }
+  return result;
+}
+
 using Region = std::tuple<std::string, std::string, std::string, int64_t, int64_t>;
 
 std::vector<Region> regions_of(const HeapShape& shape) {
@@ -161,6 +213,7 @@ void define_groups(nb::module_& m) {
       [](int64_t group_id,
          std::string name,
          GroupNonce nonce,
+         double warn_after_s,
          double timeout_s,
          int32_t num_sms,
          int32_t num_ranks,
@@ -175,6 +228,7 @@ void define_groups(nb::module_& m) {
         CudaGroupConfig config{
             .name = std::move(name),
             .nonce = nonce,
+            .warn_after_s = warn_after_s,
             .timeout_s = timeout_s,
             .num_sms = num_sms,
             .heap = heap_shape(
@@ -189,6 +243,7 @@ void define_groups(nb::module_& m) {
       nb::arg("group_id"),
       nb::arg("name"),
       nb::arg("nonce"),
+      nb::arg("warn_after_s"),
       nb::arg("timeout_s"),
       nb::arg("num_sms"),
       nb::arg("num_ranks"),
@@ -203,33 +258,39 @@ void define_groups(nb::module_& m) {
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
       "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's "
       "choice.");
-  m.def("connect_group",
-        &connect_group,
-        nb::arg("group_id"),
-        nb::arg("group_index"),
-        nb::arg("rank"),
-        nb::arg("handles"),
-        "Maps the heaps of all ranks of an EP group for one rank of this process; handles[r] is\n"
-        "of rank r. The group serves calls once all of its ranks here are connected.");
+  m.def(
+      "connect_group",
+      &connect_group,
+      nb::arg("group_id"),
+      nb::arg("group_index"),
+      nb::arg("rank"),
+      nb::arg("handles"),
+      "Maps the heaps of all ranks of an EP group for one rank of this process, given the handles\n"
+      "of all ranks of the mesh. The group serves calls once all of its ranks here are connected.");
   m.def(
       "disconnect_group",
-      [](int64_t id) { find_group(id)->disconnect(); },
+      &disconnect_group,
+      nb::kw_only(),
       nb::arg("group_id"),
-      "Unmaps the peers' heaps. No operation of the group may be in flight in this process.");
+      nb::arg("limit_s"),
+      "Waits for the kernels on the group's devices of this process, at most limit_s, and unmaps\n"
+      "the peers' heaps. Raises TimeoutError, with the heaps still mapped, or RuntimeError, "
+      "having\n"
+      "done what it could, if CUDA refuses, as after a kernel's trap.");
   m.def(
       "close_group",
-      [](int64_t id) { return CudaGroupRegistry::instance().close(id); },
+      &close_group,
+      nb::kw_only(),
       nb::arg("group_id"),
-      "Frees a group; False if it was not there. All processes must have disconnected before.");
+      nb::arg("leave_heaps"),
+      "Forgets a group; False if it was not there. Frees its heaps, which no process may map any\n"
+      "more, unless they are to be left as they are.");
   m.def(
-      "error_of",
-      [](int64_t id) -> std::optional<std::string> {
-        const Status status = find_group(id)->error();
-        if (status.ok()) return std::nullopt;
-        return status.message();
-      },
-      nb::arg("group_id"),
-      "What a kernel of this process's ranks gave up on; None if none has.");
+      "statuses",
+      &statuses,
+      "(group name, group index, rank, error or None, waits) of each rank of this process of\n"
+      "which a kernel has said something, also where the group has been closed. A wait is (peer,\n"
+      "operation, what is waited for, exchange, seconds, whether it has ended). Never waits.");
   m.def(
       "num_groups", [] { return CudaGroupRegistry::instance().size(); }, "Groups registered now.");
 }

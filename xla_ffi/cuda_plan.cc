@@ -20,7 +20,8 @@ ffi::Error plan(cudaStream_t stream,
                 ffi::Result<ffi::AnyBuffer> group_sizes,
                 ffi::Result<ffi::AnyBuffer> tokens_per_expert,
                 ffi::Result<ffi::AnyBuffer> num_dropped,
-                EpAttrs attrs) {
+                EpAttrs attrs,
+                int32_t place) {
   const PlanBuffers buffers{.program_rank = {"program_rank", program_rank},
                             .topk_idx = {"topk_idx", topk_idx},
                             .slot = {"slot", slot},
@@ -34,19 +35,21 @@ ffi::Error plan(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(check_plan(attrs, buffers, SourceSlot::kPresent, arguments));
   CudaSite site;
   JAX_EP_FAIL_IF_ERROR(find_site(attrs, device, "plan", arguments.shape, site));
-  const PlanParams params{.view = site.rank->view(),
-                          .shape = arguments.shape,
-                          .program_rank = buffers.program_rank.data<const int32_t>(),
-                          .topk_idx = buffers.topk_idx.data<const int32_t>(),
-                          .slot = buffers.slot.data<int32_t>(),
-                          .row_source = buffers.row_source.data<int32_t>(),
-                          .row_topk_idx = buffers.row_topk_idx.data<int32_t>(),
-                          .source_slot = buffers.source_slot.data<int32_t>(),
-                          .group_sizes = buffers.group_sizes.data<int32_t>(),
-                          .tokens_per_expert = buffers.tokens_per_expert.data<int32_t>(),
-                          .num_dropped = buffers.num_dropped.data<int32_t>()};
+  PlanParams params{.view = site.rank->view(),
+                    .shape = arguments.shape,
+                    .call_tag = 0,
+                    .program_rank = buffers.program_rank.data<const int32_t>(),
+                    .topk_idx = buffers.topk_idx.data<const int32_t>(),
+                    .slot = buffers.slot.data<int32_t>(),
+                    .row_source = buffers.row_source.data<int32_t>(),
+                    .row_topk_idx = buffers.row_topk_idx.data<int32_t>(),
+                    .source_slot = buffers.source_slot.data<int32_t>(),
+                    .group_sizes = buffers.group_sizes.data<int32_t>(),
+                    .tokens_per_expert = buffers.tokens_per_expert.data<int32_t>(),
+                    .num_dropped = buffers.num_dropped.data<int32_t>()};
   const LaunchShape launch =
       launch_shape(OpKind::kPlan, arguments.shape, 0, site.rank->sm_budget());
+  params.call_tag = call_tag_of(params, static_cast<uint32_t>(place));
   const DeviceGuard guard(device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   return to_error(JAX_EP_CUDA_STATUS(launch_plan(params, launch, stream)));
@@ -68,7 +71,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_cuda,
                                   .Ret<ffi::AnyBuffer>()  // group_sizes
                                   .Ret<ffi::AnyBuffer>()  // tokens_per_expert
                                   .Ret<ffi::AnyBuffer>()  // num_dropped
-                                  .Attr<EpAttrs>("ep"),
+                                  .Attr<EpAttrs>("ep")
+                                  .Attr<int32_t>("place"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -2,36 +2,14 @@
 #include "csrc/core/error_record.h"
 
 #include <cstdio>
-#include <string_view>
 
 namespace jax_ep {
 namespace {
-
-std::string_view op_name(uint32_t op) {
-  switch (static_cast<OpKind>(op)) {
-    case OpKind::kPlan: return "plan";
-    case OpKind::kDispatch: return "dispatch";
-    case OpKind::kCombine: return "combine";
-  }
-  return "an unknown operation";
-}
 
 std::string seconds_text(double seconds) {
   char text[32];
   std::snprintf(text, sizeof(text), "%g s", seconds);
   return text;
-}
-
-std::string awaited(const ErrorRecord& record) {
-  const std::string peer = "rank " + std::to_string(record.peer);
-  switch (static_cast<WaitTag>(record.tag)) {
-    case WaitTag::kAcknowledged: return peer + " to have read the rows of the exchange before";
-    case WaitTag::kArrived:
-      if (static_cast<OpKind>(record.op) == OpKind::kPlan) return "the routing of " + peer;
-      return "the rows of " + peer + " (chunk " + std::to_string(record.chunk) + ")";
-    case WaitTag::kGridBarrier: return "the other blocks of its own kernel";
-    default: return "an unknown event (tag " + std::to_string(record.tag) + ") of " + peer;
-  }
 }
 
 std::string advice(const ErrorRecord& record) {
@@ -42,7 +20,73 @@ std::string advice(const ErrorRecord& record) {
          " alive, and does it run the same operations in the same order?";
 }
 
+std::string deadline_text(const ErrorRecord& record, double timeout_s) {
+  const auto tag = static_cast<WaitTag>(record.tag);
+  std::string awaited = awaited_text(tag, record.op, record.peer);
+  if (tag == WaitTag::kArrived && static_cast<OpKind>(record.op) != OpKind::kPlan) {
+    awaited += " (chunk " + std::to_string(record.chunk) + ")";
+  }
+  // Kernels give their own rank twice the time.
+  const bool own = tag == WaitTag::kGridBarrier || record.peer == record.rank;
+  return "rank " + std::to_string(record.rank) + " waited " +
+         seconds_text(own ? 2 * timeout_s : timeout_s) + " in " + std::string(op_name(record.op)) +
+         " for " + awaited + ": expected " +
+         (tag == WaitTag::kGridBarrier ? "generation " : "exchange ") +
+         std::to_string(record.expected) + ", saw " + std::to_string(record.seen) + "; " +
+         advice(record);
+}
+
+std::string wrong_call_text(const ErrorRecord& record) {
+  constexpr std::string_view kParts[kNumCallParts] = {
+      "the number of tokens", "hidden, dtype or capacity", "the place in the program (the layer)"};
+  std::string differs;
+  for (uint32_t part = 0; part < kNumCallParts; ++part) {
+    if ((record.detail >> part & 1) == 0) continue;
+    differs += (differs.empty() ? "" : " and ") + std::string(kParts[part]);
+  }
+  const std::string op(op_name(record.op));
+  return "ranks disagree: exchange " + std::to_string(record.expected) + " is one " + op +
+         " on rank " + std::to_string(record.rank) + " and another " + op + " on rank " +
+         std::to_string(record.peer) + "; they differ in " + differs +
+         "; all ranks must run the same operations in the same order";
+}
+
+std::string peer_gave_up_text(const ErrorRecord& record) {
+  const Aborted aborted = unpack_aborted(record.detail);
+  return "rank " + std::to_string(record.rank) + " ended its " + std::string(op_name(record.op)) +
+         " because rank " + std::to_string(aborted.by) + " gave up in " +
+         std::string(op_name(aborted.op)) + ", waiting for " +
+         awaited_text(static_cast<WaitTag>(aborted.tag), aborted.op, aborted.blamed) +
+         "; look at the log of rank " + std::to_string(aborted.by) + ", and at rank " +
+         std::to_string(aborted.blamed);
+}
+
 }  // namespace
+
+std::string_view op_name(uint32_t op) {
+  switch (static_cast<OpKind>(op)) {
+    case OpKind::kPlan: return "plan";
+    case OpKind::kDispatch: return "dispatch";
+    case OpKind::kCombine: return "combine";
+  }
+  return "an unknown operation";
+}
+
+std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
+  const std::string rank = "rank " + std::to_string(peer);
+  switch (tag) {
+    case WaitTag::kAcknowledged: return rank + " to have read the rows of the exchange before";
+    case WaitTag::kArrived:
+      return (static_cast<OpKind>(op) == OpKind::kPlan ? "the routing of " : "the rows of ") + rank;
+    case WaitTag::kGridBarrier: return "the other blocks of its own kernel";
+    case WaitTag::kWrongOp:
+    case WaitTag::kWrongCall: return rank + ", which runs something else";
+    case WaitTag::kWrongRank:
+    case WaitTag::kOverlap: return "nobody, because its own program is wrong";
+    default:
+      return "an unknown event (tag " + std::to_string(static_cast<uint32_t>(tag)) + ") of " + rank;
+  }
+}
 
 std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t rank) {
   return "the program runs " + std::string(op) + " as rank " + std::to_string(program_rank) +
@@ -51,27 +95,31 @@ std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t r
 }
 
 std::string describe(const ErrorRecord& record, double timeout_s) {
-  const auto tag = static_cast<WaitTag>(record.tag);
   const std::string op(op_name(record.op));
   const std::string rank = "rank " + std::to_string(record.rank);
-  const std::string peer = "rank " + std::to_string(record.peer);
-  if (tag == WaitTag::kWrongRank) {
-    return wrong_rank_text(op, record.peer, record.rank);
+  switch (static_cast<WaitTag>(record.tag)) {
+    case WaitTag::kWrongRank: return wrong_rank_text(op, record.peer, record.rank);
+    case WaitTag::kWrongOp:
+      return "ranks disagree: exchange " + std::to_string(record.expected) + " is " + op + " on " +
+             rank + " and " + std::string(op_name(record.other_op)) + " on rank " +
+             std::to_string(record.peer) +
+             "; all ranks must run the same operations in the same order";
+    case WaitTag::kWrongCall: return wrong_call_text(record);
+    case WaitTag::kOverlap:
+      return "two operations of the EpGroup ran on " + rank + " at the same time: " + op + " and " +
+             std::string(op_name(record.other_op)) +
+             "; a rank runs one at a time: all on one stream, and no concurrent command buffers";
+    case WaitTag::kClosed:
+      if (record.detail == kClosedInAWait) {
+        return "the EpGroup was closed while " + rank + " waited in " + op + " for rank " +
+               std::to_string(record.peer) + "; close it when no thread launches programs with it";
+      }
+      return op + " of " + rank +
+             " was called after the EpGroup had been closed: its results are NaN, or -1; a "
+             "compiled function may be called only while the group that it was traced with is open";
+    case WaitTag::kPeerGaveUp: return peer_gave_up_text(record);
+    default: return deadline_text(record, timeout_s);
   }
-  if (tag == WaitTag::kWrongOp) {
-    return "ranks disagree: exchange " + std::to_string(record.expected / kFlagsPerEpoch) + " is " +
-           op + " on " + rank + " and exchange " + std::to_string(record.seen / kFlagsPerEpoch) +
-           " is " + std::string(op_name(record.seen % kFlagsPerEpoch - 1)) + " on " + peer +
-           "; all ranks must run the same operations in the same order";
-  }
-  // Flags of arrival hold the operation too. Kernels give their own rank twice the time.
-  const uint32_t unit = tag == WaitTag::kArrived ? kFlagsPerEpoch : 1;
-  const bool own = tag == WaitTag::kGridBarrier || record.peer == record.rank;
-  const double waited_s = own ? 2 * timeout_s : timeout_s;
-  return rank + " waited " + seconds_text(waited_s) + " in " + op + " for " + awaited(record) +
-         ": expected " + (tag == WaitTag::kGridBarrier ? "generation " : "epoch ") +
-         std::to_string(record.expected / unit) + ", saw " + std::to_string(record.seen / unit) +
-         "; " + advice(record);
 }
 
 }  // namespace jax_ep

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel that gives up tells the host why.
+// How a kernel tells the host why it gave up, and for whom it has waited long.
 #ifndef JAX_EP_CSRC_CORE_ERROR_RECORD_H_
 #define JAX_EP_CSRC_CORE_ERROR_RECORD_H_
 
@@ -7,45 +7,38 @@
 #include <string>
 #include <string_view>
 
+#include "csrc/core/protocol.h"
+
 namespace jax_ep {
 
-// An exchange's operation.
-enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2 };
-
-// What Region::kArrived holds when a chunk of an exchange has arrived. Never 0, which is there
-// before a chunk's first use.
-inline constexpr uint32_t kFlagsPerEpoch = 4;
-constexpr uint32_t arrival_flag(uint32_t epoch, OpKind op) {
-  return kFlagsPerEpoch * epoch + 1 + static_cast<uint32_t>(op);
-}
-
-// What a kernel was doing when it gave up.
-enum class WaitTag : uint32_t {
-  kNone = 0,
-  kAcknowledged,  // waited for a peer to have read the rows of the exchange before
-  kArrived,       // waited for a peer's rows (dispatch, combine) or routing (plan)
-  kGridBarrier,   // waited for the other blocks of its own kernel
-  kWrongRank,     // did not wait: the program runs on another rank than the group says
-  kWrongOp,       // waited for a peer, and found it in another operation
-};
-
-// In pinned host memory, one per rank; written once, by the first wait that ran out of time.
+// In pinned host memory, one per rank; written once, by the first thread that gave up.
 struct ErrorRecord {
   uint32_t written;   // 1: the rest is there (the last word to be stored)
   uint32_t tag;       // WaitTag
   uint32_t op;        // OpKind
   uint32_t rank;      // who waited
-  uint32_t peer;      // for whom; kWrongRank: the rank that the program says
-  uint32_t expected;  // the flag's value; kArrived, kWrongOp: an arrival_flag
-  uint32_t seen;
-  uint32_t chunk;  // kArrived: which chunk of the peer's
+  uint32_t peer;      // for whom; kWrongRank: the rank that the program says; kPeerGaveUp: who did
+  uint32_t expected;  // the exchange, or the generation of the grid barrier
+  uint32_t seen;      // the last that there was
+  uint32_t chunk;     // kArrived: which chunk of the peer's
+  uint32_t other_op;  // kWrongOp, kOverlap: the other operation
+  uint32_t detail;    // kWrongCall: a bit for each CallPart that differs; kPeerGaveUp: an Aborted;
+                      // kClosed: 0 or kClosedInAWait
 };
+inline constexpr int kNumRecordFields = 10;
+static_assert(sizeof(ErrorRecord) == 4 * kNumRecordFields);
+
+// "plan", "dispatch", "combine".
+std::string_view op_name(uint32_t op);
 
 // The error where a program runs `op` as another rank than its device is: it runs on another mesh.
 std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t rank);
 
 // "rank 2 waited 60 s in dispatch for rank 5 ..."; see error_record.cc.
 std::string describe(const ErrorRecord& record, double timeout_s);
+
+// "rank 5", or what else a wait with this tag is for: "the rows of rank 5".
+std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer);
 
 }  // namespace jax_ep
 

@@ -99,27 +99,17 @@ struct HeapShape {
 // The regions, in the order in which they lie in the heap.
 enum class Region : int32_t {
   kAcknowledged,  // u32 [R]: by peer, the last epoch whose rows of ours it has read
-  kArrived,       // u32 [R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
+  kAborted,       // u32 [1]: an Aborted, once a peer has given up
+  kArrived,       // u64 [R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
   kRouting,       // i32 [R, max_tokens, K]: topk_idx of every rank
   kScalars,       // f32 [R, max_tokens, K]: scalars that travel with rows
   kRows,          // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
   // From here on the rank's own.
-  kControl,  // u32: see Control
-  kCounts,   // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
-  kTotals,   // u32 [bins]: selections per bin
+  kCounts,  // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
+  kTotals,  // u32 [bins]: selections per bin
 };
 inline constexpr int32_t kNumRegions = 8;
-inline constexpr int32_t kFirstOwnRegion = static_cast<int32_t>(Region::kControl);
-
-// Words of Region::kControl.
-enum class Control : int32_t {
-  kEpoch,              // exchanges that this rank has finished
-  kBlocksDone,         // blocks of the running kernel that are done; 0 between kernels
-  kBarrierCount,       // blocks that have come to the grid barrier; 0 between barriers
-  kBarrierGeneration,  // grid barriers so far
-  kFailed,             // kernels' waits that ran out of time
-};
-inline constexpr int32_t kNumControlWords = 5;
+inline constexpr int32_t kFirstOwnRegion = static_cast<int32_t>(Region::kCounts);
 
 struct RegionInfo {
   const char* name;
@@ -153,11 +143,11 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   layout.max_tokens = tokens;
   const int64_t bytes[kNumRegions] = {
       4 * ranks,
-      4 * ranks * kMaxChunks,
+      4,
+      8 * ranks * kMaxChunks,
       4 * ranks * tokens * topk,
       4 * ranks * tokens * topk,
       ranks * tokens * layout.row_stride,
-      4 * int64_t{kNumControlWords},
       4 * ranks * max_num_tiles(tokens, shape.num_ranks) * bins,
       4 * bins,
   };

@@ -18,17 +18,16 @@ struct Words {
 // In the order of enum Region.
 constexpr Words kWords[kNumRegions] = {
     {"acknowledged", "u32 [R]", "by peer, the last epoch whose rows of ours it has read"},
-    {"arrived", "u32 [R, chunks]", "by source and chunk, arrival_flag of what has arrived"},
+    {"aborted", "u32 [1]", "who has given up, and waiting for whom, once a peer has"},
+    {"arrived", "u64 [R, chunks]", "by source and chunk, arrival_flag of what has arrived"},
     {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
     {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},
     {"rows", "bytes [R, max_tokens, row_stride]", "rows on their way, FP8 rows with their scales"},
-    {"control", "u32 [5]", "the rank's epoch, grid barrier and counters"},
     {"counts", "u32 [bins, R, tiles]", "selections per bin and tile, then first positions"},
     {"totals", "u32 [bins]", "selections per bin"},
 };
 static_assert(kWords[static_cast<int32_t>(Region::kRows)].name == std::string_view("rows"));
 static_assert(kWords[static_cast<int32_t>(Region::kTotals)].name == std::string_view("totals"));
-static_assert(kNumControlWords == 5);
 
 Status out_of_range(std::string_view name, int64_t value, const std::string& allowed) {
   return Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +

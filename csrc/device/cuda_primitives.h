@@ -67,30 +67,30 @@ JAX_EP_DEVICE void st(Ptr<T> to, std::type_identity_t<T> value) {
   *to.raw = value;
 }
 
-template <Scope kScope>
+template <Scope kScope, typename T>
 using WordRef =
-    cuda::atomic_ref<u32,
+    cuda::atomic_ref<T,
                      kScope == Scope::kSys ? cuda::thread_scope_system : cuda::thread_scope_device>;
 
-template <Scope kScope>
-JAX_EP_DEVICE u32 ld_acquire(Ptr<u32> from) {
-  return WordRef<kScope>(*from.raw).load(cuda::memory_order_acquire);
+template <Scope kScope, typename T>
+JAX_EP_DEVICE T ld_acquire(Ptr<T> from) {
+  return WordRef<kScope, T>(*from.raw).load(cuda::memory_order_acquire);
 }
-template <Scope kScope>
-JAX_EP_DEVICE u32 ld_relaxed(Ptr<u32> from) {
-  return WordRef<kScope>(*from.raw).load(cuda::memory_order_relaxed);
+template <Scope kScope, typename T>
+JAX_EP_DEVICE T ld_relaxed(Ptr<T> from) {
+  return WordRef<kScope, T>(*from.raw).load(cuda::memory_order_relaxed);
 }
-template <Scope kScope>
-JAX_EP_DEVICE void st_release(Ptr<u32> to, u32 value) {
-  WordRef<kScope>(*to.raw).store(value, cuda::memory_order_release);
+template <Scope kScope, typename T>
+JAX_EP_DEVICE void st_release(Ptr<T> to, std::type_identity_t<T> value) {
+  WordRef<kScope, T>(*to.raw).store(value, cuda::memory_order_release);
 }
-template <Scope kScope>
-JAX_EP_DEVICE void st_relaxed(Ptr<u32> to, u32 value) {
-  WordRef<kScope>(*to.raw).store(value, cuda::memory_order_relaxed);
+template <Scope kScope, typename T>
+JAX_EP_DEVICE void st_relaxed(Ptr<T> to, std::type_identity_t<T> value) {
+  WordRef<kScope, T>(*to.raw).store(value, cuda::memory_order_relaxed);
 }
 template <Scope kScope>
 JAX_EP_DEVICE u32 fetch_add_acq_rel(Ptr<u32> to, u32 value) {
-  return WordRef<kScope>(*to.raw).fetch_add(value, cuda::memory_order_acq_rel);
+  return WordRef<kScope, u32>(*to.raw).fetch_add(value, cuda::memory_order_acq_rel);
 }
 template <Scope kScope>
 JAX_EP_DEVICE void fence_acq_rel() {
@@ -140,7 +140,9 @@ JAX_EP_DEVICE void fence_proxy_async() { cuda::ptx::fence_proxy_async(); }
 
 // A clock that all SMs share. Its steps are a microsecond on some GPUs.
 JAX_EP_DEVICE u64 now_ns() { return cuda::ptx::get_sreg_globaltimer(); }
-// Called by a thread that polls, between two looks.
+// The clock, and what else a waiting thread looks at, would make its polls slow.
+inline constexpr u32 kPollsPerLook = 64;
+// Called by a thread that polls, between two polls.
 JAX_EP_DEVICE void spin_pause(const char* /*what*/) {}
 // Ends the kernel with an error; the context is lost.
 JAX_EP_DEVICE void trap() { __trap(); }

@@ -2,10 +2,10 @@
 // The protocol of an exchange among the ranks of a group; docs/protocol.md explains it.
 //
 // Exchange e of a group is its e-th plan, dispatch or combine, counted on every rank in device
-// memory, so that a captured graph can be replayed. An arrival flag also holds the operation,
-// so that ranks that run different ones notice. What a rank sends in exchange e it may
-// overwrite in exchange e + 1, once the receiver has acknowledged e. Flags only grow; nothing is
-// reset.
+// memory, so that a captured graph can be replayed. An arrival flag also holds the operation and
+// which call it is, so that ranks that run different ones notice. What a rank sends in exchange e
+// it may overwrite in exchange e + 1, once the receiver has acknowledged e. Flags only grow;
+// nothing is reset.
 #ifndef JAX_EP_CSRC_DEVICE_EXCHANGE_H_
 #define JAX_EP_CSRC_DEVICE_EXCHANGE_H_
 
@@ -16,12 +16,39 @@ namespace jax_ep::dev {
 class Exchange {
  public:
   // All threads, first thing in the kernel.
-  JAX_EP_DEVICE Exchange(const RankView& view, OpKind op, const i32* program_rank)
-      : view_(view), op_(op), epoch_(ld(control(view, Control::kEpoch)) + 1) {
+  JAX_EP_DEVICE Exchange(const RankView& view, OpKind op, u32 call_tag, const i32* program_rank)
+      : view_(view),
+        op_(op),
+        call_tag_(call_tag),
+        closed_(ld(control(view, Control::kClosed)) != 0),
+        epoch_(ld(control(view, Control::kEpoch)) + 1) {
+    if (closed_) return;
     // By every thread: none stores to a peer as another rank.
     const i32 rank = ld(Ptr<const i32>{program_rank});
-    if (rank == view.rank) return;
-    give_up(view, {WaitTag::kWrongRank, op, rank, 0}, 0, 0);
+    if (rank != view.rank) give_up(view, {WaitTag::kWrongRank, op, rank, epoch_, 0}, 0);
+    // By a thread that is not the first to send.
+    if (block_id() == 0 && thread_id() + 1 == num_threads()) check_alone();
+  }
+
+  // Whether the group has been closed. Then the kernel must touch no heap, and leave no result that
+  // could be taken for one: see `poison`.
+  JAX_EP_DEVICE bool closed() const { return closed_; }
+  // All threads of a closed group's kernel: fills results with ones, which are -1 or NaN.
+  template <typename T>
+  JAX_EP_DEVICE void poison(T* results, i64 count) const {
+    fill(Ptr<T>{results}, count, static_cast<T>(~T{0}));
+  }
+  template <typename T>
+  JAX_EP_DEVICE void fill(Ptr<T> results, i64 count, T value) const {
+    const i64 num_workers = i64{num_blocks()} * num_threads();
+    for (i64 i = i64{block_id()} * num_threads() + thread_id(); i < count; i += num_workers) {
+      st(results + i, value);
+    }
+  }
+  // All threads of a closed group's kernel, last thing: tells the host.
+  JAX_EP_DEVICE void report_closed() const {
+    if (block_id() != 0 || thread_id() != 0) return;
+    write_record(view_, {WaitTag::kClosed, op_, view_.rank, epoch_, 0}, 0, 0, 0);
   }
 
   JAX_EP_DEVICE const RankView& view() const { return view_; }
@@ -33,8 +60,7 @@ class Exchange {
       // ACQUIRE(acknowledged): the peer's reads come before this warp's stores.
       wait_until_reached<Scope::kSys>(view_,
                                       acknowledged(view_, view_.rank, peer),
-                                      epoch_ - 1,
-                                      {WaitTag::kAcknowledged, op_, peer, 0},
+                                      {WaitTag::kAcknowledged, op_, peer, epoch_ - 1, 0},
                                       "acknowledged");
     }
     warp_sync();
@@ -47,31 +73,32 @@ class Exchange {
     for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
       // RELEASE(arrived): publishes the warp's rows, scalars or routing of the chunk
       // (ordered by the warp_sync above).
-      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), arrival_flag(epoch_, op_));
+      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), own_flag());
     }
   }
   // The same for a chunk that goes to one peer alone.
   JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 flag) const {
     warp_sync();
     // RELEASE(arrived): as above.
-    if (lane_id() == 0)
-      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), arrival_flag(epoch_, op_));
+    if (lane_id() == 0) st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), own_flag());
   }
 
   // One lane; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag) const {
-    const WaitSite site = {WaitTag::kArrived, op_, source, static_cast<u32>(flag)};
+    const WaitSite site = {WaitTag::kArrived, op_, source, epoch_, static_cast<u32>(flag)};
+    const u32 epoch = epoch_;
     // ACQUIRE(arrived): what the source stored of the chunk can be read. The flag may be very old,
     // because small batches don't use it; it is never ahead, because the source needs our
     // acknowledgment first. So only this exchange's flags end the wait.
-    const u32 seen = wait_until_in<Scope::kSys>(view_,
-                                                arrived(view_, view_.rank, source, flag),
-                                                arrival_flag(epoch_, OpKind::kPlan),
-                                                arrival_flag(epoch_, OpKind::kCombine),
-                                                site,
-                                                "arrived");
-    if (seen == arrival_flag(epoch_, op_)) return;
-    give_up(view_, {WaitTag::kWrongOp, op_, source, site.chunk}, arrival_flag(epoch_, op_), seen);
+    const u64 seen = wait_until<Scope::kSys>(
+        view_,
+        arrived(view_, view_.rank, source, flag),
+        [epoch](u64 word) { return word != 0 && epoch_of(word) == epoch; },
+        site,
+        "arrived");
+    if (seen != own_flag()) {
+      give_up_with_other(view_, op_, source, static_cast<u32>(flag), own_flag(), seen);
+    }
   }
 
   // All threads: returns when every block of the kernel has come.
@@ -88,7 +115,7 @@ class Exchange {
         st_release<Scope::kGpu>(generation, next);
       } else {
         wait_until_reached<Scope::kGpu>(
-            view_, generation, next, {WaitTag::kGridBarrier, op_, view_.rank, 0}, "grid barrier");
+            view_, generation, {WaitTag::kGridBarrier, op_, view_.rank, next, 0}, "grid barrier");
       }
     }
     block_sync();
@@ -111,15 +138,49 @@ class Exchange {
       // RELEASE(acknowledged): this rank has read all that the peer sent; the peer may overwrite.
       st_release<Scope::kSys>(acknowledged(view_, peer, view_.rank), epoch_);
     }
-    if (lane_id() == 0) {
-      st(control(view_, Control::kBlocksDone), 0);
-      st(control(view_, Control::kEpoch), epoch_);
-    }
+    if (lane_id() != 0) return;
+    // Two kernels that overlap by less than the first one's look at kRunning.
+    if (ld(control(view_, Control::kEpoch)) + 1 != epoch_) give_up_overlapping(kMaxOps);
+    st(control(view_, Control::kBlocksDone), 0);
+    st(control(view_, Control::kEpoch), epoch_);
+    st(control(view_, Control::kRunning), 0);
   }
 
  private:
+  JAX_EP_DEVICE u64 own_flag() const { return arrival_flag(epoch_, op_, call_tag_); }
+
+  // One thread. kRunning holds kUnit + op for each kernel that runs: 0 before this one, or two
+  // operations of the group run at the same time, in the same exchange.
+  JAX_EP_DEVICE void check_alone() const {
+    constexpr u32 kUnit = kMaxOps + 1;
+    const u32 running = fetch_add_acq_rel<Scope::kGpu>(control(view_, Control::kRunning),
+                                                       kUnit + static_cast<u32>(op_));
+    if (running != 0) give_up_overlapping(running % kUnit);
+  }
+  JAX_EP_DEVICE void give_up_overlapping(u32 other_op) const {
+    give_up(view_, {WaitTag::kOverlap, op_, view_.rank, epoch_, 0}, 0, other_op, 0);
+  }
+
+  // The source is in this exchange with another operation, or in another call of this one.
+  JAX_EP_COLD static void give_up_with_other(
+      const RankView& view, OpKind op, i32 source, u32 chunk, u64 own, u64 seen) {
+    if (op_of(seen) != static_cast<u32>(op)) {
+      const WaitSite site = {WaitTag::kWrongOp, op, source, epoch_of(own), chunk};
+      return give_up(view, site, epoch_of(seen), op_of(seen));
+    }
+    u32 differs = 0;
+    for (u32 part = 0; part < kNumCallParts; ++part) {
+      const u32 bits = (tag_of(seen) ^ tag_of(own)) >> (8 * part) & 0xFF;
+      differs |= static_cast<u32>(bits != 0) << part;
+    }
+    const WaitSite site = {WaitTag::kWrongCall, op, source, epoch_of(own), chunk};
+    give_up(view, site, epoch_of(seen), 0, differs);
+  }
+
   const RankView& view_;
   const OpKind op_;
+  const u32 call_tag_;
+  const bool closed_;
   const u32 epoch_;
 };
 

@@ -18,7 +18,7 @@ JAX_EP_DEVICE Ptr<T> region(const RankView& view, i32 holder, Region which) {
 }
 
 JAX_EP_DEVICE Ptr<u32> control(const RankView& view, Control word) {
-  return region<u32>(view, view.rank, Region::kControl) + static_cast<i32>(word);
+  return Ptr<u32>{view.control} + static_cast<i32>(word);
 }
 
 // Where `reader` tells `holder` which epoch it has read.
@@ -26,9 +26,14 @@ JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, i32 holder, i32 reader
   return region<u32>(view, holder, Region::kAcknowledged) + reader;
 }
 
+// Where any peer tells `holder` that it has given up.
+JAX_EP_DEVICE Ptr<u32> aborted(const RankView& view, i32 holder) {
+  return region<u32>(view, holder, Region::kAborted);
+}
+
 // Where `source` tells `holder` that a chunk, or a part of one, has arrived.
-JAX_EP_DEVICE Ptr<u32> arrived(const RankView& view, i32 holder, i32 source, i32 flag) {
-  return region<u32>(view, holder, Region::kArrived) + (i64{source} * kMaxChunks + flag);
+JAX_EP_DEVICE Ptr<u64> arrived(const RankView& view, i32 holder, i32 source, i32 flag) {
+  return region<u64>(view, holder, Region::kArrived) + (i64{source} * kMaxChunks + flag);
 }
 
 // What `holder` keeps of a token that `source` sent (dispatch, plan), or of a token of its own

@@ -10,9 +10,9 @@
 //   warp      warp_sync()  warp_shfl(value, lane)  warp_ballot(bool)  warp_match(value)
 //             (all 32 lanes take part; the last three order execution, never memory)
 //   weak      ld(Ptr<T>)  st(Ptr<T>, T)                  T of 1, 2, 4, 8 or 16 bytes
-//   strong    ld_acquire<Scope>(Ptr<u32>)  ld_relaxed<Scope>  st_release<Scope>(Ptr<u32>, value)
-//             st_relaxed<Scope>  fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old
-//             fence_acq_rel<Scope>()
+//   strong    ld_acquire<Scope>(Ptr<T>)  ld_relaxed<Scope>  st_release<Scope>(Ptr<T>, value)
+//             st_relaxed<Scope>                          T of 4 or 8 bytes
+//             fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old  fence_acq_rel<Scope>()
 //   bulk      mbar_init(Mbar*, arrivals)  mbar_init_fence()  mbar_arrive_expect(Mbar*, bytes)
 //             mbar_wait(Mbar*, parity)  bulk_load(Ptr shared, Ptr global, bytes, Mbar*)
 //             bulk_store(Ptr global, Ptr shared, bytes)  bulk_commit()
@@ -20,6 +20,7 @@
 //             bulk_wait_read<N>()  ... have been read from shared memory
 //             fence_proxy_async()
 //   time      now_ns()  spin_pause(what)  trap()
+//             kPollsPerLook: polls of a wait between two looks at the clock
 //
 // Ordering is PTX's memory model. Bulk copies need 16-byte aligned addresses and sizes.
 #ifndef JAX_EP_CSRC_DEVICE_PRIMITIVES_H_
@@ -31,11 +32,13 @@
 #ifdef __CUDACC__
 #define JAX_EP_DEVICE __device__ __forceinline__
 #define JAX_EP_HOST_DEVICE __host__ __device__ __forceinline__
+#define JAX_EP_COLD inline __device__ __noinline__
 #define JAX_EP_UNROLL _Pragma("unroll")
 #define JAX_EP_NO_UNROLL _Pragma("unroll 1")
 #else
 #define JAX_EP_DEVICE inline
 #define JAX_EP_HOST_DEVICE inline
+#define JAX_EP_COLD inline
 #define JAX_EP_UNROLL
 #define JAX_EP_NO_UNROLL
 #endif

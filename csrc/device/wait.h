@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Waiting for a word that another thread, block or rank stores: always with a deadline, which ends
-// in an error record for the host and a trap, never in a silent hang.
+// Waiting for a word that another thread, block or rank stores: never silently, and never for ever.
+// A wait that takes long is reported to the host, again and again; one that takes too long, or
+// whose peer says that it gave up, ends in an error record for the host and a trap.
 #ifndef JAX_EP_CSRC_DEVICE_WAIT_H_
 #define JAX_EP_CSRC_DEVICE_WAIT_H_
 
@@ -9,29 +10,57 @@
 
 namespace jax_ep::dev {
 
-// What a wait is for, as the error record will say.
+// What a wait is for, as records will say.
 struct WaitSite {
   WaitTag tag;
   OpKind op;
   i32 peer;
+  u32 expected;  // the exchange, or the generation
   u32 chunk;
 };
 
-// Tells the host why, and ends the kernel.
-JAX_EP_DEVICE void give_up(const RankView& view, const WaitSite& site, u32 expected, u32 seen) {
+// Writes the record for the host, by one thread.
+JAX_EP_DEVICE void write_record(
+    const RankView& view, const WaitSite& site, u32 seen, u32 other_op, u32 detail) {
+  const Ptr<u32> record = as<u32>(Ptr<ErrorRecord>{view.error});
+  const u32 fields[] = {static_cast<u32>(site.tag),
+                        static_cast<u32>(site.op),
+                        static_cast<u32>(view.rank),
+                        static_cast<u32>(site.peer),
+                        site.expected,
+                        seen,
+                        site.chunk,
+                        other_op,
+                        detail};
+  for (int i = 0; i + 1 < kNumRecordFields; ++i) st(record + (1 + i), fields[i]);
+  // RELEASE(error): publishes the record. Its acquire is the host's, see read_error.
+  st_release<Scope::kSys>(record, 1);
+}
+
+// Tells the peers and the host why, and ends the kernel. Like all that is cold, it takes words and
+// no structs, which would have to lie in memory for the call.
+JAX_EP_COLD void give_up_as(const RankView& view,
+                            WaitTag tag,
+                            OpKind op,
+                            i32 peer,
+                            u32 expected,
+                            u32 chunk,
+                            u32 seen,
+                            u32 other_op,
+                            u32 detail) {
   const Ptr<u32> record = as<u32>(Ptr<ErrorRecord>{view.error});
   // The first of the threads that give up writes; the others give it time to.
   if (fetch_add_acq_rel<Scope::kGpu>(control(view, Control::kFailed), 1) == 0) {
-    const u32 fields[] = {static_cast<u32>(site.tag),
-                          static_cast<u32>(site.op),
-                          static_cast<u32>(view.rank),
-                          static_cast<u32>(site.peer),
-                          expected,
-                          seen,
-                          site.chunk};
-    for (int i = 0; i < 7; ++i) st(record + (1 + i), fields[i]);
-    // RELEASE(error): publishes the record. Its acquire is the host's, see RankContext::error.
-    st_release<Scope::kSys>(record, 1);
+    // Who was told by a peer need not tell the others: they have been told too.
+    for (i32 other = 0; other < view.num_ranks && tag != WaitTag::kPeerGaveUp; ++other) {
+      // One word says all: nothing is published with it.
+      st_relaxed<Scope::kSys>(aborted(view, other),
+                              pack(Aborted{.by = static_cast<u32>(view.rank),
+                                           .blamed = static_cast<u32>(peer),
+                                           .tag = static_cast<u32>(tag),
+                                           .op = static_cast<u32>(op)}));
+    }
+    write_record(view, {tag, op, peer, expected, chunk}, seen, other_op, detail);
     fence_acq_rel<Scope::kSys>();
   } else {
     while (ld_acquire<Scope::kSys>(record) == 0) spin_pause("another thread's error record");
@@ -39,33 +68,93 @@ JAX_EP_DEVICE void give_up(const RankView& view, const WaitSite& site, u32 expec
   trap();
 }
 
-// Waits until `*word` is one of `first` to `last`, which may wrap around, and returns it. The load
-// that ends the wait is an acquire.
-template <Scope kScope>
-JAX_EP_DEVICE u32 wait_until_in(const RankView& view,
-                                Ptr<u32> word,
-                                u32 first,
-                                u32 last,
-                                const WaitSite& site,
-                                const char* what) {
+JAX_EP_DEVICE void give_up(
+    const RankView& view, const WaitSite& site, u32 seen, u32 other_op = 0, u32 detail = 0) {
+  give_up_as(view, site.tag, site.op, site.peer, site.expected, site.chunk, seen, other_op, detail);
+}
+
+// Tells the host that a wait has taken long, or that it is over.
+JAX_EP_DEVICE void report_long_wait(const RankView& view,
+                                    const WaitSite& site,
+                                    u32 level,
+                                    bool ended) {
+  // Several threads may wait for a peer, and say the same: one word, so that none is torn.
+  st_relaxed<Scope::kSys>(Ptr<u64>{view.long_waits} + site.peer,
+                          pack(LongWait{.epoch = site.expected,
+                                        .op = static_cast<u32>(site.op),
+                                        .tag = static_cast<u32>(site.tag),
+                                        .level = level,
+                                        .ended = ended}));
+}
+
+// What a waiting thread looks at now and then: whether a peer has given up, or the group is closed,
+// and how long it has waited. Does not return if there is no more to wait for. Returns the level of
+// the last report, and kOverdue with it once the deadline has passed.
+inline constexpr u32 kOverdue = 1U << 31;
+JAX_EP_COLD u32 look(const RankView& view,
+                     WaitTag tag,
+                     OpKind op,
+                     i32 peer,
+                     u32 expected,
+                     u32 chunk,
+                     u64 start,
+                     u32 level) {
+  const WaitSite site = {tag, op, peer, expected, chunk};
+  const u32 word = ld_relaxed<Scope::kSys>(aborted(view, view.rank));
+  if (word != 0) {
+    const auto by = static_cast<i32>(unpack_aborted(word).by);
+    give_up(view, {WaitTag::kPeerGaveUp, op, by, expected, chunk}, 0, 0, word);
+  }
+  if (ld_relaxed<Scope::kSys>(control(view, Control::kClosed)) != 0) {
+    give_up(view, {WaitTag::kClosed, op, peer, expected, chunk}, 0, 0, kClosedInAWait);
+  }
+  // Signed: the clocks of two SMs may differ by a little.
+  const auto waited = static_cast<i64>(now_ns() - start);
   // Who waits for its own rank, which in turn waits for another one, must not give up first.
-  const bool own = site.tag == WaitTag::kGridBarrier || site.peer == view.rank;
-  const u64 timeout_ns = own ? 2 * view.timeout_ns : view.timeout_ns;
+  const bool own = tag == WaitTag::kGridBarrier || peer == view.rank;
+  constexpr u32 kMaxLevel = 32;
+  if (level < kMaxLevel && waited >= static_cast<i64>(view.report_ns << level)) {
+    report_long_wait(view, site, ++level, false);
+  }
+  const auto timeout = static_cast<i64>(own ? 2 * view.timeout_ns : view.timeout_ns);
+  return waited > timeout ? level | kOverdue : level;
+}
+
+// Waits until `done(*word)`, and returns it. The load that ends the wait is an acquire.
+template <Scope kScope, typename Word, typename Done>
+JAX_EP_DEVICE Word wait_until(const RankView& view,
+                              Ptr<Word> word,
+                              const Done& done,
+                              const WaitSite& site,
+                              const char* what) {
   const u64 start = now_ns();
-  while (true) {
-    const u32 seen = ld_acquire<kScope>(word);
-    if (seen - first <= last - first) return seen;
-    if (now_ns() - start > timeout_ns) give_up(view, site, first, seen);
-    spin_pause(what);
+  u32 level = 0;
+  for (u32 polls = 1;; ++polls) {
+    const Word seen = ld_acquire<kScope>(word);
+    if (done(seen)) {
+      if (level != 0) report_long_wait(view, site, level & ~kOverdue, true);
+      return seen;
+    }
+    // It has polled once more after the deadline: it may itself have stood still meanwhile.
+    if ((level & kOverdue) != 0) give_up(view, site, static_cast<u32>(seen));
+    if (polls % kPollsPerLook == 0) {
+      level = look(
+          view, site.tag, site.op, site.peer, site.expected, site.chunk, start, level & ~kOverdue);
+    }
+    if ((level & kOverdue) == 0) spin_pause(what);
   }
 }
 
-// Waits until a counter that every exchange advances has reached `expected`.
+// Waits until a counter that every exchange advances has reached `site.expected`.
 template <Scope kScope>
-JAX_EP_DEVICE void wait_until_reached(
-    const RankView& view, Ptr<u32> counter, u32 expected, const WaitSite& site, const char* what) {
+JAX_EP_DEVICE void wait_until_reached(const RankView& view,
+                                      Ptr<u32> counter,
+                                      const WaitSite& site,
+                                      const char* what) {
   constexpr u32 kHalf = 0x7FFF'FFFF;  // counters wrap around: what is ahead is ahead by less
-  (void)wait_until_in<kScope>(view, counter, expected, expected + kHalf, site, what);
+  const u32 expected = site.expected;
+  (void)wait_until<kScope>(
+      view, counter, [expected](u32 seen) { return seen - expected <= kHalf; }, site, what);
 }
 
 }  // namespace jax_ep::dev

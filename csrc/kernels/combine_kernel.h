@@ -31,7 +31,7 @@ class CombineKernel {
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
       : params_(params),
         shape_(params.shape),
-        exchange_(params.view, OpKind::kCombine, params.program_rank),
+        exchange_(params.view, OpKind::kCombine, params.call_tag, params.program_rank),
         terms_(shared<typename Tile::SharedStorage>().terms[warp_id()]),
         hidden_(params.hidden),
         row_bytes_(hidden_ * static_cast<i64>(sizeof(typename Rows::Element))),
@@ -48,6 +48,7 @@ class CombineKernel {
                              params.view.chunk_target)) {}
 
   JAX_EP_DEVICE void run() {
+    if (exchange_.closed()) return leave_no_results();
     if (warp_id() < Tile::kSenders) send();
     receive();
     exchange_.finish();
@@ -122,9 +123,10 @@ class CombineKernel {
   // One term per row that holds the token, ascending, as its experts are.
   JAX_EP_DEVICE i32 list_rows(i32 row, u32 holders) {
     if (row >= 0) {
-      terms_.row[lane_id()] = row;
-      terms_.weight[lane_id()] =
-          params_.weighted ? ld(Ptr<const float>{params_.weights} + row) : 1.0F;
+      // The rows of a plan have no holes; those of a handle from elsewhere may.
+      const u32 place = count_bits(holders & lanes_below(lane_id()));
+      terms_.row[place] = row;
+      terms_.weight[place] = params_.weighted ? ld(Ptr<const float>{params_.weights} + row) : 1.0F;
     }
     return static_cast<i32>(count_bits(holders));
   }
@@ -138,7 +140,10 @@ class CombineKernel {
     u32 place = 0;
     for (i32 k = 0; k < num_topk_; ++k) {
       const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
-      place += static_cast<u32>(other >= 0 && other < local);
+      // A plan's are distinct. Those of a handle from elsewhere may be equal, and each must have a
+      // place of its own: the sum reads as many as there are.
+      const bool earlier = other == local && k < static_cast<i32>(lane_id());
+      place += static_cast<u32>(other >= 0 && (other < local || earlier));
     }
     if (local >= 0) {
       terms_.row[place] = row;
@@ -214,6 +219,16 @@ class CombineKernel {
                  place)
             : 0.0F;
     st(Ptr<float>{params_.token_scalars} + (token * num_topk_ + lane), scalar);
+  }
+
+  // --- when the group has been closed ----------------------------------------------------------
+
+  JAX_EP_DEVICE void leave_no_results() {
+    exchange_.poison(static_cast<typename Rows::Element*>(params_.out), num_tokens_ * hidden_);
+    if (params_.scalars > 0) {
+      exchange_.poison(reinterpret_cast<u32*>(params_.token_scalars), num_tokens_ * num_topk_);
+    }
+    exchange_.report_closed();
   }
 
   const CombineParams& params_;

@@ -12,21 +12,9 @@
 #include "csrc/device/quantize.h"
 #include "csrc/device/segment_ring.h"
 #include "csrc/device/selections.h"
+#include "csrc/kernels/dispatch_tile.h"
 
 namespace jax_ep::dev {
-
-template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
-struct DispatchTile {
-  static constexpr int kSenders = kSenderWarps;
-  static constexpr int kWarps = kSenders + kOtherWarps;
-  static constexpr int kStages = kStageCount;
-  using Stages = SegmentStages<kStages, kSegmentBytes>;
-  static_assert(kSegmentBytes % (4 * kScaleBlock * 4) == 0);  // four blocks of float32
-
-  struct SharedStorage {
-    Stages stages[kWarps];
-  };
-};
 
 template <typename Tile, typename Rows>
 class DispatchKernel {
@@ -34,7 +22,7 @@ class DispatchKernel {
   JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
       : params_(params),
         shape_(params.shape),
-        exchange_(params.view, OpKind::kDispatch, params.program_rank),
+        exchange_(params.view, OpKind::kDispatch, params.call_tag, params.program_rank),
         ring_(shared<typename Tile::SharedStorage>().stages[warp_id()]),
         hidden_(params.hidden),
         x_bytes_(element_bytes(params.x_format == RowFormat::kFloat8E4M3)),
@@ -58,6 +46,7 @@ class DispatchKernel {
         num_parts_(bulk_ ? num_parts(num_chunks_, segments_.count, params.view.chunk_target) : 1) {}
 
   JAX_EP_DEVICE void run() {
+    if (exchange_.closed()) return leave_no_results();
     if (warp_id() < Tile::kSenders) send();
     receive();
     bulk_wait<0>();
@@ -410,6 +399,24 @@ class DispatchKernel {
   JAX_EP_DEVICE static void clear(Ptr<std::byte> to, i64 bytes) {
     const i64 count = bytes / static_cast<i64>(sizeof(T));
     for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(to) + i, T{});
+  }
+
+  // --- when the group has been closed ----------------------------------------------------------
+
+  JAX_EP_DEVICE void leave_no_results() {
+    const i64 capacity = shape_.recv_capacity;
+    const i64 elements = capacity * hidden_;
+    if (params_.rows_format == RowFormat::kFloat8E4M3) {
+      exchange_.poison(static_cast<u8*>(params_.rows), elements);
+      exchange_.poison(reinterpret_cast<u32*>(params_.rows_scales), capacity * num_blocks_);
+    } else {
+      exchange_.poison(static_cast<Element*>(params_.rows), elements);
+    }
+    if (params_.scalars > 0) {
+      const i64 scalars = by_rank() ? num_topk_ : 1;
+      exchange_.poison(reinterpret_cast<u32*>(params_.row_scalars), capacity * scalars);
+    }
+    exchange_.report_closed();
   }
 
   const DispatchParams& params_;

@@ -12,6 +12,7 @@
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_layout.h"
+#include "csrc/core/protocol.h"
 
 namespace jax_ep {
 
@@ -19,8 +20,11 @@ namespace jax_ep {
 struct RankView {
   HeapLayout layout;
   std::byte* heap[kMaxRanks];  // every rank's heap, as mapped by this rank
+  uint32_t* control;           // see Control; never freed, and so are the next two
   ErrorRecord* error;          // in host memory that the device writes
-  uint64_t timeout_ns;
+  uint64_t* long_waits;        // [R] likewise: by peer, a LongWait, once there is one
+  uint64_t report_ns;          // a wait is reported after this long, and twice, four times ...
+  uint64_t timeout_ns;         // at most 2^61
   int32_t rank;
   int32_t num_ranks;
   int32_t chunk_target = kChunkTarget;  // see chunk_tokens; the same on all ranks
@@ -30,6 +34,7 @@ struct RankView {
 struct PlanParams {
   RankView view;
   EpShape shape;
+  uint32_t call_tag;
   const int32_t* program_rank;  // [1] in: this rank, as the program says; must be the view's
   const int32_t* topk_idx;      // [T, K] in; what is not in [-1, E) counts as -1
   int32_t* slot;                // [T, K] out
@@ -52,6 +57,7 @@ enum class RowFormat : int32_t {
 struct DispatchParams {
   RankView view;
   EpShape shape;
+  uint32_t call_tag;
   int64_t hidden;   // H, elements; 0: no rows travel
   int32_t scalars;  // K: one float32 per selection travels too; 0: none does
   DType dtype;
@@ -76,6 +82,7 @@ struct DispatchParams {
 struct CombineParams {
   RankView view;
   EpShape shape;
+  uint32_t call_tag;
   int64_t hidden;  // H; 0: no rows travel
   bool weighted;
   int32_t scalars;  // K: row_scalars travel back; 0: they don't
@@ -91,6 +98,24 @@ struct CombineParams {
   void* out;                    // [T, H] out
   float* token_scalars;         // [T, K] out if scalars > 0; 0 where slot < 0
 };
+
+// The tag of a call, which goes into `call_tag` (0 until then). `place`: see csrc/core/protocol.h.
+constexpr uint32_t call_tag_of(const PlanParams& params, uint32_t place) {
+  return call_tag(params.shape, 0, DType::kFloat32, Wire::kSame, 0, false, place);
+}
+constexpr uint32_t call_tag_of(const DispatchParams& params, uint32_t place) {
+  return call_tag(
+      params.shape, params.hidden, params.dtype, params.wire, params.scalars, false, place);
+}
+constexpr uint32_t call_tag_of(const CombineParams& params, uint32_t place) {
+  return call_tag(params.shape,
+                  params.hidden,
+                  params.dtype,
+                  Wire::kSame,
+                  params.scalars,
+                  params.weighted,
+                  place);
+}
 
 }  // namespace jax_ep
 

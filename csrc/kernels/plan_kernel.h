@@ -15,22 +15,9 @@
 #include "csrc/device/exchange.h"
 #include "csrc/device/selections.h"
 #include "csrc/device/warp_scan.h"
+#include "csrc/kernels/plan_tile.h"
 
 namespace jax_ep::dev {
-
-template <int kWarpCount, int kBinCount>
-struct PlanTile {
-  static constexpr int kWarps = kWarpCount;
-  static constexpr int kStages = 0;
-  static constexpr int kMaxBins = kBinCount;
-
-  struct SharedStorage {
-    // Per warp and bin: the selections counted so far, or the next row.
-    Shared<u32> cursor[kWarps][kMaxBins];
-    // First row of every expert at its rank, clipped to the capacity.
-    Shared<u32> start[kMaxBins];
-  };
-};
 
 template <typename Tile>
 class PlanKernel {
@@ -38,7 +25,7 @@ class PlanKernel {
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
       : params_(params),
         shape_(params.shape),
-        exchange_(params.view, OpKind::kPlan, params.program_rank),
+        exchange_(params.view, OpKind::kPlan, params.call_tag, params.program_rank),
         memory_(shared<typename Tile::SharedStorage>()),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
@@ -60,6 +47,7 @@ class PlanKernel {
         token_lanes_(~0U >> (static_cast<i32>(kWarpSize) - num_topk_) << first_lane_) {}
 
   JAX_EP_DEVICE void run() {
+    if (exchange_.closed()) return leave_no_results();
     send();
     clear_cursors();
     for (i32 unit = warp_; unit < num_units_; unit += num_warps_) count(unit);
@@ -415,6 +403,22 @@ class PlanKernel {
         st(Ptr<i32>{params_.row_topk_idx} + (row * num_topk_ + k), -1);
       }
     }
+  }
+
+  // --- when the group has been closed ----------------------------------------------------------
+
+  // Without a row or a selection: what comes after must not lead anywhere.
+  JAX_EP_DEVICE void leave_no_results() {
+    const i64 selections = i64{num_tokens_} * num_topk_;
+    const i32 most = max_rows_per_token(shape_.layout, num_topk_, num_local_);
+    exchange_.poison(params_.slot, selections);
+    exchange_.poison(params_.row_source, capacity_);
+    if (by_rank()) exchange_.poison(params_.row_topk_idx, i64{capacity_} * num_topk_);
+    exchange_.poison(params_.source_slot, i64{num_ranks_} * num_tokens_ * most);
+    exchange_.fill(Ptr<i32>{params_.group_sizes}, shape_.num_row_groups(), 0);
+    exchange_.fill(Ptr<i32>{params_.tokens_per_expert}, num_local_, 0);
+    exchange_.fill(Ptr<i32>{params_.num_dropped}, 1, 0);
+    exchange_.report_closed();
   }
 
   const PlanParams& params_;

@@ -27,6 +27,27 @@ Status check_ranks(const CudaGroupConfig& config) {
   return {};
 }
 
+// The handles of one EP group, by rank.
+Status choose_peers(const CudaGroupConfig& config,
+                    int32_t group_index,
+                    std::span<const HeapHandle> handles,
+                    std::vector<HeapHandle>& peers) {
+  const auto num_ranks = static_cast<size_t>(config.heap.num_ranks);
+  std::vector<bool> there(num_ranks);
+  peers.resize(num_ranks);
+  for (const HeapHandle& handle : handles) {
+    const auto rank = static_cast<size_t>(handle.owner.rank);
+    if (handle.owner.group_index != group_index || rank >= num_ranks) continue;
+    peers[rank] = handle;
+    there[rank] = true;
+  }
+  const auto missing = std::find(there.begin(), there.end(), false);
+  if (missing == there.end()) return {};
+  return Status::invalid_argument(
+      "connect: no handle of rank " + std::to_string(missing - there.begin()) + " of group " +
+      std::to_string(group_index) + " among " + std::to_string(handles.size()));
+}
+
 }  // namespace
 
 Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& group) {
@@ -35,11 +56,13 @@ Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& gro
   const CudaGroupConfig& with = made->config_;
   made->ranks_.resize(with.ranks.size());
   for (size_t i = 0; i < with.ranks.size(); ++i) {
-    const RankConfig rank{.heap = with.heap,
+    const RankConfig rank{.group_name = with.name,
+                          .heap = with.heap,
                           .nonce = with.nonce,
                           .device = with.ranks[i].device,
                           .group_index = with.ranks[i].group_index,
                           .rank = with.ranks[i].rank,
+                          .warn_after_s = with.warn_after_s,
                           .timeout_s = with.timeout_s,
                           .num_sms = with.num_sms};
     JAX_EP_RETURN_IF_ERROR(RankContext::create(rank, made->ranks_[i]));
@@ -60,19 +83,40 @@ Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const Hea
     return Status::invalid_argument("connect: rank " + std::to_string(rank) + " of group " +
                                     std::to_string(group_index) + " is connected already");
   }
-  JAX_EP_RETURN_IF_ERROR(it->connect(handles));
+  std::vector<HeapHandle> peers;
+  JAX_EP_RETURN_IF_ERROR(choose_peers(config_, group_index, handles, peers));
+  const auto sharing = std::count_if(handles.begin(), handles.end(), [&](const HeapHandle& handle) {
+    return handle.device == it->handle().device;
+  });
+  JAX_EP_RETURN_IF_ERROR(it->connect(peers, static_cast<int32_t>(sharing)));
   const bool all = std::all_of(
       ranks_.begin(), ranks_.end(), [](const RankContext& context) { return context.connected(); });
   ready_.store(all, std::memory_order_release);
   return {};
 }
 
-void CudaGroup::disconnect() {
+Status CudaGroup::disconnect(double limit_s) {
   ready_.store(false, std::memory_order_release);
+  Status status;
+  const auto note = [&status](Status other) {
+    if (status.ok()) status = std::move(other);
+  };
+  const auto wait_for_kernels = [&] {
+    for (const RankContext& context : ranks_) note(context.wait_for_kernels(limit_s));
+  };
   // Kernels whose results nobody holds may still be running, and the peers' with them; their
-  // deadlines bound the wait.
-  for (const RankContext& context : ranks_) context.wait_for_kernels();
+  // deadlines bound the wait. Then no graph's kernel may touch a heap any more, nor one that was
+  // launched in between.
+  wait_for_kernels();
+  for (RankContext& context : ranks_) note(context.close());
+  wait_for_kernels();
+  if (status.code() == StatusCode::kDeadlineExceeded) return status;
   for (RankContext& context : ranks_) context.disconnect();
+  return status;
+}
+
+void CudaGroup::leave_heaps() {
+  for (RankContext& context : ranks_) context.leave_heap();
 }
 
 Status CudaGroup::find(int32_t device, const RankContext*& context) const {

@@ -27,7 +27,8 @@ struct LocalRank {
 struct CudaGroupConfig {
   std::string name;  // for messages
   GroupNonce nonce;
-  double timeout_s = 60;
+  double warn_after_s = 10;
+  double timeout_s = 1800;
   int32_t num_sms = 0;  // 0: the default of each operation
   HeapShape heap;
   std::vector<LocalRank> ranks;  // at most one on a device
@@ -36,15 +37,20 @@ struct CudaGroupConfig {
 // The ranks of an EpGroup that this process drives. Its life: create; connect each rank, once the
 // handles of its EP group's ranks have come from all processes; operations; disconnect, when no
 // operation is in flight here; and only when all processes have disconnected, destruction, which
-// frees the heaps. Any step may be followed by destruction.
+// frees the heaps. Any step may be followed by destruction. Where a process has not come to
+// disconnect, leave_heaps() before destruction: it may still map them.
 class CudaGroup {
  public:
   // On an error nothing stays allocated.
   static Status create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& group);
 
-  // `handles[r]` is of rank r of the EP group.
+  // `handles` are those of all ranks of all EP groups of the mesh, in any order.
   Status connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles);
-  void disconnect();
+  // Returns the first error, if there is one: after a kernel's trap, CUDA refuses everything. Goes
+  // on nevertheless; but if kernels run on after `limit_s`, it is DeadlineExceeded, and the heaps
+  // stay mapped.
+  Status disconnect(double limit_s);
+  void leave_heaps();
 
   [[nodiscard]] const CudaGroupConfig& config() const { return config_; }
   // In the order of config().ranks.

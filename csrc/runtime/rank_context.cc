@@ -4,12 +4,16 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <future>
+#include <memory>
+#include <thread>
 #include <utility>
 
 #include "csrc/core/heap_regions.h"
+#include "csrc/core/wait_times.h"
 #include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_status.h"
 
@@ -19,8 +23,11 @@ namespace {
 // As on the CPU, where ranks that disagree get InvalidArgument.
 StatusCode code_of(WaitTag tag) {
   switch (tag) {
-    case WaitTag::kWrongOp: return StatusCode::kInvalidArgument;
-    case WaitTag::kWrongRank: return StatusCode::kFailedPrecondition;
+    case WaitTag::kWrongOp:
+    case WaitTag::kWrongCall: return StatusCode::kInvalidArgument;
+    case WaitTag::kWrongRank:
+    case WaitTag::kOverlap:
+    case WaitTag::kClosed: return StatusCode::kFailedPrecondition;
     default: return StatusCode::kDeadlineExceeded;
   }
 }
@@ -28,46 +35,6 @@ StatusCode code_of(WaitTag tag) {
 Status bad_handle(const std::string& what) { return {StatusCode::kFailedPrecondition, what}; }
 
 }  // namespace
-
-PinnedRecord::~PinnedRecord() { free(); }
-
-PinnedRecord::PinnedRecord(PinnedRecord&& other) noexcept
-    : on_host_(std::exchange(other.on_host_, nullptr)),
-      on_device_(std::exchange(other.on_device_, nullptr)) {}
-
-PinnedRecord& PinnedRecord::operator=(PinnedRecord&& other) noexcept {
-  if (this == &other) return *this;
-  free();
-  on_host_ = std::exchange(other.on_host_, nullptr);
-  on_device_ = std::exchange(other.on_device_, nullptr);
-  return *this;
-}
-
-void PinnedRecord::free() {
-  if (on_host_ == nullptr) return;
-  static_cast<void>(JAX_EP_CUDA_STATUS(cudaFreeHost(std::exchange(on_host_, nullptr))));
-}
-
-Status PinnedRecord::allocate(PinnedRecord& record) {
-  PinnedRecord made;
-  void* host = nullptr;
-  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(
-      cudaHostAlloc(&host, sizeof(ErrorRecord), cudaHostAllocMapped | cudaHostAllocPortable)));
-  made.on_host_ = new (host) ErrorRecord{};
-  void* device = nullptr;
-  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(cudaHostGetDevicePointer(&device, host, 0)));
-  made.on_device_ = static_cast<ErrorRecord*>(device);
-  record = std::move(made);
-  return {};
-}
-
-std::optional<ErrorRecord> PinnedRecord::read() const {
-  if (on_host_ == nullptr) return std::nullopt;
-  // ACQUIRE(error): the record that the kernel which gave up has published.
-  const std::atomic_ref<uint32_t> written(on_host_->written);
-  if (written.load(std::memory_order_acquire) == 0) return std::nullopt;
-  return *on_host_;
-}
 
 Status RankContext::create(const RankConfig& config, RankContext& context) {
   const DeviceGuard guard(config.device);
@@ -77,15 +44,26 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   // First: on a GPU that the kernels were not compiled for, nothing is to be allocated.
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_kernels()));
   JAX_EP_RETURN_IF_ERROR(SymmetricHeap::allocate(config.heap, config.device, made.heap_));
-  JAX_EP_RETURN_IF_ERROR(PinnedRecord::allocate(made.record_));
+  const double report_s = first_report_s(config.warn_after_s);
+  JAX_EP_RETURN_IF_ERROR(RankWords::allocate({.group_name = config.group_name,
+                                              .device = config.device,
+                                              .group_index = config.group_index,
+                                              .rank = config.rank,
+                                              .num_ranks = config.heap.num_ranks,
+                                              .timeout_s = config.timeout_s,
+                                              .report_s = report_s},
+                                             made.words_));
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(
       cudaDeviceGetAttribute(&made.device_sms_, cudaDevAttrMultiProcessorCount, config.device)));
   const HeapOwner owner{
       .nonce = config.nonce, .group_index = config.group_index, .rank = config.rank};
   JAX_EP_RETURN_IF_ERROR(made.heap_.export_handle(owner, made.handle_));
   made.view_.layout = made.heap_.layout();
-  made.view_.error = made.record_.on_device();
-  made.view_.timeout_ns = static_cast<uint64_t>(std::ceil(config.timeout_s * 1e9));
+  made.view_.control = made.words_.control();
+  made.view_.error = made.words_.error_on_device();
+  made.view_.long_waits = made.words_.long_waits_on_device();
+  made.view_.report_ns = to_wait_ns(report_s);
+  made.view_.timeout_ns = to_wait_ns(config.timeout_s);
   made.view_.rank = config.rank;
   made.view_.num_ranks = config.heap.num_ranks;
   context = std::move(made);
@@ -110,7 +88,7 @@ Status RankContext::check_handle(const HeapHandle& handle, int32_t rank) const {
   return {};
 }
 
-Status RankContext::connect(std::span<const HeapHandle> handles) {
+Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing) {
   if (handles.size() != static_cast<size_t>(view_.num_ranks)) {
     return Status::invalid_argument("connect: " + std::to_string(handles.size()) + " handles for " +
                                     std::to_string(view_.num_ranks) + " ranks");
@@ -123,26 +101,39 @@ Status RankContext::connect(std::span<const HeapHandle> handles) {
     JAX_EP_RETURN_IF_ERROR(PeerMapping::map(handles[index], config_.device, peers[index]));
     view.heap[rank] = peers[index].base();
   }
-  // Ranks that share a device wait for each other: all their blocks must fit on it at once.
-  const auto sharing = std::count_if(handles.begin(), handles.end(), [&](const auto& handle) {
-    return handle.device == handle_.device;
-  });
-  budget_ = {.available = std::max(device_sms_ / static_cast<int32_t>(sharing), 1),
+  // Ranks that share a device wait for each other, or hold what others of them need: the blocks of
+  // all must fit on it at once.
+  budget_ = {.available = std::max(device_sms_ / std::max(sharing, 1), 1),
              .wanted = config_.num_sms};
+  words_.publish();
   peers_ = std::move(peers);
   view_ = view;
   return {};
 }
 
-void RankContext::wait_for_kernels() const {
-  const DeviceGuard guard(config_.device);
-  if (guard.status().ok()) static_cast<void>(JAX_EP_CUDA_STATUS(cudaDeviceSynchronize()));
+Status RankContext::wait_for_kernels(double limit_s) const {
+  const auto synchronize = [device = config_.device]() -> Status {
+    const DeviceGuard guard(device);
+    JAX_EP_RETURN_IF_ERROR(guard.status());
+    return JAX_EP_CUDA_STATUS(cudaDeviceSynchronize());
+  };
+  if (std::isinf(limit_s)) return synchronize();
+  // CUDA has no wait with a limit for all streams of a device: a thread waits, and is left if it
+  // takes too long.
+  auto promise = std::make_shared<std::promise<Status>>();
+  std::future<Status> done = promise->get_future();
+  std::thread([synchronize, promise] { promise->set_value(synchronize()); }).detach();
+  if (done.wait_for(std::chrono::duration<double>(limit_s)) == std::future_status::ready) {
+    return done.get();
+  }
+  return {StatusCode::kDeadlineExceeded,
+          "kernels still run on CUDA device " + std::to_string(config_.device)};
 }
 
 void RankContext::disconnect() { peers_.clear(); }
 
 Status RankContext::error() const {
-  const std::optional<ErrorRecord> record = record_.read();
+  const std::optional<ErrorRecord> record = words_.error();
   if (!record.has_value()) return {};
   return {code_of(static_cast<WaitTag>(record->tag)), describe(*record, config_.timeout_s)};
 }

@@ -9,12 +9,13 @@
 
 #include "csrc/core/heap_regions.h"
 #include "csrc/runtime/cuda_status.h"
+#include "csrc/runtime/own_stream.h"
 
 namespace jax_ep {
 namespace {
 
 // First in a handle's bytes. Raise the number with every change of HeapHandle or of the layout.
-constexpr std::string_view kMagic = "jaxep001";
+constexpr std::string_view kMagic = "jaxep002";
 
 // The unit in which CUDA allocates: what IPC maps are whole units, and a heap that fills its own
 // shows peers nothing else.
@@ -45,15 +46,10 @@ Status does_not_fit(const HeapShape& shape, int64_t bytes, int32_t device) {
               ", or leave more memory for it (XLA_PYTHON_CLIENT_MEM_FRACTION)"};
 }
 
-// On a stream of its own: the default stream would wait for whatever else the process runs.
 Status zero(std::byte* base, int64_t bytes) {
-  cudaStream_t stream = nullptr;
-  JAX_EP_RETURN_IF_ERROR(
-      JAX_EP_CUDA_STATUS(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)));
-  Status status = JAX_EP_CUDA_STATUS(cudaMemsetAsync(base, 0, static_cast<size_t>(bytes), stream));
-  if (status.ok()) status = JAX_EP_CUDA_STATUS(cudaStreamSynchronize(stream));
-  static_cast<void>(JAX_EP_CUDA_STATUS(cudaStreamDestroy(stream)));
-  return status;
+  return on_own_stream([base, bytes](cudaStream_t stream) {
+    return JAX_EP_CUDA_STATUS(cudaMemsetAsync(base, 0, static_cast<size_t>(bytes), stream));
+  });
 }
 
 Status enable_peer_access(int32_t device, int32_t peer) {

@@ -63,6 +63,8 @@ class SymmetricHeap {
   [[nodiscard]] int32_t device() const { return device_; }
 
   Status export_handle(const HeapOwner& owner, HeapHandle& handle) const;
+  // Gives the memory up without freeing it: a peer may still map it.
+  void leave() { base_ = nullptr; }
 
  private:
   void free();

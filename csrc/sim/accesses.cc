@@ -64,6 +64,17 @@ void replace(
   e.wake_watchers(address, visible);
 }
 
+// A thread that polls watches what it loads: one word, and one more that it looks at in between.
+void watch(Thread& thread, uint64_t address) {
+  if (thread.watch == kNothing || thread.watch == address) {
+    thread.watch = address;
+  } else if (thread.watch_too == kNothing || thread.watch_too == address) {
+    thread.watch_too = address;
+  } else {
+    thread.watch = kAnything;
+  }
+}
+
 void check_granule(Engine& e, uint32_t bytes) {
   if (bytes >= e.config.granule_bytes) return;
   e.fail_here("misuse",
@@ -97,7 +108,7 @@ void load(const void* from, void* to, uint32_t bytes, Order order, MemoryScope s
   e.check_memory(access.stamp);
   if (order == Order::kWeak) return;
   std::memcpy(&thread.last_strong, to, sizeof thread.last_strong);
-  thread.watch = thread.watch == kNothing || thread.watch == address ? address : kAnything;
+  watch(thread, address);
   thread.watched_at = e.time;
   if (published) take_in(e, thread, published, order, scope);
 }
@@ -156,7 +167,7 @@ void spin_pause(const char* what, Location at) { engine->spin(what, at); }
 
 void trap(Location at) {
   engine->step(at);
-  engine->fail_here("trap", "a kernel gave up");
+  engine->trap_here();
 }
 
 }  // namespace ops

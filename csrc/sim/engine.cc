@@ -90,6 +90,8 @@ void Engine::reset(uint64_t new_seed) {
   regions.clear();
   active.clear();
   watchers.clear();
+  second_watches.clear();
+  first_trap = {};
   copies.clear();
   report = {};
   time = horizon = strong_horizon = 1;
@@ -153,6 +155,8 @@ Report Engine::run() {
     resume(*next);
   }
   running = false;
+  // Those that went on came to an end: what is left to say is that one trapped.
+  if (report.ok()) report = first_trap.ok() ? report : first_trap;
   if (report.ok()) join_streams();
   report.seed = seed;
   report.temper = temper.text();

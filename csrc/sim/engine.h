@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -90,6 +91,9 @@ struct Engine {
   struct Ended {};
   void fail(const char* kind, std::string what);
   [[noreturn]] void fail_here(const char* kind, const std::string& what);
+  // A kernel of the running thread traps: the run ends, or if others are to go on, the rank does.
+  [[noreturn]] void trap_here();
+  void kill_rank(uint32_t rank);
   void check_memory(Stamp by) {
     if (memory.problem.kind) fail_memory(by);
   }
@@ -100,6 +104,7 @@ struct Engine {
   std::string last_sync(Stamp stamp) const;
 
   // ---- services of bulk.cc and streams.cc -------------------------------------------------------
+  void advance_stream(uint32_t rank, uint32_t stream);
   uint16_t participant(uint64_t key, const Block& block, const std::string& name);
   void advance_copies();
 
@@ -127,6 +132,7 @@ struct Engine {
   uint64_t picks = 0;
   uint32_t num_ready = 0;
   std::unordered_map<uint64_t, std::vector<Thread*>> watchers;  // spinning, wake_at is kNever
+  std::set<uint64_t> second_watches;  // words that some thread has looked at between its polls
   std::vector<Block*> active;
   Block* favorite = nullptr;
   uint32_t favorite_picks = 0;
@@ -139,6 +145,7 @@ struct Engine {
   FiberContext scheduler;
   std::vector<BulkCopy> copies;
   Report report;
+  Report first_trap;  // where a run goes on after one
 
  private:
   Thread* pick();
@@ -151,12 +158,12 @@ struct Engine {
   void draw_speeds();
   void resume(Thread& thread);
   void make_current(Thread& thread);
-  void advance_stream(uint32_t rank, uint32_t stream);
   void start_blocks(uint32_t rank);
   void start_block(uint32_t rank, uint32_t stream);
   void retire(Thread& thread);
   void retire_block(Block& block);
   void join_streams();
+  void wake_second_watchers(uint64_t address, uint32_t at);
   uint32_t block_slot(uint32_t rank, uint32_t stream, uint32_t block) const {
     return (rank * config.streams + stream) * config.max_blocks + block;
   }

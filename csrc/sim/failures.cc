@@ -75,6 +75,16 @@ void Engine::fail_here(const char* kind, const std::string& what) {
   throw Ended{};
 }
 
+void Engine::trap_here() {
+  if (!config.survive_traps) fail_here("trap", "a kernel gave up");
+  if (first_trap.ok()) {
+    first_trap.kind = "trap";
+    first_trap.what = "a kernel gave up\n    by " + name(*current);
+  }
+  kill_rank(current->id.rank);
+  throw Ended{};
+}
+
 void Engine::fail_memory(Stamp by) {
   const Memory::Problem problem = memory.problem;
   memory.problem = {};

@@ -119,7 +119,14 @@ void Machine::launch(uint32_t rank,
                   shape.shared_bytes));
     return;
   }
-  e.ranks[rank].streams[stream].ops.push_back({shape, std::move(kernel), {}});
+  Stream& target = e.ranks[rank].streams[stream];
+  target.ops.push_back({shape, std::move(kernel), {}});
+  Stream* const host = e.host_stream;
+  if (host == nullptr || host == &target) return;
+  target.done.generic.join(host->done.generic);
+  target.done.generic.raise(host->done.owner, host->done.now++);
+  e.advance_stream(rank, stream);
+  e.host_stream = host;
 }
 
 void Machine::check(uint32_t rank, uint32_t stream, std::function<std::string()> check) {

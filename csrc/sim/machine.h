@@ -27,6 +27,7 @@ struct Config {
   uint32_t shared_bytes = uint32_t{48} << 10;  // the most per block
   bool check_races = true;       // report accesses that the memory model leaves unordered
   bool stale_reads = true;       // let unordered loads return old values
+  bool survive_traps = false;    // a trap ends its rank alone; the run still ends as "trap"
   bool expire_deadlines = true;  // where only time can help, let it pass: kernels' deadlines expire
   uint64_t max_steps = 200'000'000;  // primitives before it is called a livelock; below 2^31
 };
@@ -86,8 +87,9 @@ class Machine {
   // Makes memory uninitialized again: a load before the next store is an error.
   void poison(uint32_t rank, void* address, uint64_t bytes);
 
-  // Append to a stream of the rank. Two streams are not ordered with each other. A check returns
-  // an error text, or "".
+  // Append to a stream of the rank. Two streams are not ordered with each other, but for what a
+  // check or host call of one appends to another: it comes after that. A check returns an error
+  // text, or "".
   void launch(uint32_t rank, uint32_t stream, LaunchShape shape, std::function<void()> kernel);
   void check(uint32_t rank, uint32_t stream, std::function<std::string()> check);
   void host_call(uint32_t rank, uint32_t stream, std::function<void()> call);

@@ -169,6 +169,7 @@ inline void fence_proxy_async(Location at = Location::current()) {
 
 // ---- time ---------------------------------------------------------------------------------------
 inline u64 now_ns() { return sim::ops::now_ns(); }
+inline constexpr u32 kPollsPerLook = 1;  // a thread is woken to poll only where something changed
 inline void spin_pause(const char* what, Location at = Location::current()) {
   sim::ops::spin_pause(what, at);
 }

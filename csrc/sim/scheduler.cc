@@ -33,7 +33,7 @@ void Engine::resume(Thread& thread) {
   swap_fibers(scheduler, thread.context);
   // It may have passed on to others.
   Thread& last = *std::exchange(current, nullptr);
-  if (last.state == ThreadState::kDone && report.ok()) retire(last);
+  if (last.state == ThreadState::kDone && report.ok() && !last.block->killed) retire(last);
 }
 
 void Engine::leave() {
@@ -73,6 +73,11 @@ void Engine::spin(const char* what, const Location& at) {
   if (thread.watch == kNothing) thread.watch = kAnything;
   if (thread.watch != kAnything) {
     thread.wake_at = memory.next_visible(thread.watch, thread.watched_at);
+    if (thread.watch_too != kNothing) {
+      thread.wake_at =
+          std::min(thread.wake_at, memory.next_visible(thread.watch_too, thread.watched_at));
+      second_watches.insert(thread.watch_too);
+    }
   } else if (time < strong_horizon) {
     thread.wake_at = time + random.below(strong_horizon - time + 1);
   }
@@ -82,7 +87,7 @@ void Engine::spin(const char* what, const Location& at) {
     thread.block->spinning.push_back(&thread);
   }
   wait_as(ThreadState::kSpinning);
-  thread.watch = kNothing;
+  thread.watch = thread.watch_too = kNothing;
   thread.polled = time;
 }
 
@@ -91,6 +96,19 @@ void Engine::wake_watchers(uint64_t address, uint32_t at) {
   for (const uint64_t watch : {address, kAnything}) {
     const auto it = watchers.find(watch);
     if (it != watchers.end()) wake(it->second, at);
+  }
+  if (second_watches.contains(address)) wake_second_watchers(address, at);
+}
+
+// Seldom needed, and so a search.
+void Engine::wake_second_watchers(uint64_t address, uint32_t at) {
+  for (auto& [watched, parked] : watchers) {
+    std::vector<Thread*> woken;
+    std::erase_if(parked, [&](Thread* thread) {
+      if (thread->watch_too == address) woken.push_back(thread);
+      return thread->watch_too == address;
+    });
+    wake(woken, at);
   }
 }
 

@@ -53,6 +53,7 @@ struct Thread {
   uint16_t location;     // of the primitive that it is in
   const char* what;      // it waits for
   uint64_t watch;        // the flag that it polls, kNothing or kAnything
+  uint64_t watch_too;    // a second word that it looks at between polls, or kNothing
   uint32_t watched_at;   // when it last loaded that flag
   uint32_t polled;       // when its last poll began
   uint32_t wake_at;      // when a spinning thread may look again; kNever: once its flag changes
@@ -98,8 +99,9 @@ struct MbarState {
 
 struct Block {
   uint32_t rank, stream, index;
-  uint32_t alive = 0;  // threads
-  uint32_t weight;     // relative speed, out of 256
+  uint32_t alive = 0;   // threads
+  bool killed = false;  // with its rank, by a trap
+  uint32_t weight;      // relative speed, out of 256
   LaunchShape shape;
   std::vector<Thread*> ready;
   std::vector<Thread*> spinning;  // those whose wake_at has been set
@@ -146,6 +148,7 @@ struct NamedRegion {
 struct Rank {
   std::vector<Stream> streams;
   uint32_t blocks_resident = 0;
+  bool trapped = false;
   std::vector<std::pair<uint64_t, uint64_t>> shared;  // [begin, end) that peers may access
 };
 

@@ -50,6 +50,7 @@ void Engine::start_block(uint32_t rank, uint32_t stream_index) {
   Block& block = blocks[slot];
   block.index = index;
   block.alive = shape.threads;
+  block.killed = false;
   block.weight = 256;
   block.shape = shape;
   block.mbars.clear();
@@ -67,7 +68,7 @@ void Engine::start_block(uint32_t rank, uint32_t stream_index) {
     thread.view.now_async = thread.view.now++;
     thread.location = 0;
     thread.what = "";
-    thread.watch = kNothing;
+    thread.watch = thread.watch_too = kNothing;
     thread.polled = thread.last_strong = 0;
     thread.in_bulk_wait = false;
     thread.sync = nullptr;
@@ -118,6 +119,32 @@ void Engine::retire_block(Block& block) {
   --ranks[block.rank].blocks_resident;
   start_blocks(block.rank);
   if (--stream.blocks_alive == 0) advance_stream(block.rank, block.stream);
+}
+
+// A trap ends the rank's context: all that runs there, and all that was to run.
+void Engine::kill_rank(uint32_t rank) {
+  ranks[rank].trapped = true;
+  for (auto& [address, parked] : watchers) {
+    std::erase_if(parked, [rank](const Thread* thread) { return thread->id.rank == rank; });
+  }
+  std::erase_if(copies, [rank](const BulkCopy& copy) { return copy.issuer->id.rank == rank; });
+  for (Block* block : std::vector<Block*>(active)) {
+    if (block->rank != rank) continue;
+    num_ready -= static_cast<uint32_t>(block->ready.size());
+    block->ready.clear();
+    block->spinning.clear();
+    block->alive = 0;
+    block->killed = true;
+    const auto slot = static_cast<uint32_t>(block - blocks.data());
+    for (uint32_t t = 0; t < block->shape.threads; ++t) {
+      threads[slot * config.max_threads + t].state = ThreadState::kDone;
+    }
+    std::erase(active, block);
+  }
+  for (Stream& stream : ranks[rank].streams) {
+    stream.ops.clear();
+    stream.blocks_alive = stream.blocks_waiting = 0;
+  }
 }
 
 // The host waited for all: what is appended next comes after all that was done.

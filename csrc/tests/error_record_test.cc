@@ -12,28 +12,30 @@ ErrorRecord record(WaitTag tag, OpKind op) {
           .op = static_cast<uint32_t>(op),
           .rank = 2,
           .peer = 5,
-          .expected = tag == WaitTag::kArrived ? arrival_flag(7, OpKind::kPlan) : 7U,
-          .seen = tag == WaitTag::kArrived ? arrival_flag(6, OpKind::kCombine) : 6U,
-          .chunk = 3};
+          .expected = 7,
+          .seen = 6,
+          .chunk = 3,
+          .other_op = static_cast<uint32_t>(OpKind::kCombine),
+          .detail = 0};
 }
 
 TEST(ErrorRecord, SaysWhichRowsDidNotCome) {
   EXPECT_EQ(describe(record(WaitTag::kArrived, OpKind::kDispatch), 60),
-            "rank 2 waited 60 s in dispatch for the rows of rank 5 (chunk 3): expected epoch 7, "
+            "rank 2 waited 60 s in dispatch for the rows of rank 5 (chunk 3): expected exchange 7, "
             "saw 6; is rank 5 alive, and does it run the same operations in the same order?");
 }
 
 TEST(ErrorRecord, SaysWhoseRoutingDidNotCome) {
   EXPECT_EQ(describe(record(WaitTag::kArrived, OpKind::kPlan), 0.5),
-            "rank 2 waited 0.5 s in plan for the routing of rank 5: expected epoch 7, saw 6; is "
+            "rank 2 waited 0.5 s in plan for the routing of rank 5: expected exchange 7, saw 6; is "
             "rank 5 alive, and does it run the same operations in the same order?");
 }
 
 TEST(ErrorRecord, SaysWhoHasNotReadItsRows) {
   EXPECT_EQ(describe(record(WaitTag::kAcknowledged, OpKind::kCombine), 60),
             "rank 2 waited 60 s in combine for rank 5 to have read the rows of the exchange "
-            "before: expected epoch 7, saw 6; is rank 5 alive, and does it run the same operations "
-            "in the same order?");
+            "before: expected exchange 7, saw 6; is rank 5 alive, and does it run the same "
+            "operations in the same order?");
 }
 
 TEST(ErrorRecord, SaysThatBlocksDoNotRunTogether) {
@@ -50,19 +52,55 @@ TEST(ErrorRecord, SaysThatTheProgramRunsElsewhere) {
 }
 
 TEST(ErrorRecord, SaysWhichOperationsMet) {
-  ErrorRecord wrong = record(WaitTag::kWrongOp, OpKind::kDispatch);
-  wrong.expected = arrival_flag(7, OpKind::kDispatch);
-  wrong.seen = arrival_flag(7, OpKind::kCombine);
+  EXPECT_EQ(describe(record(WaitTag::kWrongOp, OpKind::kDispatch), 60),
+            "ranks disagree: exchange 7 is dispatch on rank 2 and combine on rank 5; all ranks "
+            "must run the same operations in the same order");
+}
+
+TEST(ErrorRecord, SaysWhatOfTwoCallsDiffers) {
+  ErrorRecord wrong = record(WaitTag::kWrongCall, OpKind::kDispatch);
+  wrong.detail = 1U << static_cast<uint32_t>(CallPart::kTokens) |
+                 1U << static_cast<uint32_t>(CallPart::kPlace);
   EXPECT_EQ(describe(wrong, 60),
-            "ranks disagree: exchange 7 is dispatch on rank 2 and exchange 7 is combine on rank 5; "
-            "all ranks must run the same operations in the same order");
+            "ranks disagree: exchange 7 is one dispatch on rank 2 and another dispatch on rank 5; "
+            "they differ in the number of tokens and the place in the program (the layer); all "
+            "ranks must run the same operations in the same order");
+}
+
+TEST(ErrorRecord, SaysWhichOperationsOverlapped) {
+  EXPECT_EQ(describe(record(WaitTag::kOverlap, OpKind::kDispatch), 60),
+            "two operations of the EpGroup ran on rank 2 at the same time: dispatch and combine; a "
+            "rank runs one at a time: all on one stream, and no concurrent command buffers");
+}
+
+TEST(ErrorRecord, SaysThatTheGroupWasClosed) {
+  ErrorRecord closed = record(WaitTag::kClosed, OpKind::kDispatch);
+  EXPECT_EQ(describe(closed, 60),
+            "dispatch of rank 2 was called after the EpGroup had been closed: its results are NaN, "
+            "or -1; a compiled function may be called only while the group that it was traced with "
+            "is open");
+  closed.detail = kClosedInAWait;
+  EXPECT_EQ(describe(closed, 60),
+            "the EpGroup was closed while rank 2 waited in dispatch for rank 5; close it when no "
+            "thread launches programs with it");
+}
+
+TEST(ErrorRecord, SaysWhoGaveUpFirst) {
+  ErrorRecord told = record(WaitTag::kPeerGaveUp, OpKind::kDispatch);
+  told.detail = pack(Aborted{.by = 5,
+                             .blamed = 3,
+                             .tag = static_cast<uint32_t>(WaitTag::kArrived),
+                             .op = static_cast<uint32_t>(OpKind::kPlan)});
+  EXPECT_EQ(describe(told, 60),
+            "rank 2 ended its dispatch because rank 5 gave up in plan, waiting for the routing of "
+            "rank 3; look at the log of rank 5, and at rank 3");
 }
 
 TEST(ErrorRecord, SurvivesWhatItDoesNotKnow) {
   EXPECT_EQ(describe(record(static_cast<WaitTag>(99), static_cast<OpKind>(77)), 60),
             "rank 2 waited 60 s in an unknown operation for an unknown event (tag 99) of rank 5: "
-            "expected epoch 7, saw 6; is rank 5 alive, and does it run the same operations in the "
-            "same order?");
+            "expected exchange 7, saw 6; is rank 5 alive, and does it run the same operations in "
+            "the same order?");
 }
 
 }  // namespace

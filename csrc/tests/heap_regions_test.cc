@@ -62,7 +62,7 @@ TEST(HeapRegions, PeersMapTheFirstPartOnly) {
         EXPECT_GE(regions[i].offset, layout.peer_bytes) << regions[i].name;
       }
     }
-    EXPECT_EQ(layout.at(Region::kControl), layout.peer_bytes);
+    EXPECT_EQ(layout.at(Region::kCounts), layout.peer_bytes);
   }
 }
 

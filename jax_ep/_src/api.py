@@ -74,6 +74,7 @@ def dispatch(
             arrival_topk=plan.arrival_topk,
             config=config,
             num_ranks=group.num_ranks,
+            axis_names=group.axis_names,
         )
         rows, weights = backend.dispatch(spec, x, topk_weights, handle)
     return Dispatched(
@@ -167,6 +168,11 @@ def _check_group(op: str, group: EpGroup) -> None:
 
 
 def _check_handle(handle: DispatchHandle, group: EpGroup) -> None:
+    if handle.axis_names != group.axis_names:
+        raise ValueError(
+            f"handle is of a dispatch over the axes {handle.axis_names}; allowed: one over this "
+            f"group's, {group.axis_names}"
+        )
     if handle.config != group.config or handle.num_ranks != group.num_ranks:
         raise ValueError(
             f"handle is of a dispatch with {handle.num_ranks} ranks and {handle.config}; allowed: "

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """A group's memory on GPUs: made in every process, mapped by its peers, and given back."""
 
+import atexit
 import contextlib
+import dataclasses
+import functools
 import logging
 import math
+import os
 import pathlib
 import platform
-import secrets
-import threading
+import weakref
 from collections.abc import Sequence
-from types import ModuleType
 
 import jax
 
 from jax_ep._src import native
-from jax_ep._src.bootstrap import Bootstrap, Message, group_id, group_key
+from jax_ep._src.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.config import EpConfig
+from jax_ep._src.cuda_watch import GroupWatch, Watch
 from jax_ep._src.errors import EpUnavailable
 from jax_ep._src.health import EpHealth
-from jax_ep._src.placements import placements
+from jax_ep._src.placements import Placement, placements
 
 _logger = logging.getLogger("jax_ep")
 
@@ -32,7 +35,9 @@ _MAX_TOKENS = 2**20
 _DTYPES = ("float32", "bfloat16", "float16")
 _LAYOUTS = ("expert", "rank")
 
-_WATCH_PERIOD_S = 0.5
+# How long close() waits for other processes, at most: what they may still map is then left.
+_CLOSE_S = 60.0
+_EXIT_S = 10.0
 
 
 def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
@@ -50,6 +55,101 @@ def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """What the processes of a mesh have agreed on before anything is allocated.
+
+    Attributes:
+        bootstrap: for what they tell each other from here on.
+        nonce: a number that they alone know of.
+        group_id: of the group, the same in all of them.
+        why_not: why the kernels cannot serve the group, in one of them; None if they can.
+        hosts: text by process: where it runs.
+    """
+
+    bootstrap: Bootstrap
+    nonce: int
+    group_id: int
+    why_not: str | None
+    hosts: dict[int, str]
+
+
+def agree(
+    mesh: jax.sharding.Mesh,
+    axis_names: Sequence[str],
+    config: EpConfig,
+    *,
+    warn_after: float,
+    timeout: float,
+    why_not: str | None,
+) -> Agreement:
+    """Meets the other processes of a mesh of GPUs, so that all of them choose the same backend.
+
+    Args:
+        mesh: of GPUs, one of them at least of this process.
+        axis_names: the group's axes.
+        config: sizes and formats.
+        warn_after: seconds after which a process that does not come is logged.
+        timeout: seconds that processes wait for each other.
+        why_not: why the kernels cannot serve here; None if they can.
+
+    Raises:
+        EpUnavailable: a process did not come, or makes a group with another config.
+    """
+    ranks = placements(mesh, axis_names)
+    processes = sorted({place.process for place in ranks})
+    me = jax.process_index()
+    digest = mesh_digest(mesh, axis_names)
+    boot = Bootstrap(digest, processes, me, warn_after=warn_after, timeout=timeout)
+    mine = {
+        "made": num_made(digest),
+        "host": _host(),
+        "where": f"process {me} (pid {os.getpid()} on {platform.node()})",
+        "config": f"{config}, warn_after={warn_after:g}, timeout={timeout:g}",
+        "why_not": why_not,
+    }
+    with boot.telling_failures("join"):
+        nonce = boot.begin()
+        messages = boot.gather("join", mine)
+        boot.all_have_begun()
+    for process, message in sorted(messages.items()):
+        if message["config"] != mine["config"]:
+            raise EpUnavailable(
+                f"process {process} made it with another config: {message['config']}; here it is "
+                f"{mine['config']}"
+            )
+    return Agreement(
+        bootstrap=boot,
+        nonce=nonce,
+        group_id=next_group_id(digest, after=max(m["made"] for m in messages.values())),
+        why_not=_why_not_all(messages) or _why_not_one_host(messages, ranks),
+        hosts={process: message["where"] for process, message in messages.items()},
+    )
+
+
+def _why_not_all(messages: dict[int, Message]) -> str | None:
+    for process, message in sorted(messages.items()):
+        if message["why_not"] is not None:
+            where = f"in process {process}, " if len(messages) > 1 else ""
+            return f"{where}{message['why_not']}"
+    return None
+
+
+def _why_not_one_host(messages: dict[int, Message], ranks: Sequence[Placement]) -> str | None:
+    hosts: dict[int, dict[str, int]] = {}  # group_index -> host -> one of its processes
+    for place in ranks:
+        host = messages[place.process]["host"]
+        hosts.setdefault(place.group_index, {}).setdefault(host, place.process)
+    for group_index, processes in hosts.items():
+        if len(processes) > 1:
+            where = " and ".join(map(str, processes.values()))
+            return (
+                f"its ranks are on several hosts (processes {where}, group_index {group_index}), "
+                "and the kernels reach over the NVLink of one: choose axes inside a host"
+            )
+    return None
+
+
 class CudaGroup:
     """A group in the compiled module, with the heaps of the ranks on this process's GPUs.
 
@@ -64,6 +164,9 @@ class CudaGroup:
         mesh: jax.sharding.Mesh,
         axis_names: Sequence[str],
         config: EpConfig,
+        agreement: Agreement,
+        *,
+        warn_after: float,
         timeout: float,
     ) -> None:
         """Allocates the heaps, and returns when all ranks of the mesh have mapped their peers'.
@@ -73,47 +176,59 @@ class CudaGroup:
             mesh: of GPUs, one of them at least of this process.
             axis_names: the group's axes.
             config: sizes and formats.
-            timeout: seconds that kernels wait for a peer, and processes for each other.
+            agreement: from `agree`.
+            warn_after: seconds after which a kernel's wait for a peer is logged.
+            timeout: seconds after which a kernel that waits for a peer gives up.
 
         Raises:
             EpUnavailable: a heap does not fit, a peer's cannot be mapped, or a process failed or
-                did not come. Nothing is left behind.
+                did not come. Nothing is left behind but what a peer may still map.
         """
         self._name = name
         self._module = native.load_cuda()
         native.register_cuda_targets()
         everywhere = placements(mesh, axis_names)
-        me = jax.process_index()
-        self._here = [place for place in everywhere if place.process == me]
-        self._num_ranks = math.prod(mesh.shape[axis] for axis in axis_names)
+        self._here = [place for place in everywhere if place.process == jax.process_index()]
         self._config = config
+        self._warn_after = warn_after
         self._timeout = timeout
-        shape = _heap_shape(config, self._num_ranks)
+        shape = _heap_shape(config, math.prod(mesh.shape[axis] for axis in axis_names))
         self.heap_bytes: int = self._module.heap_bytes(**shape)
-        key = group_key(mesh, axis_names)
-        self.group_id = group_id(key)
-        self._bootstrap = Bootstrap(key, sorted({p.process for p in everywhere}), me, timeout)
+        self.group_id = agreement.group_id
+        self._bootstrap = agreement.bootstrap
+        self._mapped_by_peers = False
         try:
-            self._open(shape)
+            self._open(agreement.nonce, shape)
         except EpUnavailable as e:
             raise EpUnavailable(f"backend 'ffi' cannot serve {name}: {e}") from e
-        self._watch = _ErrorWatch(self._module, self.group_id, name)
+        self._watch = _watch()
+        self._watch.add(
+            GroupWatch(
+                name,
+                warn_after=warn_after,
+                timeout=timeout,
+                places={(p.group_index, p.rank): agreement.hosts[p.process] for p in everywhere},
+                store=self._bootstrap.store,
+                prefix=self._bootstrap.prefix,
+            )
+        )
+        _open_groups.add(self)
 
-    def _open(self, shape: dict[str, int]) -> None:
+    def _open(self, nonce: int, shape: dict[str, int]) -> None:
         boot = self._bootstrap
         with contextlib.ExitStack() as undo:
-            with boot.telling_failures("nonce", "handles", "connected", "disconnected"):
-                nonce = boot.from_first("nonce", {"nonce": secrets.randbits(63)})["nonce"]
+            with boot.telling_failures("handles", "connected", "disconnected"):
                 handles = self._create(nonce, shape)
-                undo.callback(self._module.close_group, self.group_id)
-                messages = boot.gather("handles", self._message(handles))
-                self._check(messages)
-            with boot.telling_failures("connected"):
-                undo.callback(self._disconnect)
+                undo.callback(self._forget)
+            with boot.telling_failures("handles", "connected"):
+                # Who has the handles may map the heaps, also where this process fails meanwhile.
+                self._mapped_by_peers = boot.has_others
+                undo.callback(self._disconnect, _CLOSE_S)
+                messages = boot.gather("handles", {"handles": [h.hex() for h in handles]})
                 self._connect(messages)
                 boot.gather("connected", {})
             undo.pop_all()
-        boot.forget("nonce", "handles")
+        boot.forget("join", "handles")
 
     def _create(self, nonce: int, shape: dict[str, int]) -> list[bytes]:
         try:
@@ -121,6 +236,7 @@ class CudaGroup:
                 group_id=self.group_id,
                 name=self._name,
                 nonce=nonce,
+                warn_after_s=self._warn_after,
                 timeout_s=self._timeout,
                 num_sms=self._config.num_sms or 0,
                 **shape,
@@ -129,44 +245,9 @@ class CudaGroup:
         except (RuntimeError, MemoryError) as e:
             raise EpUnavailable(str(e)) from e
 
-    def _message(self, handles: list[bytes]) -> Message:
-        return {
-            "host": _host(),
-            "config": f"{self._config}, timeout={self._timeout:g}",
-            "handles": [
-                [place.group_index, place.rank, handle.hex()]
-                for place, handle in zip(self._here, handles, strict=True)
-            ],
-        }
-
-    def _check(self, messages: dict[int, Message]) -> None:
-        mine = messages[self._here[0].process]
-        hosts: dict[int, dict[str, int]] = {}  # group_index -> host -> one of its processes
-        for process, message in sorted(messages.items()):
-            if message["config"] != mine["config"]:
-                raise EpUnavailable(
-                    f"process {process} made it with another config: {message['config']}; here it "
-                    f"is {mine['config']}"
-                )
-            for group_index, _, _ in message["handles"]:
-                hosts.setdefault(group_index, {}).setdefault(message["host"], process)
-        for group_index, processes in hosts.items():
-            if len(processes) > 1:
-                where = " and ".join(map(str, processes.values()))
-                raise EpUnavailable(
-                    f"its ranks are on several hosts (processes {where}, group_index "
-                    f"{group_index}), and the kernels reach over the NVLink of one: choose axes "
-                    "inside a host, or backend='xla'"
-                )
-
     def _connect(self, messages: dict[int, Message]) -> None:
-        by_place = {
-            (group_index, rank): bytes.fromhex(handle)
-            for message in messages.values()
-            for group_index, rank, handle in message["handles"]
-        }
+        handles = [bytes.fromhex(h) for m in messages.values() for h in m["handles"]]
         for place in self._here:
-            handles = [by_place[place.group_index, rank] for rank in range(self._num_ranks)]
             try:
                 self._module.connect_group(self.group_id, place.group_index, place.rank, handles)
             except (RuntimeError, ValueError) as e:
@@ -175,65 +256,62 @@ class CudaGroup:
                     f"{place.device_ordinal}) cannot map its peers' memory: {e}"
                 ) from e
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, limit: float, kernels_limit: float = math.inf) -> None:
         """Unmaps the peers' heaps, and waits until the peers have unmapped ours."""
         try:
-            self._module.disconnect_group(self.group_id)
+            self._module.disconnect_group(group_id=self.group_id, limit_s=kernels_limit)
+        except TimeoutError as e:
+            _logger.warning("%s: closed while %s; its memory is left as it is", self._name, e)
+            return
         except RuntimeError as e:  # after a kernel gave up, CUDA refuses everything
             _logger.error("%s: cannot unmap its peers' memory: %s", self._name, e)
-        missing = self._bootstrap.leave("disconnected")
+        limit = min(limit, self._timeout)
+        missing = self._bootstrap.leave("disconnected", limit)
         if missing:
             _logger.warning(
-                "%s: closed without process(es) %s, which did not close it within %g s",
-                self._name,
-                ", ".join(map(str, missing)),
-                self._timeout,
-            )
+                "%s: closed without process(es) %s, which did not close it within %g s and may "
+                "still use its memory: %.3g GiB on each GPU are left as they are until this "
+                "process ends",
+                self._name, ", ".join(map(str, missing)), limit, self.heap_bytes / 2**30,
+            )  # fmt: skip
         else:
+            self._mapped_by_peers = False
             self._bootstrap.forget("connected")
 
-    def error(self) -> str | None:
-        """What a kernel of this process's ranks reported when it gave up; None if none did."""
-        return self._module.error_of(self.group_id)
+    def _forget(self) -> None:
+        # Memory that a peer maps must not be freed: CUDA does not say what happens then.
+        self._module.close_group(group_id=self.group_id, leave_heaps=self._mapped_by_peers)
 
     def health(self) -> EpHealth:
         """Whom the ranks of this process wait for."""
-        return EpHealth(aborted=self.error())
+        return self._watch.health(self._name)
 
-    def close(self) -> None:
-        """Gives the memory back, once no peer maps it any more. No kernel may be running."""
-        self._watch.stop()
-        self._disconnect()
-        self._module.close_group(self.group_id)
+    def close(self, limit: float = _CLOSE_S, kernels_limit: float = math.inf) -> None:
+        """Gives the memory back, once no peer maps it any more.
+
+        Args:
+            limit: seconds to wait for other processes, at most; the group's timeout if shorter.
+            kernels_limit: seconds to wait for kernels of this process.
+        """
+        _open_groups.discard(self)
+        self._disconnect(limit, kernels_limit)
+        self._watch.look()
+        self._forget()
 
 
-class _ErrorWatch:
-    """Logs, once, why a kernel gave up: XLA reports it as nothing but a failed launch.
+@functools.cache
+def _watch() -> Watch:
+    return Watch(native.load_cuda())
 
-    The thread knows the compiled module and the group's id, and keeps neither the group nor its
-    functions alive.
-    """
 
-    def __init__(self, module: ModuleType, group_id: int, name: str) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(module, group_id, name), name=f"jax_ep {name}", daemon=True
-        )
-        self._thread.start()
+# A process that ends frees its memory, into which a slower peer may still have to store.
+_open_groups: weakref.WeakSet[CudaGroup] = weakref.WeakSet()
 
-    def _run(self, module: ModuleType, group_id: int, name: str) -> None:
-        stopping = False
-        while not stopping:
-            stopping = self._stop.wait(_WATCH_PERIOD_S)
-            error = module.error_of(group_id)
-            if error is not None:
-                _logger.error("%s: %s", name, error)
-                return
 
-    def stop(self) -> None:
-        """Looks a last time, and ends the thread."""
-        self._stop.set()
-        self._thread.join()
+@atexit.register
+def _close_open_groups() -> None:
+    for group in list(_open_groups):
+        group.close(limit=_EXIT_S, kernels_limit=_EXIT_S)
 
 
 def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jax_ep._src import capabilities, cuda_group, native, notices
-from jax_ep._src.bootstrap import group_id, group_key
+from jax_ep._src.bootstrap import mesh_digest, next_group_id
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed, EpUnavailable
 from jax_ep._src.health import EpHealth
@@ -118,29 +118,45 @@ class EpGroup:
                 "max_tokens_per_rank"
             )
         self.heap_bytes = 0
-        self.backend = _choose_backend(
-            backend, None if backend == "xla" else _why_not_ffi(mesh, config, self.num_ranks)
-        )
+        why_not = None if backend == "xla" else _why_not_ffi(mesh, config, self.num_ranks)
+        agreement = None
+        if backend != "xla" and self.platform == "cuda" and _has_devices_here(mesh):
+            agreement = cuda_group.agree(
+                mesh,
+                self.axis_names,
+                config,
+                warn_after=self.warn_after,
+                timeout=self.timeout,
+                why_not=why_not,
+            )
+            why_not = agreement.why_not
+        self.backend = _choose_backend(backend, why_not)
         self._closed = False
         self._lock = threading.Lock()
         self._cuda: cuda_group.CudaGroup | None = None
-        self.group_id = self._register()
+        self.group_id = self._register(agreement)
 
-    def _register(self) -> int:
+    def _register(self, agreement: cuda_group.Agreement | None) -> int:
         number = next(_numbers)
         self.name = f"EpGroup {number} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
         if self.backend != "ffi":
             return -1
-        if self.platform == "cuda":
+        if agreement is not None:
             self._cuda = cuda_group.CudaGroup(
-                self.name, self.mesh, self.axis_names, self.config, self.timeout
+                self.name,
+                self.mesh,
+                self.axis_names,
+                self.config,
+                agreement,
+                warn_after=self.warn_after,
+                timeout=self.timeout,
             )
             self.heap_bytes = self._cuda.heap_bytes
             return self._cuda.group_id
         ext = native.load()
         native.register_targets()
         notices.start(ext)
-        number = group_id(group_key(self.mesh, self.axis_names))
+        number = next_group_id(mesh_digest(self.mesh, self.axis_names))
         ext.create_group(
             group_id=number,
             name=self.name,
@@ -158,9 +174,10 @@ class EpGroup:
         """Frees what the group holds. Using it afterwards is an error; closing twice is not.
 
         Waits for computations in flight on the group's devices whose results somebody holds.
-        Functions compiled with the group fail when they are called afterwards (backend `ffi`).
-        On GPUs every process must call it: each waits, for `timeout` seconds at most, until the
-        others do not use its memory any more.
+        Functions compiled with the group fail when they are called afterwards (backend `ffi`); on
+        GPUs a call that XLA replays from a CUDA graph gives NaN and -1 instead, and the logger
+        `jax_ep` an error. On GPUs every process must call it: each waits, for a minute at most,
+        until the others do not use its memory any more.
         """
         with self._lock:
             if self._closed:
@@ -271,14 +288,17 @@ def _platform(mesh: jax.sharding.Mesh) -> str:
     return "/".join(sorted("cuda" if name == "gpu" else name for name in names))
 
 
+def _has_devices_here(mesh: jax.sharding.Mesh) -> bool:
+    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
+
+
 def _why_not_ffi(mesh: jax.sharding.Mesh, config: EpConfig, num_ranks: int) -> str | None:
     """Why the `ffi` backend cannot serve a mesh; None if it can."""
     platform = _platform(mesh)
-    processes = {device.process_index for device in np.asarray(mesh.devices).flat}
-    if platform in ("cpu", "cuda") and jax.process_index() not in processes:
+    if platform in ("cpu", "cuda") and not _has_devices_here(mesh):
         return "no device of the mesh belongs to this process"
     if platform == "cpu":
-        if len(processes) > 1:
+        if len({device.process_index for device in mesh.devices.flat}) > 1:
             return "on CPU it serves the devices of one process, and this mesh spans several"
         return native.why_unavailable()
     if platform == "cuda":

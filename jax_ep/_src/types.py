@@ -32,6 +32,7 @@ class DispatchHandle:
         arrival_topk: like `arrival_slot`: the selection's position in the token's top-k.
         config: of the group that dispatched.
         num_ranks: of the group that dispatched.
+        axis_names: of the group that dispatched.
     """
 
     topk_idx: jax.Array
@@ -43,6 +44,7 @@ class DispatchHandle:
     arrival_topk: jax.Array | None = None
     config: EpConfig = dataclasses.field(metadata={"static": True})
     num_ranks: int = dataclasses.field(metadata={"static": True})
+    axis_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ from collections.abc import Callable
 VARIABLE = "JAX_EP_STANDING"
 _SUFFIX = ".standing"
 # Threads of some processes are in calls that take a moment to be interrupted, on a busy machine.
-_DUMP_S = 2.0
+_DUMP_S = 1.0
 _LAST_LINES = 40
 # As logging.basicConfig has them.
 _LOGGED = re.compile(r"^(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):jax_ep\b.*", re.MULTILINE)

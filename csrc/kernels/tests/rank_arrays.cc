@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <random>
 
 #include "csrc/core/float_formats.h"
 
@@ -180,9 +181,33 @@ void RankArrays::upload(DeviceMemory& memory) const {
   untouched(rows_scales_, expected_scales_.size() * 4);
 }
 
+void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
+  std::mt19937 random(1000 * options().seed + seed);
+  const EpShape& shape = options().shape;
+  const auto most_rows = static_cast<int32_t>(shape.recv_capacity);
+  const auto replace = [&](int32_t* array, std::vector<int32_t> values, int32_t limit) {
+    const uint32_t kind = random() % 4;
+    for (int32_t& value : values) {
+      const auto any = static_cast<int32_t>(random() % static_cast<uint32_t>(limit));
+      if (kind == 0) value = 0;
+      if (kind == 1) value = limit - 1;
+      if (kind == 2 && random() % 2 == 0) value = -1;
+      if (kind == 3) value = random() % 2 == 0 ? any : static_cast<int32_t>(random());
+    }
+    if (!values.empty()) memory.write(array, values.data(), values.size() * sizeof values[0]);
+  };
+  const RankBuffers& mine = buffers();
+  replace(slot_, mine.slot, most_rows);
+  replace(row_source_, mine.row_source, shape.num_ranks * static_cast<int32_t>(shape.num_tokens));
+  replace(row_topk_idx_, mine.row_topk_idx, shape.num_local_experts());
+  replace(source_slot_, expected_source_slot(), most_rows);
+  replace(topk_idx_, mine.topk_idx, shape.num_experts);
+}
+
 PlanParams RankArrays::plan(const RankView& view) const {
   return {.view = view,
           .shape = options().shape,
+          .call_tag = 0,  // set where it is launched
           .program_rank = program_rank_on_device_,
           .topk_idx = topk_idx_,
           .slot = slot_,
@@ -197,6 +222,7 @@ PlanParams RankArrays::plan(const RankView& view) const {
 DispatchParams RankArrays::dispatch(const RankView& view) const {
   return {.view = view,
           .shape = options().shape,
+          .call_tag = 0,  // set where it is launched
           .hidden = options().hidden,
           .scalars = options().scalars ? options().shape.num_topk : 0,
           .dtype = options().dtype,
@@ -220,6 +246,7 @@ DispatchParams RankArrays::dispatch(const RankView& view) const {
 CombineParams RankArrays::combine(const RankView& view) const {
   return {.view = view,
           .shape = options().shape,
+          .call_tag = 0,  // set where it is launched
           .hidden = options().hidden,
           .weighted = options().weighted,
           .scalars = options().scalars ? options().shape.num_topk : 0,
@@ -281,6 +308,39 @@ std::string RankArrays::check_dispatch(DeviceMemory& memory) const {
                            row_scalars_,
                            buffers().row_scalars,
                            options().shape.scalars_per_row())});
+}
+
+std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
+  const RankBuffers& mine = buffers();
+  const auto bytes = [&](const char* name, const void* array, size_t size) {
+    const std::vector<std::byte> ones(size, std::byte{0xFF});
+    return compare(memory, name, static_cast<const std::byte*>(array), ones, 1);
+  };
+  const auto words = [&](const char* name, const void* array, size_t count) {
+    return bytes(name, array, 4 * count);
+  };
+  const auto zeros = [&](const char* name, const int32_t* array, size_t count) {
+    return compare(memory, name, array, std::vector<int32_t>(count, 0), 1);
+  };
+  switch (op) {
+    case OpKind::kPlan:
+      return first_of(
+          {words("slot", slot_, mine.slot.size()),
+           words("row_source", row_source_, mine.row_source.size()),
+           words("row_topk_idx", row_topk_idx_, mine.row_topk_idx.size()),
+           words("source_slot", source_slot_, expected_source_slot().size()),
+           zeros("group_sizes", group_sizes_, mine.group_sizes.size()),
+           zeros("tokens_per_expert", tokens_per_expert_, mine.tokens_per_expert.size()),
+           zeros("num_dropped", num_dropped_, 1)});
+    case OpKind::kDispatch:
+      return first_of({bytes("rows", rows_, expected_rows_.size()),
+                       words("rows_scales", rows_scales_, expected_scales_.size()),
+                       words("row_scalars", row_scalars_, mine.row_scalars.size())});
+    case OpKind::kCombine:
+      return first_of({bytes("out", out_, mine.out.size()),
+                       words("token_scalars", returned_scalars_, mine.returned_scalars.size())});
+  }
+  return "unknown operation";
 }
 
 std::string RankArrays::check_combine(DeviceMemory& memory) const {

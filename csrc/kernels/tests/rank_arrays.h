@@ -45,6 +45,10 @@ class RankArrays {
   // Writes all operands but those that earlier operations make, and marks results as untouched.
   void upload(DeviceMemory& memory) const;
 
+  // Writes a handle that no plan made: zeros, as a carry starts with, repetitions, holes, or
+  // anything.
+  void replace_handle(DeviceMemory& memory, uint32_t seed) const;
+
   [[nodiscard]] PlanParams plan(const RankView& view) const;
   [[nodiscard]] DispatchParams dispatch(const RankView& view) const;
   [[nodiscard]] CombineParams combine(const RankView& view) const;
@@ -53,6 +57,8 @@ class RankArrays {
   [[nodiscard]] std::string check_plan(DeviceMemory& memory) const;
   [[nodiscard]] std::string check_dispatch(DeviceMemory& memory) const;
   [[nodiscard]] std::string check_combine(DeviceMemory& memory) const;
+  // The same where the group had been closed before.
+  [[nodiscard]] std::string check_poisoned(OpKind op, DeviceMemory& memory) const;
 
  private:
   template <typename T>

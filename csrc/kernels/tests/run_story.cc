@@ -5,10 +5,13 @@
 #include <memory>
 #include <string>
 
+#include "csrc/device/primitives.h"
 #include "csrc/kernels/tests/simulated_group.h"
 
 namespace jax_ep {
 namespace {
+
+constexpr uint64_t kNever = uint64_t{1} << 61;
 
 // One group's part of a run.
 class GroupRun {
@@ -25,6 +28,11 @@ class GroupRun {
                "group" + std::to_string(index)),
         arrays_offset_(offset + SimulatedGroup::memory_bytes(heap_shape(mine_))) {
     if (story.first_epoch != 0) group_.set_epoch(story.first_epoch);
+    const bool reads_anything = story.mishap == Mishap::kHostileHandle ||
+                                story.mishap == Mishap::kOverlap ||
+                                story.mishap == Mishap::kOtherTokens;
+    const int32_t num_ranks = mine_.episodes[0].options.shape.num_ranks;
+    for (int32_t rank = 0; rank < num_ranks && reads_anything; ++rank) group_.fill_staging(rank);
     for (const Episode& episode : mine_.episodes) {
       problems_.push_back(
           std::make_unique<Problem>(episode.options, episode.x_format, episode.rows_format));
@@ -65,24 +73,98 @@ class GroupRun {
     const std::vector<OpKind>& ops = mine_.episodes[episode].ops;
     for (size_t i = 0; i < ops.size(); ++i) {
       const bool last = episode + 1 == problems_.size() && i + 1 == ops.size();
-      if (last && rank == story_.missing_rank) return;
-      append_op(last && rank == story_.odd_rank ? OpKind::kPlan : ops[i], rank, *arrays);
-      const std::string where = "episode " + std::to_string(episode) + " rank " +
-                                std::to_string(rank) + " " + name(ops[i]) + ": ";
-      machine_.check(r, stream_, [this, op = ops[i], rank, arrays, where] {
-        SimulatedMemory device(machine_, rank);
-        const std::string error = check(op, *arrays, device);
-        return error.empty() ? error : where + error;
-      });
+      if (last && story_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
+      append_op(ops[i], group_.view(rank), *arrays, {stream_, story_.blocks});
+      append_check(
+          rank, "episode " + std::to_string(episode), ops[i], [op = ops[i], arrays](auto& device) {
+            return check(op, *arrays, device);
+          });
     }
   }
 
-  void append_op(OpKind op, int32_t rank, const RankArrays& arrays) {
-    const RankView view = group_.view(rank);
+  template <typename Check>
+  void append_check(int32_t rank, const std::string& what, OpKind op, const Check& check) {
+    const std::string where = what + " rank " + std::to_string(rank) + " " + name(op) + ": ";
+    machine_.check(static_cast<uint32_t>(rank), stream_, [this, rank, check, where] {
+      SimulatedMemory device(machine_, rank);
+      const std::string error = check(device);
+      return error.empty() ? error : where + error;
+    });
+  }
+
+  // The last operation, with what goes wrong.
+  void append_mishap(OpKind op, int32_t rank, const RankArrays& arrays) {
+    const bool is_it = rank == story_.rank;
+    const SimulatedLaunch launch{stream_, story_.blocks, 1};
+    RankView view = group_.view(rank);
+    const auto host_call = [this, rank](const auto& call) {
+      machine_.host_call(static_cast<uint32_t>(rank), stream_, call);
+    };
+    switch (story_.mishap) {
+      case Mishap::kNone: break;
+      case Mishap::kOneImpatient:
+        if (rank != 0) view.timeout_ns = kNever;
+        [[fallthrough]];
+      case Mishap::kMissing:
+        if (is_it) return;
+        break;
+      case Mishap::kLate:
+        view.timeout_ns = kNever;
+        if (is_it) return append_late(op, rank, arrays, launch);
+        break;
+      case Mishap::kOtherOp:
+        if (is_it) op = OpKind::kPlan;
+        break;
+      case Mishap::kOtherPlace:
+        return append_op(op, view, arrays, {launch.stream, launch.blocks, is_it ? 2U : 1U});
+      case Mishap::kOtherTokens: return append_op(op, view, arrays, launch, is_it ? 1 : 0);
+      case Mishap::kOverlap:
+        host_call([this, op, view, &arrays, launch] {
+          append_op(op, view, arrays, {stream_ + 1, launch.blocks, launch.place});
+        });
+        break;
+      case Mishap::kHostileHandle:
+        host_call([this, rank, &arrays] {
+          SimulatedMemory device(machine_, rank);
+          arrays.replace_handle(device, static_cast<uint32_t>(rank));
+        });
+        break;
+      case Mishap::kClosed:
+        host_call([this, rank] { group_.close(rank); });
+        for (std::byte*& heap : view.heap) heap = nullptr;
+        append_op(op, view, arrays, launch);
+        return append_check(rank, "closed", op, [op, &arrays](auto& device) {
+          return arrays.check_poisoned(op, device);
+        });
+    }
+    append_op(op, view, arrays, launch);
+  }
+
+  // Once all others have reported that they wait for the rank.
+  void append_late(OpKind op, int32_t rank, const RankArrays& arrays, SimulatedLaunch launch) {
+    machine_.launch(static_cast<uint32_t>(rank), stream_, {}, [] {
+      // Time leaps by 2^40 when nobody can do anything but wait: after the first leap the others
+      // report, and after the second one they have.
+      while (dev::now_ns() < uint64_t{3} << 39) dev::spin_pause("the others to lose patience");
+    });
+    append_op(op, group_.view(rank), arrays, launch);
+    append_check(
+        rank, "late", op, [op, &arrays](auto& device) { return check(op, arrays, device); });
+  }
+
+  void append_op(OpKind op,
+                 const RankView& view,
+                 const RankArrays& arrays,
+                 const SimulatedLaunch& launch,
+                 int64_t fewer_tokens = 0) {
+    const auto run = [&](auto params) {
+      params.shape.num_tokens -= fewer_tokens;
+      group_.launch(params, launch);
+    };
     switch (op) {
-      case OpKind::kPlan: return group_.launch(arrays.plan(view), stream_, story_.blocks);
-      case OpKind::kDispatch: return group_.launch(arrays.dispatch(view), stream_, story_.blocks);
-      case OpKind::kCombine: return group_.launch(arrays.combine(view), stream_, story_.blocks);
+      case OpKind::kPlan: return run(arrays.plan(view));
+      case OpKind::kDispatch: return run(arrays.dispatch(view));
+      case OpKind::kCombine: return run(arrays.combine(view));
     }
   }
 
@@ -111,6 +193,8 @@ Outcome run_story(const Story& story, uint64_t seed) {
   sim::Config config;
   config.num_ranks = static_cast<uint32_t>(story.groups[0].episodes[0].options.shape.num_ranks);
   config.streams = static_cast<uint32_t>(story.groups.size());
+  if (story.mishap == Mishap::kOverlap) ++config.streams;
+  config.survive_traps = story.mishap != Mishap::kNone;  // see what each rank says
   config.max_blocks = story.blocks;
   config.max_threads = SimulatedGroup::kMaxThreads;
   config.shared_bytes = SimulatedGroup::max_shared_bytes();
@@ -133,9 +217,11 @@ Outcome run_story(const Story& story, uint64_t seed) {
     runs.push_back(std::make_unique<GroupRun>(machine, story, i, offsets[i]));
     runs.back()->append();
   }
-  Outcome outcome{machine.run(), {}};
+  Outcome outcome{machine.run(), {}, {}};
   for (uint32_t rank = 0; rank < config.num_ranks; ++rank) {
-    outcome.errors.push_back(runs[0]->group().error(static_cast<int32_t>(rank)));
+    SimulatedGroup& group = runs[0]->group();
+    outcome.errors.push_back(group.error(static_cast<int32_t>(rank)));
+    outcome.long_waits.push_back(group.long_wait(static_cast<int32_t>(rank), story.rank));
   }
   return outcome;
 }

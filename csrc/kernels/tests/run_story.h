@@ -15,6 +15,8 @@ namespace jax_ep {
 struct Outcome {
   sim::Report report;
   std::vector<ErrorRecord> errors;  // of the first group, by rank
+  // Of the first group, by rank, what it reported last of its waits for Story::rank.
+  std::vector<LongWait> long_waits;
 };
 // The same story and seed give the same run.
 Outcome run_story(const Story& story, uint64_t seed);

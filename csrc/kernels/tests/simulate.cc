@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs random stories on the simulator.
 //   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--no-races] [--verbose]
+//   simulate --mishaps [--seeds FIRST:LAST]     stories in which something goes wrong
 // Prints the first failure and exits with 1; the seed reproduces it.
 #include <chrono>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "csrc/kernels/tests/mishaps.h"
 #include "csrc/kernels/tests/run_story.h"
 
 namespace {
@@ -18,6 +20,7 @@ struct Arguments {
   double seconds = 1e9;
   bool races = true;
   bool verbose = false;
+  bool mishaps = false;
   jax_ep::StoryLimits limits;
 };
 
@@ -39,6 +42,8 @@ Arguments parse(int argc, char** argv) {
       arguments.limits.groups = std::atoi(argv[++i]);
     } else if (flag == "--no-races") {
       arguments.races = false;
+    } else if (flag == "--mishaps") {
+      arguments.mishaps = true;
     } else if (flag == "--verbose") {
       arguments.verbose = true;
     } else {
@@ -49,10 +54,23 @@ Arguments parse(int argc, char** argv) {
   return arguments;
 }
 
+int run_mishaps(const Arguments& arguments) {
+  for (uint64_t seed = arguments.first; seed <= arguments.last; ++seed) {
+    for (const jax_ep::Story& story : jax_ep::all_mishaps(seed)) {
+      const std::string wrong = verdict_on(story, run_story(story, seed));
+      if (wrong.empty()) continue;
+      std::printf("seed %lu failed: %s\n%s\n", seed, describe(story).c_str(), wrong.c_str());
+      return 1;
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Arguments arguments = parse(argc, argv);
+  if (arguments.mishaps) return run_mishaps(arguments);
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [start] {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

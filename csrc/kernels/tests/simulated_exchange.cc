@@ -61,6 +61,7 @@ class RankProgram {
     rows_bytes_ = static_cast<uint64_t>(rows * (rows_quantized ? exchange.hidden : row_bytes));
     plan_ = {.view = view,
              .shape = shape,
+             .call_tag = 0,
              .program_rank = program_rank_,
              .topk_idx = operand(exchange.topk_idx, selections),
              .slot = result(exchange.slot, selections),
@@ -73,6 +74,7 @@ class RankProgram {
     dispatch_ = {
         .view = view,
         .shape = shape,
+        .call_tag = 0,
         .hidden = exchange.hidden,
         .scalars = shape.num_topk,
         .dtype = dtype,
@@ -93,6 +95,7 @@ class RankProgram {
         .row_scalars = result(exchange.row_weights, scalars)};
     weighted_ = {.view = view,
                  .shape = shape,
+                 .call_tag = 0,
                  .hidden = exchange.hidden,
                  .weighted = true,
                  .scalars = shape.num_topk,
@@ -118,10 +121,10 @@ class RankProgram {
   void append_call(sim::Machine& machine, SimulatedGroup& group, int32_t call, uint32_t blocks) {
     const auto r = static_cast<uint32_t>(rank_);
     machine.host_call(r, 0, [this, &machine] { upload(machine); });
-    group.launch(plan_, 0, blocks);
-    group.launch(dispatch_, 0, blocks);
-    group.launch(weighted_, 0, blocks);
-    group.launch(unweighted_, 0, blocks);
+    group.launch(plan_, {.blocks = blocks});
+    group.launch(dispatch_, {.blocks = blocks});
+    group.launch(weighted_, {.blocks = blocks});
+    group.launch(unweighted_, {.blocks = blocks});
     machine.host_call(r, 0, [this, &machine, call] { download(machine, call); });
   }
 

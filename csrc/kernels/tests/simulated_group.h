@@ -35,6 +35,12 @@ class SimulatedMemory : public DeviceMemory {
 // kernels move rows that are no multiple of 16 bytes element by element.
 uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire);
 
+struct SimulatedLaunch {
+  uint32_t stream = 0;
+  uint32_t blocks = 1;
+  uint32_t place = 0;  // of the call in the program
+};
+
 class SimulatedGroup {
  public:
   // Threads of the blocks that it launches, and the most shared memory of one.
@@ -53,16 +59,26 @@ class SimulatedGroup {
   // As after so many exchanges without tokens, which use no chunk's flag.
   void set_epoch(uint32_t epoch);
 
+  // As the host does when a group is closed.
+  void close(int32_t rank);
+  // Zeros where rows, scalars and routing are staged, which kernels write before they read: for
+  // programs that are wrong, and may read what nobody has sent.
+  void fill_staging(int32_t rank);
+
   [[nodiscard]] RankView view(int32_t rank) const;
   [[nodiscard]] ErrorRecord error(int32_t rank);
+  // What the rank reported last of its waits for a peer; level 0: nothing.
+  [[nodiscard]] LongWait long_wait(int32_t rank, int32_t peer);
 
   // Append a kernel to a rank's stream.
-  void launch(const PlanParams& params, uint32_t stream, uint32_t blocks);
-  void launch(const DispatchParams& params, uint32_t stream, uint32_t blocks);
-  void launch(const CombineParams& params, uint32_t stream, uint32_t blocks);
+  void launch(const PlanParams& params, const SimulatedLaunch& launch);
+  void launch(const DispatchParams& params, const SimulatedLaunch& launch);
+  void launch(const CombineParams& params, const SimulatedLaunch& launch);
 
  private:
   [[nodiscard]] std::byte* heap(int32_t rank) const;
+  [[nodiscard]] std::byte* words(int32_t rank) const;
+  [[nodiscard]] uint32_t* control(int32_t rank, Control word) const;
 
   sim::Machine& machine_;
   HeapLayout layout_;

@@ -79,6 +79,20 @@ const char* name(OpKind op) {
   return "unknown";
 }
 
+const char* name(Mishap mishap) {
+  constexpr const char* kNames[] = {"none",
+                                    "a rank is missing",
+                                    "a rank is missing, and one alone gives up",
+                                    "a rank is late",
+                                    "a rank runs another operation",
+                                    "a rank runs another call",
+                                    "a rank has other tokens",
+                                    "two operations at once",
+                                    "a handle that no plan made",
+                                    "the group is closed"};
+  return kNames[static_cast<int>(mishap)];
+}
+
 HeapShape heap_shape(const GroupStory& story) {
   const ClusterOptions& options = story.episodes[0].options;
   return {.num_ranks = options.shape.num_ranks,
@@ -99,11 +113,14 @@ Story random_story(uint64_t seed, const StoryLimits& limits) {
     story.groups.push_back(random_group(draw, num_ranks, limits));
   }
   story.blocks = draw.one_of<uint32_t>({1, 2, 2, 3});
+  if (draw.one_in(6))
+    story.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   return story;
 }
 
 std::string describe(const Story& story) {
   std::string text = std::to_string(story.blocks) + " blocks";
+  if (story.mishap != Mishap::kNone) text += std::string(", ") + name(story.mishap);
   for (const GroupStory& group : story.groups) {
     text += "\n  group, chunk target " + std::to_string(group.chunk_target) + ":";
     for (const Episode& episode : group.episodes) {

@@ -28,15 +28,27 @@ struct GroupStory {
   std::vector<Episode> episodes;
 };
 
+// What goes wrong in a story, with its last operation.
+enum class Mishap {
+  kNone,
+  kMissing,        // `rank` never runs it: the others must give up and name the rank
+  kOneImpatient,   // likewise, and no rank but one gives up by itself: it must tell the others
+  kLate,           // `rank` runs it after the others have waited for long: they must report it
+  kOtherOp,        // it is a plan on `rank`
+  kOtherPlace,     // on `rank` it stands at another place of the program
+  kOtherTokens,    // on `rank` it has one token less
+  kOverlap,        // it runs twice at the same time, on two streams
+  kHostileHandle,  // it gets a handle that no plan made: it may do anything but leave its buffers
+  kClosed,         // the group has been closed: it must not touch the heap, and leave no results
+};
+
 struct Story {
   std::vector<GroupStory> groups;  // each on a stream of its own, of the same ranks
   uint32_t blocks = 2;             // of every kernel
   bool check_races = true;
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
-  // A rank that never runs its last operation; -1: none. The others must give up and name it.
-  int32_t missing_rank = -1;
-  // A rank whose last operation is a plan instead; -1: none. It and the others must notice.
-  int32_t odd_rank = -1;
+  Mishap mishap = Mishap::kNone;
+  int32_t rank = 1;  // of the mishap
 };
 
 // Sizes to draw from.
@@ -48,6 +60,7 @@ struct StoryLimits {
 };
 Story random_story(uint64_t seed, const StoryLimits& limits);
 
+const char* name(Mishap mishap);
 std::string describe(const Story& story);
 
 const char* name(OpKind op);

@@ -55,8 +55,9 @@ class VirtualRanks {
  public:
   explicit VirtualRanks(const HeapShape& shape, int32_t chunk_target = kChunkTarget)
       : layout_(make_heap_layout(shape)), chunk_target_(chunk_target) {
-    check(cudaHostAlloc(&errors_, kMaxRanks * sizeof(ErrorRecord), cudaHostAllocMapped), "host");
-    std::memset(errors_, 0, kMaxRanks * sizeof(ErrorRecord));
+    check(cudaHostAlloc(&words_, sizeof(*words_) * kMaxRanks, cudaHostAllocMapped), "host");
+    std::memset(static_cast<void*>(words_), 0, sizeof(*words_) * kMaxRanks);
+    control_ = allocate(static_cast<size_t>(kControlBytes) * kMaxRanks);
     for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
       heaps_.push_back(allocate(static_cast<size_t>(layout_.total_bytes)));
       streams_.emplace_back();
@@ -65,7 +66,7 @@ class VirtualRanks {
   }
   ~VirtualRanks() {
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
-    cudaFreeHost(errors_);
+    cudaFreeHost(words_);
   }
   VirtualRanks(const VirtualRanks&) = delete;
   VirtualRanks& operator=(const VirtualRanks&) = delete;
@@ -74,7 +75,10 @@ class VirtualRanks {
     RankView view{};
     view.layout = layout_;
     for (size_t peer = 0; peer < heaps_.size(); ++peer) view.heap[peer] = heaps_[peer].get();
-    view.error = errors_ + rank;
+    view.control = reinterpret_cast<uint32_t*>(control_.get() + rank * kControlBytes);
+    view.error = &words_[rank].error;
+    view.long_waits = words_[rank].long_waits;
+    view.report_ns = 1'000'000'000;
     view.timeout_ns = 5'000'000'000;
     view.rank = rank;
     view.chunk_target = chunk_target_;
@@ -91,18 +95,25 @@ class VirtualRanks {
       const cudaError_t error = cudaStreamSynchronize(stream(rank));
       if (error == cudaSuccess) continue;
       for (int32_t r = 0; r < num_ranks(); ++r) {
-        if (errors_[r].written != 0) std::printf("%s\n", describe(errors_[r], 5.0).c_str());
+        const ErrorRecord& error_of_rank = words_[r].error;
+        if (error_of_rank.written != 0) std::printf("%s\n", describe(error_of_rank, 5.0).c_str());
       }
       check(error, "a kernel");
     }
   }
 
  private:
+  struct HostWords {
+    ErrorRecord error;
+    uint64_t long_waits[kMaxRanks];
+  };
+
   HeapLayout layout_;
   int32_t chunk_target_;
   std::vector<DeviceArray> heaps_;
   std::vector<cudaStream_t> streams_;
-  ErrorRecord* errors_ = nullptr;
+  DeviceArray control_;
+  HostWords* words_ = nullptr;  // by rank
 };
 
 // What tuning chooses, on so many SMs.
@@ -230,6 +241,7 @@ void run_times(const ClusterOptions& options, int32_t sms) {
     const RankView view = ranks.view(rank);
     plans.push_back({.view = view,
                      .shape = shape,
+                     .call_tag = 0,
                      .program_rank = program_rank,
                      .topk_idx = topk_idx,
                      .slot = ints(selections),
@@ -241,6 +253,7 @@ void run_times(const ClusterOptions& options, int32_t sms) {
                      .num_dropped = ints(1)});
     dispatches.push_back({.view = view,
                           .shape = shape,
+                          .call_tag = 0,
                           .hidden = options.hidden,
                           .scalars = shape.num_topk,
                           .dtype = options.dtype,
@@ -262,6 +275,7 @@ void run_times(const ClusterOptions& options, int32_t sms) {
     fill_with_normals(const_cast<void*>(dispatches.back().x), shape.num_tokens * row_bytes);
     combines.push_back({.view = view,
                         .shape = shape,
+                        .call_tag = 0,
                         .hidden = options.hidden,
                         .weighted = true,
                         .scalars = 0,

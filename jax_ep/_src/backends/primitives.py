@@ -15,6 +15,7 @@ reads it: an operand of size 0 could become a residual, see `differentiation.py`
 """
 
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,10 +139,21 @@ def _lower(
     kept = [i for i in range(len(operands)) if i not in unused]
     ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept])
     attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
+    if platform == "cuda":
+        attributes["place"] = np.int32(_place(ctx))
     if primitive is dispatch_p:
         attributes |= {"wire": np.int32(spec.fp8_wire), "zero_fill": np.bool_(spec.zero_fill)}
     target = jax.ffi.ffi_lowering(primitive.name)
     return target(ctx, *(operands[i] for i in kept), **attributes)
+
+
+def _place(ctx: Any) -> int:
+    """A number of the call's place in the program, by which ranks notice that theirs differ.
+
+    From the stack of names (layers, transformations) under which it was traced: the same in all
+    processes that trace the same program, and mostly another for another layer.
+    """
+    return zlib.crc32(str(ctx.name_stack).encode()) & 0x7FFFFFFF
 
 
 # Positions of operands that are there for another platform, or for differentiation only:

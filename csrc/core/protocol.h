@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ranks of a group tell each other of an exchange, as words; docs/protocol.md explains it.
+// The kernels, the host and the simulator read this header; nothing else knows a bit of a flag.
+#ifndef JAX_EP_CSRC_CORE_PROTOCOL_H_
+#define JAX_EP_CSRC_CORE_PROTOCOL_H_
+
+#include <cstdint>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/ep_shape.h"
+
+namespace jax_ep {
+
+// An exchange's operation.
+enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2 };
+inline constexpr uint32_t kMaxOps = 255;  // a flag has a byte for operation + 1
+
+// --- which call it is ----------------------------------------------------------------------------
+
+// 24 bits by which a rank notices that a peer runs the same operation in another call: three hashes
+// of a byte each, so that a message can say which part differs. Different calls have equal hashes
+// by chance once in 256; equal calls always do.
+enum class CallPart : uint32_t { kTokens = 0, kSizes = 1, kPlace = 2 };
+inline constexpr uint32_t kNumCallParts = 3;
+
+constexpr uint32_t hash_byte(uint64_t value) {
+  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
+  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
+  return static_cast<uint32_t>((value ^ (value >> 31)) & 0xFF);
+}
+
+// `place` is a number of the call's place in the program, the same on all ranks; 0: not known.
+constexpr uint32_t call_tag(const EpShape& shape,
+                            int64_t hidden,
+                            DType dtype,
+                            Wire wire,
+                            int32_t scalars,
+                            bool weighted,
+                            uint32_t place) {
+  uint64_t sizes = static_cast<uint64_t>(hidden);
+  const uint64_t more[] = {static_cast<uint64_t>(dtype),
+                           static_cast<uint64_t>(wire),
+                           static_cast<uint64_t>(scalars),
+                           static_cast<uint64_t>(weighted),
+                           static_cast<uint64_t>(shape.recv_capacity),
+                           static_cast<uint64_t>(shape.expert_alignment)};
+  for (const uint64_t value : more) sizes = sizes * 0x9e3779b97f4a7c15 + value + 1;
+  return hash_byte(static_cast<uint64_t>(shape.num_tokens) + 1) | hash_byte(sizes) << 8 |
+         hash_byte(uint64_t{place} + 1) << 16;
+}
+
+// --- arrival flags -------------------------------------------------------------------------------
+
+// What Region::kArrived holds when a chunk of an exchange has arrived: the exchange's number, its
+// operation, and which call it is. Never 0, which is there before a chunk's first use.
+constexpr uint64_t arrival_flag(uint32_t epoch, OpKind op, uint32_t tag) {
+  return uint64_t{epoch} | uint64_t{static_cast<uint32_t>(op) + 1} << 32 | uint64_t{tag} << 40;
+}
+constexpr uint32_t epoch_of(uint64_t flag) { return static_cast<uint32_t>(flag); }
+constexpr uint32_t op_of(uint64_t flag) {
+  return static_cast<uint32_t>(flag >> 32 & 0xFF) - 1;  // an OpKind, or what a stranger wrote
+}
+constexpr uint32_t tag_of(uint64_t flag) { return static_cast<uint32_t>(flag >> 40); }
+static_assert(tag_of(arrival_flag(1, OpKind::kCombine, 0xABCDEF)) == 0xABCDEF);
+
+// --- waits and their ends ------------------------------------------------------------------------
+
+// What a kernel was doing when it gave up.
+enum class WaitTag : uint32_t {
+  kNone = 0,
+  kAcknowledged,  // waited for a peer to have read the rows of the exchange before
+  kArrived,       // waited for a peer's rows (dispatch, combine) or routing (plan)
+  kGridBarrier,   // waited for the other blocks of its own kernel
+  kWrongRank,     // did not wait: the program runs on another rank than the group says
+  kWrongOp,       // waited for a peer, and found it in another operation
+  kWrongCall,     // waited for a peer, and found it in another call of the same operation
+  kOverlap,       // did not wait: another operation of the group runs on the rank
+  kClosed,        // did not wait: the group has been closed; the kernel ended and gave no results
+  kPeerGaveUp,    // waited, and was told by a peer that it gave up
+};
+
+// ErrorRecord::detail of kClosed: the kernel did wait, and ended with an error.
+inline constexpr uint32_t kClosedInAWait = 1;
+
+// What a rank that gives up stores into its peers' heaps, for their waits to end too: who gave up,
+// waiting for whom, and how. Never 0.
+struct Aborted {
+  uint32_t by;
+  uint32_t blamed;
+  uint32_t tag;
+  uint32_t op;
+};
+constexpr uint32_t pack(const Aborted& aborted) {
+  return 1U << 31 | (aborted.by & 0x7F) | (aborted.blamed & 0x7F) << 7 |
+         (aborted.tag & 0x1F) << 14 | (aborted.op & 0xFF) << 19;
+}
+constexpr Aborted unpack_aborted(uint32_t word) {
+  return {.by = word & 0x7F,
+          .blamed = word >> 7 & 0x7F,
+          .tag = word >> 14 & 0x1F,
+          .op = word >> 19 & 0xFF};
+}
+
+// What a kernel that has waited for long stores for its host, one word for each peer: it goes on
+// waiting. `level` counts the reports of one wait: each after twice the time of the one before.
+struct LongWait {
+  uint32_t epoch;
+  uint32_t op;
+  uint32_t tag;
+  uint32_t level;  // from 1 on
+  bool ended;      // what was waited for has come
+};
+constexpr uint64_t pack(const LongWait& wait) {
+  return uint64_t{wait.epoch} | uint64_t{wait.op & 0xFF} << 32 | uint64_t{wait.tag & 0x1F} << 40 |
+         uint64_t{wait.level & 0xFF} << 48 | uint64_t{wait.ended} << 56 | uint64_t{1} << 63;
+}
+constexpr LongWait unpack_long_wait(uint64_t word) {
+  return {.epoch = static_cast<uint32_t>(word),
+          .op = static_cast<uint32_t>(word >> 32 & 0xFF),
+          .tag = static_cast<uint32_t>(word >> 40 & 0x1F),
+          .level = static_cast<uint32_t>(word >> 48 & 0xFF),
+          .ended = (word >> 56 & 1) != 0};
+}
+
+// --- a rank's own words --------------------------------------------------------------------------
+
+// Words of a rank that its kernels alone read and write, but for the first. They lie apart from the
+// heap and are never freed: a recorded graph may run when the group has long been closed.
+enum class Control : int32_t {
+  kClosed,             // the host stores 1 when the group is closed: kernels touch no heap
+  kEpoch,              // exchanges that this rank has finished
+  kRunning,            // of the running kernel, see Exchange; 0 between kernels
+  kBlocksDone,         // blocks of the running kernel that are done; 0 between kernels
+  kBarrierCount,       // blocks that have come to the grid barrier; 0 between barriers
+  kBarrierGeneration,  // grid barriers so far
+  kFailed,             // threads that gave up
+};
+inline constexpr int32_t kNumControlWords = 7;
+inline constexpr int64_t kControlBytes = 256;  // of a rank: a cache line of its own
+static_assert(4 * kNumControlWords <= kControlBytes);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CORE_PROTOCOL_H_

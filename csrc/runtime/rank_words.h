@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// What of a rank outlives its group: the words that its kernels read first, and those that they
+// leave for the host. A CUDA graph that was recorded with the group may be launched at any time
+// later.
+#ifndef JAX_EP_CSRC_RUNTIME_RANK_WORDS_H_
+#define JAX_EP_CSRC_RUNTIME_RANK_WORDS_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "csrc/core/error_record.h"
+#include "csrc/core/heap_layout.h"
+#include "csrc/core/protocol.h"
+#include "csrc/core/status.h"
+
+namespace jax_ep {
+
+// Pinned host memory of one rank, which its device writes.
+struct HostMailbox {
+  ErrorRecord error;
+  alignas(64) uint64_t long_waits[kMaxRanks];  // by peer, see LongWait
+};
+
+// Whose words they are, for messages.
+struct WordsOwner {
+  std::string group_name;
+  int32_t device = 0;
+  int32_t group_index = 0;
+  int32_t rank = 0;
+  int32_t num_ranks = 1;
+  double timeout_s = 0;
+  double report_s = 0;  // a wait's first report comes after this long
+};
+
+// What a rank waits for, as it last said.
+struct RankWait {
+  int32_t peer;
+  LongWait wait;
+};
+
+struct WordsSlot;
+
+// The words of one rank. They come from pools that only grow: a few hundred bytes stay for each
+// rank of each group that ever served a call. Movable; not thread-safe but for what is const.
+class RankWords {
+ public:
+  RankWords() = default;
+  ~RankWords();
+  RankWords(RankWords&& other) noexcept;
+  RankWords& operator=(RankWords&& other) noexcept;
+
+  // On the owner's device, which is current; all zeros.
+  static Status allocate(WordsOwner owner, RankWords& words);
+
+  // For kernels.
+  [[nodiscard]] uint32_t* control() const;
+  [[nodiscard]] ErrorRecord* error_on_device() const;
+  [[nodiscard]] uint64_t* long_waits_on_device() const;
+
+  // From now on kernels may run with them, so they are never used again.
+  void publish();
+  // Tells all kernels that start from now on that the group is closed.
+  Status close();
+
+  // What a kernel wrote when it gave up, or found its group closed; if one has.
+  [[nodiscard]] std::optional<ErrorRecord> error() const;
+
+ private:
+  void release();
+
+  WordsSlot* slot_ = nullptr;
+};
+
+// What is to be said of a rank of this process, whose group may have been closed.
+struct RankStatus {
+  WordsOwner owner;
+  std::optional<ErrorRecord> error;
+  std::vector<RankWait> waits;  // also those that have ended
+};
+// Of all ranks that a kernel has left words of. Reads host memory only. Thread-safe.
+std::vector<RankStatus> rank_statuses();
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_RUNTIME_RANK_WORDS_H_

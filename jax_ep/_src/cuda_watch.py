@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels say while they run, on its way to the logger `jax_ep`.
+
+A kernel that waits for a peer, or gives up, writes words into host memory; XLA reports nothing of
+the one, and of the other nothing but a failed launch. A thread of the process looks at the words of
+all ranks here, of closed groups too: a CUDA graph that was recorded with a group may run later.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import threading
+import time
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_ep._src.health import EpHealth
+
+_logger = logging.getLogger("jax_ep")
+_PERIOD_S = 0.1
+# How long others have to say whom they wait for, before somebody says who is to blame.
+_OTHERS_S = 0.5
+
+
+class RankWait(NamedTuple):
+    """One rank's wait for another, as its kernel reported it last."""
+
+    group_index: int
+    rank: int
+    peer: int
+    operation: str
+    awaited: str  # "the rows of rank 5"
+    exchange: int
+    seconds: float
+    ended: bool
+
+
+class GroupWatch:
+    """What is known of a group, for messages.
+
+    Attributes:
+        name: of the group.
+        warn_after: seconds after which a wait is logged.
+        timeout: seconds after which a kernel gives up.
+        places: text by (group_index, rank): where the rank's process is.
+        store: JAX's coordination client, if the group has several processes; None else.
+        prefix: of the group's keys in the store.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        warn_after: float,
+        timeout: float,
+        places: dict[tuple[int, int], str],
+        store: Any = None,
+        prefix: str = "",
+    ) -> None:
+        """A group that has said nothing yet."""
+        self.name = name
+        self.warn_after = warn_after
+        self.timeout = timeout
+        self.places = places
+        self.store = store
+        self.prefix = prefix
+        self._errors: set[tuple[int, int]] = set()  # (group_index, rank), logged
+        self._warned: dict[tuple[int, int, int], tuple[int, float]] = {}  # -> exchange, seconds
+        self._first_seen: dict[RankWait, float] = {}
+
+    def log(self, statuses: list[tuple]) -> None:
+        """Logs what is new in this group's statuses, as the compiled module gives them."""
+        for _, group_index, rank, error, _ in statuses:
+            if error is not None and (group_index, rank) not in self._errors:
+                self._errors.add((group_index, rank))
+                _logger.error("%s, group_index %d: %s", self.name, group_index, error)
+        waits = _waits_of(statuses)
+        late = [wait for wait in waits if self._is_to_be_warned_of(wait)]
+        if late:
+            self._post(waits)
+            time.sleep(_OTHERS_S if self.store is not None else 0)
+            known = {(w.group_index, w.rank, w.peer): w for w in (*self._posted(), *waits)}
+            for wait in late:
+                self._warn(wait, [w for w in known.values() if not w.ended])
+        for wait in waits:
+            key = (wait.group_index, wait.rank, wait.peer)
+            if wait.ended and self._warned.get(key, (None, 0))[0] == wait.exchange:
+                del self._warned[key]
+                self._take_back(wait)
+                _logger.info(
+                    "%s, group_index %d: rank %d came, after more than %g s that rank %d waited "
+                    "for it in %s",
+                    self.name, wait.group_index, wait.peer, wait.seconds, wait.rank, wait.operation,
+                )  # fmt: skip
+
+    def health(self, statuses: list[tuple]) -> EpHealth:
+        """Of several waits, the longest; an error, if there is one."""
+        errors = [error for *_, error, _ in statuses if error is not None]
+        aborted = errors[0] if errors else None
+        waits = [wait for wait in _waits_of(statuses) if not wait.ended]
+        now = time.monotonic()
+        self._first_seen = {wait: self._first_seen.get(wait, now) for wait in waits}
+        if not waits:
+            return EpHealth(aborted=aborted)
+        longest = max(waits, key=lambda wait: wait.seconds)
+        same = [w for w in waits if w[:2] == longest[:2] and w.exchange == longest.exchange]
+        return EpHealth(
+            waiting_for=tuple(sorted(w.peer for w in same)),
+            seconds=longest.seconds + now - self._first_seen[longest],
+            operation=longest.operation,
+            group_index=longest.group_index,
+            root=self._root(longest, waits),
+            exchange=longest.exchange,
+            aborted=aborted,
+        )
+
+    def _is_to_be_warned_of(self, wait: RankWait) -> bool:
+        if wait.ended or wait.seconds < self.warn_after:
+            return False
+        warned = self._warned.get((wait.group_index, wait.rank, wait.peer))
+        return warned is None or warned != (wait.exchange, wait.seconds)
+
+    def _warn(self, wait: RankWait, known: list[RankWait]) -> None:
+        key = (wait.group_index, wait.rank, wait.peer)
+        self._warned[key] = (wait.exchange, wait.seconds)
+        _logger.warning(
+            "%s, group_index %d: rank %d has waited %g s in %s for %s (exchange %d); %s. Giving up "
+            "after %g s",
+            self.name, wait.group_index, wait.rank, wait.seconds, wait.operation, wait.awaited,
+            wait.exchange, self._root(wait, known), self.timeout,
+        )  # fmt: skip
+
+    def _root(self, wait: RankWait, known: list[RankWait]) -> str:
+        """Follows whom the awaited rank waits for, to the one that waits for nobody."""
+        parts: list[str] = []
+        seen = {wait.rank}
+        at = wait
+        while True:
+            place = self.places.get((at.group_index, at.peer), "an unknown place")
+            following = [
+                w for w in known if (w.group_index, w.rank) == (at.group_index, at.peer)
+                and w.peer != w.rank
+            ]  # fmt: skip
+            if not following:
+                parts.append(f"rank {at.peer} waits for nobody: look at {place}")
+                return "; ".join(parts)
+            following.sort(key=lambda w: w.seconds)
+            next_wait = following[-1]
+            parts.append(
+                f"rank {at.peer} waits in {next_wait.operation} for {next_wait.awaited} (exchange "
+                f"{next_wait.exchange})"
+            )
+            if at.peer in seen:
+                parts.append(
+                    "they wait for one another: the ranks run different operations, or the same "
+                    "ones in another order"
+                )
+                return "; ".join(parts)
+            seen.add(at.peer)
+            at = next_wait
+
+    # --- what ranks of other processes wait for, in JAX's coordination service -------------------
+
+    def _path(self, wait: RankWait) -> str:
+        return f"{self.prefix}/waits/{wait.group_index}-{wait.rank}-{wait.peer}"
+
+    def _post(self, waits: list[RankWait]) -> None:
+        if self.store is None:
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for wait in waits:
+                if not wait.ended:
+                    self.store.key_value_set(self._path(wait), json.dumps(wait), True)
+
+    def _posted(self) -> list[RankWait]:
+        if self.store is None:
+            return []
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            found = self.store.key_value_dir_get(f"{self.prefix}/waits/")
+            return [RankWait(*json.loads(text)) for _, text in found]
+        return []
+
+    def _take_back(self, wait: RankWait) -> None:
+        if self.store is None:
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.store.key_value_delete(self._path(wait))
+
+
+def _waits_of(statuses: list[tuple]) -> list[RankWait]:
+    return [
+        RankWait(group_index, rank, *wait)
+        for _, group_index, rank, _, waits in statuses
+        for wait in waits
+    ]
+
+
+class Watch:
+    """The process's watch over all of its groups."""
+
+    def __init__(self, module: ModuleType) -> None:
+        """Starts nothing yet; `module` is the compiled one for CUDA."""
+        self._module = module
+        self._groups: dict[str, GroupWatch] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, group: GroupWatch) -> None:
+        """Watches a group from now on, also when it has been closed."""
+        with self._lock:
+            self._groups[group.name] = group
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="jax_ep watch of kernels", daemon=True
+                )
+                self._thread.start()
+                atexit.register(self.stop)
+
+    def look(self) -> None:
+        """Logs what is new."""
+        with self._lock:
+            for group, statuses in self._statuses():
+                group.log(statuses)
+
+    def health(self, name: str) -> EpHealth:
+        """Of one group."""
+        for group, statuses in self._statuses():
+            if group.name == name:
+                return group.health(statuses)
+        return EpHealth()
+
+    def stop(self) -> None:
+        """Looks a last time, and ends the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _statuses(self) -> list[tuple[GroupWatch, list[tuple]]]:
+        by_name: dict[str, list[tuple]] = {}
+        for status in self._module.statuses():
+            by_name.setdefault(status[0], []).append(status)
+        groups = dict(self._groups)
+        return [(groups[name], by_name[name]) for name in by_name if name in groups]
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(_PERIOD_S)
+            self.look()
