@@ -44,6 +44,11 @@ def route(
     Gradients reach `logits` through the weights; the choice and the bias have none. Of equal
     float32 scores, that of the lower index counts as the larger one, for experts and for groups.
 
+    Some of a token's experts may be masked by adding -1e9 or -inf to their logits: their weights
+    and gradients are then 0. A token whose logits are all -inf has weights and gradients of 0. If
+    there is a NaN or +inf among a token's logits, its experts are distinct, but which ones they are
+    is undefined, and its weights and gradients may be NaN.
+
     Args:
         logits: `[T, E]`, floating point.
         num_topk: `K`, experts per token, from 1 to `E`.
@@ -73,8 +78,7 @@ def route(
     _, topk_idx = jax.lax.top_k(ranked, num_topk)
     topk_weights = jnp.take_along_axis(scores, topk_idx, axis=-1, mode="promise_in_bounds")
     if normalize:
-        total = topk_weights.sum(axis=-1, keepdims=True)
-        topk_weights = topk_weights / (total + _NORMALIZE_EPSILON)
+        topk_weights = _normalized(topk_weights)
     return topk_idx.astype(jnp.int32), topk_weights * jnp.asarray(scale, jnp.float32)
 
 
@@ -89,7 +93,9 @@ def load_balance_loss(
 
     `f_e` is the share of expert `e` in all selections, `P_e` the mean over tokens of the expert's
     share in the token's scores. It is 1 where both are even, and up to `E` where all tokens go to
-    one expert. Gradients flow through `P_e` only. A token without any selection does not count.
+    one expert. Gradients flow through `P_e` only. A token without any selection does not count,
+    whatever its logits are, NaN included: its gradient is 0. Nor does one whose logits are all
+    -inf. Sigmoids too small for float32 count with the ratios that they have.
 
     For `K = 1` it is equation 4 of Fedus et al. 2021 (Switch Transformer, arXiv:2101.03961)
     without its factor alpha; the idea is from Shazeer et al. 2017 (arXiv:1701.06538) and Lepikhin
@@ -112,9 +118,10 @@ def load_balance_loss(
     """
     logits = _as_logits(logits)
     topk_idx = _as_topk_idx(topk_idx, logits)
-    scores = _scores(logits, score)
-    shares = scores if score == "softmax" else scores / scores.sum(axis=-1, keepdims=True)
-    is_used = (topk_idx >= 0).any(axis=-1)
+    logits, is_used = _used(logits, topk_idx)
+    topk_idx = jnp.where(is_used[:, None], topk_idx, -1)
+    # Sigmoids over their sum, without a sum that can be 0.
+    shares = jax.nn.softmax(_log_scores(logits, score), axis=-1)
     experts = jnp.arange(logits.shape[-1], dtype=topk_idx.dtype)
     # A fused compare and sum: a scatter-add would be serial on CPU and contended on GPU.
     selections = (topk_idx[:, :, None] == experts[None, None, :]).sum((0, 1), dtype=jnp.int32)
@@ -138,6 +145,7 @@ def router_z_loss(
     Args:
         logits: `[T, E]` as given to `route`.
         topk_idx: `[T, K]` integers; if given, a token without any selection does not count.
+            One whose logits are all -inf does not count either way.
         axis_name: as in `load_balance_loss`.
 
     Returns:
@@ -147,9 +155,8 @@ def router_z_loss(
         ValueError: as `route` does.
     """
     logits = _as_logits(logits)
-    is_used = jnp.ones(logits.shape[:1], bool)
-    if topk_idx is not None:
-        is_used = (_as_topk_idx(topk_idx, logits) >= 0).any(axis=-1)
+    topk_idx = None if topk_idx is None else _as_topk_idx(topk_idx, logits)
+    logits, is_used = _used(logits, topk_idx)
     squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     total, num_used = _sum_over(
         axis_name, jnp.where(is_used, squares, 0.0).sum(), is_used.sum(dtype=jnp.int32)
@@ -192,10 +199,53 @@ def update_bias(bias: ArrayLike, tokens_per_expert: ArrayLike, *, rate: float) -
 
 def _scores(logits: jax.Array, score: str) -> jax.Array:
     if score == "softmax":
-        return jax.nn.softmax(logits, axis=-1)
+        is_masked = _is_masked(logits)[:, None]
+        scores = jax.nn.softmax(jnp.where(is_masked, 0.0, logits), axis=-1)
+        return jnp.where(is_masked, 0.0, scores)
     if score == "sigmoid":
         return jax.nn.sigmoid(logits)
-    raise ValueError(f"score is {score!r}; allowed: 'softmax', 'sigmoid'")
+    raise _bad_score(score)
+
+
+def _log_scores(logits: jax.Array, score: str) -> jax.Array:
+    """Logarithms of the scores, up to what is the same for all experts of a token."""
+    if score == "softmax":
+        return logits
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(logits)
+    raise _bad_score(score)
+
+
+def _bad_score(score: object) -> ValueError:
+    return ValueError(f"score is {score!r}; allowed: 'softmax', 'sigmoid'")
+
+
+def _normalized(weights: jax.Array) -> jax.Array:
+    """`weights / (their sum + epsilon)`, token by token.
+
+    In units of a token's largest weight: the derivative of a division squares the divisor, and
+    the square of a sum below 1e-19 is 0 in float32.
+    """
+    unit = jax.lax.stop_gradient(weights.max(axis=-1, keepdims=True)) + _NORMALIZE_EPSILON
+    weights = weights / unit
+    return weights / (weights.sum(axis=-1, keepdims=True) + _NORMALIZE_EPSILON / unit)
+
+
+def _is_masked(logits: jax.Array) -> jax.Array:
+    """`[T]` bool: whether a token may go to no expert."""
+    return jnp.isneginf(logits).all(axis=-1)
+
+
+def _used(logits: jax.Array, topk_idx: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Logits, and `[T]` bool: whether a token counts in a loss. Logits are 0 where it does not.
+
+    Before anything is computed of them: what is thrown away afterwards still has a gradient, and
+    0 times a gradient that is not finite is NaN.
+    """
+    is_used = ~_is_masked(logits)
+    if topk_idx is not None:
+        is_used &= (topk_idx >= 0).any(axis=-1)
+    return jnp.where(is_used[:, None], logits, 0.0), is_used
 
 
 def _only_best_groups(ranked: jax.Array, num_groups: int, num_topk_groups: int) -> jax.Array:

@@ -20,9 +20,24 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.where(x >= 0, 1.0 / (1.0 + small), small / (1.0 + small))
 
 
+def _log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.logaddexp(0.0, -x)
+
+
 def _softmax(x: np.ndarray) -> np.ndarray:
-    powers = np.exp(x - x.max(axis=-1, keepdims=True, initial=-np.inf))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    """0 everywhere in a row of -inf, where the quotient would be 0 / 0."""
+    largest = x.max(axis=-1, keepdims=True, initial=-np.inf)
+    powers = np.exp(x - np.where(largest == -np.inf, 0.0, largest))
+    return powers / np.where(largest == -np.inf, 1.0, powers.sum(axis=-1, keepdims=True))
+
+
+def _is_used(logits: np.ndarray, topk_idx: ArrayLike | None) -> np.ndarray:
+    """Which rows count in a loss: those with a selection, unless all of their logits are -inf."""
+    is_used = ~(logits == -np.inf).all(axis=-1)
+    if topk_idx is not None:
+        topk_idx = np.asarray(topk_idx)
+        is_used &= (topk_idx >= 0).any(axis=-1).reshape(-1)
+    return is_used
 
 
 def _largest(values: np.ndarray, count: int) -> list[int]:
@@ -82,24 +97,26 @@ def load_balance_loss(logits: ArrayLike, topk_idx: ArrayLike, *, score: str = "s
     """`E * sum_e f_e P_e`: 1 where all experts are equally popular.
 
     `f_e` is the share of expert `e` in all selections, `P_e` the mean over tokens of its score
-    divided by the token's sum of scores. Tokens without a selection do not count.
+    divided by the token's sum of scores. Tokens without a selection do not count, nor do those
+    whose logits are all -inf.
 
     Args:
         logits: `[..., E]`; any leading axes, all of them together are one batch.
         topk_idx: `[..., K]`, -1 where nothing is selected.
         score: "softmax" or "sigmoid".
     """
-    logits = np.asarray(logits).astype(np.float64)
-    num_experts = logits.shape[-1]
-    topk_idx = np.asarray(topk_idx).reshape(-1, np.shape(topk_idx)[-1])
-    scores = {"softmax": _softmax, "sigmoid": _sigmoid}[score](logits.reshape(-1, num_experts))
-    probabilities = scores / scores.sum(axis=-1, keepdims=True)
-    is_used = (topk_idx >= 0).any(axis=-1)
+    num_experts = np.shape(logits)[-1]
+    logits = np.asarray(logits).astype(np.float64).reshape(-1, num_experts)
+    is_used = _is_used(logits, topk_idx)
     if not is_used.any():
         return 0.0
+    topk_idx = np.asarray(topk_idx).reshape(len(logits), -1)[is_used]
+    # Sigmoids divided by their sum are the softmax of their logarithms, which does not underflow.
+    log_scores = {"softmax": lambda x: x, "sigmoid": _log_sigmoid}[score](logits[is_used])
+    probabilities = _softmax(log_scores)
     counts = np.array([(topk_idx == expert).sum() for expert in range(num_experts)])
     fractions = counts / counts.sum()
-    return float(num_experts * (fractions * probabilities[is_used].mean(axis=0)).sum())
+    return float(num_experts * (fractions * probabilities.mean(axis=0)).sum())
 
 
 def router_z_loss(logits: ArrayLike, topk_idx: ArrayLike | None = None) -> float:
@@ -107,12 +124,12 @@ def router_z_loss(logits: ArrayLike, topk_idx: ArrayLike | None = None) -> float
 
     Args:
         logits: `[..., E]`.
-        topk_idx: `[..., K]`; if given, tokens without a selection do not count.
+        topk_idx: `[..., K]`; if given, tokens without a selection do not count. Those whose
+            logits are all -inf never do.
     """
     logits = np.asarray(logits).astype(np.float64)
     logits = logits.reshape(-1, logits.shape[-1])
-    if topk_idx is not None:
-        logits = logits[(np.asarray(topk_idx) >= 0).any(axis=-1).reshape(-1)]
+    logits = logits[_is_used(logits, topk_idx)]
     if not len(logits):
         return 0.0
     largest = logits.max(axis=-1)
