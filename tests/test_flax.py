@@ -2,6 +2,7 @@
 """The NNX and the Linen layer against each other and against the oracle on one device."""
 
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,34 @@ def test_the_bias_is_no_parameter(group, x):
     variables = layer.init(jax.random.key(0), x)
     assert variables.keys() == {"params", ep_linen.BIAS}
     assert variables[ep_linen.BIAS]["selection_bias"].tolist() == [0.0] * EXPERTS
+
+
+# --- one expert a token --------------------------------------------------------------------------
+
+
+def test_layers_warn_once_that_a_normalized_single_weight_trains_no_router(x):
+    with make_group(num_topk=1) as group:
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("default")
+            for seed in range(2):
+                moe = make_nnx(group, seed)
+                moe(x)
+            params = to_linen(moe)
+            ep_linen.MoE(group, FFN).apply(params, x)
+        assert ["num_topk is 1 and normalize is True" in str(w.message) for w in shown] == [True]
+
+        def router_gradient(layer):
+            def loss(router):
+                variables = {"params": {**params["params"], "router": router}}
+                return jnp.square(layer.apply(variables, x)).sum()
+
+            return np.abs(jax.grad(loss)(params["params"]["router"])).max()
+
+        unnormalized = ep_linen.MoE(group, FFN, normalize=False)  # and no warning
+        with pytest.warns(UserWarning, match="num_topk is 1 and normalize is True"):
+            normalized = router_gradient(ep_linen.MoE(group, FFN))
+        # w / w is 1 up to a rounding or two, and so is the sum that its gradient is the rest of.
+        assert normalized < 1e-5 * router_gradient(unnormalized)
 
 
 # --- errors ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 """route: by hand, against the oracle, in transforms, and what it says of bad arguments."""
 
 import re
+import warnings
 
 import hypothesis
 import hypothesis.strategies as st
@@ -58,7 +59,7 @@ def test_deepseek_v3_gating_by_hand():
 
 def test_a_group_scores_its_two_best_experts_only():
     scores = [[0.5, 0.5, 0.5, 0.8, 0.3, 0.1]]
-    kwargs = {"num_topk": 1, "score": "sigmoid", "num_topk_groups": 1}
+    kwargs = {"num_topk": 1, "score": "sigmoid", "num_topk_groups": 1, "normalize": False}
     assert route(logit(scores), num_groups=2, **kwargs)[0].tolist() == [[3]]
     # Groups of one expert score that expert.
     assert route(logit(scores), num_groups=6, **kwargs)[0].tolist() == [[3]]
@@ -168,6 +169,30 @@ def test_the_bias_has_no_gradient():
     logits = jnp.asarray(spread_logits(3, 8))
     grad = jax.grad(lambda bias: route(logits, num_topk=2, bias=bias)[1].sum())(jnp.ones(8))
     assert not grad.any()
+
+
+NO_GRADIENT = "num_topk is 1 and normalize is True: .* the router gets no gradient"
+
+
+def test_one_expert_a_token_normalized_warns_that_the_router_gets_no_gradient():
+    logits = jnp.asarray(spread_logits(3, 8))
+
+    def gradient(**options):
+        return jax.grad(lambda v: route_eagerly(v, num_topk=1, **options)[1].sum())(logits)
+
+    with pytest.warns(UserWarning, match=NO_GRADIENT):
+        assert not gradient().any()
+    assert gradient(normalize=False).any()
+    # Nothing to learn, and nothing wrong.
+    assert route_eagerly(logits[:, :1], num_topk=1)[1].tolist() == [[1.0]] * 3
+
+
+def test_the_warning_is_shown_once_for_each_place_and_names_it():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for size in range(2, 5):
+            route_eagerly(jnp.zeros((1, size)), num_topk=1)
+    assert [warning.filename for warning in shown] == [__file__]
 
 
 def test_jit_and_vmap_give_the_same():

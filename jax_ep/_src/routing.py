@@ -5,6 +5,7 @@ Everything here is computed in float32, whatever the dtype of the logits, and is
 of one rank; what is about all ranks takes `axis_name`.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,11 @@ AxisName = str | Sequence[str] | None
 
 # Keeps the sum of a token's weights from being 0; DeepSeek-V3's constant.
 _NORMALIZE_EPSILON = 1e-20
+_NO_GRADIENT = (
+    "num_topk is 1 and normalize is True: every token's weight is 1 (times scale), so the router "
+    "gets no gradient from the output and learns from auxiliary losses only. With normalize=False, "
+    "as in Switch Transformer, a token's weight is its expert's score"
+)
 
 
 def route(
@@ -56,7 +62,9 @@ def route(
         bias: `[E]`, added to the scores for the choice only; see `update_bias`.
         num_groups: the experts form this many groups of neighbors, equal in size.
         num_topk_groups: groups that a token may use. Needs `num_groups`, and is needed by it.
-        normalize: whether a token's weights are divided by their sum.
+        normalize: whether a token's weights are divided by their sum. With `num_topk=1` that
+            makes each of them 1, whatever the logits are, so that no gradient reaches `logits`:
+            pass False there, as Switch Transformer does.
         scale: what the weights are multiplied by at the end.
 
     Returns:
@@ -65,9 +73,15 @@ def route(
     Raises:
         ValueError: an argument has a value that is not allowed; the message names it, the value
             and what is allowed.
+
+    Warns:
+        UserWarning: `num_topk` is 1 and `normalize` is True.
     """
     logits = _as_logits(logits)
     _check_route(logits, num_topk, bias, num_groups, num_topk_groups)
+    if num_topk == 1 and normalize and logits.shape[1] > 1:
+        # Python shows it once for each place that calls; that of all layers is one.
+        warnings.warn(_NO_GRADIENT, stacklevel=2)
     scores = _scores(logits, score)
     ranked = jax.lax.stop_gradient(scores)
     if bias is not None:
@@ -98,10 +112,10 @@ def load_balance_loss(
     -inf. Sigmoids too small for float32 count with the ratios that they have.
 
     For `K = 1` it is equation 4 of Fedus et al. 2021 (Switch Transformer, arXiv:2101.03961)
-    without its factor alpha; the idea is from Shazeer et al. 2017 (arXiv:1701.06538) and Lepikhin
-    et al. 2020 (GShard, arXiv:2006.16668). For larger `K`, `f_e` is divided by `K`, and sigmoid
-    scores by their sum, as in DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20; those are of one
-    sequence, this is of all tokens given).
+    without its factor alpha (`route` is to have `normalize=False` there); the idea is from Shazeer
+    et al. 2017 (arXiv:1701.06538) and Lepikhin et al. 2020 (GShard, arXiv:2006.16668). For larger
+    `K`, `f_e` is divided by `K`, and sigmoid scores by their sum, as in DeepSeek-V3
+    (arXiv:2412.19437, equations 17 to 20; those are of one sequence, this is of all tokens given).
 
     Args:
         logits: `[T, E]` as given to `route`.

@@ -50,7 +50,8 @@ class MoE(nn.Module):
         selection_bias: whether there is a bias that decides who is chosen.
         num_groups: see `jax_ep.route`.
         num_topk_groups: see `jax_ep.route`.
-        normalize: see `jax_ep.route`.
+        normalize: see `jax_ep.route`. Pass False where `EpConfig.num_topk` is 1: else the output
+            has no gradient for the router, and a UserWarning says so.
         scale: see `jax_ep.route`.
         data_axes: mesh axes over which the tokens are split, besides the group's. None: all
             others.

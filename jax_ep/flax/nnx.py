@@ -85,7 +85,8 @@ class MoE(nnx.Module):
             selection_bias: whether there is a bias that decides who is chosen; see `update_bias`.
             num_groups: see `jax_ep.route`.
             num_topk_groups: see `jax_ep.route`.
-            normalize: see `jax_ep.route`.
+            normalize: see `jax_ep.route`. Pass False where `EpConfig.num_topk` is 1: else the
+                output has no gradient for the router, and a UserWarning says so.
             scale: see `jax_ep.route`.
             data_axes: mesh axes over which the tokens are split, besides the group's. None: all
                 others. On an axis that is not named, every device does the same work.

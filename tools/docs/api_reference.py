@@ -80,7 +80,7 @@ the [glossary](glossary.md).
 
 _HEADER = re.compile(r"^([A-Z]\w+):$")
 _ENTRY = re.compile(r"^ {4}(\*{0,2}\w[\w, ]*|\w+(?:\[.*\])?): (.*)$")
-_TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises"}
+_TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises", "Warns": "Warns"}
 _MAX_WIDTH = 100
 _PUBLIC_METHODS = ("__call__",)
 
