@@ -301,6 +301,20 @@ def test_layers_warn_once_that_a_normalized_single_weight_trains_no_router(x):
         assert normalized < 1e-5 * router_gradient(unnormalized)
 
 
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def test_integers_of_numpy_and_boxed_arrays(group, x):
+    options = {"num_shared_experts": 2, "num_groups": 4, "num_topk_groups": 2}
+    want = make_nnx(group, **options)(x)
+    options = {name: np.int64(value) for name, value in options.items()}
+    moe = ep_nnx.MoE(group, np.int64(FFN), rngs=nnx.Rngs(0), **options)
+    np.testing.assert_array_equal(moe(nnx.Variable(x)), want)
+    layer = ep_linen.MoE(group, np.int64(FFN), **options)
+    np.testing.assert_array_equal(layer.apply(to_linen(moe), nnx.Variable(x)), want)
+    assert all(type(size) is int for p in moe.spec.params().values() for size in p.shape)
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 

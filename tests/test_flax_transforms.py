@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers under the transformations of Flax and of JAX, and on meshes with explicit axes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
@@ -143,6 +145,64 @@ def test_transformations_of_jax_itself(group, x):
     out, stats = layer.apply(to_linen(moe), x, method="with_stats")
     np.testing.assert_array_equal(out, moe(x))
     assert stats.tokens_per_expert.sum() == TOPK * 48
+
+
+@pytest.mark.parametrize("depth", [None, 0, 1, 3])
+def test_tabulate(depth, group, x):
+    """The table of a model that has the layer in it, at Flax's default depth too."""
+    options = {} if depth is None else {"depth": depth}
+    table = nnx.tabulate(NnxBlock(group, nnx.Rngs(0)), x, console_kwargs={"width": 200}, **options)
+    assert ("w_gate" in table) == (depth != 0)
+    layer = ep_linen.MoE(group, FFN)
+    assert "w_gate" in layer.tabulate(jax.random.key(0), x, depth=depth)
+
+
+def _auto_or_explicit(shape, names, kind):
+    devices = np.array(jax.devices()[:8]).reshape(shape)
+    return Mesh(devices, names, axis_types=(kind,) * len(names))
+
+
+@pytest.mark.parametrize("manual", [("data", "expert"), ("data",), ("expert",)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_layer_inside_of_shard_map_says_what_to_call_there(kind, manual, x):
+    mesh = _auto_or_explicit((2, 4), ("data", "expert"), kind)
+    with make_group(mesh) as group, jax.set_mesh(mesh):
+        moe = make_nnx(group)
+        inside = jax.shard_map(
+            lambda x: moe.with_stats(x)[0],
+            mesh=mesh,
+            in_specs=P(manual),
+            out_specs=P(manual),
+            axis_names=set(manual),
+        )
+        message = (
+            rf"inside of jax.shard_map over the axes {re.escape(str(manual))}; allowed: outside of "
+            "it, .* call jax_ep.route and jax_ep.moe"
+        )
+        with pytest.raises(ValueError, match=message):
+            inside(jax.device_put(x, NamedSharding(mesh, P(manual))))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_layer_under_a_mesh_that_is_not_its_groups_names_both(kind, x):
+    explicit, auto = (
+        _auto_or_explicit((2, 4), ("data", "expert"), kind)
+        for kind in (AxisType.Explicit, AxisType.Auto)
+    )
+    own, other = (auto, explicit) if kind == AxisType.Auto else (explicit, auto)
+    with make_group(own) as group:
+        with jax.set_mesh(own):
+            moe = make_nnx(group)
+        for mesh, shown in (
+            (other, f"(data: 2 {other.axis_types[0].name}, expert: 4 {other.axis_types[1].name})"),
+            (_auto_or_explicit((8,), ("model",), kind), f"(model: 8 {kind.name})"),
+        ):
+            message = (
+                f"under a mesh (jax.set_mesh) that is {shown}; allowed: no mesh, or that of the "
+                f"layer's group, (data: 2 {kind.name}, expert: 4 {kind.name})"
+            )
+            with jax.set_mesh(mesh), pytest.raises(ValueError, match=re.escape(message)):
+                moe(x)
 
 
 def test_explicit_axes(x):

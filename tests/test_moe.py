@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
@@ -153,6 +154,38 @@ def test_empty_rows_leak_nothing(monkeypatch, backend):
     for got, want in zip(jax.tree.leaves(run()), jax.tree.leaves(clean), strict=True):
         assert np.isfinite(got).all()
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+class Boxed:
+    """What stands for an array as `nnx.Param` does, in nothing but this method."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __jax_array__(self):
+        return self.array
+
+
+@pytest.mark.parametrize("box", [Boxed, nnx.Param])
+def test_objects_that_stand_for_arrays_are_taken(box, backend):
+    problem = PROBLEMS["three_ranks"]
+    args = problem.x, problem.topk_idx, problem.topk_weights, *by_rank(problem, weights_of(problem))
+    with make_group(problem, backend) as group:
+
+        def on_rank(box, x, topk_idx, topk_weights, *weights):
+            x, topk_idx, topk_weights, *weights = map(box, (x, topk_idx, topk_weights, *weights))
+            out = jax_ep.moe(x, topk_idx, topk_weights, *weights, group=group)
+            recv = jax_ep.dispatch(x, topk_idx, topk_weights, group=group)
+            return out, jax_ep.combine(box(recv.x), recv.handle, box(recv.weights), group=group)
+
+        got, want = (
+            over_ranks(group, functools.partial(on_rank, kind))(*args)
+            for kind in (box, lambda array: array)
+        )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 # --- errors ------------------------------------------------------------------------------------

@@ -107,6 +107,17 @@ def test_agrees_with_the_oracle(score, normalize, groups, with_bias):
     np.testing.assert_allclose(weights, want_weights, rtol=32 * 2.0**-24)
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy_are_integers(integer):
+    logits = spread_logits(5, 8)
+    sizes = {"num_topk": 3, "num_groups": 4, "num_topk_groups": 2}
+    want = route_eagerly(logits, **sizes)
+    got = route_eagerly(logits, **{name: integer(size) for name, size in sizes.items()})
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    with pytest.raises(ValueError, match=r"num_topk is .*9.*; allowed: an int from 1 to 8"):
+        route_eagerly(logits, num_topk=integer(9))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_logits_are_routed_in_float32(dtype):
     logits = jnp.asarray(spread_logits(9, 8)).astype(dtype)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jax_ep._src.backends import ffi, xla
+from jax_ep._src.compat import as_array
 from jax_ep._src.group import EpGroup
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import Dispatched, DispatchHandle
@@ -48,6 +49,7 @@ def dispatch(
         EpGroupClosed: the group has been closed.
     """
     _check_group("dispatch", group)
+    x, topk_idx, topk_weights = as_array(x), as_array(topk_idx), as_array(topk_weights)
     config = group.config
     _check_array("x", x, ("T", config.hidden), config.dtype)
     num_tokens = x.shape[0]
@@ -122,6 +124,7 @@ def combine(
         EpGroupClosed: the group has been closed.
     """
     _check_group("combine", group)
+    y, weights = as_array(y), as_array(weights)
     config = group.config
     spec = OpSpec.of(group)
     if not isinstance(handle, DispatchHandle):

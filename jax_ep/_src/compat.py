@@ -21,6 +21,15 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+def as_array(value: Any) -> Any:
+    """The array that a value stands for, such as an `nnx.Param`; other values as they are.
+
+    `jnp` functions take such objects by this method, for which JAX has no public function.
+    """
+    convert = getattr(value, "__jax_array__", None)
+    return value if convert is None else convert()
+
+
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     """Mesh axes over which any of the arrays varies, by `shard_map`'s typing.
 

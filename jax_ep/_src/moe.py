@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ep._src.api import combine, dispatch
+from jax_ep._src.compat import as_array
 from jax_ep._src.group import EpGroup
 from jax_ep._src.types import Dispatched
 
@@ -106,6 +107,7 @@ def moe_with_stats(
         EpGroupClosed: as `moe` does.
     """
     _check_group(group)
+    w_gate, w_up, w_down = as_array(w_gate), as_array(w_up), as_array(w_down)
     _check_weights(group, w_gate, w_up, w_down)
     if topk_weights is None:
         raise ValueError("topk_weights is None; allowed: float32[T, K]")

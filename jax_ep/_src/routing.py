@@ -5,6 +5,7 @@ Everything here is computed in float32, whatever the dtype of the logits, and is
 of one rank; what is about all ranks takes `axis_name`.
 """
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -79,6 +80,7 @@ def route(
     """
     logits = _as_logits(logits)
     _check_route(logits, num_topk, bias, num_groups, num_topk_groups)
+    num_topk = int(num_topk)  # NumPy's integers are taken as well
     if num_topk == 1 and normalize and logits.shape[1] > 1:
         # Python shows it once for each place that calls; that of all layers is one.
         warnings.warn(_NO_GRADIENT, stacklevel=2)
@@ -87,7 +89,7 @@ def route(
     if bias is not None:
         ranked = ranked + jax.lax.stop_gradient(jnp.asarray(bias).astype(jnp.float32))[None, :]
     if num_groups is not None and num_topk_groups is not None:
-        ranked = _only_best_groups(ranked, num_groups, num_topk_groups)
+        ranked = _only_best_groups(ranked, int(num_groups), int(num_topk_groups))
     # Stable: of equal values, top_k puts the lower index first.
     _, topk_idx = jax.lax.top_k(ranked, num_topk)
     topk_weights = jnp.take_along_axis(scores, topk_idx, axis=-1, mode="promise_in_bounds")
@@ -351,4 +353,5 @@ def _check_route(
 
 
 def _is_int(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_int and 1 <= int(value) <= most

@@ -111,6 +111,8 @@ class LayerSpec:
             )
         _check_int("ffn", self.ffn, 1)
         _check_int("num_shared_experts", self.num_shared_experts, 0)
+        object.__setattr__(self, "ffn", int(self.ffn))
+        object.__setattr__(self, "num_shared_experts", int(self.num_shared_experts))
         object.__setattr__(self, "data_axes", _data_axes(self.group, self.data_axes))
         param_dtype = np.dtype(self.param_dtype)
         if not jnp.issubdtype(param_dtype, jnp.floating):
@@ -210,10 +212,13 @@ def apply(
         `[..., H]` of `config.dtype`, and statistics.
 
     Raises:
-        ValueError: `x` does not fit the group's config.
+        ValueError: `x` does not fit the group's config, or the call is inside of `shard_map` or of
+            another mesh.
         EpGroupClosed: the group has been closed.
     """
     spec.group.check_open()
+    _check_context(spec.group.mesh)
+    x = compat.as_array(x)
     num_tokens = _check_tokens(spec, x)
     shards, hidden = spec.num_token_shards, spec.group.config.hidden
     if x.ndim > 1 and x.shape[0] % shards == 0:
@@ -225,6 +230,28 @@ def apply(
     out, stats = _apply_blocks(spec, num_tokens, dict(params), bias, tokens)
     out = _reshard(spec, out, PartitionSpec())[:num_tokens].reshape(x.shape)
     return _reshard_like(spec, out, x), stats
+
+
+def _check_context(mesh: jax.sharding.Mesh) -> None:
+    """Raises where `shard_map` over the group's mesh cannot be opened."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.manual_axes:
+        raise ValueError(
+            f"an MoE layer is called inside of jax.shard_map over the axes {context.manual_axes}; "
+            "allowed: outside of it, because the layer opens one over the whole mesh of its group. "
+            "Inside of one over at least the group's axes, call jax_ep.route and jax_ep.moe"
+        )
+    if not context.empty and context != mesh.abstract_mesh:
+        raise ValueError(
+            f"an MoE layer is called under a mesh (jax.set_mesh) that is {_show_mesh(context)}; "
+            f"allowed: no mesh, or that of the layer's group, {_show_mesh(mesh)}. Make the group "
+            "on the mesh that the program uses"
+        )
+
+
+def _show_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return "(" + ", ".join(f"{name}: {size} {kind.name}" for name, size, kind in axes) + ")"
 
 
 def _check_tokens(spec: LayerSpec, x: Any) -> int:

@@ -137,7 +137,8 @@ class MoE(nnx.Module):
             ValueError: `x` does not fit the group's config.
             EpGroupClosed: the group has been closed.
         """
-        out, stats = self.with_stats(x)
+        # Not by `with_stats`: what nnx.tabulate shows of a public method has to be arrays.
+        out, stats = self._apply(x)
         for name, value in stats.as_dict().items():
             getattr(self, name).set_value(value)
         return out
@@ -158,6 +159,9 @@ class MoE(nnx.Module):
             ValueError: as `__call__` does.
             EpGroupClosed: as `__call__` does.
         """
+        return self._apply(x)
+
+    def _apply(self, x: jax.Array) -> tuple[jax.Array, LayerStats]:
         params = {name: getattr(self, name).get_value() for name in self.spec.params()}
         bias = None if self.selection_bias is None else self.selection_bias.get_value()
         return _layer.apply(self.spec, params, bias, x)
