@@ -12,6 +12,7 @@ import numpy as np
 from jax_ep._src.api import combine, dispatch
 from jax_ep._src.compat import as_array
 from jax_ep._src.group import EpGroup
+from jax_ep._src.grouped_dot import grouped_dot
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -47,9 +48,9 @@ def moe(
     """Sends every token through its experts and returns the weighted sum of their outputs.
 
     Expert `e` computes `(activation(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]`, by
-    `jax.lax.ragged_dot` over the received rows. Runs inside `jax.shard_map` over the group's
-    axes; shapes are per rank, `L` is `group.num_local_experts` and `F` any size. Differentiable
-    in everything but `topk_idx`.
+    `jax.lax.ragged_dot` over the received rows. Runs inside `jax.shard_map` over the group's axes;
+    shapes are per rank, `L` is `group.num_local_experts` and `F` any size. Differentiable in
+    everything but `topk_idx`. Under `vmap` it is a loop over the elements of the batch.
 
     Args:
         x: tokens, `[T, H]` of `config.dtype`.
@@ -114,9 +115,9 @@ def moe_with_stats(
     recv = dispatch(x, topk_idx, topk_weights, group=group)
     with jax.named_scope("jax_ep.experts"):
         rows = recv.x if group.config.zero_fill else _without_garbage(recv)
-        gate = jax.lax.ragged_dot(rows, w_gate, recv.group_sizes)
-        up = jax.lax.ragged_dot(rows, w_up, recv.group_sizes)
-        y = jax.lax.ragged_dot(activation(gate) * up, w_down, recv.group_sizes)
+        gate = grouped_dot(rows, w_gate, recv.group_sizes)
+        up = grouped_dot(rows, w_up, recv.group_sizes)
+        y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
     out = combine(y, recv.handle, recv.weights, group=group)
     stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
     return out, stats

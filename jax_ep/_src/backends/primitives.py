@@ -174,8 +174,8 @@ for _platform, _by_primitive in _UNUSED.items():
 # --- batching ----------------------------------------------------------------------------------
 
 
-def _batch(
-    primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], *, spec: OpSpec
+def one_by_one(
+    primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], **params: Any
 ) -> tuple[list[Any], list[int]]:
     """One call for each element of the batch, in order, so that ranks meet in the same order."""
     batched = [jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None]
@@ -184,7 +184,7 @@ def _batch(
         element = iter(elements)
         operands = [next(element) if d is not None else a for a, d in zip(args, dims, strict=True)]
         # `vmap(spmd_axis_name=...)` spreads the batched ones over a further axis.
-        return primitive.bind(*compat.varying_alike(*operands), spec=spec)
+        return primitive.bind(*compat.varying_alike(*operands), **params)
 
     outputs = jax.lax.map(one, batched)
     return list(outputs), [0] * len(outputs)
@@ -196,5 +196,5 @@ def _outside_shard_map(*args: Any, name: str, **params: Any) -> Any:
 
 
 for _primitive in _ALL:
-    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
+    batching.primitive_batchers[_primitive] = functools.partial(one_by_one, _primitive)
     _primitive.def_impl(functools.partial(_outside_shard_map, name=_primitive.name))
