@@ -7,7 +7,7 @@ import logging
 import math
 import numbers
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -133,6 +133,7 @@ class EpGroup:
         self.backend = _choose_backend(backend, why_not)
         self._closed = False
         self._lock = threading.Lock()
+        self._kept: dict[Hashable, Any] = {}
         self._cuda: cuda_group.CudaGroup | None = None
         self.group_id = self._register(agreement)
 
@@ -183,6 +184,7 @@ class EpGroup:
             if self._closed:
                 return
             self._closed = True
+            self._kept.clear()
         if self.group_id >= 0:
             _wait_for_results(set(self.mesh.devices.flat))
             if self._cuda is None:
@@ -254,6 +256,22 @@ class EpGroup:
             f"backend={self.backend!r}, config={self.config}"
             f"{', closed' if self._closed else ''})"
         )
+
+
+def kept(group: EpGroup, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make()` gives, made once for each key and kept until the group is closed.
+
+    For jitted functions that know the group: JAX keeps static arguments, and what was compiled
+    for them, as long as the function lives, so one of a module would keep all groups.
+
+    Raises:
+        EpGroupClosed: the group has been closed.
+    """
+    with group._lock:
+        group.check_open()
+        if key not in group._kept:
+            group._kept[key] = make()
+        return group._kept[key]
 
 
 def _wait_for_results(devices: set[jax.Device]) -> None:

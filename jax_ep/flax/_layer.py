@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_ep._src import compat
-from jax_ep._src.group import EpGroup
+from jax_ep._src.group import EpGroup, kept
 from jax_ep._src.moe import Activation, moe_with_stats
 from jax_ep._src.routing import Score, load_balance_loss, route, router_z_loss, update_bias
 
@@ -222,12 +222,12 @@ def apply(
     num_tokens = _check_tokens(spec, x)
     shards, hidden = spec.num_token_shards, spec.group.config.hidden
     if x.ndim > 1 and x.shape[0] % shards == 0:
-        return _apply_blocks(spec, None, dict(params), bias, x)
+        return _jitted_blocks(spec, None)(dict(params), bias, x)
     # Tokens without a selection fill up what does not divide: they are sent nowhere.
     padded = -(-num_tokens // shards) * shards
     tokens = _reshard(spec, x, PartitionSpec()).reshape(-1, hidden)
     tokens = jnp.pad(tokens, ((0, padded - num_tokens), (0, 0)))
-    out, stats = _apply_blocks(spec, num_tokens, dict(params), bias, tokens)
+    out, stats = _jitted_blocks(spec, num_tokens)(dict(params), bias, tokens)
     out = _reshard(spec, out, PartitionSpec())[:num_tokens].reshape(x.shape)
     return _reshard_like(spec, out, x), stats
 
@@ -275,8 +275,15 @@ def _check_tokens(spec: LayerSpec, x: Any) -> int:
     return num_tokens
 
 
-# Compiled even where the model is not, and traced once for all layers that are alike.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted_blocks(
+    spec: LayerSpec, num_tokens: int | None
+) -> Callable[..., tuple[jax.Array, LayerStats]]:
+    """Compiled even where the model is not, and traced once for all layers that are alike."""
+    # Not by static arguments, which JAX also has where it keeps no function: they hold the group.
+    blocks = functools.partial(_apply_blocks, spec, num_tokens)
+    return kept(spec.group, (_apply_blocks, spec, num_tokens), lambda: jax.jit(blocks))
+
+
 def _apply_blocks(
     spec: LayerSpec,
     num_tokens: int | None,
