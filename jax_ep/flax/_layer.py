@@ -60,8 +60,8 @@ class LayerStats:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamSpec:
-    """One parameter of a layer.
+class ArraySpec:
+    """One array that a layer keeps, or that its statistics are.
 
     Attributes:
         shape: of the global array.
@@ -151,16 +151,19 @@ class LayerSpec:
         """Devices among which the tokens are split."""
         return math.prod(self.group.mesh.shape[name] for name in self.token_axes)
 
-    def params(self) -> dict[str, ParamSpec]:
+    @property
+    def _experts(self) -> str | tuple[str, ...]:
+        """Entry of a partition for a dimension of experts."""
+        return self.expert_axes[0] if len(self.expert_axes) == 1 else self.expert_axes
+
+    def params(self) -> dict[str, ArraySpec]:
         """The parameters by name."""
         config = self.group.config
         hidden, ffn, shared = config.hidden, self.ffn, self.num_shared_experts * self.ffn
-        axes = self.expert_axes
-        experts = (axes[0] if len(axes) == 1 else axes, None, None)
 
-        def spec(shape: tuple[int, ...]) -> ParamSpec:
-            partition = experts if len(shape) == 3 else (None, None)
-            return ParamSpec(shape=shape, dtype=self.param_dtype, partition=partition)
+        def spec(shape: tuple[int, ...]) -> ArraySpec:
+            partition = (self._experts, None, None) if len(shape) == 3 else (None, None)
+            return ArraySpec(shape=shape, dtype=self.param_dtype, partition=partition)
 
         specs = {
             "router": dataclasses.replace(spec((hidden, config.num_experts)), dtype=_FLOAT32),
@@ -173,6 +176,21 @@ class LayerSpec:
             specs["shared_up"] = spec((hidden, shared))
             specs["shared_down"] = spec((shared, hidden))
         return specs
+
+    def bias(self) -> ArraySpec:
+        """The selection bias."""
+        shape = (self.group.config.num_experts,)
+        return ArraySpec(shape=shape, dtype=_FLOAT32, partition=(None,))
+
+    def stats(self) -> dict[str, ArraySpec]:
+        """The fields of `LayerStats`, as a call leaves them."""
+        shape, int32 = (self.group.config.num_experts,), np.dtype(np.int32)
+        return {
+            "tokens_per_expert": ArraySpec(shape=shape, dtype=int32, partition=(self._experts,)),
+            "num_dropped": ArraySpec(shape=(), dtype=int32, partition=()),
+            "load_balance_loss": ArraySpec(shape=(), dtype=_FLOAT32, partition=()),
+            "router_z_loss": ArraySpec(shape=(), dtype=_FLOAT32, partition=()),
+        }
 
 
 def _check_int(name: str, value: Any, least: int) -> None:
@@ -279,9 +297,13 @@ def _jitted_blocks(
     spec: LayerSpec, num_tokens: int | None
 ) -> Callable[..., tuple[jax.Array, LayerStats]]:
     """Compiled even where the model is not, and traced once for all layers that are alike."""
+
     # Not by static arguments, which JAX also has where it keeps no function: they hold the group.
-    blocks = functools.partial(_apply_blocks, spec, num_tokens)
-    return kept(spec.group, (_apply_blocks, spec, num_tokens), lambda: jax.jit(blocks))
+    # Named like this because JAX names it in messages.
+    def moe_layer(params: Any, selection_bias: Any, x: Any) -> tuple[jax.Array, LayerStats]:
+        return _apply_blocks(spec, num_tokens, params, selection_bias, x)
+
+    return kept(spec.group, (_apply_blocks, spec, num_tokens), lambda: jax.jit(moe_layer))
 
 
 def _apply_blocks(
@@ -294,12 +316,7 @@ def _apply_blocks(
     token_spec = PartitionSpec(spec.token_axes, *[None] * (x.ndim - 1))
     param_specs = {name: PartitionSpec(*p.partition) for name, p in spec.params().items()}
     params = {name: _reshard(spec, params[name], s) for name, s in param_specs.items()}
-    stats_specs: dict[str, Any] = {
-        "tokens_per_expert": PartitionSpec(spec.expert_axes),
-        "num_dropped": PartitionSpec(),
-        "load_balance_loss": PartitionSpec(),
-        "router_z_loss": PartitionSpec(),
-    }
+    stats_specs: Any = {name: PartitionSpec(*s.partition) for name, s in spec.stats().items()}
     blocks = jax.shard_map(
         functools.partial(_block, spec, num_tokens),
         mesh=spec.group.mesh,
@@ -378,7 +395,23 @@ def updated_bias(bias: jax.Array, tokens_per_expert: jax.Array, rate: float) -> 
     return update(bias, tokens_per_expert)
 
 
-# --- meshes with explicit axes -----------------------------------------------------------------
+# --- where arrays are --------------------------------------------------------------------------
+
+
+def zeros(mesh: jax.sharding.Mesh, spec: ArraySpec) -> jax.Array:
+    """An array of zeros on the devices where the layer has it, not on the default one.
+
+    Checkpoints are restored to where the arrays of the new model are, and stay there.
+    """
+    return place(mesh, jnp.zeros(spec.shape, spec.dtype), spec)
+
+
+def place(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Array:
+    """Moves an array, in `jit` or not, to where the layer has it."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec.partition))
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def _reshard(spec: LayerSpec, array: jax.Array, partition: PartitionSpec) -> jax.Array:

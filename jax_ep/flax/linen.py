@@ -101,17 +101,22 @@ class MoE(nn.Module):
         params: dict[str, Any] = {}
         for name, param in self.spec.params().items():
             init = param.init(self.router_init if name == "router" else self.kernel_init)
+            init = self._placed(init, param)
             # An entry may name several axes, which Flax's own annotation does not say.
             partition: Any = param.partition
             init = nn.with_partitioning(init, partition, mesh=self.group.mesh)
             params[name] = self.param(name, init, param.shape, param.dtype)
         self.weights = params
-        num_experts = self.group.config.num_experts
+        mesh, bias = self.group.mesh, self.spec.bias()
         self.bias = (
-            self.variable(BIAS, "selection_bias", jnp.zeros, (num_experts,), jnp.float32)
+            self.variable(BIAS, "selection_bias", _layer.zeros, mesh, bias)
             if self.selection_bias
             else None
         )
+
+    def _placed(self, init: Initializer, param: _layer.ArraySpec) -> Initializer:
+        """An initializer whose values are where the layer has them, outside of `jit` too."""
+        return lambda *args: _layer.place(self.group.mesh, init(*args), param)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Runs the layer and sows the statistics of this call into the collection `STATS`.

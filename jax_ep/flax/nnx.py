@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Mixture-of-Experts layer for Flax NNX."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,12 +117,18 @@ class MoE(nnx.Module):
             init = param.init(router_init if name == "router" else kernel_init)
             init = nnx.with_partitioning(init, param.partition, mesh=group.mesh)
             setattr(self, name, nnx.Param(init(rngs.params(), param.shape, param.dtype)))
-        num_experts = group.config.num_experts
-        self.selection_bias = (
-            SelectionBias(jnp.zeros((num_experts,), jnp.float32)) if selection_bias else None
-        )
-        for name, value in LayerStats.zeros(num_experts).as_dict().items():
-            setattr(self, name, MoeStat(value))
+        bias = self.spec.bias()
+        self.selection_bias = SelectionBias(self._zeros(bias)) if selection_bias else None
+        for name, stat in self.spec.stats().items():
+            setattr(self, name, MoeStat(self._zeros(stat)))
+
+    def _zeros(self, array: _layer.ArraySpec) -> Any:
+        """The value of a variable, with metadata that says where it is."""
+        mesh = self.spec.group.mesh
+        init = functools.partial(_layer.zeros, mesh)
+        if array.shape:  # Flax has no metadata for scalars
+            init = nnx.with_partitioning(init, array.partition, mesh=mesh)
+        return init(array)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Runs the layer and keeps the statistics of this call.
