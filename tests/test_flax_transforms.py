@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers under the transformations of Flax and of JAX, and on meshes with explicit axes."""
+"""The layers under the transformations of Flax and of JAX, and where they cannot be called."""
 
 import re
 
@@ -18,7 +18,6 @@ from flax_layers import (
     FFN,
     HIDDEN,
     TOPK,
-    dense,
     make_group,
     make_nnx,
     run_linen,
@@ -203,22 +202,3 @@ def test_a_layer_under_a_mesh_that_is_not_its_groups_names_both(kind, x):
             )
             with jax.set_mesh(mesh), pytest.raises(ValueError, match=re.escape(message)):
                 moe(x)
-
-
-def test_explicit_axes(x):
-    """A mesh as `jax.make_mesh` makes it: NNX works and keeps the sharding of `x`."""
-    devices = np.array(jax.devices()[:8]).reshape(2, 4)
-    mesh = Mesh(devices, ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)
-    with make_group(mesh) as group, jax.set_mesh(mesh):
-        moe = make_nnx(group, num_shared_experts=1)
-        x = jax.sharding.reshard(x, P("data"))
-        out = nnx.jit(lambda moe, x: x + moe(x))(moe, x)
-        assert jax.typeof(out).sharding.spec == P("data", None, None)
-        odd = moe(jnp.ones((5, HIDDEN)))
-        with pytest.raises(ValueError, match=r"axis_types .*; allowed in Linen: AxisType.Auto"):
-            ep_linen.MoE(group, FFN).init(jax.random.key(0), x)
-    want = dense(moe, x, {"num_shared_experts": 1})
-    np.testing.assert_allclose(out, np.asarray(x) + want, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        odd, dense(moe, np.ones((5, HIDDEN)), {"num_shared_experts": 1}), rtol=1e-4, atol=1e-5
-    )

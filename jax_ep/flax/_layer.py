@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the NNX and the Linen layer share: everything but how parameters and statistics are kept.
+"""What the NNX and the Linen layer share: sizes, options, and which arrays they have where.
 
-A layer is called on global arrays and opens `jax.shard_map` itself, over all axes of the group's
-mesh. Tokens are split over the data axes and the expert axes, experts over the expert axes, all
-else is on every device.
+Experts are split over the expert axes; all else that a layer keeps is on every device.
 """
 
 import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_ep._src import compat
-from jax_ep._src.group import EpGroup, kept
-from jax_ep._src.moe import Activation, moe_with_stats
-from jax_ep._src.routing import Score, load_balance_loss, route, router_z_loss, update_bias
+from jax_ep._src.group import EpGroup
+from jax_ep._src.moe import Activation
+from jax_ep._src.routing import Score, route, update_bias
 
 Initializer = Callable[..., jax.Array]
 _FLOAT32 = np.dtype(np.float32)
@@ -120,11 +117,12 @@ class LayerSpec:
         object.__setattr__(self, "param_dtype", param_dtype)
         # Bad routing options are reported here instead of at the first call.
         logits = jax.ShapeDtypeStruct((1, self.group.config.num_experts), _FLOAT32)
-        jax.eval_shape(self._route, logits)
+        jax.eval_shape(self.route, logits)
 
-    def _route(
+    def route(
         self, logits: jax.Array, bias: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        """`jax_ep.route` with the layer's options."""
         return route(
             logits,
             num_topk=self.group.config.num_topk,
@@ -155,6 +153,11 @@ class LayerSpec:
     def _experts(self) -> str | tuple[str, ...]:
         """Entry of a partition for a dimension of experts."""
         return self.expert_axes[0] if len(self.expert_axes) == 1 else self.expert_axes
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether arrays on the group's mesh have shardings that a trace sees."""
+        return AxisType.Explicit in self.group.mesh.axis_types
 
     def params(self) -> dict[str, ArraySpec]:
         """The parameters by name."""
@@ -212,181 +215,6 @@ def _data_axes(group: EpGroup, asked: Sequence[str] | None) -> tuple[str, ...]:
     return axes
 
 
-# --- the computation ---------------------------------------------------------------------------
-
-
-def apply(
-    spec: LayerSpec, params: Mapping[str, jax.Array], bias: jax.Array | None, x: jax.Array
-) -> tuple[jax.Array, LayerStats]:
-    """Runs the layer on a global array.
-
-    Args:
-        spec: of the layer.
-        params: by the names of `spec.params()`.
-        bias: `[E]` float32, see `jax_ep.route`, or None.
-        x: `[..., H]`, floating point.
-
-    Returns:
-        `[..., H]` of `config.dtype`, and statistics.
-
-    Raises:
-        ValueError: `x` does not fit the group's config, or the call is inside of `shard_map` or of
-            another mesh.
-        EpGroupClosed: the group has been closed.
-    """
-    spec.group.check_open()
-    _check_context(spec.group.mesh)
-    x = compat.as_array(x)
-    num_tokens = _check_tokens(spec, x)
-    shards, hidden = spec.num_token_shards, spec.group.config.hidden
-    if x.ndim > 1 and x.shape[0] % shards == 0:
-        return _jitted_blocks(spec, None)(dict(params), bias, x)
-    # Tokens without a selection fill up what does not divide: they are sent nowhere.
-    padded = -(-num_tokens // shards) * shards
-    tokens = _reshard(spec, x, PartitionSpec()).reshape(-1, hidden)
-    tokens = jnp.pad(tokens, ((0, padded - num_tokens), (0, 0)))
-    out, stats = _jitted_blocks(spec, num_tokens)(dict(params), bias, tokens)
-    out = _reshard(spec, out, PartitionSpec())[:num_tokens].reshape(x.shape)
-    return _reshard_like(spec, out, x), stats
-
-
-def _check_context(mesh: jax.sharding.Mesh) -> None:
-    """Raises where `shard_map` over the group's mesh cannot be opened."""
-    context = jax.sharding.get_abstract_mesh()
-    if context.manual_axes:
-        raise ValueError(
-            f"an MoE layer is called inside of jax.shard_map over the axes {context.manual_axes}; "
-            "allowed: outside of it, because the layer opens one over the whole mesh of its group. "
-            "Inside of one over at least the group's axes, call jax_ep.route and jax_ep.moe"
-        )
-    if not context.empty and context != mesh.abstract_mesh:
-        raise ValueError(
-            f"an MoE layer is called under a mesh (jax.set_mesh) that is {_show_mesh(context)}; "
-            f"allowed: no mesh, or that of the layer's group, {_show_mesh(mesh)}. Make the group "
-            "on the mesh that the program uses"
-        )
-
-
-def _show_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return "(" + ", ".join(f"{name}: {size} {kind.name}" for name, size, kind in axes) + ")"
-
-
-def _check_tokens(spec: LayerSpec, x: Any) -> int:
-    config = spec.group.config
-    if not isinstance(x, (jax.Array, np.ndarray)):
-        raise ValueError(f"x is a {type(x).__name__}; allowed: an array")
-    is_right = x.ndim > 0 and x.shape[-1] == config.hidden
-    if not is_right or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}; allowed: floating point, [..., {config.hidden}] as "
-            "EpConfig.hidden says"
-        )
-    num_tokens = math.prod(x.shape[:-1])
-    per_device = -(-num_tokens // spec.num_token_shards)
-    if per_device > config.max_tokens_per_rank:
-        raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}: {num_tokens} tokens, {per_device} on each of "
-            f"{spec.num_token_shards} devices (axes {spec.token_axes}); allowed: up to "
-            f"EpConfig.max_tokens_per_rank on each, which is {config.max_tokens_per_rank}"
-        )
-    return num_tokens
-
-
-def _jitted_blocks(
-    spec: LayerSpec, num_tokens: int | None
-) -> Callable[..., tuple[jax.Array, LayerStats]]:
-    """Compiled even where the model is not, and traced once for all layers that are alike."""
-
-    # Not by static arguments, which JAX also has where it keeps no function: they hold the group.
-    # Named like this because JAX names it in messages.
-    def moe_layer(params: Any, selection_bias: Any, x: Any) -> tuple[jax.Array, LayerStats]:
-        return _apply_blocks(spec, num_tokens, params, selection_bias, x)
-
-    return kept(spec.group, (_apply_blocks, spec, num_tokens), lambda: jax.jit(moe_layer))
-
-
-def _apply_blocks(
-    spec: LayerSpec,
-    num_tokens: int | None,
-    params: dict[str, jax.Array],
-    bias: jax.Array | None,
-    x: jax.Array,
-) -> tuple[jax.Array, LayerStats]:
-    token_spec = PartitionSpec(spec.token_axes, *[None] * (x.ndim - 1))
-    param_specs = {name: PartitionSpec(*p.partition) for name, p in spec.params().items()}
-    params = {name: _reshard(spec, params[name], s) for name, s in param_specs.items()}
-    stats_specs: Any = {name: PartitionSpec(*s.partition) for name, s in spec.stats().items()}
-    blocks = jax.shard_map(
-        functools.partial(_block, spec, num_tokens),
-        mesh=spec.group.mesh,
-        in_specs=(param_specs, PartitionSpec(), token_spec),
-        out_specs=(token_spec, LayerStats(**stats_specs)),
-    )
-    if bias is not None:
-        bias = _reshard(spec, bias, PartitionSpec())
-    out, stats = blocks(params, bias, _reshard(spec, x, token_spec))
-    return _reshard_like(spec, out, x), stats
-
-
-def _block(
-    spec: LayerSpec,
-    num_tokens: int | None,
-    params: dict[str, jax.Array],
-    bias: jax.Array | None,
-    x: jax.Array,
-) -> tuple[jax.Array, LayerStats]:
-    """One device's part: `x` is its tokens, `params` has its experts."""
-    config = spec.group.config
-    tokens = x.reshape(-1, config.hidden)
-    # Not rounded to config.dtype: a small error in a score sends a token to another expert.
-    with jax.named_scope("jax_ep.router"):
-        logits = jnp.dot(
-            tokens.astype(jnp.float32),
-            params["router"].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        topk_idx, topk_weights = spec._route(logits, bias)
-    if num_tokens is not None:
-        topk_idx = jnp.where(_is_token(spec, tokens.shape[0], num_tokens), topk_idx, -1)
-    tokens = tokens.astype(config.dtype)
-    weights = {name: w.astype(config.dtype) for name, w in params.items() if name != "router"}
-    out, stats = moe_with_stats(
-        tokens,
-        topk_idx,
-        topk_weights,
-        weights["w_gate"],
-        weights["w_up"],
-        weights["w_down"],
-        group=spec.group,
-        activation=spec.activation,
-    )
-    if spec.num_shared_experts:
-        with jax.named_scope("jax_ep.shared_experts"):
-            gate = spec.activation(tokens @ weights["shared_gate"])
-            out = out + (gate * (tokens @ weights["shared_up"])) @ weights["shared_down"]
-    # Counts of no tokens are constants, which vary over no axis and could not be summed over any.
-    tokens_per_expert, num_dropped = compat.as_varying(
-        frozenset(spec.token_axes), stats.tokens_per_expert, stats.num_dropped
-    )
-    if spec.data_axes:
-        tokens_per_expert = jax.lax.psum(tokens_per_expert, spec.data_axes)
-    losses = functools.partial(load_balance_loss, score=spec.score), router_z_loss
-    balance, z = (loss(logits, topk_idx, axis_name=spec.token_axes) for loss in losses)
-    return out.reshape(x.shape), LayerStats(
-        tokens_per_expert=tokens_per_expert,
-        num_dropped=jax.lax.psum(num_dropped, spec.token_axes),
-        load_balance_loss=balance,
-        router_z_loss=z,
-    )
-
-
-def _is_token(spec: LayerSpec, block_tokens: int, num_tokens: int) -> jax.Array:
-    """`[T, 1]` bool: whether a token is one of the caller's, not padding at the end."""
-    first = jax.lax.axis_index(spec.token_axes) * block_tokens
-    return (first + jnp.arange(block_tokens, dtype=first.dtype) < num_tokens)[:, None]
-
-
 def updated_bias(bias: jax.Array, tokens_per_expert: jax.Array, rate: float) -> jax.Array:
     """`jax_ep.update_bias` of one layer, or of layers stacked along leading axes."""
     update = functools.partial(update_bias, rate=rate)
@@ -412,18 +240,3 @@ def place(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Arr
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
-
-
-def _reshard(spec: LayerSpec, array: jax.Array, partition: PartitionSpec) -> jax.Array:
-    """Moves an array where `shard_map` wants it; with automatic axes the compiler does that."""
-    mesh = spec.group.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return array
-    return jax.sharding.reshard(array, NamedSharding(mesh, partition))
-
-
-def _reshard_like(spec: LayerSpec, array: jax.Array, like: jax.Array) -> jax.Array:
-    sharding = jax.typeof(like).sharding
-    if AxisType.Explicit not in spec.group.mesh.axis_types or sharding.mesh.empty:
-        return array
-    return _reshard(spec, array, sharding.spec)

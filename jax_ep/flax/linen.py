@@ -13,6 +13,7 @@ from jax_ep._src.group import EpGroup
 from jax_ep._src.moe import Activation
 from jax_ep._src.routing import Score
 from jax_ep.flax import _layer
+from jax_ep.flax._apply import apply
 from jax_ep.flax._layer import Initializer, LayerStats
 
 __all__ = ["BIAS", "STATS", "LayerStats", "MoE", "update_bias"]
@@ -153,7 +154,7 @@ class MoE(nn.Module):
             EpGroupClosed: as `__call__` does.
         """
         bias = None if self.bias is None else self.bias.value
-        return _layer.apply(self.spec, self.weights, bias, x)
+        return apply(self.spec, self.weights, bias, x)
 
 
 def update_bias(

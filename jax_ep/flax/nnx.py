@@ -13,6 +13,7 @@ from jax_ep._src.group import EpGroup
 from jax_ep._src.moe import Activation
 from jax_ep._src.routing import Score
 from jax_ep.flax import _layer
+from jax_ep.flax._apply import apply
 from jax_ep.flax._layer import Initializer, LayerStats
 
 __all__ = ["LayerStats", "MoE", "MoeStat", "SelectionBias"]
@@ -33,8 +34,10 @@ class MoE(nnx.Module):
 
     Called on a global array `[..., H]`, outside of `shard_map`; it opens `jax.shard_map` over the
     group's mesh itself. Tokens are split over the data axes and the group's axes, along the first
-    dimension of `x` where that divides, else along all tokens in order. Works in `nnx.jit`,
-    `nnx.grad`, `nnx.remat` and `nnx.scan`, and in JAX's own transformations (see `with_stats`).
+    dimension of `x` where that divides, else along all tokens in order; on a mesh with explicit
+    axes they stay where `x` has them, and axes that `x` is not split over split them further. Works
+    in `nnx.jit`, `nnx.grad`, `nnx.remat` and `nnx.scan`, and in JAX's own transformations (see
+    `with_stats`).
 
     How many rows an expert's device has room for is the group's to say: by default as many as can
     come, with `EpConfig.with_capacity_factor` fewer; what finds no room counts as 0.
@@ -171,7 +174,7 @@ class MoE(nnx.Module):
     def _apply(self, x: jax.Array) -> tuple[jax.Array, LayerStats]:
         params = {name: getattr(self, name).get_value() for name in self.spec.params()}
         bias = None if self.selection_bias is None else self.selection_bias.get_value()
-        return _layer.apply(self.spec, params, bias, x)
+        return apply(self.spec, params, bias, x)
 
     def update_bias(self, rate: float) -> None:
         """One step of balancing without an auxiliary loss, by the load of the last call.
