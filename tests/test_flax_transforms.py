@@ -56,6 +56,7 @@ class LinenBlock(nn.Module):
 
 class LinenStack(nn.Module):
     group: jax_ep.EpGroup
+    partition_name: str | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -64,7 +65,7 @@ class LinenStack(nn.Module):
             variable_axes={"params": 0, ep_linen.STATS: 0, ep_linen.BIAS: 0},
             split_rngs={"params": True},
             length=3,
-            metadata_params={nn.PARTITION_NAME: None},
+            metadata_params={nn.PARTITION_NAME: self.partition_name},
         )
         return stack(self.group, name="blocks")(x, None)[0]
 
@@ -126,6 +127,36 @@ def test_scan_and_remat_over_stacked_layers(x, backend):
     updated = ep_linen.update_bias(biases, stats, rate=0.5)["blocks"]["moe"]["selection_bias"]
     assert set(np.unique(updated)) <= {-0.5, 0.0, 0.5}
     np.testing.assert_array_equal(blocks.moe.selection_bias[...], updated)
+
+
+@pytest.mark.parametrize("name", ["layers", None])
+def test_stacked_linen_layers_under_a_name_that_is_no_axis(name, group, x):
+    """A name that nn.scan adds shards nothing, unless a rule or the mesh knows it."""
+    model = LinenStack(group, name)
+    boxed = model.init(jax.random.key(0), x)
+    kernel = boxed["params"]["blocks"]["moe"]["w_up"]
+    assert kernel.names == (name, "expert", None, None)
+    shardings = nn.get_sharding(boxed, group.mesh)
+    unboxed = nn.unbox(boxed)
+    for array, sharding in zip(*map(jax.tree.leaves, (unboxed, shardings)), strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    kernel = unboxed["params"]["blocks"]["moe"]["w_up"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, EXPERTS // 4, HIDDEN, FFN)
+
+    want = model.apply(boxed, x)
+    for variables in (boxed, unboxed):
+        np.testing.assert_allclose(jax.jit(model.apply)(variables, x), want, rtol=1e-5, atol=1e-6)
+    grads = jax.jit(jax.grad(lambda v: jnp.square(model.apply(v, x)).mean()))(boxed)
+    grads = nn.unbox(grads)["params"]["blocks"]["moe"]["w_up"]
+    assert np.abs(grads).max(axis=(1, 2, 3)).min() > 0
+    jitted = nn.unbox(jax.jit(model.init)(jax.random.key(0), x))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), jitted, unboxed)
+
+    # Rules still see the name, and may give it an axis of the mesh.
+    specs = nn.get_partition_spec(boxed)
+    rules = [("layers", "data"), ("expert", "expert")]
+    spec = nn.logical_to_mesh_sharding(specs, group.mesh, rules)["params"]["blocks"]["moe"]["w_up"]
+    assert spec.spec == P(name and "data", "expert", None, None)
 
 
 def test_transformations_of_jax_itself(group, x):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Mixture-of-Experts layer for Flax Linen."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_ep._src.group import EpGroup
 from jax_ep._src.moe import Activation
@@ -25,6 +25,29 @@ BIAS = "moe_bias"
 """Collection of selection biases, which are not parameters."""
 
 
+class PartitionedOnMesh(nn.Partitioned):
+    """`nn.Partitioned` over a mesh, where names that are no axes of the mesh shard nothing.
+
+    Such a name is what `nn.scan` and `nn.vmap` add for the axis along which they stack layers.
+    """
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The value, on the mesh."""
+        if not apply_constraint or self.mesh is None:
+            return self.value
+        return jax.lax.with_sharding_constraint(self.value, self.get_sharding(self.mesh))
+
+    def get_sharding(self, mesh: jax.sharding.Mesh) -> NamedSharding:
+        """Where the value belongs on a mesh."""
+
+        def known(entry: Any) -> Any:
+            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            kept = tuple(name for name in names if name in mesh.axis_names)
+            return kept if len(kept) > 1 else next(iter(kept), None)
+
+        return NamedSharding(mesh, PartitionSpec(*map(known, self.names)))
+
+
 class MoE(nn.Module):
     """Router, gated experts spread over an `EpGroup`, and shared experts.
 
@@ -35,8 +58,9 @@ class MoE(nn.Module):
     Collections:
 
     * "params": `router`, `w_gate`, `w_up`, `w_down`, and `shared_gate`, `shared_up`, `shared_down`
-      if there are shared experts; boxed in `nn.Partitioned`, which shards the experts over the
-      group's axes.
+      if there are shared experts; boxed in a `nn.Partitioned` that shards the experts over the
+      group's axes. In it, a name that is no axis of the group's mesh shards nothing, such as
+      "layers" from `nn.scan(metadata_params={nn.PARTITION_NAME: "layers"})`.
     * `BIAS`: `selection_bias`, `[E]` float32; only with `selection_bias=True`. See `update_bias`.
     * `STATS`, sown: `tokens_per_expert`, `num_dropped`, `load_balance_loss`, `router_z_loss`, a
       tuple each with one entry per call, see `LayerStats`. The losses are differentiable.
@@ -102,11 +126,7 @@ class MoE(nn.Module):
         params: dict[str, Any] = {}
         for name, param in self.spec.params().items():
             init = param.init(self.router_init if name == "router" else self.kernel_init)
-            init = self._placed(init, param)
-            # An entry may name several axes, which Flax's own annotation does not say.
-            partition: Any = param.partition
-            init = nn.with_partitioning(init, partition, mesh=self.group.mesh)
-            params[name] = self.param(name, init, param.shape, param.dtype)
+            params[name] = self.param(name, self._boxed(init, param), param.shape, param.dtype)
         self.weights = params
         mesh, bias = self.group.mesh, self.spec.bias()
         self.bias = (
@@ -115,9 +135,13 @@ class MoE(nn.Module):
             else None
         )
 
-    def _placed(self, init: Initializer, param: _layer.ArraySpec) -> Initializer:
+    def _boxed(self, init: Initializer, param: _layer.ArraySpec) -> Callable[..., Any]:
         """An initializer whose values are where the layer has them, outside of `jit` too."""
-        return lambda *args: _layer.place(self.group.mesh, init(*args), param)
+        # An entry may name several axes, which Flax's own annotation does not say.
+        mesh, partition = self.group.mesh, cast(Any, param.partition)
+        return lambda *args: PartitionedOnMesh(
+            _layer.place(mesh, init(*args), param), names=partition, mesh=mesh
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Runs the layer and sows the statistics of this call into the collection `STATS`.
