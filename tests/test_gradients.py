@@ -155,17 +155,20 @@ def _check_adjoint(base: EpProblem, problem: EpProblem, backend: str) -> None:
     assert _inner(sent_weights, row_weights) == _inner(token_weights, weights_bar)
 
 
-def test_forward_mode_and_second_derivatives_of_ffi():
-    problem = PROBLEMS["eight_ranks"]
-    with make_group(problem, "ffi") as group:
+@pytest.mark.parametrize("name", ["eight_ranks", "three_ranks_by_rank"])
+def test_forward_mode_and_second_derivatives(name, backend):
+    problem = PROBLEMS[name].replace(dtype="float32")
+    with make_group(problem, backend) as group:
 
         def block(x, topk_idx, w):
             received = jax_ep.dispatch(x, topk_idx, w, group=group)
             y = jnp.sin(received.x)
             return jax_ep.combine(y, received.handle, received.weights, group=group)
 
+        # In layout "rank", too, a row counts once for each of the token's experts there.
         def dense(x, w):
-            return jnp.sin(x) * jnp.sum(w, axis=-1, keepdims=True)
+            used = jnp.where(problem.topk_idx >= 0, w, 0.0)
+            return jnp.sin(x) * jnp.sum(used, axis=-1, keepdims=True)
 
         def derivatives(f, x, w):
             _, forward = jax.jvp(f, (x, w), (jnp.cos(x), w))
@@ -180,6 +183,26 @@ def test_forward_mode_and_second_derivatives_of_ffi():
         want = derivatives(dense, x, problem.topk_weights)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_is_straight_through_the_fp8_wire_of_xla():
+    """As reverse mode is: tangents are sent as if the rows had not been rounded."""
+    problem = PROBLEMS["fp8_float32"]
+    with make_group(problem, "xla") as group:
+
+        def on_rank(x, topk_idx):
+            def send(x):
+                return jax_ep.dispatch(x, topk_idx, group=group).x
+
+            return jax.jvp(send, (x,), (jnp.cos(x),))
+
+        rows, tangents = over_ranks(group, on_rank)(problem.x, problem.topk_idx)
+    source = np.maximum(problem.plan.row_source, 0)
+    held = (problem.plan.row_source >= 0)[..., None]
+    sent = np.cos(problem.x).reshape(-1, problem.hidden)[source]
+    np.testing.assert_allclose(tangents, np.where(held, sent, 0), rtol=1e-6)
+    unrounded = np.where(held, problem.x.reshape(-1, problem.hidden)[source], 0)
+    assert not np.array_equal(rows, unrounded)
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])

@@ -189,14 +189,14 @@ def test_copies_that_skip_visits_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 @pytest.mark.parametrize("transform", ["values", "gradients"])
-def test_vmap_spread_over_a_mesh_axis(transform, check_vma):
+def test_vmap_spread_over_a_mesh_axis(transform, check_vma, backend):
     # Pipelines run their stages like this: the batch is split along "data", and so the groups
     # along it hold other tokens, though nothing varied over it when the block was traced.
     mesh = make_mesh((2, 4), ("data", "expert"))
     problem = EpProblem(
         name="spmd", num_ranks=4, num_tokens=TOKENS, num_topk=2, num_experts=8, hidden=HIDDEN
     )
-    with make_group(problem, "ffi", mesh=mesh) as group:
+    with make_group(problem, backend, mesh=mesh) as group:
         rng = np.random.default_rng(3)
         x = rng.standard_normal((4, 4 * TOKENS, HIDDEN)).astype(np.float32)
         idx = np.argsort(rng.random((4 * TOKENS, 8)), axis=1)[:, :2].astype(np.int32)

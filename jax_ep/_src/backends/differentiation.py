@@ -137,7 +137,7 @@ def row_weights(
 # goes in and comes out is in that dtype too, the cotangent included: XLA makes arrays of all that
 # crosses the border of what is rematerialized.
 @jax.checkpoint
-def _weighted_rows_tangent(
+def weighted_rows_tangent(
     y: jax.Array,
     weights: jax.Array,
     y_dot: jax.Array | None,
@@ -170,7 +170,7 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
     del row_scalars
     rows_dot = y_dot
     if not is_absent(weights) and (type(y_dot), type(weights_dot)) != (ad.Zero, ad.Zero):
-        rows_dot = _weighted_rows_tangent(
+        rows_dot = weighted_rows_tangent(
             y,
             weights,
             None if type(y_dot) is ad.Zero else y_dot,

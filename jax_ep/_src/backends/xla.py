@@ -8,16 +8,19 @@ may differ from the other backends in the last bit of the float32 accumulator.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from jax_ep._src import compat
 from jax_ep._src.backends import fp8
-from jax_ep._src.backends.differentiation import row_weights
+from jax_ep._src.backends.differentiation import weighted_rows_tangent
 from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.primitives import is_absent
+from jax_ep._src.backends.primitives import one_by_one
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import DispatchHandle
 
@@ -145,16 +148,23 @@ def _take_rows(source: jax.Array, index: jax.Array, fill: float) -> jax.Array:
 
 # --- dispatch and combine ----------------------------------------------------------------------
 
+# Primitives of their own, lowered to collectives: a rule of `custom_vjp` has no forward mode, and
+# under `vmap(spmd_axis_name=...)` JAX refuses what it returns. Operands that do not take part are
+# left out, see `differentiation.py`.
+exchange_p = Primitive("jax_ep_xla_exchange")  # linear: rows, scalars or both, there or back
+combine_p = Primitive("jax_ep_xla_combine")  # with weights
+for _primitive in (exchange_p, combine_p):
+    _primitive.multiple_results = True
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def dispatch(
     spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
 ) -> tuple[jax.Array, jax.Array | None]:
     """Gathers all ranks' rows and keeps those that come here."""
-    scalars = jnp.zeros((0,), jnp.float32) if token_scalars is None else token_scalars
-    x, scalars, handle = _varying_with_handle(spec, x, scalars, handle)
-    rows, row_scalars = _dispatch(spec, x, scalars, handle)
-    return rows, None if token_scalars is None else row_scalars
+    rows, row_scalars = _exchange(spec, x, token_scalars, handle, there=True)
+    assert rows is not None
+    return rows, row_scalars
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -162,36 +172,71 @@ def combine(
     spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
 ) -> jax.Array:
     """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them there."""
-    weights = jnp.zeros((0,), jnp.float32) if weights is None else weights
-    y, weights, handle = _varying_with_handle(spec, y, weights, handle)
-    return _combine(spec, y, weights, handle)
+    if weights is None:
+        out, _ = _exchange(spec, y, None, handle, there=False)
+        assert out is not None
+        return out
+    leaves, tree = jax.tree.flatten(handle)
+    (out,) = combine_p.bind(*_varying(spec, y, weights, *leaves), spec=spec, tree=tree)
+    return out
 
 
-def _varying_with_handle(spec: OpSpec, *operands: Any) -> list[Any]:
-    leaves, tree = jax.tree.flatten(operands)
-    return jax.tree.unflatten(tree, _varying(spec, *leaves))
+def _exchange(
+    spec: OpSpec,
+    rows: jax.Array | None,
+    scalars: jax.Array | None,
+    handle: DispatchHandle,
+    *,
+    there: bool,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Rows and scalars from tokens to received rows (`there`), or back to be summed."""
+    leaves, tree = jax.tree.flatten(handle)
+    given = [a for a in (rows, scalars) if a is not None]
+    has = rows is not None, scalars is not None
+    operands = _varying(spec, *given, *leaves)
+    outs = iter(exchange_p.bind(*operands, spec=spec, tree=tree, has=has, there=there))
+    return next(outs) if has[0] else None, next(outs) if has[1] else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(
-    spec: OpSpec, x: jax.Array, token_scalars: jax.Array, handle: DispatchHandle
-) -> tuple[jax.Array, jax.Array]:
-    gather = functools.partial(jax.lax.all_gather, axis_name=spec.axis_names, tiled=True)
-    if spec.fp8_wire:
-        quantized, scales = fp8.quantize(x)
-        rows = fp8.dequantize(
-            _take_rows(gather(quantized), handle.row_source, 0),
-            _take_rows(gather(scales), handle.row_source, 0.0),
-            x.dtype,
-        )
-    else:
-        rows = _take_rows(gather(x), handle.row_source, 0)
-    if not is_absent(token_scalars):
-        token_scalars = _row_scalars(spec, gather(token_scalars), handle)
+def _exchange_program(
+    *operands: jax.Array, spec: OpSpec, tree: Any, has: tuple[bool, bool], there: bool
+) -> list[jax.Array]:
+    handle: DispatchHandle = jax.tree.unflatten(tree, operands[sum(has) :])
+    rows = operands[0] if has[0] else None
+    scalars = operands[sum(has) - 1] if has[1] else None
+    outs = []
+    if rows is not None and there:
+        outs.append(_rows_there(spec, rows, handle))
+    elif rows is not None:
+        outs.append(_combine_rows(spec, rows, None, handle))
+    if scalars is not None and there:
+        outs.append(_row_scalars(spec, _gather(spec, scalars), handle))
+    elif scalars is not None:
+        outs.append(_token_scalars(spec, scalars, handle))
     # Without tokens nothing that varies went into them.
-    axes = compat.varying_axes(handle.row_source)
-    rows, token_scalars = compat.as_varying(axes, rows, token_scalars)
-    return rows, token_scalars
+    return list(compat.as_varying(compat.varying_axes(handle.row_source), *outs))
+
+
+def _combine_program(*operands: jax.Array, spec: OpSpec, tree: Any) -> list[jax.Array]:
+    y, weights, *leaves = operands
+    handle: DispatchHandle = jax.tree.unflatten(tree, leaves)
+    return [_combine_rows(spec, y, weights, handle)]
+
+
+def _gather(spec: OpSpec, array: jax.Array) -> jax.Array:
+    """`[R * T, ...]` from all ranks' `[T, ...]`. XLA does not gather nothing."""
+    return jax.lax.all_gather(array, spec.axis_names, tiled=True) if array.shape[0] else array
+
+
+def _rows_there(spec: OpSpec, x: jax.Array, handle: DispatchHandle) -> jax.Array:
+    if not spec.fp8_wire:
+        return _take_rows(_gather(spec, x), handle.row_source, 0)
+    quantized, scales = fp8.quantize(x)
+    return fp8.dequantize(
+        _take_rows(_gather(spec, quantized), handle.row_source, 0),
+        _take_rows(_gather(spec, scales), handle.row_source, 0.0),
+        x.dtype,
+    )
 
 
 def _arrived(handle: DispatchHandle) -> tuple[jax.Array, jax.Array]:
@@ -219,24 +264,6 @@ def _row_scalars(spec: OpSpec, gathered: jax.Array, handle: DispatchHandle) -> j
     return empty.at[_or_past_end(spec, slot)].set(arrived, mode="drop")
 
 
-def _dispatch_fwd(
-    spec: OpSpec, x: jax.Array, token_scalars: jax.Array, handle: DispatchHandle
-) -> Any:
-    return _dispatch(spec, x, token_scalars, handle), handle
-
-
-def _dispatch_bwd(spec: OpSpec, handle: DispatchHandle, cotangents: Any) -> Any:
-    """The transpose: an unweighted combine over the same handle."""
-    rows_bar, row_scalars_bar = cotangents
-    x_bar = _combine_rows(spec, rows_bar, None, handle)
-    if is_absent(row_scalars_bar):
-        return x_bar, row_scalars_bar, None
-    return x_bar, _token_scalars(spec, row_scalars_bar, handle), None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
 def _token_scalars(spec: OpSpec, row_scalars: jax.Array, handle: DispatchHandle) -> jax.Array:
     """Scalars of received rows back at their selections, `[T, K]`."""
     slot, topk = _arrived(handle)
@@ -252,11 +279,6 @@ def _token_scalars(spec: OpSpec, row_scalars: jax.Array, handle: DispatchHandle)
 def _return_to_sources(spec: OpSpec, partial: jax.Array) -> jax.Array:
     """`[R, T, ...]` by source rank here -> `[R, T, ...]` by the rank that it came from, there."""
     return jax.lax.all_to_all(partial, spec.axis_names, 0, 0, tiled=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHandle) -> jax.Array:
-    return _combine_rows(spec, y, None if is_absent(weights) else weights, handle)
 
 
 def _combine_rows(
@@ -280,24 +302,85 @@ def _combine_rows(
     return total.astype(y.dtype)
 
 
-def _combine_fwd(spec: OpSpec, y: jax.Array, weights: jax.Array, handle: DispatchHandle) -> Any:
-    return _combine(spec, y, weights, handle), (y, weights, handle)
+# --- how they are differentiated and batched ---------------------------------------------------
 
 
-def _combine_bwd(spec: OpSpec, residuals: Any, out_bar: jax.Array) -> Any:
-    """The transpose: a dispatch of the cotangent over the same handle."""
-    y, weights, handle = residuals
-    absent = jax.lax.slice_in_dim(weights.reshape(-1), 0, 0)
-    rows_bar, _ = _dispatch(spec.for_cotangents(), out_bar, absent, handle)
-    if is_absent(weights):
-        return rows_bar, weights, None
-    factor = row_weights(weights, handle.row_source, handle.row_topk_idx)
-    held = jnp.where((handle.row_source >= 0)[:, None], y, jnp.zeros((), y.dtype))
-    wide = rows_bar.astype(jnp.float32)
-    weights_bar = jnp.sum(wide * held.astype(jnp.float32), axis=1)
-    if spec.layout == "rank":
-        weights_bar = jnp.where(_row_topk(handle) >= 0, weights_bar[:, None], 0.0)
-    return (factor * wide).astype(y.dtype), weights_bar, None
+def _exchange_abstract(
+    *avals: Any, spec: OpSpec, tree: Any, has: tuple[bool, bool], there: bool
+) -> list[Any]:
+    handle: DispatchHandle = jax.tree.unflatten(tree, avals[sum(has) :])
+    tokens, num_topk = handle.topk_idx.shape
+    outs = []
+    if has[0]:
+        count = spec.recv_capacity if there else tokens
+        outs.append(compat.like(avals[0], (count, avals[0].shape[1]), avals[0].dtype))
+    if has[1]:
+        shape = spec.row_scalars_shape if there else (tokens, num_topk)
+        outs.append(compat.like(avals[0], shape, jnp.float32.dtype))
+    return outs
 
 
-_combine.defvjp(_combine_fwd, _combine_bwd)
+def _combine_abstract(y: Any, weights: Any, *leaves: Any, spec: OpSpec, tree: Any) -> list[Any]:
+    del weights, spec
+    handle: DispatchHandle = jax.tree.unflatten(tree, leaves)
+    return [compat.like(y, (handle.topk_idx.shape[0], y.shape[1]), y.dtype)]
+
+
+def _of_those_not_zero(
+    values: Sequence[Any], leaves: Sequence[Any], has: tuple[bool, bool], params: dict[str, Any]
+) -> list[Any]:
+    """The exchange of those of `values`, one for each of `has`, that are not zero; else None."""
+    given = iter(values)
+    slots = [next(given) if there_is else None for there_is in has]
+    used = [v is not None and type(v) is not ad.Zero for v in slots]
+    kept = [v for v, is_used in zip(slots, used, strict=True) if is_used]
+    params = {**params, "spec": params["spec"].for_cotangents(), "has": tuple(used)}
+    outs = iter(exchange_p.bind(*kept, *leaves, **params)) if kept else iter(())
+    results = [next(outs) if is_used else None for is_used in used]
+    return [r for r, there_is in zip(results, has, strict=True) if there_is]
+
+
+def _exchange_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+    has = params["has"]
+    outs = exchange_p.bind(*primals, **params)
+    dots = _of_those_not_zero(tangents[: sum(has)], primals[sum(has) :], has, params)
+    zeros = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    return outs, [z if dot is None else dot for dot, z in zip(dots, zeros, strict=True)]
+
+
+def _exchange_transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) -> list[Any]:
+    """There and back are each other's transposes over the same handle."""
+    has = params["has"]
+    values, leaves = operands[: sum(has)], operands[sum(has) :]
+    back = {**params, "there": not params["there"]}
+    bars = zip(_of_those_not_zero(cotangents, leaves, has, back), values, strict=True)
+    wanted = [bar if ad.is_undefined_primal(value) else None for bar, value in bars]
+    return [*wanted, *[None] * len(leaves)]
+
+
+def _combine_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec, tree: Any
+) -> Any:
+    """Bilinear: the tangent is an unweighted combine of the rows' tangents."""
+    y, weights, *leaves = primals
+    outs = combine_p.bind(*primals, spec=spec, tree=tree)
+    y_dot, weights_dot = (None if type(t) is ad.Zero else t for t in tangents[:2])
+    if y_dot is None and weights_dot is None:
+        return outs, [ad.Zero(jax.typeof(outs[0]).to_tangent_aval())]
+    handle: DispatchHandle = jax.tree.unflatten(tree, leaves)
+    rows_dot = weighted_rows_tangent(
+        y, weights, y_dot, weights_dot, handle.row_source, handle.row_topk_idx
+    )
+    params = {"spec": spec.for_cotangents(), "tree": tree, "has": (True, False), "there": False}
+    return outs, exchange_p.bind(rows_dot, *leaves, **params)
+
+
+exchange_p.def_abstract_eval(_exchange_abstract)
+combine_p.def_abstract_eval(_combine_abstract)
+ad.primitive_jvps[exchange_p] = _exchange_jvp
+ad.primitive_jvps[combine_p] = _combine_jvp
+ad.primitive_transposes[exchange_p] = _exchange_transpose
+for _primitive, _program in ((exchange_p, _exchange_program), (combine_p, _combine_program)):
+    _primitive.def_impl(_program)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_program, multiple_results=True))
+    batching.primitive_batchers[_primitive] = functools.partial(one_by_one, _primitive)
