@@ -70,7 +70,8 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         "one-process-programs": tests("one_process", "graphs", "soak"),
         "example": train(1),
         **({"example-two-axes": train(2)} if ranks > 2 else {}),
-        "own-failures": tests("own", "failures"),
+        "own-failures": tests("own", "failures", "closed"),
+        "one-process-closed": tests("one_process", "closed"),
         **{f"bench-{tokens}": bench("own", tokens) for tokens in (1024, 8192, 128)},
         "bench-one-process": bench("one_process", 4096),
     }

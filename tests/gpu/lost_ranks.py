@@ -71,7 +71,7 @@ def lost(mesh: Mesh, problem: EpProblem, victim: int, timeout: float, delay: flo
     if error is None:
         group.close()
         return {"error": None, "seconds": seconds, "log": [], "later": None}
-    time.sleep(1.5)  # the group looks for records twice a second
+    time.sleep(1.5)  # for the watch of kernels
     later = None
     try:
         jax.block_until_ready(run(*first))

@@ -80,6 +80,7 @@ def main(
     standing.announce(who, folder / f"log{process}")
     faulthandler.enable()
     logging.basicConfig()  # what the library logs, where the test finds it
+    logging.getLogger("jax_ep").setLevel(logging.INFO)
     mesh = _mesh(address, num_ranks, placement, process)
     # Not before: it imports modules of tests, and some of those use JAX.
     cases: list[Case] = pickle.loads((folder / "cases").read_bytes())

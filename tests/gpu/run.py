@@ -24,15 +24,16 @@ PIECES = {
     "graphs": ["test_programs.py", "-k", "not soak"],
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
+    "closed": ["test_closed.py"],
     "soak": ["test_programs.py", "-k", "soak"],
     "collectives": ["test_collectives.py"],
 }
 # Placement of ranks -> the pieces that have something to run. The sanitizer's ranks share a GPU in
 # any case; only a rank with a process of its own can be lost; NCCL wants a GPU for each rank.
 PIECES_OF = {
-    "shared": ["problems", "graphs", "sanitizer", "failures", "soak"],
-    "own": ["problems", "graphs", "failures", "collectives", "soak"],
-    "one_process": ["problems", "graphs", "collectives", "soak"],
+    "shared": ["problems", "graphs", "closed", "sanitizer", "failures", "soak"],
+    "own": ["problems", "graphs", "closed", "failures", "collectives", "soak"],
+    "one_process": ["problems", "graphs", "closed", "collectives", "soak"],
 }
 
 
