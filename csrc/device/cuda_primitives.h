@@ -145,7 +145,10 @@ inline constexpr u32 kPollsPerLook = 64;
 // Called by a thread that polls, between two polls.
 JAX_EP_DEVICE void spin_pause(const char* /*what*/) {}
 // Ends the kernel with an error; the context is lost.
-JAX_EP_DEVICE void trap() { __trap(); }
+[[noreturn]] JAX_EP_DEVICE void trap() {
+  __trap();
+  __builtin_unreachable();
+}
 
 }  // namespace jax_ep::dev
 

@@ -157,16 +157,16 @@ class Exchange {
                                                        kUnit + static_cast<u32>(op_));
     if (running != 0) give_up_overlapping(running % kUnit);
   }
-  JAX_EP_DEVICE void give_up_overlapping(u32 other_op) const {
+  [[noreturn]] JAX_EP_DEVICE void give_up_overlapping(u32 other_op) const {
     give_up(view_, {WaitTag::kOverlap, op_, view_.rank, epoch_, 0}, 0, other_op, 0);
   }
 
   // The source is in this exchange with another operation, or in another call of this one.
-  JAX_EP_COLD static void give_up_with_other(
+  [[noreturn]] JAX_EP_COLD static void give_up_with_other(
       const RankView& view, OpKind op, i32 source, u32 chunk, u64 own, u64 seen) {
     if (op_of(seen) != static_cast<u32>(op)) {
       const WaitSite site = {WaitTag::kWrongOp, op, source, epoch_of(own), chunk};
-      return give_up(view, site, epoch_of(seen), op_of(seen));
+      give_up(view, site, epoch_of(seen), op_of(seen));
     }
     u32 differs = 0;
     for (u32 part = 0; part < kNumCallParts; ++part) {
