@@ -98,12 +98,14 @@ mutants: $(INSTALLED)-test
 	  $(BIN)/pytest -n $(JOBS) tests/sim
 	$(BIN)/python csrc/kernels/tests/mutants.py --build $(SIM_BUILD) --jobs $(JOBS)
 
-soak: $(READY) ## Run random stories on the simulator, on all cores, for 10 minutes (SECONDS=N)
+soak: $(READY) ## Run random stories on the simulator, with 64 ranks too, for 10 minutes (SECONDS=N)
 	$(build_sim)
-	@pids=; for i in $$(seq $$(nproc)); do \
+	@pids=; for i in $$(seq 0 $$(nproc)); do \
 	  seed=$$i$$(date +%s)000000; \
-	  echo "process $$i: seeds from $$seed on"; \
-	  $(SIM_BUILD)/kernels/tests/simulate --seeds $$seed --seconds $(SECONDS) & pids="$$pids $$!"; \
+	  ranks=$$([ $$i -ne 0 ] || echo '--ranks 64'); \
+	  echo "process $$i: seeds from $$seed on $$ranks"; \
+	  $(SIM_BUILD)/kernels/tests/simulate $$ranks --seeds $$seed --seconds $(SECONDS) & \
+	  pids="$$pids $$!"; \
 	done; \
 	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
 

@@ -126,7 +126,7 @@ TEST(Kernels, EpochsMayWrapAround) {
 // More ranks than a warp has lanes: whatever a lane does for a peer takes a second turn.
 TEST(Kernels, MoreRanksThanLanes) {
   for (uint64_t seed = 1; seed <= 2; ++seed) {
-    const Story story = random_story(seed, {.num_ranks = {33}, .max_tokens = 3, .episodes = 1});
+    const Story story = random_story(seed, {.num_ranks = {33}});
     const Outcome outcome = run_story(story, seed);
     EXPECT_TRUE(outcome.report.ok()) << describe(story) << "\n" << outcome.report.text();
   }

@@ -7,6 +7,8 @@
 namespace jax_ep {
 namespace {
 
+constexpr uint32_t kMaxBlocks = 128;  // of all ranks; sim::Clock has room for so many threads
+
 class Draw {
  public:
   explicit Draw(uint64_t seed) : random_(seed) {}
@@ -109,10 +111,15 @@ Story random_story(uint64_t seed, const StoryLimits& limits) {
   Draw draw(seed);
   Story story;
   const int32_t num_ranks = draw.one_of(limits.num_ranks);
-  for (int32_t i = 0; i < limits.groups; ++i) {
-    story.groups.push_back(random_group(draw, num_ranks, limits));
+  StoryLimits sizes = limits;
+  if (num_ranks > 16) {  // each of their waits is many steps
+    sizes.max_tokens = std::min<int64_t>(sizes.max_tokens, 3);
+    sizes.episodes = 1;
   }
-  story.blocks = draw.one_of<uint32_t>({1, 2, 2, 3});
+  for (int32_t i = 0; i < limits.groups; ++i) {
+    story.groups.push_back(random_group(draw, num_ranks, sizes));
+  }
+  story.blocks = std::min(draw.one_of<uint32_t>({1, 2, 2, 3}), kMaxBlocks / num_ranks);
   if (draw.one_in(6))
     story.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   return story;
