@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that one process saves and another runs, by the code of docs/ready_made_programs.md.
+"""Programs that one process saves and another runs, by the code of docs/ready_made_programs.md."""
 
-Blocks marked `py` on that page need flatbuffers, which not every installation has.
-"""
-
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,10 +20,7 @@ from programs import make_mesh
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "ready_made_programs.md"
 TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
-HAS_FLATBUFFERS = importlib.util.find_spec("flatbuffers") is not None
-FORMS = ("executable", "exported") if HAS_FLATBUFFERS else ("executable",)
-
-needs_flatbuffers = pytest.mark.skipif(not HAS_FLATBUFFERS, reason="flatbuffers is not installed")
+FORMS = ("executable", "exported")
 
 
 def _code(heading: str) -> str:
@@ -35,8 +28,7 @@ def _code(heading: str) -> str:
     for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE):
         title = "" if section.startswith("# ") else section.partition("\n")[0]
         if title == heading:
-            kinds = "python|py" if HAS_FLATBUFFERS else "python"
-            blocks = re.findall(rf"^```(?:{kinds})\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+            blocks = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
             return "\n".join(blocks)
     raise ValueError(heading)
 
@@ -52,10 +44,9 @@ LOAD_AND_COMPARE = """
 want = np.load(folder / "out.npy")
 for _ in range(2):
     np.testing.assert_array_equal(loaded(x, topk_idx), want)
-if "exported" in globals():
-    np.testing.assert_array_equal(out, want)
-    grad = jax.grad(lambda x: (exported.call(x, topk_idx) ** 2).sum())(x)
-    np.testing.assert_array_equal(grad, np.load(folder / "grad.npy"))
+np.testing.assert_array_equal(out, want)
+grad = jax.grad(lambda x: (exported.call(x, topk_idx) ** 2).sum())(x)
+np.testing.assert_array_equal(grad, np.load(folder / "grad.npy"))
 print("same")
 """
 
@@ -165,12 +156,6 @@ def said(folder):
 
 def test_a_new_process_runs_what_another_saved(folder):
     assert _run(folder, SETUP, GROUP, LOAD, LOAD_AND_COMPARE).splitlines()[-1] == "same"
-
-
-@needs_flatbuffers
-def test_exported_programs_were_among_them(said, folder):
-    assert (folder / "step.exported").exists()
-    assert said["the group"]["exported"] == "same"
 
 
 @pytest.mark.parametrize("form", FORMS)
