@@ -37,6 +37,7 @@ ALLOWED = {
         "csrc/runtime/",
         *CUDA,
     ),
+    "csrc/runtime/tests": ("csrc/", "gtest/", "sys/", *CUDA),
     "csrc/sim": ("csrc/core/", "csrc/device/", "csrc/sim/", "sanitizer/", "sys/"),
     "csrc/sim/tests": ("csrc/", "gtest/"),
     "csrc/tests": ("csrc/", "gtest/", "gmock/"),

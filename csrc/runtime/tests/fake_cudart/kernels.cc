@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands for csrc/kernels: loads nothing, and records what is launched.
+#include <cuda_runtime_api.h>
+
+#include <string_view>
+
+#include "csrc/kernels/launch.h"
+#include "csrc/runtime/tests/fake_cudart/process.h"
+
+extern "C" cudaError_t cudaFuncSetAttribute(const void* function,
+                                            cudaFuncAttribute attribute,
+                                            int value) {
+  jax_ep::fake_cudart::Call call("cudaFuncSetAttribute");
+  if (call.refused()) return call.end();
+  const bool known =
+      function != nullptr && value > 0 && attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+  return call.end(known ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+namespace jax_ep {
+namespace {
+
+using fake_cudart::Call;
+using fake_cudart::Launch;
+using fake_cudart::Thread;
+
+// As many as csrc/kernels compiles: two of plan, three each of dispatch and combine.
+constexpr int kNumKernels = 8;
+constexpr char kKernels[kNumKernels] = {};
+constexpr int32_t kSharedBytes = 1024;
+
+template <typename Params>
+cudaError_t launch(std::string_view name,
+                   const Params& params,
+                   const LaunchShape& shape,
+                   cudaStream_t stream) {
+  Launch launched{
+      .device = Thread::current().device, .stream = stream, .shape = shape, .params = params};
+  std::function<void(const Launch&)> kernel;
+  {
+    Call call(name);
+    if (call.refused()) return call.end();
+    call->launches.push_back(launched);
+    kernel = call->kernel;
+  }
+  if (kernel) kernel(launched);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t load_kernels() {
+  for (const char& kernel : kKernels) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(&kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+int32_t shared_bytes_per_block() { return kSharedBytes; }
+
+cudaError_t launch_plan(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  return launch("launch_plan", params, shape, stream);
+}
+
+cudaError_t launch_dispatch(const DispatchParams& params,
+                            const LaunchShape& shape,
+                            cudaStream_t stream) {
+  return launch("launch_dispatch", params, shape, stream);
+}
+
+cudaError_t launch_combine(const CombineParams& params,
+                           const LaunchShape& shape,
+                           cudaStream_t stream) {
+  return launch("launch_combine", params, shape, stream);
+}
+
+}  // namespace jax_ep
