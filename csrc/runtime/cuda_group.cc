@@ -2,10 +2,14 @@
 #include "csrc/runtime/cuda_group.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 namespace jax_ep {
 namespace {
+
+// Of a wait for kernels that may have begun when the time was already over.
+constexpr double kLeastWaitS = 0.1;
 
 Status check_ranks(const CudaGroupConfig& config) {
   for (const LocalRank& local : config.ranks) {
@@ -97,12 +101,21 @@ Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const Hea
 
 Status CudaGroup::disconnect(double limit_s) {
   ready_.store(false, std::memory_order_release);
+  const auto begin = std::chrono::steady_clock::now();
   Status status;
-  const auto note = [&status](Status other) {
+  bool running = false;
+  const auto note = [&](Status other) {
     if (status.ok()) status = std::move(other);
   };
   const auto wait_for_kernels = [&] {
-    for (const RankContext& context : ranks_) note(context.wait_for_kernels(limit_s));
+    for (const RankContext& context : ranks_) {
+      if (running) return;
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - begin;
+      Status waits = context.wait_for_kernels(std::max(limit_s - waited.count(), kLeastWaitS));
+      running = waits.code() == StatusCode::kDeadlineExceeded;
+      if (running) status = {};  // whatever else there was, this is what matters
+      note(std::move(waits));
+    }
   };
   // Kernels whose results nobody holds may still be running, and the peers' with them; their
   // deadlines bound the wait. Then no graph's kernel may touch a heap any more, nor one that was
@@ -110,8 +123,14 @@ Status CudaGroup::disconnect(double limit_s) {
   wait_for_kernels();
   for (RankContext& context : ranks_) note(context.close());
   wait_for_kernels();
-  if (status.code() == StatusCode::kDeadlineExceeded) return status;
-  for (RankContext& context : ranks_) context.disconnect();
+  for (RankContext& context : ranks_) {
+    if (running) {
+      context.leave_heap();
+      context.leave_peers();
+    } else {
+      context.disconnect();
+    }
+  }
   return status;
 }
 

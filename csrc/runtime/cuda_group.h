@@ -47,8 +47,8 @@ class CudaGroup {
   // `handles` are those of all ranks of all EP groups of the mesh, in any order.
   Status connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles);
   // Returns the first error, if there is one: after a kernel's trap, CUDA refuses everything. Goes
-  // on nevertheless; but if kernels run on after `limit_s`, it is DeadlineExceeded, and the heaps
-  // stay mapped.
+  // on nevertheless; but if kernels run on after `limit_s`, it is DeadlineExceeded, and all heaps
+  // stay allocated and mapped for good: destruction does not touch them.
   Status disconnect(double limit_s);
   void leave_heaps();
 

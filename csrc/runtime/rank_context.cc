@@ -132,6 +132,10 @@ Status RankContext::wait_for_kernels(double limit_s) const {
 
 void RankContext::disconnect() { peers_.clear(); }
 
+void RankContext::leave_peers() {
+  for (PeerMapping& peer : peers_) peer.leave();
+}
+
 Status RankContext::error() const {
   const std::optional<ErrorRecord> record = words_.error();
   if (!record.has_value()) return {};

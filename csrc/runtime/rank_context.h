@@ -50,6 +50,8 @@ class RankContext {
   void disconnect();
   // Leaves the heap as it is, for good: a peer may still map it.
   void leave_heap() { heap_.leave(); }
+  // Likewise the peers': a kernel of this rank still runs.
+  void leave_peers();
   [[nodiscard]] bool connected() const { return !peers_.empty(); }
 
   [[nodiscard]] const RankConfig& config() const { return config_; }

@@ -87,6 +87,8 @@ class PeerMapping {
   static Status map(const HeapHandle& handle, int32_t device, PeerMapping& mapping);
 
   [[nodiscard]] std::byte* base() const { return base_; }
+  // Stays mapped, for good.
+  void leave() { opened_ = false; }
 
  private:
   void unmap();
