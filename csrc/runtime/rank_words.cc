@@ -26,12 +26,6 @@ struct WordsSlot {
   bool published = false;
 };
 
-namespace {
-
-constexpr size_t kSlotsAtOnce = 128;
-
-}  // namespace
-
 // All slots of the process. Never destroyed: the watch may read while the process exits.
 struct RankWordsPool {
   std::mutex mutex;
@@ -45,13 +39,12 @@ struct RankWordsPool {
 
   // With the mutex held. Slots for the current device.
   Status grow(int32_t device) {
-    const size_t control_bytes = kSlotsAtOnce * static_cast<size_t>(kControlBytes);
     void* control = nullptr;
-    JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(cudaMalloc(&control, control_bytes)));
+    JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(cudaMalloc(&control, kWordsAtOnce * kControlBytes)));
     void* host = nullptr;
     void* host_on_device = nullptr;
     Status status = JAX_EP_CUDA_STATUS(
-        cudaHostAlloc(&host, kSlotsAtOnce * sizeof(HostMailbox), cudaHostAllocMapped));
+        cudaHostAlloc(&host, kWordsAtOnce * sizeof(HostMailbox), cudaHostAllocMapped));
     if (status.ok()) {
       status = JAX_EP_CUDA_STATUS(cudaHostGetDevicePointer(&host_on_device, host, 0));
     }
@@ -62,7 +55,7 @@ struct RankWordsPool {
     }
     auto* const mailboxes = static_cast<HostMailbox*>(host);
     auto* const on_device = static_cast<HostMailbox*>(host_on_device);
-    for (size_t i = 0; i < kSlotsAtOnce; ++i) {
+    for (size_t i = 0; i < kWordsAtOnce; ++i) {
       auto slot = std::make_unique<WordsSlot>();
       slot->control = static_cast<uint32_t*>(control) + i * (kControlBytes / 4);
       slot->mailbox = mailboxes + i;

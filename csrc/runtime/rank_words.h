@@ -42,6 +42,9 @@ struct RankWait {
 
 struct WordsSlot;
 
+// How many places for words a pool gets at a time.
+inline constexpr size_t kWordsAtOnce = 128;
+
 // The words of one rank. They come from pools that only grow: a few hundred bytes stay for each
 // rank of each group that ever served a call. Movable; not thread-safe but for what is const.
 class RankWords {

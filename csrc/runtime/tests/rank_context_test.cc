@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/runtime/rank_context.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "csrc/runtime/tests/runtime_fixture.h"
+
+namespace jax_ep {
+namespace {
+
+class RankContextTest : public RuntimeTest {
+ protected:
+  static RankContext create(const RankConfig& config) {
+    RankContext context;
+    EXPECT_TRUE(is_ok(RankContext::create(config, context)));
+    return context;
+  }
+};
+
+TEST_F(RankContextTest, ShowsKernelsWhatTheyNeed) {
+  RankConfig config = rank_config(1, 2, 3);
+  config.timeout_s = 0.5;
+  const RankContext rank = create(config);
+  const RankView& view = rank.view();
+  EXPECT_EQ(view.rank, 1);
+  EXPECT_EQ(view.num_ranks, 2);
+  EXPECT_EQ(view.timeout_ns, 500'000'000U);
+  EXPECT_EQ(view.chunk_target, kChunkTarget);
+  EXPECT_EQ(view.layout.total_bytes, make_heap_layout(config.heap).total_bytes);
+  ASSERT_NE(view.error, nullptr);
+  EXPECT_EQ(view.error->written, 0U);
+  EXPECT_EQ(view.long_waits[1], 0U);
+  EXPECT_EQ(view.control[static_cast<int>(Control::kClosed)], 0U);
+  EXPECT_EQ(view.control[static_cast<int>(Control::kEpoch)], 0U);
+  EXPECT_FALSE(rank.connected());
+  EXPECT_EQ(rank.handle().owner.nonce, kNonce);
+  EXPECT_EQ(rank.handle().owner.rank, 1);
+  // Kernels are loaded now: later, while others wait for them, it would be a deadlock.
+  const Texts calls = fake_cudart::calls();
+  EXPECT_EQ(std::count(calls.begin(), calls.end(), "cudaFuncSetAttribute"), 8);
+}
+
+TEST_F(RankContextTest, TimesOutNoEarlierThanAsked) {
+  RankConfig config = rank_config(0, 1, 0);
+  config.timeout_s = 1e-9 * 0.25;
+  EXPECT_EQ(create(config).view().timeout_ns, 1U);
+}
+
+TEST_F(RankContextTest, ReportsAWaitSoonAndExactlyWhenItIsToBeWarnedOf) {
+  RankConfig config = rank_config(0, 1, 0);
+  config.warn_after_s = 10;
+  EXPECT_EQ(create(config).view().report_ns, 625'000'000U) << "10 s after four doublings";
+  config.warn_after_s = kNoLimit;
+  config.timeout_s = kNoLimit;
+  const RankContext rank = create(config);
+  EXPECT_EQ(rank.view().report_ns, 1'000'000'000U);
+  EXPECT_EQ(rank.view().timeout_ns, uint64_t{1} << 61);
+}
+
+TEST_F(RankContextTest, MapsTheHeapsInTheOrderOfTheRanks) {
+  std::vector<RankContext> ranks(3);
+  std::vector<HeapHandle> handles;
+  for (int32_t rank = 0; rank < 3; ++rank) {
+    const auto index = static_cast<size_t>(rank);
+    ASSERT_TRUE(is_ok(RankContext::create(rank_config(rank, 3, 2 - rank), ranks[index])));
+    handles.push_back(ranks[index].handle());
+  }
+  for (RankContext& rank : ranks) {
+    ASSERT_TRUE(is_ok(rank.connect(handles, 1)));
+    EXPECT_TRUE(rank.connected());
+    for (size_t peer = 0; peer < 3; ++peer) {
+      EXPECT_EQ(rank.view().heap[peer], handles[peer].base);
+    }
+  }
+}
+
+TEST_F(RankContextTest, SharesTheSmsOfADevice) {
+  fake_cudart::Machine machine = fake_cudart::make_machine(2);
+  machine.devices[0].num_sms = 5;
+  fake_cudart::reset(machine);
+  RankConfig config = rank_config(0, 3, 0);
+  config.num_sms = 20;
+  RankContext rank = create(config);
+  const RankContext here = create(rank_config(1, 3, 0));
+  const RankContext elsewhere = create(rank_config(2, 3, 1));
+  ASSERT_TRUE(is_ok(
+      rank.connect(std::vector<HeapHandle>{rank.handle(), here.handle(), elsewhere.handle()}, 2)));
+  EXPECT_EQ(rank.sm_budget().available, 2);
+  EXPECT_EQ(rank.sm_budget().wanted, 20);
+}
+
+TEST_F(RankContextTest, HasOneSmAtLeast) {
+  fake_cudart::Machine machine = fake_cudart::make_machine(1);
+  machine.devices[0].num_sms = 1;
+  fake_cudart::reset(machine);
+  RankContext rank = create(rank_config(0, 2, 0));
+  const RankContext other = create(rank_config(1, 2, 0));
+  ASSERT_TRUE(is_ok(rank.connect(std::vector<HeapHandle>{rank.handle(), other.handle()}, 2)));
+  EXPECT_EQ(rank.sm_budget().available, 1);
+}
+
+// Each of these handles must not be mapped; what was mapped before it must not stay so.
+TEST_F(RankContextTest, RefusesHandlesOfOthers) {
+  RankContext rank = create(rank_config(0, 2, 0));
+  const RankContext peer = create(rank_config(1, 2, 1));
+  RankConfig other = rank_config(1, 2, 2);
+  other.heap.max_tokens = 8;
+  const RankContext larger = create(other);
+  other = rank_config(1, 2, 2);
+  other.group_index = 1;
+  const RankContext of_other_group = create(other);
+  other = rank_config(1, 2, 2);
+  other.nonce = kNonce + 1;
+  const RankContext stranger = create(other);
+
+  const auto refusal = [&](std::vector<HeapHandle> handles, StatusCode code) {
+    const Status status = rank.connect(handles, 1);
+    EXPECT_EQ(status.code(), code);
+    EXPECT_FALSE(rank.connected());
+    EXPECT_EQ(rank.view().heap[0], nullptr);
+    EXPECT_EQ(rank.view().heap[1], nullptr);
+    return status.message();
+  };
+  EXPECT_EQ(refusal({rank.handle()}, StatusCode::kInvalidArgument),
+            "connect: 1 handles for 2 ranks");
+  EXPECT_EQ(refusal({rank.handle(), stranger.handle()}, StatusCode::kFailedPrecondition),
+            "the handle of rank 1 is of another EpGroup");
+  EXPECT_EQ(refusal({rank.handle(), of_other_group.handle()}, StatusCode::kFailedPrecondition),
+            "the handle of rank 1 of group 0 is that of rank 1 of group 1");
+  EXPECT_EQ(refusal({peer.handle(), rank.handle()}, StatusCode::kFailedPrecondition),
+            "the handle of rank 0 of group 0 is that of rank 1 of group 0");
+  EXPECT_TRUE(contains(refusal({rank.handle(), larger.handle()}, StatusCode::kFailedPrecondition),
+                       "laid out otherwise than"));
+  ASSERT_TRUE(is_ok(rank.connect(std::vector<HeapHandle>{rank.handle(), peer.handle()}, 1)));
+}
+
+TEST_F(RankContextTest, SaysWhyAKernelGaveUp) {
+  const std::pair<WaitTag, StatusCode> cases[] = {
+      {WaitTag::kAcknowledged, StatusCode::kDeadlineExceeded},
+      {WaitTag::kArrived, StatusCode::kDeadlineExceeded},
+      {WaitTag::kGridBarrier, StatusCode::kDeadlineExceeded},
+      {WaitTag::kWrongRank, StatusCode::kFailedPrecondition},
+      {WaitTag::kWrongOp, StatusCode::kInvalidArgument},
+      {WaitTag::kWrongCall, StatusCode::kInvalidArgument},
+      {WaitTag::kOverlap, StatusCode::kFailedPrecondition},
+      {WaitTag::kClosed, StatusCode::kFailedPrecondition},
+      {WaitTag::kPeerGaveUp, StatusCode::kDeadlineExceeded},
+  };
+  for (const auto& [tag, code] : cases) {
+    const RankContext rank = create(rank_config(0, 2, 0));
+    EXPECT_TRUE(is_ok(rank.error()));
+    give_up(rank, tag);
+    EXPECT_EQ(rank.error().code(), code);
+    EXPECT_TRUE(contains(rank.error().message(), "rank 0"));
+  }
+}
+
+TEST_F(RankContextTest, TheRecordOutlivesTheTrap) {
+  const RankContext rank = create(rank_config(0, 2, 0));
+  give_up(rank, WaitTag::kArrived);
+  fake_cudart::trap();
+  EXPECT_TRUE(contains(rank.error().message(), "rank 0 waited 60 s"));
+}
+
+TEST_F(RankContextTest, ARecordIsReadWhileAKernelWritesIt) {
+  const RankContext rank = create(rank_config(0, 2, 0));
+  std::thread kernel([&] { give_up(rank, WaitTag::kArrived); });
+  while (rank.error().ok() && !HasFailure()) std::this_thread::yield();
+  EXPECT_TRUE(contains(rank.error().message(), "rank 1"));
+  kernel.join();
+}
+
+TEST_F(RankContextTest, WaitsForKernelsOfItsDevice) {
+  const RankContext rank = create(rank_config(0, 1, 2));
+  fake_cudart::run_kernels(1);
+  EXPECT_TRUE(is_ok(rank.wait_for_kernels(kNoLimit)));  // not for another device's
+  fake_cudart::run_kernels(2);
+  std::atomic<bool> waited = false;
+  std::thread thread([&] {
+    EXPECT_TRUE(is_ok(rank.wait_for_kernels(kNoLimit)));
+    waited = true;
+  });
+  while (fake_cudart::num_waiting() == 0) std::this_thread::yield();
+  EXPECT_FALSE(waited);
+  fake_cudart::finish_kernels();
+  thread.join();
+}
+
+TEST_F(RankContextTest, WaitingForKernelsTellsOfATrap) {
+  const RankContext rank = create(rank_config(0, 1, 2));
+  fake_cudart::trap();
+  for (const double limit_s : {kNoLimit, 60.0}) {
+    const Status status = rank.wait_for_kernels(limit_s);
+    EXPECT_EQ(status.code(), StatusCode::kInternal);
+    EXPECT_TRUE(contains(status.message(), "cudaErrorLaunchFailure"));
+    EXPECT_TRUE(contains(status.message(), "cudaDeviceSynchronize"));
+    // Or the next launch of this thread would report it as its own.
+    EXPECT_EQ(fake_cudart::last_error(), cudaSuccess);
+  }
+}
+
+TEST_F(RankContextTest, AWaitForKernelsHasALimit) {
+  const RankContext rank = create(rank_config(0, 1, 2));
+  fake_cudart::run_kernels(2);
+  const Status status = rank.wait_for_kernels(0.05);
+  EXPECT_EQ(status.code(), StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(status.message(), "kernels still run on CUDA device 2");
+  fake_cudart::finish_kernels();
+  while (fake_cudart::num_waiting() > 0) std::this_thread::yield();
+  EXPECT_TRUE(is_ok(rank.wait_for_kernels(60)));
+}
+
+TEST_F(RankContextTest, IsFreedAfterATrap) {
+  {
+    RankContext rank = create(rank_config(0, 2, 1));
+    const RankContext peer = create(rank_config(1, 2, 2));
+    ASSERT_TRUE(is_ok(rank.connect(std::vector<HeapHandle>{rank.handle(), peer.handle()}, 1)));
+    fake_cudart::trap();
+    EXPECT_FALSE(rank.wait_for_kernels(kNoLimit).ok());
+    EXPECT_FALSE(rank.close().ok());
+    rank.disconnect();
+  }
+  EXPECT_EQ(left_behind(), Texts{});
+  EXPECT_EQ(fake_cudart::last_error(), cudaSuccess);
+}
+
+TEST_F(RankContextTest, HasOneOwner) {
+  RankContext one = create(rank_config(0, 1, 0));
+  ErrorRecord* const record = one.view().error;
+  const RankContext other = std::move(one);
+  EXPECT_EQ(other.view().error, record);
+  EXPECT_EQ(left_behind().size(), 1U);
+  give_up(other, WaitTag::kWrongOp);
+  EXPECT_FALSE(other.error().ok());
+}
+
+}  // namespace
+}  // namespace jax_ep
