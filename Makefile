@@ -34,9 +34,9 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-sim test-python sim mutants soak bench cuda gpu nvlink bazel \
-  lint lint-python lint-cpp lint-types lint-layers lint-spelling lint-project lint-bazel format \
-  wheel clean
+.PHONY: help train test test-cpp test-sim test-python fake-cuda sim mutants soak bench cuda gpu \
+  nvlink bazel lint lint-python lint-cpp lint-types lint-layers lint-spelling lint-project \
+  lint-bazel format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -50,8 +50,17 @@ train: $(INSTALLED)-examples ## Train a Mixture-of-Experts language model on 8 C
 
 test: test-cpp test-sim test-python ## Run all tests but those that `make sim` adds
 
-test-python: $(INSTALLED)-test ## Run the Python tests
+test-python: $(INSTALLED)-test fake-cuda ## Run the Python tests
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+# The module for CUDA on a fake CUDA runtime, which tests find there: half a minute, once.
+fake-cuda: $(READY)
+	@headers=$$($(BIN)/python tools/ffi_headers.py build/ffi_headers) && \
+	$(BIN)/cmake -S . -B build/fake_cuda-$(PY_TAG) -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)" -DJAX_EP_WERROR=$(WERROR) \
+	  -DJAX_EP_FFI_INCLUDE_DIR="$$headers" -DJAX_EP_CUDA=OFF -DJAX_EP_FAKE_CUDA=ON >/dev/null
+	@$(BIN)/cmake --build build/fake_cuda-$(PY_TAG) --parallel $(JOBS) --target _cuda_on_fake
 
 bench: $(INSTALLED)-bench ## Measure dispatch and combine against baselines of lax collectives
 	$(BIN)/python benchmarks/cpu.py $(ARGS)

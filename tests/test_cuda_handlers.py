@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The handlers for platform CUDA: what they launch, on which device, and what they refuse.
+
+They are called as XLA would call them; the kernels' launches are written down.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import fake_cudart
+import jax_ep
+from cuda_calls import OPERATIONS, Sizes, buffers, call
+from fake_cudart import XlaError
+from jax_ep._src import cuda_group
+from programs import make_mesh
+
+SIZES = Sizes()
+VARIANTS = {
+    "expert": SIZES,
+    "rank": Sizes(layout="rank", recv_capacity=12),
+    "bfloat16": Sizes(dtype="bfloat16"),
+    "no_tokens": Sizes(num_tokens=0),
+    "without_scalars": Sizes(scalars=False, weighted=False),
+    "rank_unweighted": Sizes(layout="rank", weighted=False),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+CONFIG = {
+    "num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = fake_cudart.install(monkeypatch, devices=4)
+    yield fake
+    fake.check_clean()
+
+
+@pytest.fixture
+def make_group(fake):
+    """Makes groups of two ranks, on devices 0 and 1, and closes them at the end."""
+    made = []
+
+    def make(num_sms=None, timeout=60.0, **config):
+        config = jax_ep.EpConfig(**{**CONFIG, "num_sms": num_sms, **config})
+        made.append(jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, timeout=timeout))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.close()
+
+
+def _group_for(make_group, sizes):
+    return make_group(layout=sizes.layout, dtype=sizes.dtype)
+
+
+def _refusal(*args, **kwargs) -> str:
+    with pytest.raises(XlaError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# --- what is launched --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_group):
+    sizes = VARIANTS[variant]
+    group = _group_for(make_group, sizes)
+    arrays = buffers(operation, sizes)
+    call(fake, operation, group.group_id, arrays, sizes, device=1, stream=0x5000)
+
+    (launch,) = fake.launches()
+    assert (launch["operation"], launch["device"], launch["stream"]) == (operation, 1, 0x5000)
+    for name, array in arrays.items():
+        assert launch[name] == array.ctypes.data, name
+    expected = {
+        "shape_num_ranks": 2, "num_experts": 8, "num_topk": 2, "num_tokens": sizes.num_tokens,
+        "recv_capacity": sizes.recv_capacity, "expert_alignment": 1,
+        "layout": int(sizes.layout == "rank"),
+    }  # fmt: skip
+    if operation != "plan":
+        expected |= {"hidden": 16, "dtype": DTYPES.index(sizes.dtype)}
+        expected["scalars"] = 2 if sizes.scalars else 0
+    if operation == "dispatch":
+        expected |= {"wire": 0, "zero_fill": 1, "x_format": 0, "rows_format": 0}
+        expected |= {"x_scales": 0, "rows_scales": 0}
+    if operation == "combine":
+        expected["weighted"] = int(sizes.weighted)
+    assert {name: launch[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_rows_that_do_not_travel_have_no_elements(operation, fake, make_group):
+    sizes = dataclasses.replace(SIZES, hidden=0)
+    group = make_group()
+    call(fake, operation, group.group_id, buffers(operation, sizes), sizes)
+    assert fake.launches()[0]["hidden"] == 0
+
+
+def test_attributes_reach_the_kernel(fake, make_group):
+    group = make_group(wire_dtype="float8_e4m3fn")
+    for wire, zero_fill, alignment in [(0, True, 1), (1, False, 4)]:
+        call(
+            fake, "dispatch", group.group_id, buffers("dispatch", SIZES), SIZES,
+            wire=np.int32(wire), zero_fill=np.bool_(zero_fill),
+            ep_expert_alignment=np.int32(alignment),
+        )  # fmt: skip
+        launch = fake.launches()[-1]
+        assert (launch["wire"], launch["zero_fill"]) == (wire, int(zero_fill))
+        assert launch["expert_alignment"] == alignment
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_calls_are_told_apart(operation, fake, make_group):
+    """By sizes and place in the program: so kernels notice ranks that are not alike."""
+    group = make_group()
+    for tokens, place in [(3, 1), (3, 1), (3, 2), (4, 1)]:
+        sizes = dataclasses.replace(SIZES, num_tokens=tokens)
+        arrays = buffers(operation, sizes)
+        call(fake, operation, group.group_id, arrays, sizes, place=np.int32(place))
+    first, again, of_other_place, of_other_size = (launch["call_tag"] for launch in fake.launches())
+    assert first == again
+    assert len({first, of_other_place, of_other_size}) == 3
+
+
+def test_every_rank_sees_every_heap(fake, make_group):
+    group = make_group(timeout=7.5)
+    for device in range(2):
+        call(fake, "plan", group.group_id, buffers("plan", SIZES), SIZES, device=device)
+    first, second = fake.launches()
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert first["num_ranks"] == second["num_ranks"] == 2
+    assert first["heap"] == second["heap"]
+    assert len(set(first["heap"])) == 2
+    for words in ("control", "error", "long_waits"):
+        assert first[words] != second[words]
+    assert first["report_ns"] <= 1_000_000_000
+    assert first["timeout_ns"] == 7_500_000_000
+    assert first["heap_bytes"] == group.heap_bytes
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(("num_sms", "most"), [(None, None), (1, 1), (3, 3)])
+def test_a_launch_takes_no_more_sms_than_it_may(operation, num_sms, most, fake, make_group):
+    group = make_group(num_sms=num_sms, num_experts=512, max_tokens_per_rank=4096)
+    sizes = dataclasses.replace(SIZES, num_experts=512, num_tokens=4096)
+    call(fake, operation, group.group_id, buffers(operation, sizes), sizes)
+    blocks = fake.launches()[0]["blocks"]
+    assert blocks == (most or {"plan": 16, "dispatch": 24, "combine": 24}[operation])
+
+
+def test_groups_launch_on_their_own_heaps(fake, make_group):
+    one, other = make_group(), make_group()
+    for group in (one, other):
+        call(fake, "plan", group.group_id, buffers("plan", SIZES), SIZES)
+    heaps = [launch["heap"] for launch in fake.launches()]
+    assert len({*heaps[0], *heaps[1]}) == 4
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+BUFFERS = [
+    (operation, name)
+    for operation in OPERATIONS
+    for name in buffers(operation, VARIANTS["rank"])
+    if (operation, name) != ("plan", "row_source")  # says what the capacity is
+]
+
+
+@pytest.mark.parametrize(("operation", "name"), BUFFERS)
+@pytest.mark.parametrize("change", ["shape", "rank", "dtype"])
+def test_a_bad_buffer_is_named_and_nothing_is_launched(operation, name, change, fake, make_group):
+    sizes = VARIANTS["rank"]
+    group = _group_for(make_group, sizes)
+    arrays = buffers(operation, sizes)
+    good = arrays[name]
+    longer = (*good.shape[:-1], good.shape[-1] + 1) if good.shape else (1,)
+    arrays[name] = {
+        "shape": np.zeros(longer, good.dtype),
+        "rank": good.reshape(*good.shape, 1, 1),
+        "dtype": good.astype(np.uint16),
+    }[change]
+    message = _refusal(fake, operation, group.group_id, arrays, sizes)
+    assert message.startswith("INVALID_ARGUMENT: buffer '"), message
+    assert change == "shape" or f"buffer '{name}' is" in message, message
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("ep_num_ranks", 0, "attribute ep.num_ranks is 0"),
+        ("ep_layout", 2, "attribute ep.layout is 2"),
+        ("ep_expert_alignment", 0, "attribute ep.expert_alignment is 0"),
+    ],
+)
+def test_a_bad_attribute_is_named(operation, attribute, value, words, fake, make_group):
+    group = make_group()
+    arrays = buffers(operation, SIZES)
+    message = _refusal(
+        fake, operation, group.group_id, arrays, SIZES, **{attribute: np.int32(value)}
+    )
+    assert message.startswith("INVALID_ARGUMENT: "), message
+    assert words in message
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_tokens": 5}, "5 tokens do not fit; the group's max_tokens_per_rank is 4"),
+        ({"num_experts": 16}, "num_experts is 16, but the group has 8"),
+        ({"num_topk": 3}, "num_topk is 3, but the group has 2"),
+        ({"num_ranks": 4}, "num_ranks is 4, but the group has 2"),
+        ({"layout": "rank"}, "layout is rank, but the group has expert"),
+    ],
+)
+def test_a_call_of_another_group_is_refused(operation, changes, words, fake, make_group):
+    group = make_group()
+    sizes = dataclasses.replace(SIZES, **changes)
+    message = _refusal(fake, operation, group.group_id, buffers(operation, sizes), sizes)
+    assert message == f"INVALID_ARGUMENT: {words}"
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_rows_longer_than_the_heaps_are_refused(operation, fake, make_group):
+    group = make_group(dtype="bfloat16")
+    message = _refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
+    assert "rows of 16 float32 do not fit; the group has room for 16 bfloat16" in message
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [("dispatch", "x"), ("dispatch", "rows"), ("combine", "y"), ("combine", "out")],
+)
+def test_rows_that_bulk_copies_cannot_reach_are_refused(operation, name, fake, make_group):
+    group = make_group()
+    arrays = buffers(operation, SIZES)
+    rows = arrays[name]
+    bytes_ = np.zeros(rows.nbytes + 16, np.uint8)
+    arrays[name] = bytes_[4 : 4 + rows.nbytes].view(rows.dtype).reshape(rows.shape)
+    message = _refusal(fake, operation, group.group_id, arrays, SIZES)
+    assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is at address 0x"), message
+    assert "not a multiple of 16" in message
+    assert not fake.launches()
+
+
+def test_a_wire_that_the_group_has_not_is_refused(fake, make_group):
+    group = make_group()
+    arrays = buffers("dispatch", SIZES)
+    message = _refusal(fake, "dispatch", group.group_id, arrays, SIZES, wire=np.int32(1))
+    assert "wire is float8_e4m3fn, but the group's wire_dtype is not" in message
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_device_that_has_no_rank_is_refused(operation, fake, make_group):
+    group = make_group()
+    arrays = buffers(operation, SIZES)
+    message = _refusal(fake, operation, group.group_id, arrays, SIZES, device=2)
+    assert message.startswith("FAILED_PRECONDITION: "), message
+    assert "has no rank on CUDA device 2" in message
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_group_that_was_closed_is_refused(operation, fake, make_group):
+    group = make_group()
+    group.close()
+    message = _refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
+    assert message.startswith("FAILED_PRECONDITION: "), message
+    assert operation in message
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_group_that_is_not_connected_yet_is_refused(operation, fake, make_group, monkeypatch):
+    refusals = []
+
+    def connect(self, messages):
+        for device in range(2):
+            arrays = buffers(operation, SIZES)
+            refusals.append(_refusal(fake, operation, self.group_id, arrays, SIZES, device=device))
+        real(self, messages)
+
+    real = cuda_group.CudaGroup._connect
+    monkeypatch.setattr(cuda_group.CudaGroup, "_connect", connect)
+    group = make_group()
+    assert refusals == [f"FAILED_PRECONDITION: {group.name} is not connected to its peers"] * 2
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_group_that_never_was_is_refused(operation, fake):
+    message = _refusal(fake, operation, 987654321, buffers(operation, SIZES), SIZES)
+    assert message.startswith("FAILED_PRECONDITION: "), message
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("function", ["launch", "cudaGetDevice", "cudaSetDevice"])
+def test_a_failed_launch_is_reported_with_its_call(operation, function, fake, make_group):
+    group = make_group()
+    function = f"launch_{operation}" if function == "launch" else function
+    fake.fail(function)
+    arrays = buffers(operation, SIZES)
+    message = _refusal(fake, operation, group.group_id, arrays, SIZES, device=1)
+    assert message.startswith("INTERNAL: cudaErrorUnknown "), message
+    assert function in message
+    assert not fake.launches()
+    call(fake, operation, group.group_id, arrays, SIZES, device=1)
