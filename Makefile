@@ -118,9 +118,10 @@ soak: $(READY) ## Run random stories on the simulator, with 64 ranks too, for 10
 	done; \
 	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
 
-cuda: $(READY) ## Compile all CUDA kernels (needs nvcc, no GPU) and print their registers
+cuda: $(READY) ## Compile all CUDA kernels (needs nvcc, no GPU), print their registers, check PTX
 	$(BIN)/python tools/check_ptxas.py build/cuda --jobs $(JOBS) -G Ninja \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" $(ARGS)
+	$(BIN)/python tools/check_ptx.py --jobs $(JOBS)
 
 # With the machine's own Python and JAX, which has to be one for CUDA: nothing is installed.
 gpu: ## Test on this machine's GPU, eight ranks as processes (PIECE="problems soak", SOAK=100000)
