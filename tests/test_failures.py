@@ -327,6 +327,47 @@ def test_a_program_on_another_mesh_than_the_groups_is_refused():
             assert re.search(words, message), message
 
 
+def test_a_device_without_a_rank_ends_the_others_at_once(caplog):
+    with make_group(PROBLEM, "ffi", timeout=30) as group:
+        f = jax.shard_map(
+            functools.partial(_round_trip, group=group),
+            mesh=make_mesh((4,), ("expert",), order=[0, 1, 2, 7]),
+            in_specs=P("expert"),
+            out_specs=P("expert"),
+        )
+        program = jax.jit(f)
+        words = f"{group.name} has no rank on CPU device 7, which runs its plan"
+        start = time.monotonic()
+        for _ in range(3):
+            assert words in _error_of(program, _global(PROBLEM.x), _global(PROBLEM.topk_idx))
+        assert time.monotonic() - start < 20
+        _wait_for(lambda: len(caplog.records) >= 3)
+        assert [words in record.getMessage() for record in caplog.records] == [True] * 3
+        right = _mapped(functools.partial(_round_trip, group=group), group)
+        jax.block_until_ready(right(_global(PROBLEM.x), _global(PROBLEM.topk_idx)))
+
+
+def test_a_log_handler_that_raises_loses_its_own_notice_alone(caplog, capfd):
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise OSError("the disk is full")
+
+    logger = logging.getLogger("jax_ep")
+    with make_group(PROBLEM, "ffi", timeout=30) as group:
+        program = _mapped(functools.partial(_round_trip, group=group), group)
+        bad = np.full_like(_global(PROBLEM.topk_idx), PROBLEM.num_experts)
+        broken = Broken()
+        logger.addHandler(broken)
+        try:
+            _error_of(program, _global(PROBLEM.x), bad)
+            _wait_for(lambda: "the disk is full" in capfd.readouterr().err)
+        finally:
+            logger.removeHandler(broken)
+        caplog.clear()
+        _error_of(program, _global(PROBLEM.x), bad)
+        _wait_for(lambda: any("topk_idx" in r.getMessage() for r in caplog.records))
+
+
 def test_a_compiled_function_of_a_closed_group_says_so():
     group = make_group(PROBLEM, "ffi")
     program = _mapped(functools.partial(_round_trip, group=group), group)

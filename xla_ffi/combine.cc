@@ -28,8 +28,11 @@ ffi::Future combine(CpuSite* site,
                                .out = {"out", out},
                                .token_scalars = {"token_scalars", token_scalars}};
   CombineArguments arguments;
-  JAX_EP_FAIL_IF_ERROR(check_combine(attrs, buffers, arguments));
-  return join_site({site, run_id, device},
+  const CpuCaller caller{site, run_id, device};
+  if (Status status = check_combine(attrs, buffers, arguments); !status.ok()) {
+    return refuse_call(caller, status);
+  }
+  return join_site(caller,
                    attrs,
                    buffers.program_rank,
                    CombineCall{.shape = arguments.shape,

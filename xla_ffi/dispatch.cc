@@ -30,8 +30,11 @@ ffi::Future dispatch(CpuSite* site,
                                 .rows = {"rows", rows},
                                 .row_scalars = {"row_scalars", row_scalars}};
   DispatchArguments arguments;
-  JAX_EP_FAIL_IF_ERROR(check_dispatch(attrs, wire, buffers, arguments));
-  return join_site({site, run_id, device},
+  const CpuCaller caller{site, run_id, device};
+  if (Status status = check_dispatch(attrs, wire, buffers, arguments); !status.ok()) {
+    return refuse_call(caller, status);
+  }
+  return join_site(caller,
                    attrs,
                    buffers.program_rank,
                    DispatchCall{.shape = arguments.shape,

@@ -30,8 +30,11 @@ ffi::Future plan(CpuSite* site,
                             .tokens_per_expert = {"tokens_per_expert", tokens_per_expert},
                             .num_dropped = {"num_dropped", num_dropped}};
   PlanArguments arguments;
-  JAX_EP_FAIL_IF_ERROR(check_plan(attrs, buffers, SourceSlot::kAbsent, arguments));
-  return join_site({site, run_id, device},
+  const CpuCaller caller{site, run_id, device};
+  if (Status status = check_plan(attrs, buffers, SourceSlot::kAbsent, arguments); !status.ok()) {
+    return refuse_call(caller, status);
+  }
+  return join_site(caller,
                    attrs,
                    buffers.program_rank,
                    PlanCall{.shape = arguments.shape,

@@ -27,19 +27,28 @@ XLA_FFI_Error* instantiate_cpu_site(XLA_FFI_CallFrame* frame) {
   return with_state<CpuSite, kInstantiate>(frame);
 }
 
+ffi::Future refuse_call(const CpuCaller& caller, const Status& status) {
+  caller.site->rendezvous.refuse_run(caller.run_id.run_id, status);
+  return Failure{status};
+}
+
 ffi::Future join_site(const CpuCaller& caller,
                       const EpAttrs& attrs,
                       const Buffer& program_rank,
                       Call call) {
   const std::string_view op = op_name(call);
   GroupInfoPtr group;
-  JAX_EP_FAIL_IF_ERROR(GroupRegistry::instance().find_open(attrs.group_id, op, group));
+  if (Status status = GroupRegistry::instance().find_open(attrs.group_id, op, group);
+      !status.ok()) {
+    return refuse_call(caller, status);
+  }
   const auto place = group->places.find(caller.device);
   if (place == group->places.end()) {
-    return Failure{{StatusCode::kFailedPrecondition,
-                    group->name + " has no rank on CPU device " + std::to_string(caller.device) +
-                        ", which runs its " + std::string(op) +
-                        "; run the program on the mesh that the group was made for"}};
+    return refuse_call(caller,
+                       {StatusCode::kFailedPrecondition,
+                        group->name + " has no rank on CPU device " +
+                            std::to_string(caller.device) + ", which runs its " + std::string(op) +
+                            "; run the program on the mesh that the group was made for"});
   }
   Rendezvous::Arrival arrival{.run_id = caller.run_id.run_id,
                               .group = group,

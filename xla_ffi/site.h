@@ -31,6 +31,9 @@ struct CpuCaller {
   int32_t device;  // its ordinal
 };
 
+// The call cannot take part: tells the log and the other ranks of this run, and returns `status`.
+ffi::Future refuse_call(const CpuCaller& caller, const Status& status);
+
 // Brings one rank's call to the site's rendezvous. The device says which rank it is;
 // `program_rank`, int32[1], checked, must be the same. The future completes when all ranks of the
 // group have met and the operation is done, or with the error of any of them.

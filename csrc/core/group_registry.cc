@@ -75,6 +75,7 @@ bool GroupRegistry::close(int64_t id) {
   const std::lock_guard lock(state.mutex);
   const auto it = state.groups.find(id);
   if (it == state.groups.end()) return false;
+  it->second->closed->store(true);
   state.closed.emplace(id, it->second->name);
   state.closed_order.push_back(id);
   if (state.closed_order.size() > kMaxClosed) {

@@ -2,6 +2,7 @@
 #ifndef JAX_EP_CSRC_CORE_GROUP_REGISTRY_H_
 #define JAX_EP_CSRC_CORE_GROUP_REGISTRY_H_
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -31,6 +32,9 @@ struct GroupInfo {
   // By device ordinal. This, and nothing that a program computes, says who meets whom: what an
   // operand says of a rank's group may be the same on devices that hold other data.
   std::unordered_map<int32_t, RankPlace> places = {};
+
+  // Set when the group is closed, for those who found it open just before.
+  std::shared_ptr<std::atomic<bool>> closed = std::make_shared<std::atomic<bool>>(false);
 
   // The device of a rank; -1 if there is none.
   [[nodiscard]] int32_t device_of(const RankPlace& place) const;

@@ -86,18 +86,20 @@ struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   using MeetingPtr = std::shared_ptr<Meeting>;
   using Key = std::pair<int64_t, int32_t>;  // run_id, group_index
 
-  // Failed meetings that are remembered for their late ranks.
+  // Failed meetings that are remembered for their late ranks, and refused runs.
   static constexpr size_t kMaxFailed = 64;
 
   mutable std::mutex mutex;
   // The meetings of each key, oldest first: those that lack a rank, and failed ones of which a
   // rank has not been told.
   std::map<Key, std::deque<MeetingPtr>> meetings;
-  std::deque<std::pair<Key, MeetingPtr>> failed;  // of `meetings`, oldest failure first
+  std::deque<std::pair<Key, MeetingPtr>> failed;   // of `meetings`, oldest failure first
+  std::deque<std::pair<int64_t, Status>> refused;  // by run_id, oldest first
 
   void join(Arrival arrival, Done done);
   void alarm(const Key& key, const MeetingPtr& meeting);
   void abandon();
+  void refuse_run(int64_t run_id, const Status& error);
   void close_group(int64_t group_id);
   void add_waits(std::vector<Wait>& waits) const;
 
@@ -111,6 +113,10 @@ struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   };
   // Those below are called with the mutex held.
   Outcome admit(const Key& key, Arrival arrival, Done& done);
+  [[nodiscard]] const Status* refusal_of(int64_t run_id) const;
+  // Of the open meetings that `picks`: their waiting ranks, to be told.
+  template <typename Picks, typename ErrorOf>
+  std::vector<Failed> fail_open(const Picks& picks, const ErrorOf& error_of);
   MeetingPtr find_or_open(const Key& key, const Arrival& arrival);
   void set_alarm(const Key& key, const MeetingPtr& meeting);
   std::vector<Waiter> fail(const Key& key, const MeetingPtr& meeting, const Status& error);
@@ -144,6 +150,15 @@ void Rendezvous::Impl::join(Arrival arrival, Done done) {
 
 Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arrival, Done& done) {
   Outcome outcome;
+  if (const Status* refusal = refusal_of(arrival.run_id)) {
+    outcome.late = *refusal;
+    return outcome;
+  }
+  // Closed since the caller found it open: close_group() has been here already, or will come.
+  if (arrival.group->closed->load()) {
+    outcome.late = closed_group(arrival.group->name, op_name(arrival.call));
+    return outcome;
+  }
   const MeetingPtr meeting = find_or_open(key, arrival);
   if (meeting->failure()) {
     outcome.late = meeting->failure();
@@ -259,22 +274,52 @@ void Rendezvous::Impl::abandon() {
   post_and_tell(std::move(told));
 }
 
+template <typename Picks, typename ErrorOf>
+std::vector<Failed> Rendezvous::Impl::fail_open(const Picks& picks, const ErrorOf& error_of) {
+  std::vector<std::pair<Key, MeetingPtr>> open;
+  for (const auto& [key, queue] : meetings) {
+    for (const MeetingPtr& meeting : queue) {
+      if (!meeting->failure() && picks(key, *meeting)) open.emplace_back(key, meeting);
+    }
+  }
+  std::vector<Failed> told;
+  for (const auto& [key, meeting] : open) {
+    const Status error = error_of(*meeting);
+    told.push_back({fail(key, meeting, error), error});
+  }
+  return told;
+}
+
 void Rendezvous::Impl::close_group(int64_t group_id) {
   std::vector<Failed> told;
   {
     const std::lock_guard lock(mutex);
-    std::vector<std::pair<Key, MeetingPtr>> open;
-    for (const auto& [key, queue] : meetings) {
-      for (const MeetingPtr& meeting : queue) {
-        if (!meeting->failure() && meeting->group().id == group_id) open.emplace_back(key, meeting);
-      }
-    }
-    for (const auto& [key, meeting] : open) {
-      const Status error = meeting->abandoned("the group was closed");
-      told.push_back({fail(key, meeting, error), error});
-    }
+    told = fail_open(
+        [group_id](const Key&, const Meeting& meeting) { return meeting.group().id == group_id; },
+        [](const Meeting& meeting) { return meeting.abandoned("the group was closed"); });
   }
   post_and_tell(std::move(told));
+}
+
+const Status* Rendezvous::Impl::refusal_of(int64_t run_id) const {
+  for (const auto& [run, error] : refused) {
+    if (run == run_id) return &error;
+  }
+  return nullptr;
+}
+
+void Rendezvous::Impl::refuse_run(int64_t run_id, const Status& error) {
+  std::vector<Failed> told;
+  {
+    const std::lock_guard lock(mutex);
+    if (refusal_of(run_id) != nullptr) return;
+    refused.emplace_back(run_id, error);
+    if (refused.size() > kMaxFailed) refused.pop_front();
+    told = fail_open([run_id](const Key& key, const Meeting&) { return key.first == run_id; },
+                     [&error](const Meeting&) { return error; });
+  }
+  post_failure(error);
+  for (Failed& failed : told) tell(std::move(failed.waiters), error);
 }
 
 void Rendezvous::Impl::add_waits(std::vector<Wait>& waits) const {
@@ -328,6 +373,11 @@ void Rendezvous::join(Arrival arrival, Done done) {
   // A callback may destroy this object before join() returns.
   const std::shared_ptr<Impl> impl = impl_;
   impl->join(std::move(arrival), std::move(done));
+}
+
+void Rendezvous::refuse_run(int64_t run_id, const Status& error) {
+  const std::shared_ptr<Impl> impl = impl_;
+  impl->refuse_run(run_id, error);
 }
 
 void Rendezvous::close_group(int64_t group_id) {

@@ -55,6 +55,10 @@ class Rendezvous {
   // takes longer than the group's warn_after, is also posted to Notices.
   void join(Arrival arrival, Done done);
 
+  // A rank of this run cannot take part, nor say which rank it is: fails the run's meetings here,
+  // those that are open and those to come. Posted to Notices, once for each run.
+  void refuse_run(int64_t run_id, const Status& error);
+
   // Fails the open meetings of a group that has been closed, in all rendezvous of the process:
   // those of its ranks that have not come will be refused.
   static void close_group(int64_t group_id);

@@ -52,6 +52,31 @@ class RendezvousErrors : public RendezvousFixture {
   std::deque<Completion> completions_;
 };
 
+TEST_F(RendezvousErrors, ARefusedRunFailsWhoWaitsAndWhoComes) {
+  const Status error{StatusCode::kFailedPrecondition, "no rank on device 7"};
+  std::deque<ShiftRank> all = ranks(3);
+  Completion& first = join(all[0]);
+  const int64_t run = all[0].arrival().run_id;
+  site_->refuse_run(run, error);
+  expect_error(first, error.code(), error.message());
+  site_->refuse_run(run, {StatusCode::kInternal, "another one"});
+  Completion& second = join(all[1]);
+  EXPECT_TRUE(second.is_ready()) << "inside join";
+  expect_error(second, error.code(), error.message());
+  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+  // Other runs of the site go on.
+  join(all[2], [run](auto& a) { a.run_id = run + 1; });
+  EXPECT_EQ(Rendezvous::num_open_meetings(), 1);
+}
+
+TEST_F(RendezvousErrors, WhoseGroupWasClosedSinceItWasFoundOpensNoMeeting) {
+  std::deque<ShiftRank> all = ranks(3);
+  Completion& late = join(all[0], [](auto& a) { a.group->closed->store(true); });
+  EXPECT_TRUE(late.is_ready()) << "inside join";
+  EXPECT_EQ(late.wait().code(), StatusCode::kFailedPrecondition);
+  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+}
+
 TEST_F(RendezvousErrors, ABadArrivalFailsAlone) {
   const auto expect_alone = [this](auto change, const std::string& message) {
     ShiftRank bad(0, 3, 1);
