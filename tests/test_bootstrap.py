@@ -5,6 +5,8 @@ The processes and JAX's coordination service are real. The stand-in refuses hand
 another group, or not in the order of the ranks.
 """
 
+import re
+
 import pytest
 
 from jax_ep._src.bootstrap import Bootstrap
@@ -176,20 +178,26 @@ else:
     assert "are left as they are until this process ends" in outputs[0]
 
 
-def test_a_process_that_ends_closes_its_groups():
+def test_a_process_that_ends_closes_its_groups_also_those_that_nobody_holds():
     outputs = _run(
         """
-import atexit
+import gc
+close_group = fake.close_group
+def closing(**arguments):
+    close_group(**arguments)
+    print("closed", not fake.groups, fake.left, flush=True)
+fake.close_group = closing
 group = jax_ep.EpGroup(mesh, "expert", config)
 if process == 0:
-    atexit.register(lambda: print("closed", not fake.groups, fake.left))
-    import jax_ep._src.cuda_group as c
-    atexit.register(c._close_open_groups)  # as at import, but before the print
+    del group
+    gc.collect()
+    print("still open", len(fake.groups))
 else:
     group.close()
 """,
         2,
     )
+    assert "still open 1" in outputs[0]
     assert "closed True []" in outputs[0]
 
 
@@ -259,8 +267,37 @@ with jax_ep.EpGroup(mesh, "expert", config, warn_after=0.5, timeout=60.0):
 """,
         2,
     )
-    assert "WARNING making or closing an EpGroup: process 0 has waited 0.5" in outputs[0]
-    assert "for process 1 (join); giving up after 60 s" in outputs[0]
+    words = (
+        r"WARNING making or closing an EpGroup: process 0 has waited [\d.]+ s for process 1 "
+        r"\(join\); giving up after 60 s"
+    )
+    assert re.search(words, outputs[0]), outputs[0]
+
+
+def test_a_process_whose_attempt_failed_waits_for_the_next_one_and_says_so():
+    outputs = _run(
+        """
+import jax_ep._src.bootstrap as bootstrap
+if process == 1:
+    begin = bootstrap.Bootstrap.begin
+    def interrupted(self):
+        begin(self)
+        raise KeyboardInterrupt
+    bootstrap.Bootstrap.begin = interrupted
+    try:
+        jax_ep.EpGroup(mesh, "expert", config, timeout=60.0)
+    except KeyboardInterrupt:
+        pass
+    bootstrap.Bootstrap.begin = begin
+else:
+    refused("process 1 could not make it: KeyboardInterrupt")
+    time.sleep(3)
+with jax_ep.EpGroup(mesh, "expert", config, warn_after=0.5, timeout=60.0):
+    pass
+""",
+        2,
+    )
+    assert "for process 0 (begin); giving up after 60 s" in outputs[1]
 
 
 def test_a_process_alone_asks_no_service():

@@ -102,6 +102,42 @@ class Store:
         del self.texts[key]
 
 
+def test_a_wait_that_is_over_is_no_reason_of_a_later_one(caplog, monkeypatch):
+    monkeypatch.setattr(cuda_watch, "_OTHERS_S", 0.0)
+    store = Store()
+    here, there = (_group(store=store, prefix="jax_ep/abc/1") for _ in range(2))
+    # Rank 0 waits for long for rank 1, and has waited for rank 2 as well, which is told with it.
+    late = [_wait(0, 1, 2.0), _wait(0, 2, 1.0)]
+    _log(there, _status(0, *late), caplog=caplog)
+    assert len(store.texts) == 2
+    over = [_wait(0, 1, 2.0, ended=True), _wait(0, 2, 1.0, ended=True)]
+    _log(there, _status(0, *over), caplog=caplog)
+    assert store.texts == {}
+    [(_, text)] = _log(here, _status(2, _wait(2, 0, 2.0, exchange=99)), caplog=caplog)
+    assert "rank 0 waits for nobody" in text
+
+
+def test_the_watch_survives_what_raises(monkeypatch, capfd):
+    calls = []
+
+    class Module:
+        def statuses(self):
+            calls.append(len(calls))
+            if len(calls) == 1:
+                raise OSError("a handler raised")
+            return []
+
+    monkeypatch.setattr(cuda_watch, "_PERIOD_S", 0.01)
+    watch = cuda_watch.Watch(Module())
+    watch.add(_group())
+    deadline = time.monotonic() + 10
+    while len(calls) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watch.stop()
+    assert len(calls) >= 3
+    assert "a handler raised" in capfd.readouterr().err
+
+
 def test_ranks_of_other_processes_say_whom_they_wait_for(caplog, monkeypatch):
     monkeypatch.setattr(cuda_watch, "_OTHERS_S", 0.0)
     store = Store()

@@ -148,9 +148,11 @@ class Bootstrap:
                     _seen[self._digest].add(number)
                     self._attempt = number
                     return number
+            # It is an attempt that has failed; the first process has not begun another one.
             if deadline.passed:
                 raise self._missing([self._processes[0]], "begin")
-            time.sleep(_POLL_S)
+            self._warn_if_late(deadline, self._processes[0], "begin")
+            time.sleep(min(_POLL_S + deadline.waited / 10, 1.0))
 
     def all_have_begun(self) -> None:
         """Takes back the attempt's number; once all processes take part in it."""
@@ -237,19 +239,23 @@ class Bootstrap:
         while True:
             try:
                 # Past the deadline, too, what is there is found.
-                wait_ms = max(int(deadline.until_next * 1e3), 100)
+                # Ctrl-C has to wait for the call.
+                wait_ms = min(max(int(deadline.until_next * 1e3), 100), 1000)
                 return self._client.blocking_key_value_get_bytes(path, wait_ms).decode()
             except jax.errors.JaxRuntimeError as e:
                 if "DEADLINE_EXCEEDED" not in str(e):
                     raise _no_service(e) from e
             if deadline.passed:
                 return None
-            if deadline.is_time_to_warn():
-                _logger.warning(
-                    "making or closing an EpGroup: process %d has waited %.3g s for process %d "
-                    "(%s); giving up after %g s",
-                    self._process, deadline.waited, process, phase, deadline.timeout,
-                )  # fmt: skip
+            self._warn_if_late(deadline, process, phase)
+
+    def _warn_if_late(self, deadline: "_Deadline", process: int, phase: str) -> None:
+        if deadline.is_time_to_warn():
+            _logger.warning(
+                "making or closing an EpGroup: process %d has waited %.3g s for process %d (%s); "
+                "giving up after %g s",
+                self._process, deadline.waited, process, phase, deadline.timeout,
+            )  # fmt: skip
 
     def _collect(
         self, phase: str, processes: Sequence[int], deadline: "_Deadline"

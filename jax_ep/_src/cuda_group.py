@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import platform
-import weakref
 from collections.abc import Sequence
 
 import jax
@@ -305,7 +304,8 @@ def _watch() -> Watch:
 
 
 # A process that ends frees its memory, into which a slower peer may still have to store.
-_open_groups: weakref.WeakSet[CudaGroup] = weakref.WeakSet()
+# So a group that nobody holds any more is still closed when the process ends.
+_open_groups: set[CudaGroup] = set()
 
 
 @atexit.register

@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+import traceback
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ class GroupWatch:
         self._errors: set[tuple[int, int]] = set()  # (group_index, rank), logged
         self._warned: dict[tuple[int, int, int], tuple[int, float]] = {}  # -> exchange, seconds
         self._first_seen: dict[RankWait, float] = {}
+        self._in_store: dict[str, int] = {}  # path -> exchange
 
     def log(self, statuses: list[tuple]) -> None:
         """Logs what is new in this group's statuses, as the compiled module gives them."""
@@ -78,6 +80,7 @@ class GroupWatch:
                 self._errors.add((group_index, rank))
                 _logger.error("%s, group_index %d: %s", self.name, group_index, error)
         waits = _waits_of(statuses)
+        self._take_back(waits)
         late = [wait for wait in waits if self._is_to_be_warned_of(wait)]
         if late:
             self._post(waits)
@@ -89,7 +92,6 @@ class GroupWatch:
             key = (wait.group_index, wait.rank, wait.peer)
             if wait.ended and self._warned.get(key, (None, 0))[0] == wait.exchange:
                 del self._warned[key]
-                self._take_back(wait)
                 _logger.info(
                     "%s, group_index %d: rank %d came, after more than %g s that rank %d waited "
                     "for it in %s",
@@ -173,6 +175,7 @@ class GroupWatch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             for wait in waits:
                 if not wait.ended:
+                    self._in_store[self._path(wait)] = wait.exchange
                     self.store.key_value_set(self._path(wait), json.dumps(wait), True)
 
     def _posted(self) -> list[RankWait]:
@@ -183,11 +186,14 @@ class GroupWatch:
             return [RankWait(*json.loads(text)) for _, text in found]
         return []
 
-    def _take_back(self, wait: RankWait) -> None:
-        if self.store is None:
-            return
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.store.key_value_delete(self._path(wait))
+    def _take_back(self, waits: list[RankWait]) -> None:
+        """Those that are over: an old wait would be taken for a reason of a new one."""
+        for wait in waits:
+            path = self._path(wait)
+            if path in self._in_store and (wait.ended or wait.exchange != self._in_store[path]):
+                del self._in_store[path]
+                with contextlib.suppress(jax.errors.JaxRuntimeError):
+                    self.store.key_value_delete(path)
 
 
 def _waits_of(statuses: list[tuple]) -> list[RankWait]:
@@ -250,4 +256,7 @@ class Watch:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(_PERIOD_S)
-            self.look()
+            try:
+                self.look()
+            except Exception:  # noqa: BLE001  of a log handler, or the store; another look follows
+                traceback.print_exc()

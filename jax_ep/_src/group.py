@@ -344,7 +344,7 @@ def _deadlines(
     until_given_up = _TIMEOUTS.get(platform, math.inf) if timeout is None else float(timeout)
     if warn_after is None:
         return min(_WARN_AFTER, until_given_up / 2), until_given_up
-    if float(warn_after) >= until_given_up and not math.isinf(until_given_up):
+    if until_given_up <= float(warn_after) < math.inf:
         raise ValueError(
             f"warn_after is {warn_after!r} and timeout is {until_given_up:g}; allowed: a "
             "warn_after below timeout"

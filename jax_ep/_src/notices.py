@@ -8,6 +8,7 @@ So a thread of its own logs what a failed or late rank is known of, at once.
 import atexit
 import logging
 import threading
+import traceback
 from types import ModuleType
 
 _logger = logging.getLogger("jax_ep")
@@ -32,7 +33,10 @@ def start(module: ModuleType) -> None:
 def _log_all(module: ModuleType) -> None:
     while (notice := module.next_notice()) is not None:
         level, text = notice
-        _logger.log(level, "%s", text)
+        try:
+            _logger.log(level, "%s", text)
+        except Exception:  # noqa: BLE001  of a handler; another notice may follow
+            traceback.print_exc()
 
 
 def _stop(module: ModuleType, thread: threading.Thread) -> None:
