@@ -43,6 +43,29 @@ def test_the_table_of_the_heap_is_up_to_date(heap_table):
     assert page == heap_table.page(), "run python tools/docs/heap_table.py"
 
 
+def test_the_table_says_which_regions_no_peer_writes(heap_table):
+    used_by = {
+        row.split("|")[1].strip(" `"): row.split("|")[2].strip()
+        for row in heap_table.text().splitlines()
+        if row.startswith("| `")
+    }
+    own = {name for name, who in used_by.items() if who == "the rank alone"}
+    assert own == {"counts", "totals"}
+    assert {used_by[name] for name in used_by.keys() - own} == {"peers too"}
+
+
+def test_a_header_that_marks_no_region_as_the_ranks_own_is_an_error(
+    heap_table, monkeypatch, tmp_path
+):
+    header = heap_table.HEADER.read_text()
+    other = tmp_path / "heap_layout.h"
+    other.write_text(header.replace("kFirstOwnRegion", "kFirstOfTheRank"))
+    monkeypatch.setattr(heap_table, "HEADER", other)
+    heap_table.constants.cache_clear()
+    with pytest.raises(ValueError, match="not written as this script reads them"):
+        heap_table.regions()
+
+
 def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
     shape = heap_table.HeapShape(6, 30, 5, 1001, 333, 4)
     sizes = heap_table.region_bytes(shape)

@@ -19,6 +19,7 @@ SCRIPT = "tools/docs/heap_table.py"
 
 _REGION = re.compile(r"^  k(\w+), +// (\w+(?: \[[^\]]*\])?): (.*)$", re.MULTILINE)
 _CONSTANT = re.compile(r"^inline constexpr int\d+_t (k\w+) = (\d+);", re.MULTILINE)
+_FIRST_OWN = re.compile(r"kFirstOwnRegion = static_cast<int32_t>\(Region::k(\w+)\);")
 # Names of the header's formulas -> those of the page.
 _LETTERS = {
     "ranks": "R",
@@ -46,12 +47,21 @@ EXAMPLE = HeapShape(8, 256, 8, 4096, 7168, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A region: its name, what an element is and how many there are, what it holds, its bytes."""
+    """A region.
+
+    Attributes:
+        name: as the page has it.
+        shape: what an element is, and how many there are.
+        holds: what it holds.
+        formula: its bytes.
+        own: whether the rank alone uses it, and no peer writes there.
+    """
 
     name: str
     shape: str
     holds: str
     formula: str
+    own: bool
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -102,12 +112,28 @@ def regions() -> list[Region]:
     body = text[text.index("enum class Region") :]
     declared = _REGION.findall(body[: body.index("};")])
     listed = re.search(r"bytes\[kNumRegions\] = \{(.*?)\n  \};", text, re.DOTALL)
-    if listed is None or len(declared) != constants()["kNumRegions"]:
+    names = [name for name, _, _ in declared]
+    first_own = _FIRST_OWN.search(text)
+    if (
+        listed is None
+        or len(declared) != constants()["kNumRegions"]
+        or first_own is None
+        or first_own[1] not in names
+    ):
         raise ValueError(f"{HEADER.name}: the regions are not written as this script reads them")
     formulas = [f.strip().rstrip(",") for f in listed[1].strip().splitlines()]
+    num_of_peers = names.index(first_own[1])
     return [
-        Region(re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower(), shape, holds, _letters(formula))
-        for (name, shape, holds), formula in zip(declared, formulas, strict=True)
+        Region(
+            name=re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower(),
+            shape=shape,
+            holds=holds,
+            formula=_letters(formula),
+            own=number >= num_of_peers,
+        )
+        for number, ((name, shape, holds), formula) in enumerate(
+            zip(declared, formulas, strict=True)
+        )
     ]
 
 
@@ -149,19 +175,16 @@ def heap_bytes(shape: HeapShape) -> int:
 def text() -> str:
     """Returns the table."""
     example = region_bytes(EXAMPLE)
-    own = False
-    rows = []
-    for region in regions():
-        own = own or region.name == "control"
-        rows.append(
-            (
-                f"`{region.name}`",
-                "the rank alone" if own else "peers too",
-                f"{region.shape}: {region.holds}",
-                f"`{region.formula}`",
-                f"{example[region.name]:,}",
-            )
+    rows = [
+        (
+            f"`{region.name}`",
+            "the rank alone" if region.own else "peers too",
+            f"{region.shape}: {region.holds}",
+            f"`{region.formula}`",
+            f"{example[region.name]:,}",
         )
+        for region in regions()
+    ]
     rows.append(("the heap", "", "", "", f"{heap_bytes(EXAMPLE):,}"))
     header = ("region", "used by", "what it holds", "bytes", "example")
     return marked_part.table(header, rows)
