@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages of dispatch and combine for arguments that do not fit, at trace time."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import fake_cuda
 import jax_ep
 from problems import EpProblem
 from programs import make_group, make_mesh, over_ranks
@@ -116,16 +118,90 @@ def test_a_handle_of_another_group_is_refused(group, backend):
         assert "expert_alignment=8" in str(caught.value)
 
 
-def test_a_handle_of_the_other_backend_is_refused(group, backend):
-    name = {"ffi": "xla", "xla": "ffi"}[backend]
-    with make_group(PROBLEM, name, mesh=group.mesh) as other:
+# Shape of the mesh, the axes of the dispatch, those of the combine. Only the axes tell the last
+# three apart: the ranks are as many, and the config is the same.
+OTHER_AXES = {
+    "another_axis": ((2, 4), "a", "b"),
+    "one_of_two": ((2, 4), ("a", "b"), "b"),
+    "two_of_one": ((2, 4), "a", ("a", "b")),
+    "as_many_ranks": ((2, 2), "a", "b"),
+    "another_order": ((2, 4), ("a", "b"), ("b", "a")),
+    "an_axis_of_one": ((4, 1), ("a", "b"), "a"),
+}
 
-        def on_rank(x, idx):
-            received = jax_ep.dispatch(x, idx, group=group)
-            return jax_ep.combine(received.x, received.handle, group=other)
 
-        with pytest.raises(ValueError, match=f"another backend; this group's is '{name}'"):
-            over_ranks(group, on_rank)(PROBLEM.x, PROBLEM.topk_idx)
+def _trace_combine_with_a_handle_of(other, group):
+    """Traces a program that dispatches with one group and combines with another; runs nothing."""
+
+    def on_rank(x, idx):
+        received = jax_ep.dispatch(x, idx, group=other)
+        return jax_ep.combine(received.x, received.handle, group=group)
+
+    split = P(other.axis_names)
+    mapped = jax.shard_map(
+        on_rank, mesh=other.mesh, in_specs=split, out_specs=P(other.mesh.axis_names)
+    )
+    tokens = 4 * other.num_ranks
+    x = jax.ShapeDtypeStruct((tokens, 8), np.float32)
+    idx = jax.ShapeDtypeStruct((tokens, 2), np.int32)
+    return jax.eval_shape(mapped, x, idx)
+
+
+@pytest.mark.parametrize("case", OTHER_AXES)
+def test_a_handle_of_other_axes_is_refused(case, backend):
+    shape, dispatched, combined = OTHER_AXES[case]
+    mesh = make_mesh(shape, ("a", "b"))
+    problem = PROBLEM.replace(num_experts=8)
+    with (
+        make_group(problem, backend, mesh=mesh, axis_name=dispatched) as other,
+        make_group(problem, backend, mesh=mesh, axis_name=combined) as group,
+    ):
+        message = (
+            f"handle is of a dispatch over the axes {other.axis_names}; allowed: one over this "
+            f"group's, {group.axis_names}"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            _trace_combine_with_a_handle_of(other, group)
+
+
+def test_a_handle_of_another_group_over_the_same_axes_serves(backend):
+    mesh = make_mesh((2, 4), ("a", "b"))
+    problem = PROBLEM.replace(num_experts=8)
+    with (
+        make_group(problem, backend, mesh=mesh, axis_name="a") as other,
+        make_group(problem, backend, mesh=mesh, axis_name=("a",)) as group,
+    ):
+        assert _trace_combine_with_a_handle_of(other, group).shape == (32, 8)
+
+
+@pytest.mark.parametrize(
+    ("dispatched", "combined"),
+    [
+        ("ffi", "xla"),
+        ("xla", "ffi"),
+        ("gpu", "ffi"),
+        ("ffi", "gpu"),
+        ("gpu", "xla"),
+        ("xla", "gpu"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_a_handle_of_another_kind_of_group_is_refused(dispatched, combined, layout, monkeypatch):
+    mesh = make_mesh((2,), ("expert",))
+    problem = PROBLEM.replace(layout=layout)
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for kind in sorted(
+            {dispatched, combined}, key="gpu".__eq__
+        ):  # from then on all are on GPUs
+            if kind == "gpu":
+                fake_cuda.install(monkeypatch)
+            backend = "ffi" if kind == "gpu" else kind
+            made[kind] = stack.enter_context(make_group(problem, backend, mesh=mesh))
+        where = {"xla": "'xla' on cpu", "ffi": "'ffi' on cpu", "gpu": "'ffi' on cuda"}[combined]
+        message = f"handle is of a dispatch by another backend; this group's is {where}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            _trace_combine_with_a_handle_of(made[dispatched], made[combined])
 
 
 def test_something_else_than_a_handle_or_a_group(group):
