@@ -33,7 +33,7 @@ def num_ranks(placement) -> int:
 @pytest.mark.parametrize("with_new_group", [False, True], ids=["alone", "new_group"])
 @pytest.mark.parametrize("flags", ["default", "short", "no_graphs"])
 def test_a_call_after_close_gives_an_error_or_nan_and_costs_nothing(
-    flags, with_new_group, num_ranks, on_ranks
+    flags, with_new_group, num_ranks, placement, on_ranks
 ):
     problem = PROBLEM.replace(num_ranks=num_ranks)
     cases = [case_of(called_after_close, problem, with_new_group=with_new_group)]
@@ -53,6 +53,11 @@ def test_a_call_after_close_gives_an_error_or_nan_and_costs_nothing(
         said = [text for level, text in report["log"] if level == "ERROR"]
         assert any("was called after the EpGroup had been closed" in text for text in said), said
         assert all(report["name"] in text for text in said), said
+    # XLA records a graph again, and asks our handlers, once its buffers have moved: after a new
+    # group's programs, say, and with a GPU for each rank sometimes without. Where nothing moves
+    # them the graph is replayed, or no test would see what a replay gives.
+    if placement is Placement.SHARED and flags == "short" and not with_new_group:
+        assert any(run.outcomes[0].value["error"] is None for run in runs), "no graph was replayed"
 
 
 def test_a_late_rank_is_named_in_the_log_and_then_comes(num_ranks, placement, on_ranks):
