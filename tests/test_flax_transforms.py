@@ -25,6 +25,7 @@ from flax_layers import (
 )
 from jax_ep.flax import linen as ep_linen
 from jax_ep.flax import nnx as ep_nnx
+from programs import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,149 @@ def test_scan_and_remat_over_stacked_layers(x, backend):
     updated = ep_linen.update_bias(biases, stats, rate=0.5)["blocks"]["moe"]["selection_bias"]
     assert set(np.unique(updated)) <= {-0.5, 0.0, 0.5}
     np.testing.assert_array_equal(blocks.moe.selection_bias[...], updated)
+
+
+# --- stacked layers on a mesh along part of which all do the same --------------------------------
+
+# Shape of the mesh, its axes, and over which of them tokens are split besides "expert".
+REPLICATED = {
+    "tensor": ((4, 2), ("expert", "tensor"), ()),
+    "data_tensor": ((2, 2, 2), ("data", "expert", "tensor"), ("data",)),
+}
+
+
+def _normalized(x):
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True))
+
+
+class NnxResidual(nnx.Module):
+    def __init__(self, group, data_axes, rngs):
+        self.moe = ep_nnx.MoE(group, FFN, data_axes=data_axes, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.moe(_normalized(x))
+
+
+class LinenResidual(nn.Module):
+    group: jax_ep.EpGroup
+    data_axes: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x, _):
+        moe = ep_linen.MoE(self.group, FFN, data_axes=self.data_axes, name="moe")
+        return x + moe(_normalized(x)), None
+
+
+class LinenResiduals(nn.Module):
+    group: jax_ep.EpGroup
+    data_axes: tuple[str, ...]
+    depth: int
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            LinenResidual,
+            variable_axes={"params": 0, ep_linen.STATS: 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        return stack(self.group, self.data_axes, name="blocks")(x, None)[0]
+
+
+def _nnx_gradients(group, data_axes, params):
+    """`params, x, weights -> output and gradients`, by nnx.scan over layers."""
+    metadata = {nnx.PARTITION_NAME: None}
+
+    @nnx.split_rngs(splits=len(params["router"]))
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=metadata)
+    def make(rngs):
+        return NnxResidual(group, data_axes, rngs)
+
+    blocks = make(nnx.Rngs(0))
+
+    def loss(blocks, x, weights):
+        axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+        out = nnx.scan(lambda block, x: block(x), transform_metadata=metadata, **axes)(blocks, x)
+        return jnp.sum(out * weights), out
+
+    gradients = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(params, x, weights):
+        for name, value in params.items():
+            getattr(blocks.moe, name).set_value(value)
+        (grads, x_grad), out = gradients(blocks, x, weights)
+        return {"out": out, "x": x_grad, **{name: grads["moe"][name][...] for name in params}}
+
+    return run
+
+
+def _linen_gradients(group, data_axes, params):
+    """`params, x, weights -> output and gradients`, by nn.scan over layers."""
+    model = LinenResiduals(group, data_axes, len(params["router"]))
+
+    def loss(params, x, weights):
+        variables = {"params": {"blocks": {"moe": params}}}
+        out = model.apply(variables, x, mutable=[ep_linen.STATS])[0]
+        return jnp.sum(out * weights), out
+
+    @jax.jit
+    def run(params, x, weights):
+        (grads, x_grad), out = jax.grad(loss, (0, 1), has_aux=True)(params, x, weights)
+        return {"out": out, "x": x_grad, **grads}
+
+    return run
+
+
+def _problem(mesh, data_axes):
+    """Parameters of 12 layers, tokens, and weights of the output in the loss."""
+    keys = iter(jax.random.split(jax.random.key(5), 6))
+    shapes = {
+        "router": (HIDDEN, EXPERTS),
+        "w_gate": (EXPERTS, HIDDEN, FFN),
+        "w_up": (EXPERTS, HIDDEN, FFN),
+        "w_down": (EXPERTS, FFN, HIDDEN),
+    }
+    params = {
+        name: jax.random.normal(next(keys), (12, *shape)) * shape[-2] ** -0.5
+        for name, shape in shapes.items()
+    }
+    split = NamedSharding(mesh, P((*data_axes, "expert")))
+    x, weights = (
+        jax.device_put(jax.random.normal(next(keys), (8, HIDDEN)), split) for _ in range(2)
+    )
+    return params, x, weights
+
+
+@pytest.mark.parametrize("mesh_name", REPLICATED)
+def test_scan_on_a_mesh_with_an_axis_along_which_all_do_the_same(mesh_name):
+    """Devices that hold the same tokens run apart in the loop, and each meets its own visit's."""
+    shape, names, data_axes = REPLICATED[mesh_name]
+    mesh = make_mesh(shape, names)
+    params, x, weights = _problem(mesh, data_axes)
+    with make_group(mesh, backend="xla") as group:
+        run = _linen_gradients(group, data_axes, params)
+        want = {name: np.asarray(value) for name, value in run(params, x, weights).items()}
+    assert all(np.isfinite(value).all() and np.abs(value).max() > 0 for value in want.values())
+    with make_group(mesh, backend="ffi") as group:
+        for gradients in (_nnx_gradients, _linen_gradients):
+            run = gradients(group, data_axes, params)
+            for _ in range(5):
+                got = run(params, x, weights)
+                assert got.keys() == want.keys()
+                for name, value in got.items():
+                    assert len(value.addressable_shards) == 8
+                    for shard in value.addressable_shards:
+                        np.testing.assert_allclose(
+                            shard.data,
+                            want[name][shard.index],
+                            rtol=1e-4,
+                            atol=1e-5 * np.abs(want[name]).max(),
+                            err_msg=f"{gradients.__name__}: {name} on {shard.device}",
+                        )
+
+
+# --- names, tables, and where they cannot be called ----------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["layers", None])
