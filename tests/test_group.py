@@ -21,6 +21,7 @@ import jax_ep
 from jax_ep._src import group as group_module
 from jax_ep._src import native
 from problems import PROBLEMS, EpProblem
+from processes import run_processes
 from programs import exchange, make_group, make_mesh, over_ranks
 
 PROBLEM = EpProblem(name="group", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
@@ -98,6 +99,7 @@ def test_bad_arguments(mesh, change, message):
         ({"timeout": 1e300}, (10.0, 1e300)),
         ({"warn_after": 1, "timeout": 2.0}, (1.0, 2.0)),
         ({"warn_after": math.inf, "timeout": math.inf}, (math.inf, math.inf)),
+        ({"warn_after": math.inf}, (math.inf, 30.0)),
     ],
 )
 def test_deadlines(arguments, deadlines, mesh):
@@ -219,3 +221,58 @@ def test_it_may_be_closed_over_by_jit_and_passed_as_static(mesh):
             return jax.shard_map(on_rank, mesh=group.mesh, in_specs=spec, out_specs=spec)(x, idx)
 
         np.testing.assert_array_equal(jax.jit(run, static_argnums=2)(x, idx, group), 2 * x)
+
+
+def test_a_mesh_of_devices_of_another_process(mesh, caplog, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(group_module, "_logged", set())
+    before = native.load().num_groups()
+    message = "backend 'ffi' cannot serve this group: no device of the mesh belongs to this process"
+    with pytest.raises(jax_ep.EpUnavailable, match=f"^{re.escape(message)}$"):
+        jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi")
+    assert native.load().num_groups() == before
+    with (
+        caplog.at_level(logging.INFO, logger="jax_ep"),
+        jax_ep.EpGroup(mesh, "expert", CONFIG) as group,
+    ):
+        assert group.backend == "xla"
+    assert [r.message for r in caplog.records] == [
+        "EP backend: xla, because ffi cannot serve: no device of the mesh belongs to this process"
+    ]
+
+
+@pytest.mark.multiprocess
+def test_each_process_serves_meshes_of_its_own_devices_only():
+    outputs = run_processes(
+        """
+import numpy as np
+import jax_ep
+from programs import over_ranks
+from test_group import CONFIG, PROBLEM
+
+for owner in range(2):
+    devices = [d for d in jax.devices() if d.process_index == owner]
+    mesh = jax.sharding.Mesh(np.array(devices), ("expert",))
+    try:
+        group = jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi")
+    except jax_ep.EpUnavailable as e:
+        print("mesh of", owner, "refused:", e)
+        continue
+    with group:
+        twice = over_ranks(group, lambda x, idx: (
+            lambda r: jax_ep.combine(r.x, r.handle, group=group)
+        )(jax_ep.dispatch(x, idx, group=group)))
+        np.testing.assert_array_equal(twice(PROBLEM.x, PROBLEM.topk_idx), 2 * PROBLEM.x)
+    print("mesh of", owner, "served")
+""",
+        num_processes=2,
+        devices_each=4,
+    )
+    refused = (
+        "refused: backend 'ffi' cannot serve this group: no device of the mesh belongs to this "
+        "process"
+    )
+    for process, output in enumerate(outputs):
+        said = [line for line in output.splitlines() if line.startswith("mesh of")]
+        want = ["served" if owner == process else refused for owner in range(2)]
+        assert said == [f"mesh of {owner} {what}" for owner, what in enumerate(want)]
