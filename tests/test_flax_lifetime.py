@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long what layers compile lives: as long as their group is open, and once for those alike."""
+"""How long what layers compile lives: as long as their group is open, and once for those alike.
 
+Copies of layers, which have the same group.
+"""
+
+import copy
 import gc
 import weakref
 
 import jax
+import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 
+import jax_ep
 from flax_layers import FFN, HIDDEN, make_group, make_nnx, run_linen, to_linen
 from jax_ep.flax import linen as ep_linen
 
@@ -80,3 +88,66 @@ def test_layers_of_a_group_that_are_alike_are_traced_once(x):
     with make_group() as other:
         make_nnx(other, activation=activation)(x)
     assert len(traced) == 3 * once
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, group):
+        self.group = group
+        self.layers = nnx.List([make_nnx(group, seed, selection_bias=True) for seed in range(2)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class LinenModel(nn.Module):
+    group: jax_ep.EpGroup
+    layers: tuple[nn.Module, ...]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("how", [*COPIES, "clone"])
+def test_a_copy_of_an_nnx_model_has_the_same_group(how, x):
+    with make_group() as group:
+        model = NnxModel(group)
+        want = np.asarray(model(x))
+        other = {**COPIES, "clone": nnx.clone}[how](model)
+        assert other is not model
+        assert other.group is group
+        assert [layer.spec.group for layer in other.layers] == [group, group]
+        np.testing.assert_array_equal(other(x), want)
+        if how == "copy":
+            return  # its layers are the model's
+        # The copy's variables are its own.
+        kernel = other.layers[0].w_down
+        kernel.set_value(kernel[...] * 0)
+        assert not np.array_equal(other(x), want)
+        np.testing.assert_array_equal(model(x), want)
+    with pytest.raises(jax_ep.EpGroupClosed):
+        other(x)
+
+
+@pytest.mark.parametrize("how", [*COPIES, "clone"])
+def test_a_copy_of_a_linen_model_has_the_same_group(how, x):
+    with make_group() as group:
+        layers = tuple(ep_linen.MoE(group, FFN, name=f"layer{i}") for i in range(2))
+        model = LinenModel(group, layers)
+        variables = model.init(jax.random.key(0), x)
+        want = np.asarray(model.apply(variables, x))
+        other = {**COPIES, "clone": LinenModel.clone}[how](model)
+        assert other is not model
+        assert other.group is group
+        assert [layer.group for layer in other.layers] == [group, group]
+        np.testing.assert_array_equal(other.apply(variables, x), want)
+    with pytest.raises(jax_ep.EpGroupClosed):
+        other.apply(variables, x)
