@@ -29,6 +29,7 @@ struct Config {
   bool stale_reads = true;       // let unordered loads return old values
   bool survive_traps = false;    // a trap ends its rank alone; the run still ends as "trap"
   bool expire_deadlines = true;  // where only time can help, let it pass: kernels' deadlines expire
+  uint64_t clock_skew_ns = 0;    // kernels' clocks differ, and step back, by less than this
   uint64_t max_steps = 200'000'000;  // primitives before it is called a livelock; below 2^31
 };
 

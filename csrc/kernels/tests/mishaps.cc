@@ -18,6 +18,13 @@ std::string text_of(const ErrorRecord& record) {
   return record.written == 1 ? describe(record, 1) : "no record";
 }
 
+// That the peer `by` told it that it gave up with `tag`.
+bool is_told(const ErrorRecord& record, int32_t by, WaitTag tag) {
+  const Aborted aborted = unpack_aborted(record.detail);
+  return has(record, WaitTag::kPeerGaveUp) && record.peer == static_cast<uint32_t>(by) &&
+         aborted.by == static_cast<uint32_t>(by) && aborted.tag == static_cast<uint32_t>(tag);
+}
+
 // That all ranks but those that were told by a peer say `tag`, and one at least does.
 template <typename Check>
 std::string expect_records(const Outcome& outcome, WaitTag tag, const Check& check) {
@@ -103,6 +110,39 @@ std::string judge_closed(const Story& story, const Outcome& outcome) {
   return "";
 }
 
+// Rank 0 alone is closed; rank 2, which would wait for ever, ends because it told it.
+std::string judge_closed_meanwhile(const Story& story, const Outcome& outcome) {
+  if (outcome.report.kind != "trap") return "it must end in a trap; " + outcome.report.text();
+  const ErrorRecord& closed = outcome.errors[0];
+  const bool right = has(closed, WaitTag::kClosed) && closed.detail == kClosedInAWait &&
+                     closed.op == static_cast<uint32_t>(last_op(story));
+  if (!right) return "rank 0: " + text_of(closed);
+  return is_told(outcome.errors[2], 0, WaitTag::kClosed) ? ""
+                                                         : "rank 2: " + text_of(outcome.errors[2]);
+}
+
+// The rank says so, and tells the others. That it sent anything would be a bad address.
+std::string judge_wrong_rank(const Story& story, const Outcome& outcome) {
+  if (outcome.report.kind != "trap") return "it must end in a trap; " + outcome.report.text();
+  for (size_t rank = 0; rank < outcome.errors.size(); ++rank) {
+    const ErrorRecord& record = outcome.errors[rank];
+    const bool is_it = rank == static_cast<size_t>(story.rank);
+    const bool right = is_it ? has(record, WaitTag::kWrongRank) &&
+                                   record.rank == static_cast<uint32_t>(story.rank) &&
+                                   record.peer == static_cast<uint32_t>(said_rank(story)) &&
+                                   record.op == static_cast<uint32_t>(last_op(story))
+                             : is_told(record, story.rank, WaitTag::kWrongRank);
+    if (!right) return "rank " + std::to_string(rank) + ": " + text_of(record);
+  }
+  return "";
+}
+
+// It polls once more, and goes on: what it waited for has come.
+std::string judge_stood_still(const Outcome& outcome) {
+  if (!outcome.report.ok()) return outcome.report.text() + "\n" + text_of(outcome.errors[0]);
+  return outcome.long_waits[0].ended ? "" : "rank 0 did not wait for long";
+}
+
 }  // namespace
 
 Story mishap_story(Mishap mishap, OpKind last, Layout layout, uint64_t seed) {
@@ -118,8 +158,9 @@ Story mishap_story(Mishap mishap, OpKind last, Layout layout, uint64_t seed) {
   if (last == kCombine) episode.ops.push_back(kCombine);
   Story story{.groups = {{.max_tokens = 8, .episodes = {episode}}}};
   story.mishap = mishap;
-  // What two tokens claim, or two kernels at once, is a race; it must not be more.
-  story.check_races = mishap != kHostileHandle && mishap != kOverlap;
+  // What two tokens claim, or two kernels at once, is a race; it must not be more. So is closing
+  // with a kernel's first look, which it may miss.
+  story.check_races = mishap != kHostileHandle && mishap != kOverlap && mishap != kClosedMeanwhile;
   return story;
 }
 
@@ -134,11 +175,15 @@ std::vector<Story> all_mishaps(uint64_t seed) {
                               kOtherTokens,
                               kOverlap,
                               kHostileHandle,
-                              kClosed}) {
+                              kClosed,
+                              kClosedMeanwhile,
+                              kWrongRank,
+                              kStoodStill}) {
     const bool by_layout = mishap == kHostileHandle || mishap == kClosed;
     const bool not_of_plan = mishap == kHostileHandle || mishap == kOtherOp;
     for (const OpKind last : {kPlan, kDispatch, kCombine}) {
       if (last == kPlan && not_of_plan) continue;
+      if (last != kPlan && mishap == kStoodStill) continue;
       stories.push_back(mishap_story(mishap, last, Layout::kExpert, seed));
       if (by_layout) stories.push_back(mishap_story(mishap, last, Layout::kRank, seed));
     }
@@ -156,6 +201,9 @@ std::string verdict_on(const Story& story, const Outcome& outcome) {
     case kOtherTokens: return judge_other_call(story, outcome);
     case kOverlap: return judge_overlap(story, outcome);
     case kClosed: return judge_closed(story, outcome);
+    case kClosedMeanwhile: return judge_closed_meanwhile(story, outcome);
+    case kWrongRank: return judge_wrong_rank(story, outcome);
+    case kStoodStill: return judge_stood_still(outcome);
     case kNone:
     case kHostileHandle: break;
   }

@@ -126,6 +126,17 @@ MUTANTS = [
            "return false ?", mishaps=True),
     Mutant("a deadline passes at once", _WAIT, "return waited > timeout ?",
            "return true ?"),
+    Mutant("it does not poll once more after the deadline", _WAIT,
+           "level = look(view, site, start, level & ~kOverdue);",
+           "if ((level = look(view, site, start, level)) & kOverdue) "
+           "give_up(view, site, static_cast<u32>(seen));", mishaps=True),
+    Mutant("a clock must not step back", _WAIT, "static_cast<i64>(now_ns() - start)",
+           "now_ns() - start"),
+    Mutant("nobody who waits looks whether the group is closed", _WAIT,
+           "if (ld_relaxed<Scope::kSys>(control(view, Control::kClosed)) != 0)", "if (false)", mishaps=True),
+    Mutant("the rank is not checked", _EXCHANGE, "if (rank != view.rank)", "if (false)", mishaps=True),
+    Mutant("one thread checks the rank", _EXCHANGE, "if (rank != view.rank)",
+           "if (block_id() == 0 && thread_id() == 0 && rank != view.rank)", mishaps=True),
     Mutant("long waits are not reported", _WAIT, "level < kMaxLevel && waited",
            "false && waited", mishaps=True),
     Mutant("the end of a long wait is not reported", _WAIT, "if (level != 0) report", "if (false) report",
@@ -272,10 +283,12 @@ def mutate(mutant: Mutant) -> str:
 
 
 def _operations(path: str) -> list[str]:
-    """The operations whose kernels include a header."""
+    """The operations whose kernels include a header; "wait" is a kernel that does but that."""
     only = {_PLAN: "plan", _DISPATCH: "dispatch", _RING: "dispatch", _QUANTIZE: "dispatch"}
     only[_COMBINE] = "combine"
-    return [only[path]] if path in only else ["plan", "dispatch", "combine"]
+    if path in only:
+        return [only[path]]
+    return ["plan", "dispatch", "combine"] + ["wait"] * (path == _WAIT)
 
 
 def _compiler(build: pathlib.Path, source: str) -> list[str]:

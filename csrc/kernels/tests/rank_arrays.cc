@@ -181,6 +181,10 @@ void RankArrays::upload(DeviceMemory& memory) const {
   untouched(rows_scales_, expected_scales_.size() * 4);
 }
 
+void RankArrays::replace_rank(DeviceMemory& memory, int32_t said) const {
+  memory.write(program_rank_on_device_, &said, sizeof said);
+}
+
 void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
   std::mt19937 random(1000 * options().seed + seed);
   const EpShape& shape = options().shape;

@@ -45,6 +45,8 @@ class RankArrays {
   // Writes all operands but those that earlier operations make, and marks results as untouched.
   void upload(DeviceMemory& memory) const;
 
+  // Has the program say that it runs on another rank.
+  void replace_rank(DeviceMemory& memory, int32_t said) const;
   // Writes a handle that no plan made: zeros, as a carry starts with, repetitions, holes, or
   // anything.
   void replace_handle(DeviceMemory& memory, uint32_t seed) const;

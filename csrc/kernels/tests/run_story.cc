@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "csrc/device/heap.h"
 #include "csrc/device/primitives.h"
 #include "csrc/kernels/tests/simulated_group.h"
 
@@ -12,6 +13,8 @@ namespace jax_ep {
 namespace {
 
 constexpr uint64_t kNever = uint64_t{1} << 61;
+// Time leaps by this when nobody can do anything but wait.
+constexpr uint64_t kLeap = uint64_t{1} << 40;
 
 // One group's part of a run.
 class GroupRun {
@@ -136,16 +139,47 @@ class GroupRun {
         return append_check(rank, "closed", op, [op, &arrays](auto& device) {
           return arrays.check_poisoned(op, device);
         });
+      case Mishap::kClosedMeanwhile:
+        view.timeout_ns = kNever;
+        if (is_it) return;
+        if (rank == 0) append_close();
+        break;
+      case Mishap::kWrongRank:
+        if (!is_it) break;
+        host_call([this, rank, &arrays] {
+          SimulatedMemory device(machine_, rank);
+          arrays.replace_rank(device, said_rank(story_));
+        });
+        leave_only_aborted(view.layout);
+        break;
+      case Mishap::kStoodStill:
+        if (rank == 0) group_.launch_wait(rank, story_.rank, stream_);
+        return;
     }
     append_op(op, view, arrays, launch);
+  }
+
+  // Closes rank 0, from another stream, once nobody can do anything but wait.
+  void append_close() {
+    machine_.launch(0, stream_ + 1, {}, [view = group_.view(0)] {
+      while (dev::now_ns() < kLeap / 2) dev::spin_pause("the others to wait");
+      dev::st_relaxed<dev::Scope::kSys>(dev::control(view, Control::kClosed), 1);
+    });
+  }
+
+  // What a kernel does with the heaps leads out of them, unless it tells the peers that it gave up.
+  static void leave_only_aborted(HeapLayout& layout) {
+    constexpr int64_t kNowhere = int64_t{1} << 56;
+    for (int32_t region = 0; region < kNumRegions; ++region) {
+      if (region != static_cast<int32_t>(Region::kAborted)) layout.offset[region] = kNowhere;
+    }
   }
 
   // Once all others have reported that they wait for the rank.
   void append_late(OpKind op, int32_t rank, const RankArrays& arrays, SimulatedLaunch launch) {
     machine_.launch(static_cast<uint32_t>(rank), stream_, {}, [] {
-      // Time leaps by 2^40 when nobody can do anything but wait: after the first leap the others
-      // report, and after the second one they have.
-      while (dev::now_ns() < uint64_t{3} << 39) dev::spin_pause("the others to lose patience");
+      // After the first leap the others report, and after the second one they have.
+      while (dev::now_ns() < kLeap + kLeap / 2) dev::spin_pause("the others to lose patience");
     });
     append_op(op, group_.view(rank), arrays, launch);
     append_check(
@@ -193,7 +227,9 @@ Outcome run_story(const Story& story, uint64_t seed) {
   sim::Config config;
   config.num_ranks = static_cast<uint32_t>(story.groups[0].episodes[0].options.shape.num_ranks);
   config.streams = static_cast<uint32_t>(story.groups.size());
-  if (story.mishap == Mishap::kOverlap) ++config.streams;
+  if (story.mishap == Mishap::kOverlap || story.mishap == Mishap::kClosedMeanwhile)
+    ++config.streams;
+  config.clock_skew_ns = 16;
   config.survive_traps = story.mishap != Mishap::kNone;  // see what each rank says
   config.max_blocks = story.blocks;
   config.max_threads = SimulatedGroup::kMaxThreads;

@@ -147,4 +147,10 @@ void SimulatedGroup::launch(const CombineParams& params, const SimulatedLaunch& 
   append(machine_, params, launch);
 }
 
+void SimulatedGroup::launch_wait(int32_t rank, int32_t peer, uint32_t stream) {
+  SimulatedKernel kernel = simulated_wait(view(rank), peer);
+  machine_.launch(
+      static_cast<uint32_t>(rank), stream, {.threads = kernel.threads}, std::move(kernel.body));
+}
+
 }  // namespace jax_ep

@@ -74,6 +74,8 @@ class SimulatedGroup {
   void launch(const PlanParams& params, const SimulatedLaunch& launch);
   void launch(const DispatchParams& params, const SimulatedLaunch& launch);
   void launch(const CombineParams& params, const SimulatedLaunch& launch);
+  // The same of simulated_wait.
+  void launch_wait(int32_t rank, int32_t peer, uint32_t stream);
 
  private:
   [[nodiscard]] std::byte* heap(int32_t rank) const;

@@ -22,6 +22,10 @@ SimulatedKernel simulated_kernel(const PlanParams& params);
 SimulatedKernel simulated_kernel(const DispatchParams& params);
 SimulatedKernel simulated_kernel(const CombineParams& params);
 
+// Waits for a peer. After its first poll it stands still past the deadline; what it waits for comes
+// meanwhile.
+SimulatedKernel simulated_wait(const RankView& view, int32_t peer);
+
 template <typename Kernel, typename Tile, typename Params>
 SimulatedKernel simulated_kernel_of(const Params& params) {
   return {

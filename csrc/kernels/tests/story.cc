@@ -91,8 +91,15 @@ const char* name(Mishap mishap) {
                                     "a rank has other tokens",
                                     "two operations at once",
                                     "a handle that no plan made",
-                                    "the group is closed"};
+                                    "the group is closed",
+                                    "the group is closed while a rank waits",
+                                    "the program says another rank",
+                                    "a rank stands still"};
   return kNames[static_cast<int>(mishap)];
+}
+
+int32_t said_rank(const Story& story) {
+  return (story.rank + 1) % story.groups[0].episodes[0].options.shape.num_ranks;
 }
 
 HeapShape heap_shape(const GroupStory& story) {

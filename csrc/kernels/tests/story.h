@@ -31,15 +31,18 @@ struct GroupStory {
 // What goes wrong in a story, with its last operation.
 enum class Mishap {
   kNone,
-  kMissing,        // `rank` never runs it: the others must give up and name the rank
-  kOneImpatient,   // likewise, and no rank but one gives up by itself: it must tell the others
-  kLate,           // `rank` runs it after the others have waited for long: they must report it
-  kOtherOp,        // it is a plan on `rank`
-  kOtherPlace,     // on `rank` it stands at another place of the program
-  kOtherTokens,    // on `rank` it has one token less
-  kOverlap,        // it runs twice at the same time, on two streams
-  kHostileHandle,  // it gets a handle that no plan made: it may do anything but leave its buffers
-  kClosed,         // the group has been closed: it must not touch the heap, and leave no results
+  kMissing,          // `rank` never runs it: the others must give up and name the rank
+  kOneImpatient,     // likewise, and no rank but one gives up by itself: it must tell the others
+  kLate,             // `rank` runs it after the others have waited for long: they must report it
+  kOtherOp,          // it is a plan on `rank`
+  kOtherPlace,       // on `rank` it stands at another place of the program
+  kOtherTokens,      // on `rank` it has one token less
+  kOverlap,          // it runs twice at the same time, on two streams
+  kHostileHandle,    // it gets a handle that no plan made: it may do anything but leave its buffers
+  kClosed,           // the group has been closed: it must not touch the heap, and leave no results
+  kClosedMeanwhile,  // `rank` never runs it, and the group is closed while rank 0 waits for it
+  kWrongRank,        // on `rank` the program says another one: it must send nothing as either
+  kStoodStill,       // instead, rank 0 waits for `rank`, which comes while it stands still
 };
 
 struct Story {
@@ -64,6 +67,9 @@ const char* name(Mishap mishap);
 std::string describe(const Story& story);
 
 const char* name(OpKind op);
+
+// The rank that the program says where Mishap::kWrongRank is: one that there is.
+int32_t said_rank(const Story& story);
 
 // The heap that a group's episodes need.
 HeapShape heap_shape(const GroupStory& story);
