@@ -311,7 +311,10 @@ _open_groups: set[CudaGroup] = set()
 @atexit.register
 def _close_open_groups() -> None:
     for group in list(_open_groups):
-        group.close(limit=_EXIT_S, kernels_limit=_EXIT_S)
+        try:
+            group.close(limit=_EXIT_S, kernels_limit=_EXIT_S)
+        except Exception:
+            _logger.exception("%s: not closed as this process ends", group._name)
 
 
 def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:

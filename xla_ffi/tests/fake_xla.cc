@@ -16,7 +16,12 @@ struct XLA_FFI_Error {
   std::string message;
 };
 
+// jax 0.11 brought version 0.4 of the interface, which renamed this.
+#if XLA_FFI_API_MINOR < 4
 struct XLA_FFI_ExecutionContext {
+#else
+struct XLA_FFI_InvokeContext {
+#endif
   void* stream;
   int32_t device;
 };
@@ -40,9 +45,16 @@ XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
   return new XLA_FFI_Error{args->errc, args->message};
 }
 
+#if XLA_FFI_API_MINOR < 4
 void get_message(XLA_FFI_Error_GetMessage_Args* args) {
   args->message = args->error->message.c_str();
 }
+#else
+void get_details(XLA_FFI_Error_GetDetails_Args* args) {
+  args->message = args->error->message.c_str();
+  args->errc = args->error->code;
+}
+#endif
 
 void destroy_error(XLA_FFI_Error_Destroy_Args* args) { delete args->error; }
 
@@ -64,7 +76,11 @@ XLA_FFI_Api make_api() {
   api.api_version.major_version = XLA_FFI_API_MAJOR;
   api.api_version.minor_version = XLA_FFI_API_MINOR;
   api.XLA_FFI_Error_Create = create_error;
+#if XLA_FFI_API_MINOR < 4
   api.XLA_FFI_Error_GetMessage = get_message;
+#else
+  api.XLA_FFI_Error_GetDetails = get_details;
+#endif
   api.XLA_FFI_Error_Destroy = destroy_error;
   api.XLA_FFI_Stream_Get = get_stream;
   api.XLA_FFI_DeviceOrdinal_Get = get_device;
