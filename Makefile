@@ -25,7 +25,8 @@ BAZEL_FILES = $(shell find . \( -path './.*' -o -path ./build -o -path ./dist \)
 CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # What the compiled module is built from.
 NATIVE := pyproject.toml CMakeLists.txt \
-  $(shell find cmake csrc xla_ffi -type f -not -path '*/tests/*' -not -path 'csrc/sim/*')
+  $(shell find cmake csrc xla_ffi -type f -not -path '*/tests/*' -not -path 'csrc/sim/*' \
+  -not -path 'csrc/testing/*')
 # Part of a stamp's name, so that another PYTHON gets its own set-up.
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready-$(PY_TAG)
@@ -103,7 +104,7 @@ endif
 # What `make sim` adds to `make test`.
 mutants: $(INSTALLED)-test
 	$(build_sim)
-	JAX_EP_SIMULATED_EXCHANGE=$(abspath $(SIM_BUILD))/kernels/tests/libjax_ep_simulated_exchange.so \
+	JAX_EP_SIMULATED_EXCHANGE=$(abspath $(SIM_BUILD))/testing/libjax_ep_simulated_exchange.so \
 	  $(BIN)/pytest -n $(JOBS) tests/sim
 	$(BIN)/python csrc/kernels/tests/mutants.py --build $(SIM_BUILD) --jobs $(JOBS)
 

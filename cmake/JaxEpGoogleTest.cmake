@@ -28,3 +28,32 @@ if(JAX_EP_SANITIZE)
   target_compile_options(jax_ep_gtest_main PRIVATE
     -fsanitize=${JAX_EP_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
 endif()
+
+# A thread-sanitized program cannot start where the kernel randomizes addresses over more bits
+# than the sanitizer knows of, so run it without, where that is allowed.
+set(JAX_EP_TEST_LAUNCHER "")
+if(JAX_EP_SANITIZE MATCHES "thread")
+  find_program(JAX_EP_SETARCH setarch)
+  if(JAX_EP_SETARCH)
+    execute_process(COMMAND ${JAX_EP_SETARCH} -R true
+      RESULT_VARIABLE JAX_EP_SETARCH_RESULT OUTPUT_QUIET ERROR_QUIET)
+    if(JAX_EP_SETARCH_RESULT EQUAL 0)
+      set(JAX_EP_TEST_LAUNCHER ${JAX_EP_SETARCH} -R)
+    endif()
+  endif()
+endif()
+
+# A program NAME_test of each NAME_test.cc of this folder, linked with the library; ctest knows each
+# of its tests by the prefix and the test's name.
+function(jax_ep_add_tests prefix library)
+  foreach(name IN LISTS ARGN)
+    add_executable(${name}_test ${name}_test.cc)
+    target_link_libraries(${name}_test PRIVATE ${library} GTest::gtest_main)
+    target_compile_options(${name}_test PRIVATE ${JAX_EP_WARNINGS} -ffp-contract=off)
+    set_target_properties(${name}_test PROPERTIES
+      CROSSCOMPILING_EMULATOR "${JAX_EP_TEST_LAUNCHER}")
+    # Far above what any test takes, also under a sanitizer on a busy machine: ends a deadlock.
+    gtest_discover_tests(${name}_test
+      TEST_PREFIX ${prefix} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 600)
+  endforeach()
+endfunction()

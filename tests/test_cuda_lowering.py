@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a program for GPUs holds, lowered where there is none: the calls that our handlers decode.
 
-The handlers' own declarations (xla_ffi/cuda_*.cc) say how many operands, results and which
+The handlers' own declarations (xla_ffi/cuda/) say how many operands, results and which
 attributes they take.
 """
 
@@ -55,7 +55,7 @@ def _struct_members(name: str) -> dict[str, str]:
 
 def _declaration(target: str) -> str:
     """What the target's CUDA handler binds."""
-    text = (XLA_FFI / f"cuda_{target.removeprefix('jax_ep_')}.cc").read_text()
+    text = (XLA_FFI / "cuda" / f"{target.removeprefix('jax_ep_')}.cc").read_text()
     pattern = rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{target}_cuda,(.*?)\);\n"
     found = re.search(pattern, text, re.DOTALL)
     assert found, f"no handler {target}_cuda"

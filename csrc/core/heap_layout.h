@@ -11,78 +11,10 @@
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
+#include "csrc/core/limits.h"
+#include "csrc/core/work_partition.h"
 
 namespace jax_ep {
-
-// Ranks of one scale-up domain, and the largest sizes that the kernels are written for.
-inline constexpr int32_t kMaxRanks = 64;
-inline constexpr int32_t kMaxTopk = 32;  // a warp's lanes hold the selections of a token
-inline constexpr int32_t kMaxExperts = 4096;
-inline constexpr int64_t kMaxTokens = int64_t{1} << 20;
-
-// Rows are signaled chunk by chunk; a chunk is a run of consecutive tokens of one source rank.
-inline constexpr int32_t kMaxChunks = 1024;
-// The plan counts selections per tile: a longer run of tokens of one source rank.
-inline constexpr int32_t kMaxTiles = 64;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t align_up(int64_t value, int64_t alignment) {
-  return ceil_div(value, alignment) * alignment;
-}
-
-// Tokens of a chunk: few, so that a small batch spreads over many warps and a large one arrives
-// piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of T and
-// a constant alone, because the sender and the receiver must agree.
-inline constexpr int32_t kChunkTarget = 128;  // chunks, for batches that are not large
-constexpr int32_t chunk_tokens(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
-  const int64_t wanted = ceil_div(num_tokens, chunk_target);
-  const int64_t few = wanted < 1 ? 1 : wanted > 8 ? 8 : wanted;
-  const int64_t least = ceil_div(num_tokens, kMaxChunks);
-  return static_cast<int32_t>(few > least ? few : least);
-}
-constexpr int32_t num_chunks(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
-  return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens, chunk_target)));
-}
-
-// Parts that the rows of a chunk are cut into, at most `most`: a batch of few chunks spreads over
-// many warps nevertheless. Each part of each chunk has a flag; agreed on like chunk_tokens.
-constexpr int32_t num_parts(int32_t chunks, int32_t most, int32_t chunk_target = kChunkTarget) {
-  const int32_t wanted = chunks > 0 ? chunk_target / chunks : 1;
-  const int32_t parts = wanted < most ? wanted : most;
-  return parts > 1 ? parts : 1;
-}
-
-// About 512 tiles over all ranks, of a multiple of kTileUnit tokens.
-inline constexpr int64_t kTileUnit = 8;
-constexpr int64_t most_tiles(int32_t num_ranks) {
-  return 512 / num_ranks < kMaxTiles ? 512 / num_ranks : kMaxTiles;
-}
-constexpr int32_t tile_tokens(int64_t num_tokens, int32_t num_ranks) {
-  const int64_t tokens = align_up(ceil_div(num_tokens, most_tiles(num_ranks)), kTileUnit);
-  return static_cast<int32_t>(tokens < kTileUnit ? kTileUnit : tokens);
-}
-constexpr int32_t num_tiles(int64_t num_tokens, int32_t num_ranks) {
-  return static_cast<int32_t>(ceil_div(num_tokens, tile_tokens(num_tokens, num_ranks)));
-}
-// The most tiles of any call with at most so many tokens; fewer tokens may make more tiles.
-constexpr int64_t max_num_tiles(int64_t max_tokens, int32_t num_ranks) {
-  const int64_t least = ceil_div(max_tokens, kTileUnit);
-  return least < most_tiles(num_ranks) ? least : most_tiles(num_ranks);
-}
-
-// What a plan counts: selections per expert, and in layout "rank" tokens per rank too.
-constexpr int32_t num_bins(Layout layout, int32_t num_experts, int32_t num_ranks) {
-  return num_experts + (layout == Layout::kRank ? num_ranks : 0);
-}
-
-// Up to so many bins a plan runs with many warps; for more, its tables leave room for few.
-inline constexpr int32_t kPlanFewBins = 1088;
-
-// The most rows that one rank holds of one token.
-constexpr int32_t max_rows_per_token(Layout layout, int32_t num_topk, int32_t num_local_experts) {
-  if (layout == Layout::kRank) return 1;
-  return num_topk < num_local_experts ? num_topk : num_local_experts;
-}
 
 // What a heap's size depends on; from the group's config.
 struct HeapShape {

@@ -6,8 +6,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "csrc/core/float_env.h"
-#include "csrc/cpu/rank_list.h"
+#include "csrc/cpu/float_env.h"
+#include "csrc/cpu/rendezvous/rank_list.h"
 
 namespace jax_ep {
 namespace {

@@ -5,7 +5,7 @@
 #include <system_error>
 #include <utility>
 
-#include "csrc/core/float_env.h"
+#include "csrc/cpu/float_env.h"
 
 #ifdef __linux__
 #include <pthread.h>

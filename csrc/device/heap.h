@@ -3,8 +3,8 @@
 #ifndef JAX_EP_CSRC_DEVICE_HEAP_H_
 #define JAX_EP_CSRC_DEVICE_HEAP_H_
 
+#include "csrc/core/kernel_params.h"
 #include "csrc/device/primitives.h"
-#include "csrc/kernels/params.h"
 
 namespace jax_ep::dev {
 

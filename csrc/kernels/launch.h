@@ -6,8 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "csrc/kernels/launch_shape.h"
-#include "csrc/kernels/params.h"
+#include "csrc/core/kernel_params.h"
+#include "csrc/tuning/launch_shape.h"
 
 namespace jax_ep {
 

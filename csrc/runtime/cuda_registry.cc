@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "csrc/core/group_registry.h"
+#include "csrc/core/group_errors.h"
 
 namespace jax_ep {
 

@@ -9,11 +9,11 @@
 
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_layout.h"
+#include "csrc/core/kernel_params.h"
 #include "csrc/core/status.h"
-#include "csrc/kernels/params.h"
 #include "csrc/runtime/rank_words.h"
-#include "csrc/runtime/symmetric_heap.h"
-#include "csrc/runtime/tuning.h"
+#include "csrc/runtime/transport/symmetric_heap.h"
+#include "csrc/tuning/heuristics.h"
 
 namespace jax_ep {
 

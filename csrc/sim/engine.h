@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "csrc/sim/locations.h"
+#include "csrc/sim/schedule_profile.h"
 #include "csrc/sim/state.h"
-#include "csrc/sim/temper.h"
 
 namespace jax_ep::sim {
 

@@ -92,7 +92,7 @@ class OpSpec:
         return (self.num_ranks * num_tokens, rows_per_token)
 
     def ffi_attributes(self) -> dict[str, np.generic]:
-        """The dictionary attribute "ep" of every FFI target, as `xla_ffi/site.h` decodes it."""
+        """The attribute "ep" of every FFI target, as `xla_ffi/op_arguments.h` decodes it."""
         return {
             "group_id": np.int64(self.group_id),
             "num_ranks": np.int32(self.num_ranks),

@@ -40,7 +40,7 @@ RESULTS = (*PLANNED, "rows", "rows_scales", "row_weights", *COMBINED)
 
 
 class SimulatedExchange(ctypes.Structure):
-    """As in csrc/kernels/tests/simulated_exchange.h."""
+    """As in csrc/testing/simulated_exchange.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("num_ranks", "num_experts", "num_topk")),

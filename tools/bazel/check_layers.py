@@ -16,15 +16,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The layers, lowest first, and which of the others each one sees.
 SEES = {
     "//csrc/core:core": set(),
+    "//csrc/tuning:tuning": {"//csrc/core:core"},
     "//csrc/cpu:cpu": {"//csrc/core:core"},
     "//csrc/sim:sim": {"//csrc/core:core"},
-    "//csrc/kernels:kernels": {"//csrc/core:core"},
-    "//csrc/runtime:runtime": {"//csrc/core:core", "//csrc/kernels:kernels"},
+    "//csrc/kernels:kernels": {"//csrc/core:core", "//csrc/tuning:tuning"},
+    "//csrc/runtime:runtime": {
+        "//csrc/core:core",
+        "//csrc/kernels:kernels",
+        "//csrc/tuning:tuning",
+    },
     "//xla_ffi:_ext": {
         "//csrc/core:core",
         "//csrc/cpu:cpu",
         "//csrc/kernels:kernels",
         "//csrc/runtime:runtime",
+        "//csrc/tuning:tuning",
     },
     "//jax_ep:compiled": {"//xla_ffi:_ext"},
     "//jax_ep/reference:reference": set(),

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "csrc/kernels/tests/mishaps.h"
-#include "csrc/kernels/tests/run_story.h"
+#include "csrc/testing/mishaps.h"
+#include "csrc/testing/run_scenario.h"
 
 namespace jax_ep {
 namespace {

@@ -21,9 +21,9 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-SOURCES = "csrc/kernels/tests/simulated_{}.cc"
+SOURCES = "csrc/testing/simulated_{}.cc"
 DEVICE = "csrc/device/"
-KERNELS = "csrc/kernels/"
+KERNELS = "csrc/kernels/high_throughput/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,8 +317,8 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
     libraries = [
         build / path
         for path in (
-            "kernels/tests/libjax_ep_stories.a", "sim/libjax_ep_sim.a",
-            "tests/libjax_ep_cpu_testing.a", "libjax_ep_cpu.a", "libjax_ep_core.a",
+            "testing/libjax_ep_scenarios.a", "sim/libjax_ep_sim.a",
+            "testing/libjax_ep_cpu_testing.a", "libjax_ep_cpu.a", "libjax_ep_core.a",
         )
     ]  # fmt: skip
     link = [compiler[0], "-o", program, main, *units, *libraries, "-lpthread", *sanitizers]

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <string>
 
-#include "csrc/kernels/tests/mishaps.h"
-#include "csrc/kernels/tests/run_story.h"
+#include "csrc/testing/mishaps.h"
+#include "csrc/testing/run_scenario.h"
 
 namespace {
 

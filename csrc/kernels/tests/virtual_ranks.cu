@@ -16,9 +16,9 @@
 
 #include "csrc/core/float_formats.h"
 #include "csrc/kernels/launch.h"
-#include "csrc/kernels/tests/rank_arrays.h"
-#include "csrc/kernels/tests/story.h"
-#include "csrc/runtime/tuning.h"
+#include "csrc/testing/rank_arrays.h"
+#include "csrc/testing/scenario.h"
+#include "csrc/tuning/heuristics.h"
 
 namespace jax_ep {
 namespace {

@@ -11,7 +11,7 @@
 #include "csrc/core/heap_layout.h"
 #include "csrc/runtime/tests/rank_process.h"
 #include "csrc/runtime/tests/runtime_fixture.h"
-#include "csrc/runtime/tuning.h"
+#include "csrc/tuning/heuristics.h"
 
 namespace jax_ep {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/runtime/symmetric_heap.h"
+#include "csrc/runtime/transport/symmetric_heap.h"
 
 #include <gtest/gtest.h>
 

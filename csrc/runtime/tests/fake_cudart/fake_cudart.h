@@ -22,8 +22,8 @@
 #include <variant>
 #include <vector>
 
-#include "csrc/kernels/launch_shape.h"
-#include "csrc/kernels/params.h"
+#include "csrc/core/kernel_params.h"
+#include "csrc/tuning/launch_shape.h"
 
 namespace jax_ep::fake_cudart {
 

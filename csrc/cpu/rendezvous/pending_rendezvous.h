@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_CPU_RENDEZVOUS_PENDING_RENDEZVOUS_H_
+#define JAX_EP_CSRC_CPU_RENDEZVOUS_PENDING_RENDEZVOUS_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "csrc/core/status.h"
+#include "csrc/cpu/calls.h"
+#include "csrc/cpu/float_env.h"
+#include "csrc/cpu/rendezvous/deadlines.h"
+#include "csrc/cpu/rendezvous/rendezvous.h"
+#include "csrc/cpu/rendezvous/waits.h"
+
+namespace jax_ep {
+
+// A rank that has come, and how to tell it how the meeting ended.
+struct Waiter {
+  int32_t rank;
+  FloatEnv float_env;
+  Rendezvous::Done done;
+};
+
+// One meeting of a group's ranks at one call site: those that have come and, once it has
+// failed, the error for those that have not. Guarded by its rendezvous.
+class Meeting {
+ public:
+  using Clock = Deadlines::Clock;
+
+  // Opened by its first arrival, whose word on the group counts.
+  explicit Meeting(const Rendezvous::Arrival& first);
+
+  [[nodiscard]] bool has(int32_t rank) const;
+  [[nodiscard]] bool is_complete() const { return num_here_ >= num_expected_; }
+  [[nodiscard]] int32_t num_ranks() const { return num_ranks_; }
+  [[nodiscard]] const GroupInfo& group() const { return *group_; }
+
+  // The rank has come, and waits.
+  void add(Rendezvous::Arrival arrival, Rendezvous::Done done);
+  // The rank has come, and was told of the failure. It may know of more ranks than the first
+  // arrival did: ranks that disagree about their number are such a failure.
+  void add_late(const Rendezvous::Arrival& arrival);
+
+  // "EpGroup 3 (axis 'expert'), group_index 0, dispatch: ", for messages.
+  [[nodiscard]] std::string context() const;
+  // Who waits for whom now.
+  [[nodiscard]] Wait wait() const;
+
+  // When somebody is to be told next that ranks are missing: first the log, then the ranks.
+  [[nodiscard]] Clock::time_point next_alarm() const;
+  [[nodiscard]] bool is_past_deadline() const { return Clock::now() >= deadline_; }
+  // The log has been told; it will be again after twice the time.
+  void warned();
+  // The warning, given the root cause.
+  [[nodiscard]] std::string warning(const std::string& root_cause) const;
+  // What the log is told of an end that came after a warning; nothing if there was none.
+  [[nodiscard]] std::optional<std::string> came_after_warning() const;
+
+  // The error if ranks are missing at the deadline.
+  [[nodiscard]] Status missing_ranks() const;
+  // The error if `arrival` says another number of ranks.
+  [[nodiscard]] Status other_num_ranks(const Rendezvous::Arrival& arrival) const;
+  // The error if `arrival` cannot take part.
+  [[nodiscard]] Status refused(const Rendezvous::Arrival& arrival) const;
+  // The error if the rendezvous goes away first, or the group is closed.
+  [[nodiscard]] Status abandoned(std::string_view what) const;
+
+  // From now on late ranks get `error`. Returns the ranks that wait; forgets their calls.
+  std::vector<Waiter> fail(Status error);
+  [[nodiscard]] const std::optional<Status>& failure() const { return failure_; }
+
+  // Of a complete meeting: `calls` of all ranks, in order.
+  [[nodiscard]] const std::vector<Call>& calls() const { return calls_; }
+  std::vector<Waiter> take_waiters();
+
+  Deadlines::Ticket alarm;  // set while it is open
+
+ private:
+  [[nodiscard]] std::vector<int32_t> ranks_here(bool here) const;
+  [[nodiscard]] std::string seconds_waited() const;
+
+  GroupInfoPtr group_;
+  int32_t group_index_;
+  std::string_view op_name_;
+  Clock::time_point opened_ = Clock::now();
+  Clock::time_point deadline_;
+  std::chrono::milliseconds next_warning_;  // since it was opened
+  std::vector<int32_t> missing_at_warning_;
+  int32_t num_ranks_;
+  int32_t num_here_ = 0;
+  int32_t num_expected_;
+  std::vector<bool> here_;
+  std::vector<int32_t> devices_;  // of the ranks that are here
+  std::vector<Call> calls_;
+  std::vector<Waiter> waiters_;
+  std::optional<Status> failure_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CPU_RENDEZVOUS_PENDING_RENDEZVOUS_H_

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_CPU_RENDEZVOUS_RENDEZVOUS_H_
+#define JAX_EP_CSRC_CPU_RENDEZVOUS_RENDEZVOUS_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "csrc/core/status.h"
+#include "csrc/cpu/calls.h"
+#include "csrc/cpu/group_registry.h"
+#include "csrc/cpu/rendezvous/waits.h"
+
+namespace jax_ep {
+
+// Where the ranks of one call site meet. One object per custom call of a compiled program,
+// shared by all devices that run the program; so calls of different sites can never be
+// mistaken for each other, in whatever order each device's scheduler runs them.
+//
+// Ranks of one execution (`run_id`) and one EP group (`group_index`: the position along the mesh's
+// other axes) meet; a site inside a loop is met repeatedly by each rank, in program order, so an
+// arrival joins the oldest open meeting that lacks its rank. That pairs arrivals of one visit only
+// because (group_index, rank) is one device's alone: it comes from the group's table of devices,
+// and not from what a program computes, which may say the same on devices that run apart.
+class Rendezvous {
+ public:
+  struct Arrival {
+    int64_t run_id = 0;
+    GroupInfoPtr group;
+    int32_t device = 0;  // its ordinal
+    RankPlace place;     // of the device
+    int32_t num_ranks = 1;
+    Call call;
+    Status refusal;  // not OK: the rank cannot take part, and no rank of the meeting will
+  };
+  // Called exactly once. Where the meeting completes inside join(), the last arriver's callback
+  // runs on its own thread before join() returns; every other callback runs on a thread of the
+  // library that runs nothing else meanwhile, because XLA continues the waiting device's program
+  // inside it, and that may block.
+  using Done = std::function<void(const Status&)>;
+
+  Rendezvous();
+  // No rank is waiting when it is destroyed, unless the program was abandoned: then each waiting
+  // rank gets an error.
+  ~Rendezvous();
+  Rendezvous(const Rendezvous&) = delete;
+  Rendezvous& operator=(const Rendezvous&) = delete;
+
+  // Never blocks for another rank. The last rank to arrive checks that all agree and executes
+  // the operation for all (on its thread and the workers'). If a rank has not come when the
+  // meeting's deadline (its first arrival + timeout) passes, those that did get DeadlineExceeded
+  // naming the missing ranks, and so does a rank that comes later, at once. What fails, and what
+  // takes longer than the group's warn_after, is also posted to Notices.
+  void join(Arrival arrival, Done done);
+
+  // A rank of this run cannot take part, nor say which rank it is: fails the run's meetings here,
+  // those that are open and those to come. Posted to Notices, once for each run.
+  void refuse_run(int64_t run_id, const Status& error);
+
+  // Fails the open meetings of a group that has been closed, in all rendezvous of the process:
+  // those of its ranks that have not come will be refused.
+  static void close_group(int64_t group_id);
+  // Those that wait now, over all rendezvous of the process.
+  static std::vector<Wait> waits();
+
+  // Meetings that lack a rank now, over all rendezvous of the process (for tests and leak checks).
+  static int64_t num_open_meetings();
+  // Rendezvous alive in the process (for tests and leak checks).
+  static int64_t num_alive();
+
+ private:
+  struct Impl;
+  struct Everywhere;
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CPU_RENDEZVOUS_RENDEZVOUS_H_

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONFIG_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONFIG_H_
+
+#include "csrc/core/dtype.h"
+#include "csrc/device/segment_ring.h"
+
+namespace jax_ep::dev {
+
+// A dispatch's block: its warps, and the stages of each in shared memory.
+template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
+struct DispatchTile {
+  static constexpr int kSenders = kSenderWarps;
+  static constexpr int kWarps = kSenders + kOtherWarps;
+  static constexpr int kStages = kStageCount;
+  using Stages = SegmentStages<kStages, kSegmentBytes>;
+  static_assert(kSegmentBytes % (4 * kScaleBlock * 4) == 0);  // four blocks of float32
+
+  struct SharedStorage {
+    Stages stages[kWarps];
+  };
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONFIG_H_

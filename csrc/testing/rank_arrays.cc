@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/testing/rank_arrays.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "csrc/core/float_formats.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr size_t kAlignment = 256;  // as XLA's buffers have
+
+size_t as_size(int64_t value) { return static_cast<size_t>(value); }
+
+// Rows of float8_e4m3fn and their scales.
+struct Quantized {
+  std::vector<std::byte> rows;
+  std::vector<float> scales;
+};
+
+Quantized quantize(const std::vector<float>& values, int64_t hidden) {
+  Quantized result;
+  if (hidden == 0) return result;
+  for (size_t row = 0; row < values.size(); row += as_size(hidden)) {
+    for (int64_t first = 0; first < hidden; first += kScaleBlock) {
+      const auto begin = values.begin() + static_cast<int64_t>(row) + first;
+      const auto end = begin + std::min(kScaleBlock, hidden - first);
+      float amax = 1e-4F;
+      std::for_each(begin, end, [&](float value) { amax = std::max(amax, std::fabs(value)); });
+      const float scale = amax / 448.0F;
+      result.scales.push_back(scale);
+      std::for_each(begin, end, [&](float value) {
+        result.rows.push_back(std::byte{float_to_float8_e4m3fn(value / scale)});
+      });
+    }
+  }
+  return result;
+}
+
+// The first difference between a result and what it must be; empty if there is none.
+template <typename T>
+std::string compare(DeviceMemory& memory,
+                    const char* name,
+                    const T* on_device,
+                    const std::vector<T>& expected,
+                    int64_t row_elements) {
+  std::vector<T> got(expected.size());
+  if (!got.empty()) memory.read(got.data(), on_device, got.size() * sizeof(T));
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::memcmp(&got[i], &expected[i], sizeof(T)) == 0) continue;
+    const auto row = static_cast<int64_t>(i) / std::max<int64_t>(row_elements, 1);
+    const auto column = static_cast<int64_t>(i) % std::max<int64_t>(row_elements, 1);
+    const auto text = [](T value) {
+      if constexpr (std::is_same_v<T, std::byte>)
+        return std::to_string(std::to_integer<int>(value));
+      else
+        return std::to_string(value);
+    };
+    return std::string(name) + "[" + std::to_string(row) + ", " + std::to_string(column) +
+           (sizeof(T) == 1 ? " (bytes)" : "") + "] is " + text(got[i]) + ", must be " +
+           text(expected[i]);
+  }
+  return {};
+}
+
+std::string first_of(std::initializer_list<std::string> errors) {
+  for (const std::string& error : errors) {
+    if (!error.empty()) return error;
+  }
+  return {};
+}
+
+// A plan takes much as -1: here are experts that do not exist, and repetitions of an earlier
+// selection of the token. The CPU backend, which refuses both, has the -1.
+std::vector<int32_t> with_bad_experts(std::vector<int32_t> topk_idx, const EpShape& shape) {
+  const int32_t bad[] = {-1, shape.num_experts, -7, std::numeric_limits<int32_t>::max()};
+  for (size_t i = 0; i < topk_idx.size(); ++i) {
+    if (topk_idx[i] != -1) continue;
+    const size_t k = i % as_size(shape.num_topk);
+    const auto earlier = topk_idx.begin() + static_cast<int64_t>(i - k);
+    const int32_t last = k > 0 ? earlier[static_cast<int64_t>(i * 7 % k)] : -1;
+    topk_idx[i] = i % 2 == 0 && last >= 0 ? last : bad[i / 2 % 4];
+  }
+  return topk_idx;
+}
+
+}  // namespace
+
+Problem::Problem(const ClusterOptions& options, RowFormat x_format_in, RowFormat rows_format_in)
+    : cluster(options), x_format(x_format_in), rows_format(rows_format_in) {
+  ok = cluster.plan().ok() && cluster.dispatch().ok() && cluster.combine().ok();
+}
+
+template <typename T>
+T* RankArrays::place(size_t count) {
+  T* const at = reinterpret_cast<T*>(memory_ + bytes_);
+  bytes_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+  return at;
+}
+
+RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
+    : problem_(problem), rank_(rank), memory_(memory) {
+  const EpShape& shape = options().shape;
+  const RankBuffers& mine = buffers();
+  const int64_t hidden = options().hidden;
+  const int64_t blocks = ceil_div(hidden, kScaleBlock);
+  x_ = mine.x;
+  if (problem_.x_format == RowFormat::kFloat8E4M3) {
+    Quantized quantized = quantize(problem_.cluster.decode(mine.x), hidden);
+    x_ = std::move(quantized.rows);
+    x_scales_ = std::move(quantized.scales);
+  }
+  expected_rows_ = mine.rows;
+  if (problem_.rows_format == RowFormat::kFloat8E4M3) {
+    // Rows without a token are zeros, or stay untouched.
+    const std::byte fill = options().zero_fill ? std::byte{0} : kUntouchedByte;
+    expected_rows_.assign(as_size(shape.recv_capacity * hidden), fill);
+    float untouched;
+    std::memset(&untouched, std::to_integer<int>(fill), sizeof untouched);
+    expected_scales_.assign(as_size(shape.recv_capacity * blocks), untouched);
+    for (int64_t row = 0; row < shape.recv_capacity; ++row) {
+      const int32_t source = mine.row_source[as_size(row)];
+      if (source < 0) continue;
+      const auto owner = static_cast<int32_t>(source / shape.num_tokens);
+      const int64_t token = source % shape.num_tokens;
+      const Quantized sent =
+          quantize(problem_.cluster.decode(problem_.cluster.rank(owner).x), hidden);
+      std::copy_n(
+          sent.rows.begin() + token * hidden, hidden, expected_rows_.begin() + row * hidden);
+      std::copy_n(
+          sent.scales.begin() + token * blocks, blocks, expected_scales_.begin() + row * blocks);
+    }
+  }
+  const size_t most =
+      as_size(max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts()));
+  program_rank_on_device_ = place<int32_t>(1);
+  topk_idx_ = place<int32_t>(mine.topk_idx.size());
+  slot_ = place<int32_t>(mine.slot.size());
+  row_source_ = place<int32_t>(mine.row_source.size());
+  row_topk_idx_ = place<int32_t>(mine.row_topk_idx.size());
+  source_slot_ = place<int32_t>(as_size(shape.num_ranks * shape.num_tokens) * most);
+  group_sizes_ = place<int32_t>(mine.group_sizes.size());
+  tokens_per_expert_ = place<int32_t>(mine.tokens_per_expert.size());
+  num_dropped_ = place<int32_t>(1);
+  x_on_device_ = place<std::byte>(x_.size());
+  x_scales_on_device_ = place<float>(x_scales_.size());
+  token_scalars_ = place<float>(mine.token_scalars.size());
+  rows_ = place<std::byte>(expected_rows_.size());
+  rows_scales_ = place<float>(expected_scales_.size());
+  row_scalars_ = place<float>(mine.row_scalars.size());
+  y_ = place<std::byte>(mine.y.size());
+  weights_ = place<float>(mine.weights.size());
+  out_ = place<std::byte>(mine.out.size());
+  returned_scalars_ = place<float>(mine.returned_scalars.size());
+}
+
+void RankArrays::upload(DeviceMemory& memory) const {
+  const RankBuffers& mine = buffers();
+  const auto put = [&](void* to, const void* from, size_t bytes) {
+    if (bytes > 0) memory.write(to, from, bytes);
+  };
+  const auto put_all = [&](void* to, const auto& from) {
+    put(to, from.data(), from.size() * sizeof(from[0]));
+  };
+  const auto untouched = [&](void* to, size_t bytes) {
+    const std::vector<std::byte> fill(bytes, kUntouchedByte);
+    put(to, fill.data(), bytes);
+  };
+  put(program_rank_on_device_, &rank_, sizeof rank_);
+  put_all(topk_idx_, with_bad_experts(mine.topk_idx, options().shape));
+  put_all(x_on_device_, x_);
+  put_all(x_scales_on_device_, x_scales_);
+  put_all(token_scalars_, mine.token_scalars);
+  put_all(y_, mine.y);
+  put_all(weights_, mine.weights);
+  untouched(rows_, expected_rows_.size());
+  untouched(rows_scales_, expected_scales_.size() * 4);
+}
+
+void RankArrays::replace_rank(DeviceMemory& memory, int32_t said) const {
+  memory.write(program_rank_on_device_, &said, sizeof said);
+}
+
+void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
+  std::mt19937 random(1000 * options().seed + seed);
+  const EpShape& shape = options().shape;
+  const auto most_rows = static_cast<int32_t>(shape.recv_capacity);
+  const auto replace = [&](int32_t* array, std::vector<int32_t> values, int32_t limit) {
+    const uint32_t kind = random() % 4;
+    for (int32_t& value : values) {
+      const auto any = static_cast<int32_t>(random() % static_cast<uint32_t>(limit));
+      if (kind == 0) value = 0;
+      if (kind == 1) value = limit - 1;
+      if (kind == 2 && random() % 2 == 0) value = -1;
+      if (kind == 3) value = random() % 2 == 0 ? any : static_cast<int32_t>(random());
+    }
+    if (!values.empty()) memory.write(array, values.data(), values.size() * sizeof values[0]);
+  };
+  const RankBuffers& mine = buffers();
+  replace(slot_, mine.slot, most_rows);
+  replace(row_source_, mine.row_source, shape.num_ranks * static_cast<int32_t>(shape.num_tokens));
+  replace(row_topk_idx_, mine.row_topk_idx, shape.num_local_experts());
+  replace(source_slot_, expected_source_slot(), most_rows);
+  replace(topk_idx_, mine.topk_idx, shape.num_experts);
+}
+
+PlanParams RankArrays::plan(const RankView& view) const {
+  return {.view = view,
+          .shape = options().shape,
+          .call_tag = 0,  // set where it is launched
+          .program_rank = program_rank_on_device_,
+          .topk_idx = topk_idx_,
+          .slot = slot_,
+          .row_source = row_source_,
+          .row_topk_idx = row_topk_idx_,
+          .source_slot = source_slot_,
+          .group_sizes = group_sizes_,
+          .tokens_per_expert = tokens_per_expert_,
+          .num_dropped = num_dropped_};
+}
+
+DispatchParams RankArrays::dispatch(const RankView& view) const {
+  return {.view = view,
+          .shape = options().shape,
+          .call_tag = 0,  // set where it is launched
+          .hidden = options().hidden,
+          .scalars = options().scalars ? options().shape.num_topk : 0,
+          .dtype = options().dtype,
+          .wire = options().wire,
+          .x_format = problem_.x_format,
+          .rows_format = problem_.rows_format,
+          .zero_fill = options().zero_fill,
+          .program_rank = program_rank_on_device_,
+          .x = x_on_device_,
+          .x_scales = x_scales_on_device_,
+          .token_scalars = token_scalars_,
+          .topk_idx = topk_idx_,
+          .slot = slot_,
+          .row_source = row_source_,
+          .source_slot = source_slot_,
+          .rows = rows_,
+          .rows_scales = rows_scales_,
+          .row_scalars = row_scalars_};
+}
+
+CombineParams RankArrays::combine(const RankView& view) const {
+  return {.view = view,
+          .shape = options().shape,
+          .call_tag = 0,  // set where it is launched
+          .hidden = options().hidden,
+          .weighted = options().weighted,
+          .scalars = options().scalars ? options().shape.num_topk : 0,
+          .dtype = options().dtype,
+          .program_rank = program_rank_on_device_,
+          .y = y_,
+          .weights = weights_,
+          .row_scalars = weights_,
+          .topk_idx = topk_idx_,
+          .slot = slot_,
+          .row_topk_idx = row_topk_idx_,
+          .source_slot = source_slot_,
+          .out = out_,
+          .token_scalars = returned_scalars_};
+}
+
+std::vector<int32_t> RankArrays::expected_source_slot() const {
+  const EpShape& shape = options().shape;
+  const size_t most =
+      as_size(max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts()));
+  const size_t tokens = as_size(shape.num_ranks * shape.num_tokens);
+  std::vector<int32_t> expected(tokens * most, -1);
+  std::vector<size_t> count(tokens, 0);
+  const std::vector<int32_t>& row_source = buffers().row_source;
+  for (size_t row = 0; row < row_source.size(); ++row) {
+    if (row_source[row] < 0) continue;
+    const size_t token = as_size(row_source[row]);
+    expected[token * most + count[token]++] = static_cast<int32_t>(row);
+  }
+  return expected;
+}
+
+std::string RankArrays::check_plan(DeviceMemory& memory) const {
+  const RankBuffers& mine = buffers();
+  const int64_t topk = options().shape.num_topk;
+  const std::vector<int32_t> dropped = {mine.num_dropped};
+  return first_of(
+      {compare(memory, "tokens_per_expert", tokens_per_expert_, mine.tokens_per_expert, 1),
+       compare(memory, "group_sizes", group_sizes_, mine.group_sizes, 1),
+       compare(memory, "slot", slot_, mine.slot, topk),
+       compare(memory, "row_source", row_source_, mine.row_source, 1),
+       compare(memory, "row_topk_idx", row_topk_idx_, mine.row_topk_idx, topk),
+       compare(memory, "source_slot", source_slot_, expected_source_slot(), 1),
+       compare(memory, "num_dropped", num_dropped_, dropped, 1)});
+}
+
+std::string RankArrays::check_dispatch(DeviceMemory& memory) const {
+  const int64_t bytes =
+      options().hidden *
+      (problem_.rows_format == RowFormat::kFloat8E4M3 ? 1 : size_bytes(options().dtype));
+  return first_of({compare(memory, "rows", rows_, expected_rows_, bytes),
+                   compare(memory,
+                           "rows_scales",
+                           rows_scales_,
+                           expected_scales_,
+                           ceil_div(options().hidden, kScaleBlock)),
+                   compare(memory,
+                           "row_scalars",
+                           row_scalars_,
+                           buffers().row_scalars,
+                           options().shape.scalars_per_row())});
+}
+
+std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
+  const RankBuffers& mine = buffers();
+  const auto bytes = [&](const char* name, const void* array, size_t size) {
+    const std::vector<std::byte> ones(size, std::byte{0xFF});
+    return compare(memory, name, static_cast<const std::byte*>(array), ones, 1);
+  };
+  const auto words = [&](const char* name, const void* array, size_t count) {
+    return bytes(name, array, 4 * count);
+  };
+  const auto zeros = [&](const char* name, const int32_t* array, size_t count) {
+    return compare(memory, name, array, std::vector<int32_t>(count, 0), 1);
+  };
+  switch (op) {
+    case OpKind::kPlan:
+      return first_of(
+          {words("slot", slot_, mine.slot.size()),
+           words("row_source", row_source_, mine.row_source.size()),
+           words("row_topk_idx", row_topk_idx_, mine.row_topk_idx.size()),
+           words("source_slot", source_slot_, expected_source_slot().size()),
+           zeros("group_sizes", group_sizes_, mine.group_sizes.size()),
+           zeros("tokens_per_expert", tokens_per_expert_, mine.tokens_per_expert.size()),
+           zeros("num_dropped", num_dropped_, 1)});
+    case OpKind::kDispatch:
+      return first_of({bytes("rows", rows_, expected_rows_.size()),
+                       words("rows_scales", rows_scales_, expected_scales_.size()),
+                       words("row_scalars", row_scalars_, mine.row_scalars.size())});
+    case OpKind::kCombine:
+      return first_of({bytes("out", out_, mine.out.size()),
+                       words("token_scalars", returned_scalars_, mine.returned_scalars.size())});
+  }
+  return "unknown operation";
+}
+
+std::string RankArrays::check_combine(DeviceMemory& memory) const {
+  return first_of(
+      {compare(memory, "out", out_, buffers().out, options().hidden * size_bytes(options().dtype)),
+       compare(memory,
+               "token_scalars",
+               returned_scalars_,
+               buffers().returned_scalars,
+               options().shape.num_topk)});
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The definitions of the operations, written for reading and not for speed, in double and
+// without the library's code: what the tests hold the library against.
+#ifndef JAX_EP_CSRC_TESTING_REFERENCE_H_
+#define JAX_EP_CSRC_TESTING_REFERENCE_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/ep_shape.h"
+
+namespace jax_ep::reference {
+
+// A binary floating-point format of at most 32 bits.
+struct Format {
+  int exponent_bits;
+  int mantissa_bits;
+  bool has_infinity;  // else only the largest code is special: NaN
+
+  [[nodiscard]] int bias() const { return (1 << (exponent_bits - 1)) - 1; }
+  [[nodiscard]] double max_finite() const;
+};
+
+inline constexpr Format kFloat32{8, 23, true};
+inline constexpr Format kBFloat16{8, 7, true};
+inline constexpr Format kFloat16{5, 10, true};
+inline constexpr Format kFloat8E4M3{4, 3, false};
+
+Format format_of(DType dtype);
+
+// The value of a code.
+double decode(const Format& format, uint32_t code);
+// The format's value nearest to `value`, ties to the even code; past the range infinity or NaN.
+double round_to(const Format& format, double value);
+// a * b + c of float32 values, rounded once, to float32.
+float fused_multiply_add(float a, float b, float c);
+
+// One matrix per rank: [rank][row * columns + column].
+template <typename T>
+using PerRank = std::vector<std::vector<T>>;
+
+struct Plan {
+  PerRank<int32_t> slot;
+  PerRank<int32_t> row_source;
+  PerRank<int32_t> row_topk_idx;
+  PerRank<int32_t> group_sizes;
+  PerRank<int32_t> tokens_per_expert;
+  std::vector<int32_t> num_dropped;
+};
+
+Plan plan(const EpShape& shape, const PerRank<int32_t>& topk_idx);
+
+// What a row of float32 values becomes over the FP8 wire and back in `dtype`.
+std::vector<float> fp8_wire(const std::vector<float>& x, DType dtype);
+
+// Rows at their destinations, those without a token NaN so that nobody compares them unawares.
+PerRank<float> dispatch_rows(const EpShape& shape,
+                             const PerRank<int32_t>& topk_idx,
+                             const Plan& plan,
+                             const PerRank<float>& x,
+                             int64_t hidden);
+PerRank<float> dispatch_scalars(const EpShape& shape,
+                                const PerRank<int32_t>& topk_idx,
+                                const Plan& plan,
+                                const PerRank<float>& token_scalars);
+// `weights` is empty for none.
+PerRank<float> combine_rows(const EpShape& shape,
+                            const PerRank<int32_t>& topk_idx,
+                            const Plan& plan,
+                            const PerRank<float>& y,
+                            const PerRank<float>& weights,
+                            int64_t hidden,
+                            DType dtype);
+PerRank<float> combine_scalars(const EpShape& shape,
+                               const PerRank<int32_t>& topk_idx,
+                               const Plan& plan,
+                               const PerRank<float>& row_scalars);
+
+}  // namespace jax_ep::reference
+
+#endif  // JAX_EP_CSRC_TESTING_REFERENCE_H_

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/testing/run_scenario.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "csrc/device/heap.h"
+#include "csrc/device/primitives.h"
+#include "csrc/testing/simulated_group.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr uint64_t kNever = uint64_t{1} << 61;
+// Time leaps by this when nobody can do anything but wait.
+constexpr uint64_t kLeap = uint64_t{1} << 40;
+
+// One group's part of a run.
+class GroupRun {
+ public:
+  GroupRun(sim::Machine& machine, const Story& story, size_t index, uint64_t offset)
+      : machine_(machine),
+        story_(story),
+        mine_(story.groups[index]),
+        stream_(static_cast<uint32_t>(index)),
+        group_(machine,
+               heap_shape(mine_),
+               mine_.chunk_target,
+               offset,
+               "group" + std::to_string(index)),
+        arrays_offset_(offset + SimulatedGroup::memory_bytes(heap_shape(mine_))) {
+    if (story.first_epoch != 0) group_.set_epoch(story.first_epoch);
+    const bool reads_anything = story.mishap == Mishap::kHostileHandle ||
+                                story.mishap == Mishap::kOverlap ||
+                                story.mishap == Mishap::kOtherTokens;
+    const int32_t num_ranks = mine_.episodes[0].options.shape.num_ranks;
+    for (int32_t rank = 0; rank < num_ranks && reads_anything; ++rank) group_.fill_staging(rank);
+    for (const Episode& episode : mine_.episodes) {
+      problems_.push_back(
+          std::make_unique<Problem>(episode.options, episode.x_format, episode.rows_format));
+    }
+  }
+
+  SimulatedGroup& group() { return group_; }
+
+  static uint64_t memory_bytes(const GroupStory& story) {
+    uint64_t arrays = 0;
+    for (const Episode& episode : story.episodes) {
+      Problem problem(episode.options, episode.x_format, episode.rows_format);
+      arrays = std::max<uint64_t>(arrays, RankArrays(problem, 0, nullptr).bytes());
+    }
+    const uint64_t bytes = SimulatedGroup::memory_bytes(heap_shape(story)) + arrays;
+    return (bytes + 4095) / 4096 * 4096;
+  }
+
+  void append() {
+    const int32_t num_ranks = mine_.episodes[0].options.shape.num_ranks;
+    for (size_t episode = 0; episode < problems_.size(); ++episode) {
+      for (int32_t rank = 0; rank < num_ranks; ++rank) append(episode, rank);
+    }
+  }
+
+ private:
+  void append(size_t episode, int32_t rank) {
+    const auto r = static_cast<uint32_t>(rank);
+    std::byte* const memory = machine_.memory(r) + arrays_offset_;
+    arrays_.push_back(std::make_unique<RankArrays>(*problems_[episode], rank, memory));
+    const RankArrays* const arrays = arrays_.back().get();
+    // All episodes use the same memory, as programs do; what was there before is gone.
+    machine_.host_call(r, stream_, [this, r, rank, memory, arrays] {
+      machine_.poison(r, memory, arrays->bytes());
+      SimulatedMemory device(machine_, rank);
+      arrays->upload(device);
+    });
+    const std::vector<OpKind>& ops = mine_.episodes[episode].ops;
+    for (size_t i = 0; i < ops.size(); ++i) {
+      const bool last = episode + 1 == problems_.size() && i + 1 == ops.size();
+      if (last && story_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
+      append_op(ops[i], group_.view(rank), *arrays, {stream_, story_.blocks});
+      append_check(
+          rank, "episode " + std::to_string(episode), ops[i], [op = ops[i], arrays](auto& device) {
+            return check(op, *arrays, device);
+          });
+    }
+  }
+
+  template <typename Check>
+  void append_check(int32_t rank, const std::string& what, OpKind op, const Check& check) {
+    const std::string where = what + " rank " + std::to_string(rank) + " " + name(op) + ": ";
+    machine_.check(static_cast<uint32_t>(rank), stream_, [this, rank, check, where] {
+      SimulatedMemory device(machine_, rank);
+      const std::string error = check(device);
+      return error.empty() ? error : where + error;
+    });
+  }
+
+  // The last operation, with what goes wrong.
+  void append_mishap(OpKind op, int32_t rank, const RankArrays& arrays) {
+    const bool is_it = rank == story_.rank;
+    const SimulatedLaunch launch{stream_, story_.blocks, 1};
+    RankView view = group_.view(rank);
+    const auto host_call = [this, rank](const auto& call) {
+      machine_.host_call(static_cast<uint32_t>(rank), stream_, call);
+    };
+    switch (story_.mishap) {
+      case Mishap::kNone: break;
+      case Mishap::kOneImpatient:
+        if (rank != 0) view.timeout_ns = kNever;
+        [[fallthrough]];
+      case Mishap::kMissing:
+        if (is_it) return;
+        break;
+      case Mishap::kLate:
+        view.timeout_ns = kNever;
+        if (is_it) return append_late(op, rank, arrays, launch);
+        break;
+      case Mishap::kOtherOp:
+        if (is_it) op = OpKind::kPlan;
+        break;
+      case Mishap::kOtherPlace:
+        return append_op(op, view, arrays, {launch.stream, launch.blocks, is_it ? 2U : 1U});
+      case Mishap::kOtherTokens: return append_op(op, view, arrays, launch, is_it ? 1 : 0);
+      case Mishap::kOverlap:
+        host_call([this, op, view, &arrays, launch] {
+          append_op(op, view, arrays, {stream_ + 1, launch.blocks, launch.place});
+        });
+        break;
+      case Mishap::kHostileHandle:
+        host_call([this, rank, &arrays] {
+          SimulatedMemory device(machine_, rank);
+          arrays.replace_handle(device, static_cast<uint32_t>(rank));
+        });
+        break;
+      case Mishap::kClosed:
+        host_call([this, rank] { group_.close(rank); });
+        for (std::byte*& heap : view.heap) heap = nullptr;
+        append_op(op, view, arrays, launch);
+        return append_check(rank, "closed", op, [op, &arrays](auto& device) {
+          return arrays.check_poisoned(op, device);
+        });
+      case Mishap::kClosedMeanwhile:
+        view.timeout_ns = kNever;
+        if (is_it) return;
+        if (rank == 0) append_close();
+        break;
+      case Mishap::kWrongRank:
+        if (!is_it) break;
+        host_call([this, rank, &arrays] {
+          SimulatedMemory device(machine_, rank);
+          arrays.replace_rank(device, said_rank(story_));
+        });
+        leave_only_aborted(view.layout);
+        break;
+      case Mishap::kStoodStill:
+        if (rank == 0) group_.launch_wait(rank, story_.rank, stream_);
+        return;
+    }
+    append_op(op, view, arrays, launch);
+  }
+
+  // Closes rank 0, from another stream, once nobody can do anything but wait.
+  void append_close() {
+    machine_.launch(0, stream_ + 1, {}, [view = group_.view(0)] {
+      while (dev::now_ns() < kLeap / 2) dev::spin_pause("the others to wait");
+      dev::st_relaxed<dev::Scope::kSys>(dev::control(view, Control::kClosed), 1);
+    });
+  }
+
+  // What a kernel does with the heaps leads out of them, unless it tells the peers that it gave up.
+  static void leave_only_aborted(HeapLayout& layout) {
+    constexpr int64_t kNowhere = int64_t{1} << 56;
+    for (int32_t region = 0; region < kNumRegions; ++region) {
+      if (region != static_cast<int32_t>(Region::kAborted)) layout.offset[region] = kNowhere;
+    }
+  }
+
+  // Once all others have reported that they wait for the rank.
+  void append_late(OpKind op, int32_t rank, const RankArrays& arrays, SimulatedLaunch launch) {
+    machine_.launch(static_cast<uint32_t>(rank), stream_, {}, [] {
+      // After the first leap the others report, and after the second one they have.
+      while (dev::now_ns() < kLeap + kLeap / 2) dev::spin_pause("the others to lose patience");
+    });
+    append_op(op, group_.view(rank), arrays, launch);
+    append_check(
+        rank, "late", op, [op, &arrays](auto& device) { return check(op, arrays, device); });
+  }
+
+  void append_op(OpKind op,
+                 const RankView& view,
+                 const RankArrays& arrays,
+                 const SimulatedLaunch& launch,
+                 int64_t fewer_tokens = 0) {
+    const auto run = [&](auto params) {
+      params.shape.num_tokens -= fewer_tokens;
+      group_.launch(params, launch);
+    };
+    switch (op) {
+      case OpKind::kPlan: return run(arrays.plan(view));
+      case OpKind::kDispatch: return run(arrays.dispatch(view));
+      case OpKind::kCombine: return run(arrays.combine(view));
+    }
+  }
+
+  static std::string check(OpKind op, const RankArrays& arrays, DeviceMemory& device) {
+    switch (op) {
+      case OpKind::kPlan: return arrays.check_plan(device);
+      case OpKind::kDispatch: return arrays.check_dispatch(device);
+      case OpKind::kCombine: return arrays.check_combine(device);
+    }
+    return "unknown operation";
+  }
+
+  sim::Machine& machine_;
+  const Story& story_;
+  const GroupStory& mine_;
+  const uint32_t stream_;
+  SimulatedGroup group_;
+  const uint64_t arrays_offset_;
+  std::vector<std::unique_ptr<Problem>> problems_;
+  std::vector<std::unique_ptr<RankArrays>> arrays_;
+};
+
+}  // namespace
+
+Outcome run_story(const Story& story, uint64_t seed) {
+  sim::Config config;
+  config.num_ranks = static_cast<uint32_t>(story.groups[0].episodes[0].options.shape.num_ranks);
+  config.streams = static_cast<uint32_t>(story.groups.size());
+  if (story.mishap == Mishap::kOverlap || story.mishap == Mishap::kClosedMeanwhile)
+    ++config.streams;
+  config.clock_skew_ns = 16;
+  config.survive_traps = story.mishap != Mishap::kNone;  // see what each rank says
+  config.max_blocks = story.blocks;
+  config.max_threads = SimulatedGroup::kMaxThreads;
+  config.shared_bytes = SimulatedGroup::max_shared_bytes();
+  config.check_races = story.check_races;
+  config.memory_bytes = 0;
+  std::vector<uint64_t> offsets;
+  for (const GroupStory& group : story.groups) {
+    offsets.push_back(config.memory_bytes);
+    config.memory_bytes += GroupRun::memory_bytes(group);
+    for (const Episode& episode : group.episodes) {
+      const ClusterOptions& options = episode.options;
+      config.granule_bytes = std::min(config.granule_bytes,
+                                      granule_bytes(options.hidden, options.dtype, options.wire));
+    }
+  }
+  sim::Machine machine(config);
+  machine.reset(seed);
+  std::vector<std::unique_ptr<GroupRun>> runs;
+  for (size_t i = 0; i < story.groups.size(); ++i) {
+    runs.push_back(std::make_unique<GroupRun>(machine, story, i, offsets[i]));
+    runs.back()->append();
+  }
+  Outcome outcome{machine.run(), {}, {}};
+  for (uint32_t rank = 0; rank < config.num_ranks; ++rank) {
+    SimulatedGroup& group = runs[0]->group();
+    outcome.errors.push_back(group.error(static_cast<int32_t>(rank)));
+    outcome.long_waits.push_back(group.long_wait(static_cast<int32_t>(rank), story.rank));
+  }
+  return outcome;
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a story on the simulator, and compares every result with the CPU backend's.
+#ifndef JAX_EP_CSRC_TESTING_RUN_SCENARIO_H_
+#define JAX_EP_CSRC_TESTING_RUN_SCENARIO_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/core/error_record.h"
+#include "csrc/sim/machine.h"
+#include "csrc/testing/scenario.h"
+
+namespace jax_ep {
+
+struct Outcome {
+  sim::Report report;
+  std::vector<ErrorRecord> errors;  // of the first group, by rank
+  // Of the first group, by rank, what it reported last of its waits for Story::rank.
+  std::vector<LongWait> long_waits;
+};
+// The same story and seed give the same run.
+Outcome run_story(const Story& story, uint64_t seed);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_TESTING_RUN_SCENARIO_H_

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stories: what the ranks of one or two groups do back to back on the same heaps, drawn from a
+// seed.
+#ifndef JAX_EP_CSRC_TESTING_SCENARIO_H_
+#define JAX_EP_CSRC_TESTING_SCENARIO_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "csrc/core/kernel_params.h"
+#include "csrc/testing/cluster.h"
+
+namespace jax_ep {
+
+// One problem, and the operations that are run on it, the plan first.
+struct Episode {
+  ClusterOptions options;
+  RowFormat x_format = RowFormat::kDType;
+  RowFormat rows_format = RowFormat::kDType;
+  std::vector<OpKind> ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine};
+};
+
+// What the ranks of a group do, one episode after the other.
+struct GroupStory {
+  int64_t max_tokens = 1;
+  int32_t chunk_target = kChunkTarget;  // few: chunks of several tokens, though batches are small
+  std::vector<Episode> episodes;
+};
+
+// What goes wrong in a story, with its last operation.
+enum class Mishap {
+  kNone,
+  kMissing,          // `rank` never runs it: the others must give up and name the rank
+  kOneImpatient,     // likewise, and no rank but one gives up by itself: it must tell the others
+  kLate,             // `rank` runs it after the others have waited for long: they must report it
+  kOtherOp,          // it is a plan on `rank`
+  kOtherPlace,       // on `rank` it stands at another place of the program
+  kOtherTokens,      // on `rank` it has one token less
+  kOverlap,          // it runs twice at the same time, on two streams
+  kHostileHandle,    // it gets a handle that no plan made: it may do anything but leave its buffers
+  kClosed,           // the group has been closed: it must not touch the heap, and leave no results
+  kClosedMeanwhile,  // `rank` never runs it, and the group is closed while rank 0 waits for it
+  kWrongRank,        // on `rank` the program says another one: it must send nothing as either
+  kStoodStill,       // instead, rank 0 waits for `rank`, which comes while it stands still
+};
+
+struct Story {
+  std::vector<GroupStory> groups;  // each on a stream of its own, of the same ranks
+  uint32_t blocks = 2;             // of every kernel
+  bool check_races = true;
+  uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
+  Mishap mishap = Mishap::kNone;
+  int32_t rank = 1;  // of the mishap
+};
+
+// Sizes to draw from.
+struct StoryLimits {
+  std::vector<int32_t> num_ranks = {1, 2, 3, 4, 8};
+  int64_t max_tokens = 20;
+  int32_t episodes = 3;
+  int32_t groups = 1;
+};
+Story random_story(uint64_t seed, const StoryLimits& limits);
+
+const char* name(Mishap mishap);
+std::string describe(const Story& story);
+
+const char* name(OpKind op);
+
+// The rank that the program says where Mishap::kWrongRank is: one that there is.
+int32_t said_rank(const Story& story);
+
+// The heap that a group's episodes need.
+HeapShape heap_shape(const GroupStory& story);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_TESTING_SCENARIO_H_

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/kernels/high_throughput/dispatch_kernel.h"
+#include "csrc/testing/simulated_kernel.h"
+
+namespace jax_ep {
+namespace {
+
+using Tile = dev::DispatchTile<2, 1, 3, 2048>;
+
+template <typename Rows>
+SimulatedKernel kernel_of(DispatchParams params) {
+  return simulated_kernel_of<dev::DispatchKernel<Tile, Rows>, Tile>(params);
+}
+
+}  // namespace
+
+SimulatedKernel simulated_kernel(const DispatchParams& params) {
+  switch (params.dtype) {
+    case DType::kFloat32: return kernel_of<dev::Float32Rows>(params);
+    case DType::kBFloat16: return kernel_of<dev::BFloat16Rows>(params);
+    case DType::kFloat16: return kernel_of<dev::Float16Rows>(params);
+  }
+  return {};
+}
+
+}  // namespace jax_ep

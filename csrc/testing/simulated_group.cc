@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/testing/simulated_group.h"
+
+#include <algorithm>
+
+#include "csrc/core/heap_regions.h"
+#include "csrc/testing/simulated_kernel.h"
+
+namespace jax_ep {
+namespace {
+
+// What a rank has behind its heap: its own words, its error record, its long waits.
+constexpr uint64_t kErrorAt = kControlBytes;
+constexpr uint64_t kLongWaitsAt = kErrorAt + 256;
+constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
+
+template <typename Params>
+void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
+  params.call_tag = call_tag_of(params, launch.place);
+  SimulatedKernel kernel = simulated_kernel(params);
+  machine.launch(
+      static_cast<uint32_t>(params.view.rank),
+      launch.stream,
+      {.blocks = launch.blocks, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes},
+      std::move(kernel.body));
+}
+
+}  // namespace
+
+uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire) {
+  const int64_t element = wire == Wire::kSame ? size_bytes(dtype) : 1;
+  return hidden * element % 16 == 0 ? 4 : static_cast<uint32_t>(element);
+}
+
+uint32_t SimulatedGroup::max_shared_bytes() {
+  return std::max({simulated_kernel(PlanParams{}).shared_bytes,
+                   simulated_kernel(DispatchParams{}).shared_bytes,
+                   simulated_kernel(CombineParams{}).shared_bytes});
+}
+
+uint64_t SimulatedGroup::memory_bytes(const HeapShape& shape) {
+  return static_cast<uint64_t>(make_heap_layout(shape).total_bytes) + kWordsBytes;
+}
+
+SimulatedGroup::SimulatedGroup(sim::Machine& machine,
+                               const HeapShape& shape,
+                               int32_t chunk_target,
+                               uint64_t offset,
+                               const std::string& name)
+    : machine_(machine),
+      layout_(make_heap_layout(shape)),
+      num_ranks_(shape.num_ranks),
+      chunk_target_(chunk_target),
+      offset_(offset) {
+  for (int32_t rank = 0; rank < num_ranks_; ++rank) {
+    const auto r = static_cast<uint32_t>(rank);
+    // Rows, scalars and scales are written before they are read: they start uninitialized.
+    for (const Region region : {Region::kAcknowledged, Region::kAborted, Region::kArrived}) {
+      machine_.fill(r,
+                    heap(rank) + layout_.at(region),
+                    0,
+                    static_cast<uint64_t>(layout_.bytes[static_cast<int32_t>(region)]));
+    }
+    machine_.fill(r, words(rank), 0, kWordsBytes);
+    machine_.name_region(r, words(rank), kControlBytes, name + ".control");
+    machine_.share(r, heap(rank), static_cast<uint64_t>(layout_.peer_bytes));
+    for (const RegionInfo& region : heap_regions(shape)) {
+      machine_.name_region(r,
+                           heap(rank) + region.offset,
+                           static_cast<uint64_t>(region.bytes),
+                           name + "." + region.name);
+    }
+  }
+}
+
+void SimulatedGroup::set_epoch(uint32_t epoch) {
+  for (int32_t rank = 0; rank < num_ranks_; ++rank) {
+    const auto r = static_cast<uint32_t>(rank);
+    machine_.write(r, control(rank, Control::kEpoch), &epoch, sizeof epoch);
+    for (int32_t peer = 0; peer < num_ranks_; ++peer) {
+      machine_.write(
+          r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * peer, &epoch, sizeof epoch);
+    }
+  }
+}
+
+void SimulatedGroup::close(int32_t rank) {
+  const uint32_t closed = 1;
+  machine_.write(
+      static_cast<uint32_t>(rank), control(rank, Control::kClosed), &closed, sizeof closed);
+}
+
+void SimulatedGroup::fill_staging(int32_t rank) {
+  for (const Region region : {Region::kRouting, Region::kScalars, Region::kRows, Region::kCounts}) {
+    machine_.fill(static_cast<uint32_t>(rank),
+                  heap(rank) + layout_.at(region),
+                  0,
+                  static_cast<uint64_t>(layout_.bytes[static_cast<int32_t>(region)]));
+  }
+}
+
+std::byte* SimulatedGroup::words(int32_t rank) const { return heap(rank) + layout_.total_bytes; }
+
+uint32_t* SimulatedGroup::control(int32_t rank, Control word) const {
+  return reinterpret_cast<uint32_t*>(words(rank)) + static_cast<int32_t>(word);
+}
+
+std::byte* SimulatedGroup::heap(int32_t rank) const {
+  return machine_.memory(static_cast<uint32_t>(rank)) + offset_;
+}
+
+RankView SimulatedGroup::view(int32_t rank) const {
+  RankView view{};
+  view.layout = layout_;
+  for (int32_t peer = 0; peer < num_ranks_; ++peer) view.heap[peer] = heap(peer);
+  view.control = control(rank, Control::kClosed);
+  view.error = reinterpret_cast<ErrorRecord*>(words(rank) + kErrorAt);
+  view.long_waits = reinterpret_cast<uint64_t*>(words(rank) + kLongWaitsAt);
+  // Expires when only time can help: time then leaps by 2^40, which is less than two of these.
+  view.timeout_ns = uint64_t{3} << 38;
+  view.report_ns = uint64_t{1} << 38;
+  view.rank = rank;
+  view.num_ranks = num_ranks_;
+  view.chunk_target = chunk_target_;
+  return view;
+}
+
+ErrorRecord SimulatedGroup::error(int32_t rank) {
+  ErrorRecord record{};
+  machine_.read(static_cast<uint32_t>(rank), view(rank).error, &record, sizeof record);
+  return record;
+}
+
+LongWait SimulatedGroup::long_wait(int32_t rank, int32_t peer) {
+  uint64_t word = 0;
+  machine_.read(static_cast<uint32_t>(rank), view(rank).long_waits + peer, &word, sizeof word);
+  return unpack_long_wait(word);
+}
+
+void SimulatedGroup::launch(const PlanParams& params, const SimulatedLaunch& launch) {
+  append(machine_, params, launch);
+}
+void SimulatedGroup::launch(const DispatchParams& params, const SimulatedLaunch& launch) {
+  append(machine_, params, launch);
+}
+void SimulatedGroup::launch(const CombineParams& params, const SimulatedLaunch& launch) {
+  append(machine_, params, launch);
+}
+
+void SimulatedGroup::launch_wait(int32_t rank, int32_t peer, uint32_t stream) {
+  SimulatedKernel kernel = simulated_wait(view(rank), peer);
+  machine_.launch(
+      static_cast<uint32_t>(rank), stream, {.threads = kernel.threads}, std::move(kernel.body));
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// An EP group on the simulator: heaps, views and launches.
+#ifndef JAX_EP_CSRC_TESTING_SIMULATED_GROUP_H_
+#define JAX_EP_CSRC_TESTING_SIMULATED_GROUP_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "csrc/core/heap_layout.h"
+#include "csrc/core/kernel_params.h"
+#include "csrc/sim/machine.h"
+#include "csrc/testing/rank_arrays.h"
+
+namespace jax_ep {
+
+// A rank's memory on the machine.
+class SimulatedMemory : public DeviceMemory {
+ public:
+  SimulatedMemory(sim::Machine& machine, int32_t rank)
+      : machine_(machine), rank_(static_cast<uint32_t>(rank)) {}
+  void write(void* to, const void* from, size_t bytes) override {
+    machine_.write(rank_, to, from, bytes);
+  }
+  void read(void* to, const void* from, size_t bytes) override {
+    machine_.read(rank_, from, to, bytes);
+  }
+
+ private:
+  sim::Machine& machine_;
+  uint32_t rank_;
+};
+
+// The machine's granule for rows of `hidden` elements: the smallest access that they need, for
+// kernels move rows that are no multiple of 16 bytes element by element.
+uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire);
+
+struct SimulatedLaunch {
+  uint32_t stream = 0;
+  uint32_t blocks = 1;
+  uint32_t place = 0;  // of the call in the program
+};
+
+class SimulatedGroup {
+ public:
+  // Threads of the blocks that it launches, and the most shared memory of one.
+  static constexpr uint32_t kMaxThreads = 96;
+  static uint32_t max_shared_bytes();
+  // Bytes that a group takes of every rank's memory.
+  static uint64_t memory_bytes(const HeapShape& shape);
+
+  // Lays the group's heaps at `offset` of every rank's memory, all zeros. `name` is for reports.
+  SimulatedGroup(sim::Machine& machine,
+                 const HeapShape& shape,
+                 int32_t chunk_target,
+                 uint64_t offset,
+                 const std::string& name);
+
+  // As after so many exchanges without tokens, which use no chunk's flag.
+  void set_epoch(uint32_t epoch);
+
+  // As the host does when a group is closed.
+  void close(int32_t rank);
+  // Zeros where rows, scalars and routing are staged, which kernels write before they read: for
+  // programs that are wrong, and may read what nobody has sent.
+  void fill_staging(int32_t rank);
+
+  [[nodiscard]] RankView view(int32_t rank) const;
+  [[nodiscard]] ErrorRecord error(int32_t rank);
+  // What the rank reported last of its waits for a peer; level 0: nothing.
+  [[nodiscard]] LongWait long_wait(int32_t rank, int32_t peer);
+
+  // Append a kernel to a rank's stream.
+  void launch(const PlanParams& params, const SimulatedLaunch& launch);
+  void launch(const DispatchParams& params, const SimulatedLaunch& launch);
+  void launch(const CombineParams& params, const SimulatedLaunch& launch);
+  // The same of simulated_wait.
+  void launch_wait(int32_t rank, int32_t peer, uint32_t stream);
+
+ private:
+  [[nodiscard]] std::byte* heap(int32_t rank) const;
+  [[nodiscard]] std::byte* words(int32_t rank) const;
+  [[nodiscard]] uint32_t* control(int32_t rank, Control word) const;
+
+  sim::Machine& machine_;
+  HeapLayout layout_;
+  int32_t num_ranks_;
+  int32_t chunk_target_;
+  uint64_t offset_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_TESTING_SIMULATED_GROUP_H_

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/tuning/heuristics.h"
+
+#include <algorithm>
+
+#include "csrc/core/heap_layout.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr int32_t kPlanBlocks = 16;
+// What comparable libraries use on an NVLink domain of eight. On two H200 more are faster when
+// there are thousands of tokens; these leave most SMs to other work.
+constexpr int32_t kTransferBlocks = 24;
+
+// Enough work for a block: parts of chunks, over all ranks, for its warps; chunks of scalars or
+// routing alone; bins to scan, one by a warp.
+constexpr int64_t kPartsPerBlock = 8;
+constexpr int64_t kSmallChunksPerBlock = 64;
+constexpr int64_t kBinsPerBlock = 16;
+// About the least part of a row that the kernels give to a warp.
+constexpr int64_t kPartBytes = 1024;
+
+int32_t num_plan_bins(const EpShape& shape) {
+  return num_bins(shape.layout, shape.num_experts, shape.num_ranks);
+}
+
+int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
+  const int32_t chunks = num_chunks(shape.num_tokens);
+  const int64_t of_all_ranks = int64_t{chunks} * shape.num_ranks;
+  if (op == OpKind::kPlan) {
+    return std::max(ceil_div(of_all_ranks, kSmallChunksPerBlock),
+                    ceil_div(num_plan_bins(shape), kBinsPerBlock));
+  }
+  if (row_bytes == 0) return ceil_div(of_all_ranks, kSmallChunksPerBlock);
+  const auto most = static_cast<int32_t>(std::min<int64_t>(row_bytes / kPartBytes, kMaxChunks));
+  return ceil_div(of_all_ranks * num_parts(chunks, most), kPartsPerBlock);
+}
+
+}  // namespace
+
+LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget) {
+  const int32_t by_default = op == OpKind::kPlan ? kPlanBlocks : kTransferBlocks;
+  const int32_t wanted = budget.wanted > 0 ? budget.wanted : by_default;
+  const int64_t blocks =
+      std::min<int64_t>({wanted, budget.available, useful_blocks(op, shape, row_bytes)});
+  LaunchShape launch{.num_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1)),
+                     .num_warps = 16,
+                     .num_stages = 0};
+  // A plan's tables, and the stages of dispatch, fill a block's shared memory.
+  if (op == OpKind::kPlan && num_plan_bins(shape) > kPlanFewBins) launch.num_warps = 12;
+  if (op == OpKind::kDispatch) {
+    launch.num_warps = 14;
+    launch.num_stages = 4;
+  }
+  return launch;
+}
+
+}  // namespace jax_ep

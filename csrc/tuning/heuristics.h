@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// How large a launch is. Needs no GPU.
+#ifndef JAX_EP_CSRC_TUNING_HEURISTICS_H_
+#define JAX_EP_CSRC_TUNING_HEURISTICS_H_
+
+#include <cstdint>
+
+#include "csrc/core/ep_shape.h"
+#include "csrc/core/error_record.h"
+#include "csrc/tuning/launch_shape.h"
+
+namespace jax_ep {
+
+// What a launch may use.
+struct SmBudget {
+  int32_t available;  // SMs of the device that this rank can have
+  int32_t wanted;     // EpConfig.num_sms; 0: the default of each operation
+};
+
+// Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel). As many
+// blocks as the budget allows, fewer where there is little to do, at least 1. Depends on nothing
+// else, so that every rank of a group, and every run, does the same.
+LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_TUNING_HEURISTICS_H_

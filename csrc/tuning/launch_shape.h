@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_TUNING_LAUNCH_SHAPE_H_
+#define JAX_EP_CSRC_TUNING_LAUNCH_SHAPE_H_
+
+#include <cstdint>
+
+namespace jax_ep {
+
+// How a kernel is launched; csrc/tuning/heuristics.h chooses it. Warps and stages are compiled in:
+// a kernel exists for the combinations that tuning names, and no others.
+struct LaunchShape {
+  int32_t num_blocks;  // one per SM, all resident at once
+  int32_t num_warps;   // of a block
+  int32_t num_stages;  // of each warp's pipeline through shared memory; 0: it has none
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_TUNING_LAUNCH_SHAPE_H_

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/tuning/heuristics.h"
+
+#include <gtest/gtest.h>
+
+namespace jax_ep {
+namespace {
+
+constexpr int64_t kRowBytes = 14336;
+
+int32_t blocks(OpKind op, int64_t num_tokens, SmBudget budget, int64_t row_bytes = kRowBytes) {
+  const EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = num_tokens};
+  return launch_shape(op, shape, row_bytes, budget).num_blocks;
+}
+
+TEST(Tuning, LargeCallsGetTheDefaultOfTheOperation) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, h200), 24);
+  EXPECT_EQ(blocks(OpKind::kCombine, 4096, h200), 24);
+  EXPECT_EQ(blocks(OpKind::kPlan, 4096, h200, 0), 16);
+}
+
+TEST(Tuning, NumSmsReplacesTheDefault) {
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 132, .wanted = 48}), 48);
+  EXPECT_EQ(blocks(OpKind::kPlan, 4096, {.available = 132, .wanted = 4}, 0), 4);
+}
+
+TEST(Tuning, NoLaunchHasMoreBlocksThanItMayHaveSms) {
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .wanted = 0}), 16);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .wanted = 48}), 16);
+}
+
+TEST(Tuning, SmallCallsGetFewBlocksAndAtLeastOne) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200), 14);  // 14 parts of a row, for 8 ranks
+  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200, 512), 1);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 0, h200), 1);
+}
+
+TEST(Tuning, PlansScanAllBinsHoweverFewTheTokens) {
+  EXPECT_EQ(blocks(OpKind::kPlan, 1, {.available = 132, .wanted = 0}, 0), 16);
+  const EpShape shape{.num_ranks = 8, .num_experts = 32, .num_topk = 8, .num_tokens = 1};
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, {.available = 132, .wanted = 0}).num_blocks, 2);
+}
+
+// A kernel is compiled for each of these; another combination is refused when it is launched.
+TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 16);
+  const LaunchShape dispatch = launch_shape(OpKind::kDispatch, shape, kRowBytes, h200);
+  EXPECT_EQ(dispatch.num_warps, 14);
+  EXPECT_EQ(dispatch.num_stages, 4);
+  EXPECT_EQ(launch_shape(OpKind::kCombine, shape, kRowBytes, h200).num_warps, 16);
+  shape.num_experts = 4096;
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 12);
+}
+
+TEST(Tuning, ScalarsAloneAreLittleWork) {
+  const SmBudget h200{.available = 132, .wanted = 0};
+  EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 24);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200, 0), 4);
+}
+
+}  // namespace
+}  // namespace jax_ep

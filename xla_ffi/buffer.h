@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks of FFI buffers, with messages that name the buffer, what came and what was expected.
+// (ffi::Verify does this from jaxlib 0.11.2 on; the headers of 0.10.2 lack it.)
+#ifndef JAX_EP_XLA_FFI_BUFFER_H_
+#define JAX_EP_XLA_FFI_BUFFER_H_
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/status.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+// A dimension of any size.
+inline constexpr int64_t kAny = -1;
+
+// An FFI buffer and the name it has in messages.
+class Buffer {
+ public:
+  Buffer(std::string_view name, xla::ffi::AnyBuffer buffer) : name_(name), buffer_(buffer) {}
+  Buffer(std::string_view name, xla::ffi::Result<xla::ffi::AnyBuffer> buffer)
+      : Buffer(name, *buffer) {}
+
+  // InvalidArgument unless the buffer has this dtype and these dimensions; kAny fits any size.
+  [[nodiscard]] Status check(xla::ffi::DataType dtype, std::initializer_list<int64_t> dims) const;
+  // The same, for one of the dtypes that token rows may have.
+  [[nodiscard]] Status check_rows(std::initializer_list<int64_t> dims, DType& dtype) const;
+
+  // An operand that an op can do without is passed as an array of shape [0].
+  [[nodiscard]] bool absent() const {
+    return buffer_.dimensions().size() == 1 && buffer_.dimensions()[0] == 0;
+  }
+  // Size of a dimension; 0 where the buffer has fewer.
+  [[nodiscard]] int64_t dim(size_t i) const {
+    return i < buffer_.dimensions().size() ? buffer_.dimensions()[i] : 0;
+  }
+  template <typename T>
+  [[nodiscard]] T* data() const {
+    return static_cast<T*>(buffer_.untyped_data());
+  }
+
+ private:
+  [[nodiscard]] bool has_dims(std::initializer_list<int64_t> dims) const;
+  [[nodiscard]] Status mismatch(std::string_view dtype, std::initializer_list<int64_t> dims) const;
+
+  std::string_view name_;
+  xla::ffi::AnyBuffer buffer_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_XLA_FFI_BUFFER_H_

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiled module jax_ep._cuda: hands the handlers for platform CUDA, and the groups whose
+// ranks run on this process's devices, to Python. Importing it needs no GPU and no driver.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "csrc/core/error_record.h"
+#include "csrc/core/heap_regions.h"
+#include "csrc/core/wait_times.h"
+#include "csrc/kernels/launch.h"
+#include "csrc/runtime/cuda_registry.h"
+#include "csrc/runtime/rank_words.h"
+#include "xla_ffi/cuda/handlers.h"
+
+namespace nb = nanobind;
+
+namespace jax_ep {
+namespace {
+
+nb::dict cuda_target(XLA_FFI_Handler* execute) {
+  nb::dict stages;
+  stages["execute"] = nb::capsule(reinterpret_cast<void*>(execute), "xla._CUSTOM_CALL_TARGET");
+  return stages;
+}
+
+// ValueError for bad arguments, MemoryError for a heap that does not fit, TimeoutError, else
+// RuntimeError.
+void raise_if_error(const Status& status) {
+  if (status.ok()) return;
+  PyObject* type = PyExc_RuntimeError;
+  if (status.code() == StatusCode::kInvalidArgument) type = PyExc_ValueError;
+  if (status.code() == StatusCode::kResourceExhausted) type = PyExc_MemoryError;
+  if (status.code() == StatusCode::kDeadlineExceeded) type = PyExc_TimeoutError;
+  PyErr_SetString(type, status.message().c_str());
+  throw nb::python_error();
+}
+
+HeapShape heap_shape(int32_t num_ranks,
+                     int32_t num_experts,
+                     int32_t num_topk,
+                     int64_t max_tokens,
+                     int64_t hidden,
+                     int32_t dtype,
+                     int32_t wire,
+                     int32_t layout) {
+  const auto check_enum = [](const char* name, int32_t value, int32_t largest) {
+    if (value >= 0 && value <= largest) return;
+    raise_if_error(Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                                            "; allowed: 0 to " + std::to_string(largest)));
+  };
+  check_enum("dtype", dtype, static_cast<int32_t>(DType::kFloat16));
+  check_enum("wire", wire, static_cast<int32_t>(Wire::kFloat8E4M3));
+  check_enum("layout", layout, static_cast<int32_t>(Layout::kRank));
+  const HeapShape shape{.num_ranks = num_ranks,
+                        .num_experts = num_experts,
+                        .num_topk = num_topk,
+                        .max_tokens = max_tokens,
+                        .hidden = hidden,
+                        .dtype = static_cast<DType>(dtype),
+                        .wire = static_cast<Wire>(wire),
+                        .layout = static_cast<Layout>(layout)};
+  raise_if_error(check_heap_shape(shape));
+  return shape;
+}
+
+std::shared_ptr<CudaGroup> find_group(int64_t id) {
+  std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(id);
+  if (group == nullptr) {
+    raise_if_error(Status::invalid_argument("there is no group " + std::to_string(id)));
+  }
+  return group;
+}
+
+std::vector<nb::bytes> create_group(int64_t id, CudaGroupConfig config) {
+  std::unique_ptr<CudaGroup> group;
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;  // allocates and zeroes: may take a while
+    status = CudaGroup::create(std::move(config), group);
+  }
+  raise_if_error(status);
+  std::vector<nb::bytes> handles;
+  for (const RankContext& rank : group->ranks()) {
+    const std::string bytes = rank.handle().to_bytes();
+    handles.emplace_back(bytes.data(), bytes.size());
+  }
+  if (!CudaGroupRegistry::instance().add(id, std::move(group))) {
+    throw nb::value_error("there is a group of this id already");
+  }
+  return handles;
+}
+
+void connect_group(int64_t id,
+                   int32_t group_index,
+                   int32_t rank,
+                   const std::vector<nb::bytes>& handles) {
+  std::vector<HeapHandle> parsed(handles.size());
+  for (size_t i = 0; i < handles.size(); ++i) {
+    const std::string_view bytes(handles[i].c_str(), handles[i].size());
+    raise_if_error(HeapHandle::from_bytes(bytes, parsed[i]));
+  }
+  const std::shared_ptr<CudaGroup> group = find_group(id);
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    status = group->connect(group_index, rank, parsed);
+  }
+  raise_if_error(status);
+}
+
+void disconnect_group(int64_t id, double limit_s) {
+  const std::shared_ptr<CudaGroup> group = find_group(id);
+  Status status;
+  {
+    // A kernel may wait for a peer whose program waits for a callback, which waits for the GIL.
+    const nb::gil_scoped_release unlocked;
+    status = group->disconnect(limit_s);
+  }
+  raise_if_error(status);
+}
+
+bool close_group(int64_t id, bool leave_heaps) {
+  const nb::gil_scoped_release unlocked;  // to free memory is to wait for the device
+  if (leave_heaps) {
+    const std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(id);
+    if (group != nullptr) group->leave_heaps();
+  }
+  return CudaGroupRegistry::instance().close(id);
+}
+
+// peer, operation, what is waited for, exchange, seconds, whether it has ended
+using WaitTuple = std::tuple<int32_t, std::string, std::string, uint32_t, double, bool>;
+using StatusTuple =
+    std::tuple<std::string, int32_t, int32_t, std::optional<std::string>, std::vector<WaitTuple>>;
+
+std::vector<StatusTuple> statuses() {
+  std::vector<StatusTuple> result;
+  for (const RankStatus& status : rank_statuses()) {
+    const WordsOwner& owner = status.owner;
+    std::optional<std::string> error;
+    if (status.error.has_value()) error = describe(*status.error, owner.timeout_s);
+    std::vector<WaitTuple> waits;
+    for (const RankWait& of : status.waits) {
+      const auto peer = static_cast<uint32_t>(of.peer);
+      waits.emplace_back(of.peer,
+                         std::string(op_name(of.wait.op)),
+                         awaited_text(static_cast<WaitTag>(of.wait.tag), of.wait.op, peer),
+                         of.wait.epoch,
+                         waited_s(owner.report_s, of.wait.level),
+                         of.wait.ended);
+    }
+    result.emplace_back(
+        owner.group_name, owner.group_index, owner.rank, std::move(error), std::move(waits));
+  }
+  return result;
+}
+
+using Region = std::tuple<std::string, std::string, std::string, int64_t, int64_t>;
+
+std::vector<Region> regions_of(const HeapShape& shape) {
+  std::vector<Region> regions;
+  for (const RegionInfo& region : heap_regions(shape)) {
+    regions.emplace_back(region.name, region.shape, region.holds, region.offset, region.bytes);
+  }
+  return regions;
+}
+
+// A function of a HeapShape, which Python gives as keyword arguments.
+template <typename Body>
+void define_of_shape(nb::module_& m, const char* name, Body body, const char* doc) {
+  m.def(
+      name,
+      [body](int32_t num_ranks,
+             int32_t num_experts,
+             int32_t num_topk,
+             int64_t max_tokens,
+             int64_t hidden,
+             int32_t dtype,
+             int32_t wire,
+             int32_t layout) {
+        return body(
+            heap_shape(num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout));
+      },
+      nb::kw_only(),
+      nb::arg("num_ranks"),
+      nb::arg("num_experts"),
+      nb::arg("num_topk"),
+      nb::arg("max_tokens"),
+      nb::arg("hidden"),
+      nb::arg("dtype"),
+      nb::arg("wire"),
+      nb::arg("layout"),
+      doc);
+}
+
+void define_groups(nb::module_& m) {
+  m.def(
+      "create_group",
+      [](int64_t group_id,
+         std::string name,
+         GroupNonce nonce,
+         double warn_after_s,
+         double timeout_s,
+         int32_t num_sms,
+         int32_t num_ranks,
+         int32_t num_experts,
+         int32_t num_topk,
+         int64_t max_tokens,
+         int64_t hidden,
+         int32_t dtype,
+         int32_t wire,
+         int32_t layout,
+         const std::vector<std::tuple<int32_t, int32_t, int32_t>>& ranks) {
+        CudaGroupConfig config{
+            .name = std::move(name),
+            .nonce = nonce,
+            .warn_after_s = warn_after_s,
+            .timeout_s = timeout_s,
+            .num_sms = num_sms,
+            .heap = heap_shape(
+                num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout),
+            .ranks = {}};
+        for (const auto& [device, group_index, rank] : ranks) {
+          config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
+        }
+        return create_group(group_id, std::move(config));
+      },
+      nb::kw_only(),
+      nb::arg("group_id"),
+      nb::arg("name"),
+      nb::arg("nonce"),
+      nb::arg("warn_after_s"),
+      nb::arg("timeout_s"),
+      nb::arg("num_sms"),
+      nb::arg("num_ranks"),
+      nb::arg("num_experts"),
+      nb::arg("num_topk"),
+      nb::arg("max_tokens"),
+      nb::arg("hidden"),
+      nb::arg("dtype"),
+      nb::arg("wire"),
+      nb::arg("layout"),
+      nb::arg("ranks"),
+      "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
+      "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's "
+      "choice.");
+  m.def(
+      "connect_group",
+      &connect_group,
+      nb::arg("group_id"),
+      nb::arg("group_index"),
+      nb::arg("rank"),
+      nb::arg("handles"),
+      "Maps the heaps of all ranks of an EP group for one rank of this process, given the handles\n"
+      "of all ranks of the mesh. The group serves calls once all of its ranks here are connected.");
+  m.def(
+      "disconnect_group",
+      &disconnect_group,
+      nb::kw_only(),
+      nb::arg("group_id"),
+      nb::arg("limit_s"),
+      "Waits for the kernels on the group's devices of this process, at most limit_s, and unmaps\n"
+      "the peers' heaps. Raises TimeoutError, with the heaps still mapped, or RuntimeError, "
+      "having\n"
+      "done what it could, if CUDA refuses, as after a kernel's trap.");
+  m.def(
+      "close_group",
+      &close_group,
+      nb::kw_only(),
+      nb::arg("group_id"),
+      nb::arg("leave_heaps"),
+      "Forgets a group; False if it was not there. Frees its heaps, which no process may map any\n"
+      "more, unless they are to be left as they are.");
+  m.def(
+      "statuses",
+      &statuses,
+      "(group name, group index, rank, error or None, waits) of each rank of this process of\n"
+      "which a kernel has said something, also where the group has been closed. A wait is (peer,\n"
+      "operation, what is waited for, exchange, seconds, whether it has ended). Never waits.");
+  m.def(
+      "num_groups", [] { return CudaGroupRegistry::instance().size(); }, "Groups registered now.");
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  m.doc() = "FFI handlers of jax_ep for platform CUDA, and the groups that they serve.";
+  m.def(
+      "cuda_targets",
+      [] {
+        nb::dict targets;
+        targets["jax_ep_plan"] = cuda_target(jax_ep_plan_cuda);
+        targets["jax_ep_dispatch"] = cuda_target(jax_ep_dispatch_cuda);
+        targets["jax_ep_combine"] = cuda_target(jax_ep_combine_cuda);
+        return targets;
+      },
+      "FFI target name -> stages, for jax.ffi.register_ffi_target(..., platform='CUDA').");
+  m.def(
+      "build_info",
+      [] {
+        nb::dict info;
+        info["architectures"] = JAX_EP_CUDA_ARCHITECTURES;
+        info["cuda_runtime"] = CUDART_VERSION;
+        info["shared_memory"] = shared_bytes_per_block();
+        return info;
+      },
+      "What the kernels were compiled for (architectures, as CMake names them), with which CUDA,\n"
+      "and how many bytes of shared memory a block takes at most. Needs no GPU.");
+  define_of_shape(
+      m,
+      "heap_bytes",
+      [](const HeapShape& shape) { return make_heap_layout(shape).total_bytes; },
+      "Bytes of symmetric heap that each rank needs. Needs no GPU.");
+  define_of_shape(m,
+                  "heap_regions",
+                  regions_of,
+                  "(name, shape, holds, offset, bytes) of each region of the heap. Needs no GPU.");
+  define_groups(m);
+  m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+}
+
+}  // namespace jax_ep
