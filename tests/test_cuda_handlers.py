@@ -85,7 +85,7 @@ def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_gr
     }  # fmt: skip
     if operation != "plan":
         expected |= {"hidden": 16, "dtype": DTYPES.index(sizes.dtype)}
-        expected["scalars"] = 2 if sizes.scalars else 0
+        expected["num_scalars"] = 2 if sizes.scalars else 0
     if operation == "dispatch":
         expected |= {"wire": 0, "zero_fill": 1, "x_format": 0, "rows_format": 0}
         expected |= {"x_scales": 0, "rows_scales": 0}
@@ -195,9 +195,9 @@ def test_a_bad_buffer_is_named_and_nothing_is_launched(operation, name, change, 
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
     [
-        ("ep_num_ranks", 0, "attribute ep.num_ranks is 0"),
-        ("ep_layout", 2, "attribute ep.layout is 2"),
-        ("ep_expert_alignment", 0, "attribute ep.expert_alignment is 0"),
+        ("ep_num_ranks", 0, "num_ranks is 0"),
+        ("ep_layout", 2, "layout is 2"),
+        ("ep_expert_alignment", 0, "expert_alignment is 0"),
     ],
 )
 def test_a_bad_attribute_is_named(operation, attribute, value, words, fake, make_group):

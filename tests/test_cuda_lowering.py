@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a program for GPUs holds, lowered where there is none: the calls that our handlers decode.
 
-The handlers' own declarations (xla_ffi/cuda/) say how many operands, results and which
-attributes they take.
+The handlers' own sources (xla_ffi/) say how many operands and results and which attributes they
+take.
 """
 
 import collections
@@ -65,12 +65,16 @@ def _declaration(target: str) -> str:
 def _decoded(target: str) -> dict:
     """Counts of operands and results, and attributes: name -> type, or members of a struct."""
     declaration = _declaration(target)
+    text = (XLA_FFI / "op_arguments.cc").read_text()
+    (reads,) = re.findall(
+        rf"^Status read_{target.removeprefix('jax_ep_')}\(.*?^}}$", text, re.DOTALL | re.MULTILINE
+    )
     attributes = {}
     for cpp, name in re.findall(r'\.Attr<(\w+)>\("(\w+)"\)', declaration):
         attributes[name] = _MLIR_TYPES[cpp] if cpp in _MLIR_TYPES else _struct_members(cpp)
     return {
-        "operands": len(re.findall(r"\.Arg<", declaration)),
-        "results": len(re.findall(r"\.Ret<", declaration)),
+        "operands": reads.count("reader.operand("),
+        "results": reads.count("reader.result("),
         "attributes": attributes,
     }
 

@@ -93,10 +93,16 @@ TARGETS = {
 }
 
 
-def _call(target, group_id, *, buffers=None, attrs=None, ep=None, values=None):
-    """Calls a target with some shapes, attributes or values replaced; returns its results."""
+def _call(
+    target, group_id, *, buffers=None, attrs=None, ep=None, values=None, more=None, less=None
+):
+    """Calls a target with some shapes, attributes or values replaced; returns its results.
+
+    `more` are further operands; `less` names a result that is left out.
+    """
     operands, results, others = TARGETS[target]
     buffers = buffers or {}
+    operands, results = {**operands, **(more or {})}, {n: results[n] for n in results if n != less}
     unknown = set(buffers) - set(operands) - set(results)
     assert not unknown
     operands = {n: buffers.get(n, s) for n, s in operands.items()}
@@ -161,6 +167,18 @@ def test_a_buffer_of_another_dtype_is_named(target, name, group_id):
     assert "expected " in message, message
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_call_with_other_numbers_of_buffers_is_refused(target, group_id):
+    operands, results, _ = TARGETS[target]
+    expected = f"; expected {len(operands)} and {len(results)}"
+    message = _refusal(target, group_id, more={"other": ((3,), np.int32)})
+    got = f"the call has {len(operands) + 1} operands and {len(results)} results"
+    assert got + expected in message, message
+    message = _refusal(target, group_id, less=list(results)[-1])
+    got = f"the call has {len(operands)} operands and {len(results) - 1} results"
+    assert got + expected in message, message
+
+
 @pytest.mark.parametrize("name", ["rows", "out"])
 def test_rows_in_and_out_have_one_dtype(name, group_id):
     target = "jax_ep_dispatch" if name == "rows" else "jax_ep_combine"
@@ -176,14 +194,14 @@ def test_rows_in_and_out_have_one_dtype(name, group_id):
     [
         ("num_ranks", 0, "1 or more"),
         ("num_experts", 0, "a positive multiple of num_ranks"),
-        ("num_topk", 0, "1 or more"),
+        ("num_topk", 0, "1 to num_experts"),
         ("expert_alignment", 0, "1 or more"),
         ("layout", 2, "0 (expert), 1 (rank)"),
     ],
 )
 def test_a_bad_attribute_is_named(target, name, value, allowed, group_id):
     message = _refusal(target, group_id, ep={name: I32(value)})
-    assert f"attribute ep.{name} is {value}; allowed: {allowed}" in message, message
+    assert f"{name} is {value}; allowed: {allowed}" in message, message
 
 
 def test_a_bad_wire_is_named(group_id):

@@ -35,7 +35,7 @@ std::string dims_text(const Dims& dims) {
 }  // namespace
 
 bool Buffer::has_dims(std::initializer_list<int64_t> dims) const {
-  const auto got = buffer_.dimensions();
+  const auto got = this->dims();
   return std::equal(
       got.begin(), got.end(), dims.begin(), dims.end(), [](int64_t have, int64_t want) {
         return want == kAny || have == want;
@@ -43,18 +43,21 @@ bool Buffer::has_dims(std::initializer_list<int64_t> dims) const {
 }
 
 Status Buffer::mismatch(std::string_view dtype, std::initializer_list<int64_t> dims) const {
-  return Status::invalid_argument(
-      "buffer '" + std::string(name_) + "' is " + dtype_name(buffer_.element_type()) +
-      dims_text(buffer_.dimensions()) + "; expected " + std::string(dtype) + dims_text(dims));
+  const std::string got = buffer_.has_value()
+                              ? dtype_name(buffer_->element_type()) + dims_text(this->dims())
+                              : "not an array";
+  return Status::invalid_argument("buffer '" + std::string(name_) + "' is " + got + "; expected " +
+                                  std::string(dtype) + dims_text(dims));
 }
 
 Status Buffer::check(DataType dtype, std::initializer_list<int64_t> dims) const {
-  if (buffer_.element_type() == dtype && has_dims(dims)) return {};
+  if (buffer_.has_value() && buffer_->element_type() == dtype && has_dims(dims)) return {};
   return mismatch(dtype_name(dtype), dims);
 }
 
 Status Buffer::check_rows(std::initializer_list<int64_t> dims, DType& dtype) const {
-  switch (buffer_.element_type()) {
+  if (!buffer_.has_value()) return mismatch("float32, bfloat16 or float16", dims);
+  switch (buffer_->element_type()) {
     case DataType::F32: dtype = DType::kFloat32; break;
     case DataType::BF16: dtype = DType::kBFloat16; break;
     case DataType::F16: dtype = DType::kFloat16; break;
@@ -62,6 +65,28 @@ Status Buffer::check_rows(std::initializer_list<int64_t> dims, DType& dtype) con
   }
   if (has_dims(dims)) return {};
   return mismatch(name(dtype), dims);
+}
+
+Buffer BufferReader::operand(std::string_view name) {
+  const size_t i = num_operands_++;
+  if (i >= operands_.size()) return Buffer(name);
+  const auto buffer = operands_.get<xla::ffi::AnyBuffer>(i);
+  return buffer.has_value() ? Buffer(name, *buffer) : Buffer(name);
+}
+
+Buffer BufferReader::result(std::string_view name) {
+  const size_t i = num_results_++;
+  if (i >= results_.size()) return Buffer(name);
+  auto buffer = results_.get<xla::ffi::AnyBuffer>(i);
+  return buffer.has_value() ? Buffer(name, **buffer) : Buffer(name);
+}
+
+Status BufferReader::finish() const {
+  if (num_operands_ == operands_.size() && num_results_ == results_.size()) return {};
+  return Status::invalid_argument("the call has " + std::to_string(operands_.size()) +
+                                  " operands and " + std::to_string(results_.size()) +
+                                  " results; expected " + std::to_string(num_operands_) + " and " +
+                                  std::to_string(num_results_));
 }
 
 }  // namespace jax_ep

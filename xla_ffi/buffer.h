@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -21,9 +22,9 @@ inline constexpr int64_t kAny = -1;
 // An FFI buffer and the name it has in messages.
 class Buffer {
  public:
+  // One that the call does not have.
+  explicit Buffer(std::string_view name) : name_(name) {}
   Buffer(std::string_view name, xla::ffi::AnyBuffer buffer) : name_(name), buffer_(buffer) {}
-  Buffer(std::string_view name, xla::ffi::Result<xla::ffi::AnyBuffer> buffer)
-      : Buffer(name, *buffer) {}
 
   // InvalidArgument unless the buffer has this dtype and these dimensions; kAny fits any size.
   [[nodiscard]] Status check(xla::ffi::DataType dtype, std::initializer_list<int64_t> dims) const;
@@ -32,23 +33,44 @@ class Buffer {
 
   // An operand that an op can do without is passed as an array of shape [0].
   [[nodiscard]] bool absent() const {
-    return buffer_.dimensions().size() == 1 && buffer_.dimensions()[0] == 0;
+    return !buffer_.has_value() || (dims().size() == 1 && dims()[0] == 0);
   }
   // Size of a dimension; 0 where the buffer has fewer.
-  [[nodiscard]] int64_t dim(size_t i) const {
-    return i < buffer_.dimensions().size() ? buffer_.dimensions()[i] : 0;
-  }
+  [[nodiscard]] int64_t dim(size_t i) const { return i < dims().size() ? dims()[i] : 0; }
   template <typename T>
   [[nodiscard]] T* data() const {
-    return static_cast<T*>(buffer_.untyped_data());
+    return buffer_.has_value() ? static_cast<T*>(buffer_->untyped_data()) : nullptr;
   }
 
  private:
+  [[nodiscard]] xla::ffi::Span<const int64_t> dims() const {
+    return buffer_.has_value() ? xla::ffi::Span<const int64_t>(buffer_->dimensions())
+                               : xla::ffi::Span<const int64_t>();
+  }
   [[nodiscard]] bool has_dims(std::initializer_list<int64_t> dims) const;
   [[nodiscard]] Status mismatch(std::string_view dtype, std::initializer_list<int64_t> dims) const;
 
   std::string_view name_;
-  xla::ffi::AnyBuffer buffer_;
+  std::optional<xla::ffi::AnyBuffer> buffer_;
+};
+
+// Hands out a call's operands and results one by one, in the order of the target's. A call that has
+// none left gives buffers that are not there, and finish() says so.
+class BufferReader {
+ public:
+  BufferReader(const xla::ffi::RemainingArgs& operands, const xla::ffi::RemainingRets& results)
+      : operands_(operands), results_(results) {}
+
+  [[nodiscard]] Buffer operand(std::string_view name);
+  [[nodiscard]] Buffer result(std::string_view name);
+  // InvalidArgument if there are more or fewer operands or results than were read.
+  [[nodiscard]] Status finish() const;
+
+ private:
+  const xla::ffi::RemainingArgs& operands_;
+  const xla::ffi::RemainingRets& results_;
+  size_t num_operands_ = 0;
+  size_t num_results_ = 0;
 };
 
 }  // namespace jax_ep

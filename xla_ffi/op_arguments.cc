@@ -1,42 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "xla_ffi/op_arguments.h"
 
+#include <initializer_list>
 #include <string>
+#include <string_view>
 
-#include "csrc/core/heap_layout.h"
+#include "csrc/core/shape_check.h"
+#include "csrc/core/work_partition.h"
 
 namespace jax_ep {
 namespace {
 
-using enum xla::ffi::DataType;
-
-Status bad_attribute(std::string_view name, int64_t value, std::string_view allowed) {
-  return Status::invalid_argument("attribute ep." + std::string(name) + " is " +
-                                  std::to_string(value) + "; allowed: " + std::string(allowed));
-}
+using enum ffi::DataType;
 
 // Sizes that all buffers of a call agree with, from its attributes.
 Status make_shape(const EpAttrs& attrs, int64_t num_tokens, int64_t capacity, EpShape& shape) {
-  if (attrs.num_ranks < 1) return bad_attribute("num_ranks", attrs.num_ranks, "1 or more");
-  if (attrs.num_experts < 1 || attrs.num_experts % attrs.num_ranks != 0) {
-    return bad_attribute("num_experts", attrs.num_experts, "a positive multiple of num_ranks");
-  }
-  if (attrs.num_topk < 1) return bad_attribute("num_topk", attrs.num_topk, "1 or more");
-  if (attrs.expert_alignment < 1) {
-    return bad_attribute("expert_alignment", attrs.expert_alignment, "1 or more");
-  }
-  if (attrs.layout != static_cast<int32_t>(Layout::kExpert) &&
-      attrs.layout != static_cast<int32_t>(Layout::kRank)) {
-    return bad_attribute("layout", attrs.layout, "0 (expert), 1 (rank)");
-  }
-  // Rows and sources are int32 on the wire between plan and dispatch.
-  constexpr int64_t kInt32Max = 2147483647;
-  if (capacity > kInt32Max || num_tokens * attrs.num_ranks > kInt32Max) {
-    return Status::invalid_argument(
-        "a receive buffer of " + std::to_string(capacity) + " rows for " +
-        std::to_string(attrs.num_ranks) + " ranks of " + std::to_string(num_tokens) +
-        " tokens is too large; allowed: up to 2147483647 rows and tokens in all");
-  }
   shape = EpShape{.num_ranks = attrs.num_ranks,
                   .num_experts = attrs.num_experts,
                   .num_topk = attrs.num_topk,
@@ -44,7 +22,7 @@ Status make_shape(const EpAttrs& attrs, int64_t num_tokens, int64_t capacity, Ep
                   .recv_capacity = capacity,
                   .expert_alignment = attrs.expert_alignment,
                   .layout = static_cast<Layout>(attrs.layout)};
-  return {};
+  return check_shape(shape);
 }
 
 // float32 with a received row's scalars: [C], or [C, K] in layout "rank".
@@ -53,9 +31,13 @@ Status check_row_scalars(const Buffer& buffer, const EpShape& shape) {
   return buffer.check(F32, {shape.recv_capacity, shape.num_topk});
 }
 
-Status check_selections(const Buffer& topk_idx, const Buffer& slot, const EpShape& shape) {
-  JAX_EP_RETURN_IF_ERROR(topk_idx.check(S32, {shape.num_tokens, shape.num_topk}));
-  return slot.check(S32, {shape.num_tokens, shape.num_topk});
+Status check_selections(const Buffer& buffer, const EpShape& shape) {
+  return buffer.check(S32, {shape.num_tokens, shape.num_topk});
+}
+
+Status check_source_slot(const Buffer& buffer, const EpShape& shape) {
+  const int64_t rows = max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
+  return buffer.check(S32, {shape.num_tokens * shape.num_ranks, rows});
 }
 
 // Rows go in and out in one dtype.
@@ -72,107 +54,178 @@ Status check_rows_out(const Buffer& out,
                                   std::string(in_name) + "', " + std::string(name(in_dtype)));
 }
 
-Status check_program_rank(const Buffer& program_rank) { return program_rank.check(S32, {1}); }
+// A scalar for each selection travels, or none does: then both buffers are absent.
+Status check_scalars(const Buffer& token_scalars,
+                     const Buffer& row_scalars,
+                     bool travel,
+                     const EpShape& shape) {
+  if (travel) {
+    JAX_EP_RETURN_IF_ERROR(token_scalars.check(F32, {shape.num_tokens, shape.num_topk}));
+    return check_row_scalars(row_scalars, shape);
+  }
+  JAX_EP_RETURN_IF_ERROR(token_scalars.check(F32, {0}));
+  return row_scalars.check(F32, {0});
+}
 
 }  // namespace
 
-Status check_plan(const EpAttrs& attrs,
-                  const PlanBuffers& buffers,
-                  SourceSlot source_slot,
-                  PlanArguments& arguments) {
-  JAX_EP_RETURN_IF_ERROR(buffers.row_source.check(S32, {kAny}));
-  EpShape& shape = arguments.shape;
-  JAX_EP_RETURN_IF_ERROR(
-      make_shape(attrs, buffers.topk_idx.dim(0), buffers.row_source.dim(0), shape));
-  JAX_EP_RETURN_IF_ERROR(check_selections(buffers.topk_idx, buffers.slot, shape));
+Status read_plan(const ffi::RemainingArgs& operands,
+                 const ffi::RemainingRets& results,
+                 const EpAttrs& attrs,
+                 Platform platform,
+                 OpArguments<PlanOp>& arguments) {
+  BufferReader reader(operands, results);
+  const Buffer program_rank = reader.operand("program_rank");
+  const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer slot = reader.result("slot");
+  const Buffer row_source = reader.result("row_source");
+  const Buffer row_topk_idx = reader.result("row_topk_idx");
+  const Buffer source_slot = reader.result("source_slot");
+  const Buffer group_sizes = reader.result("group_sizes");
+  const Buffer tokens_per_expert = reader.result("tokens_per_expert");
+  const Buffer num_dropped = reader.result("num_dropped");
+  JAX_EP_RETURN_IF_ERROR(reader.finish());
+  JAX_EP_RETURN_IF_ERROR(row_source.check(S32, {kAny}));
+  PlanOp& op = arguments.op;
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), row_source.dim(0), op.shape));
+  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
+  JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
   if (shape.layout == Layout::kRank) {
-    JAX_EP_RETURN_IF_ERROR(buffers.row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
+    JAX_EP_RETURN_IF_ERROR(row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
   } else {
-    JAX_EP_RETURN_IF_ERROR(buffers.row_topk_idx.check(S32, {0}));
+    JAX_EP_RETURN_IF_ERROR(row_topk_idx.check(S32, {0}));
   }
-  if (source_slot == SourceSlot::kPresent) {
-    JAX_EP_RETURN_IF_ERROR(check_source_slot(buffers.source_slot, shape));
+  if (platform == Platform::kCuda) {
+    JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
   } else {
-    JAX_EP_RETURN_IF_ERROR(buffers.source_slot.check(S32, {0}));
+    JAX_EP_RETURN_IF_ERROR(source_slot.check(S32, {0}));
   }
-  JAX_EP_RETURN_IF_ERROR(buffers.group_sizes.check(S32, {shape.num_row_groups()}));
-  JAX_EP_RETURN_IF_ERROR(buffers.tokens_per_expert.check(S32, {shape.num_local_experts()}));
-  JAX_EP_RETURN_IF_ERROR(buffers.num_dropped.check(S32, {}));
-  return check_program_rank(buffers.program_rank);
+  JAX_EP_RETURN_IF_ERROR(group_sizes.check(S32, {shape.num_row_groups()}));
+  JAX_EP_RETURN_IF_ERROR(tokens_per_expert.check(S32, {shape.num_local_experts()}));
+  JAX_EP_RETURN_IF_ERROR(num_dropped.check(S32, {}));
+  arguments.program_rank = program_rank.data<const int32_t>();
+  op.topk_idx = topk_idx.data<const int32_t>();
+  op.slot = slot.data<int32_t>();
+  op.row_source = row_source.data<int32_t>();
+  op.row_topk_idx = row_topk_idx.data<int32_t>();
+  op.source_slot = source_slot.data<int32_t>();
+  op.group_sizes = group_sizes.data<int32_t>();
+  op.tokens_per_expert = tokens_per_expert.data<int32_t>();
+  op.num_dropped = num_dropped.data<int32_t>();
+  return program_rank.check(S32, {1});
 }
 
-Status check_dispatch(const EpAttrs& attrs,
-                      int32_t wire,
-                      const DispatchBuffers& buffers,
-                      DispatchArguments& arguments) {
-  JAX_EP_RETURN_IF_ERROR(buffers.row_source.check(S32, {kAny}));
-  const Buffer& x = buffers.x;
-  JAX_EP_RETURN_IF_ERROR(x.check_rows({kAny, kAny}, arguments.dtype));
-  EpShape& shape = arguments.shape;
-  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, x.dim(0), buffers.row_source.dim(0), shape));
+Status read_dispatch(const ffi::RemainingArgs& operands,
+                     const ffi::RemainingRets& results,
+                     const EpAttrs& attrs,
+                     int32_t wire,
+                     bool zero_fill,
+                     Platform platform,
+                     OpArguments<DispatchOp>& arguments) {
+  const bool on_gpu = platform == Platform::kCuda;
+  BufferReader reader(operands, results);
+  const Buffer program_rank = reader.operand("program_rank");
+  const Buffer x = reader.operand("x");
+  const Buffer token_scalars = reader.operand("token_scalars");
+  const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer slot = reader.operand("slot");
+  const Buffer row_source = reader.operand("row_source");
+  const Buffer source_slot = on_gpu ? reader.operand("source_slot") : Buffer("source_slot");
+  const Buffer rows = reader.result("rows");
+  const Buffer row_scalars = reader.result("row_scalars");
+  JAX_EP_RETURN_IF_ERROR(reader.finish());
+  JAX_EP_RETURN_IF_ERROR(row_source.check(S32, {kAny}));
+  DispatchOp& op = arguments.op;
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(x.check_rows({kAny, kAny}, op.dtype));
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, x.dim(0), row_source.dim(0), op.shape));
+  op.hidden = x.dim(1);
   JAX_EP_RETURN_IF_ERROR(
-      check_rows_out(buffers.rows, "rows", "x", {shape.recv_capacity, x.dim(1)}, arguments.dtype));
-  JAX_EP_RETURN_IF_ERROR(check_selections(buffers.topk_idx, buffers.slot, shape));
-  const bool with_scalars = !buffers.token_scalars.absent();
-  if (with_scalars) {
-    JAX_EP_RETURN_IF_ERROR(buffers.token_scalars.check(F32, {shape.num_tokens, shape.num_topk}));
-    JAX_EP_RETURN_IF_ERROR(check_row_scalars(buffers.row_scalars, shape));
-  } else {
-    JAX_EP_RETURN_IF_ERROR(buffers.row_scalars.check(F32, {0}));
-  }
+      check_rows_out(rows, "rows", "x", {shape.recv_capacity, op.hidden}, op.dtype));
+  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
+  JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
+  if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
+  const bool with_scalars = !token_scalars.absent();
+  JAX_EP_RETURN_IF_ERROR(check_scalars(token_scalars, row_scalars, with_scalars, shape));
   if (wire != static_cast<int32_t>(Wire::kSame) &&
       wire != static_cast<int32_t>(Wire::kFloat8E4M3)) {
-    return Status::invalid_argument("attribute wire is " + std::to_string(wire) +
-                                    "; allowed: 0 (same), 1 (float8_e4m3fn)");
+    return out_of_range("attribute wire", wire, "0 (same), 1 (float8_e4m3fn)");
   }
-  arguments.hidden = x.dim(1);
-  arguments.scalars = with_scalars ? shape.num_topk : 0;
-  arguments.wire = static_cast<Wire>(wire);
-  return check_program_rank(buffers.program_rank);
+  op.num_scalars = with_scalars ? shape.num_topk : 0;
+  op.wire = static_cast<Wire>(wire);
+  op.zero_fill = zero_fill;
+  arguments.program_rank = program_rank.data<const int32_t>();
+  op.x = x.data<const void>();
+  op.token_scalars = token_scalars.data<const float>();
+  op.topk_idx = topk_idx.data<const int32_t>();
+  op.slot = slot.data<const int32_t>();
+  op.row_source = row_source.data<const int32_t>();
+  op.source_slot = source_slot.data<const int32_t>();
+  op.rows = rows.data<void>();
+  op.row_scalars = row_scalars.data<float>();
+  return program_rank.check(S32, {1});
 }
 
-Status check_combine(const EpAttrs& attrs,
-                     const CombineBuffers& buffers,
-                     CombineArguments& arguments) {
-  const Buffer& y = buffers.y;
-  JAX_EP_RETURN_IF_ERROR(y.check_rows({kAny, kAny}, arguments.dtype));
-  EpShape& shape = arguments.shape;
-  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, buffers.topk_idx.dim(0), y.dim(0), shape));
-  JAX_EP_RETURN_IF_ERROR(
-      check_rows_out(buffers.out, "out", "y", {shape.num_tokens, y.dim(1)}, arguments.dtype));
-  JAX_EP_RETURN_IF_ERROR(check_selections(buffers.topk_idx, buffers.slot, shape));
-  arguments.weighted = !buffers.weights.absent();
-  if (arguments.weighted) JAX_EP_RETURN_IF_ERROR(check_row_scalars(buffers.weights, shape));
-  const bool with_scalars = !buffers.row_scalars.absent();
-  if (with_scalars) {
-    JAX_EP_RETURN_IF_ERROR(check_row_scalars(buffers.row_scalars, shape));
-    JAX_EP_RETURN_IF_ERROR(buffers.token_scalars.check(F32, {shape.num_tokens, shape.num_topk}));
-  } else {
-    JAX_EP_RETURN_IF_ERROR(buffers.token_scalars.check(F32, {0}));
+Status read_combine(const ffi::RemainingArgs& operands,
+                    const ffi::RemainingRets& results,
+                    const EpAttrs& attrs,
+                    Platform platform,
+                    OpArguments<CombineOp>& arguments) {
+  const bool on_gpu = platform == Platform::kCuda;
+  BufferReader reader(operands, results);
+  const Buffer program_rank = reader.operand("program_rank");
+  const Buffer y = reader.operand("y");
+  const Buffer weights = reader.operand("weights");
+  const Buffer row_scalars = reader.operand("row_scalars");
+  const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer slot = reader.operand("slot");
+  const Buffer row_topk_idx = on_gpu ? reader.operand("row_topk_idx") : Buffer("row_topk_idx");
+  const Buffer source_slot = on_gpu ? reader.operand("source_slot") : Buffer("source_slot");
+  const Buffer out = reader.result("out");
+  const Buffer token_scalars = reader.result("token_scalars");
+  JAX_EP_RETURN_IF_ERROR(reader.finish());
+  CombineOp& op = arguments.op;
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(y.check_rows({kAny, kAny}, op.dtype));
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), y.dim(0), op.shape));
+  op.hidden = y.dim(1);
+  JAX_EP_RETURN_IF_ERROR(check_rows_out(out, "out", "y", {shape.num_tokens, op.hidden}, op.dtype));
+  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
+  JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
+  if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
+  op.weighted = !weights.absent();
+  if (op.weighted) JAX_EP_RETURN_IF_ERROR(check_row_scalars(weights, shape));
+  if (op.weighted && on_gpu && shape.layout == Layout::kRank) {
+    JAX_EP_RETURN_IF_ERROR(row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
   }
-  arguments.hidden = y.dim(1);
-  arguments.scalars = with_scalars ? shape.num_topk : 0;
-  return check_program_rank(buffers.program_rank);
+  const bool with_scalars = !row_scalars.absent();
+  JAX_EP_RETURN_IF_ERROR(check_scalars(token_scalars, row_scalars, with_scalars, shape));
+  op.num_scalars = with_scalars ? shape.num_topk : 0;
+  arguments.program_rank = program_rank.data<const int32_t>();
+  op.y = y.data<const void>();
+  op.weights = weights.data<const float>();
+  op.row_scalars = row_scalars.data<const float>();
+  op.topk_idx = topk_idx.data<const int32_t>();
+  op.slot = slot.data<const int32_t>();
+  op.row_topk_idx = row_topk_idx.data<const int32_t>();
+  op.source_slot = source_slot.data<const int32_t>();
+  op.out = out.data<void>();
+  op.token_scalars = token_scalars.data<float>();
+  return program_rank.check(S32, {1});
 }
 
-Status check_source_slot(const Buffer& buffer, const EpShape& shape) {
-  return buffer.check(
-      S32,
-      {shape.num_tokens * shape.num_ranks,
-       max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts())});
-}
+Failure::operator ffi::Error() const { return to_error(status); }
 
-Failure::operator xla::ffi::Error() const { return to_error(status); }
-
-Failure::operator xla::ffi::Future() const {
-  xla::ffi::Promise promise;
+Failure::operator ffi::Future() const {
+  ffi::Promise promise;
   promise.SetError(to_error(status));
-  return xla::ffi::Future(promise);
+  return ffi::Future(promise);
 }
 
-xla::ffi::Error to_error(const Status& status) {
-  if (status.ok()) return xla::ffi::Error::Success();
-  return {static_cast<xla::ffi::ErrorCode>(status.code()), status.message()};
+ffi::Error to_error(const Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  return {static_cast<ffi::ErrorCode>(status.code()), status.message()};
 }
 
 }  // namespace jax_ep

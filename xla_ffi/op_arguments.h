@@ -6,15 +6,15 @@
 #define JAX_EP_XLA_FFI_OP_ARGUMENTS_H_
 
 #include <cstdint>
-#include <string_view>
 
-#include "csrc/core/dtype.h"
-#include "csrc/core/ep_shape.h"
+#include "csrc/core/ops.h"
 #include "csrc/core/status.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/buffer.h"
 
 namespace jax_ep {
+
+namespace ffi = xla::ffi;
 
 // The attributes that every target has; one dictionary attribute named "ep".
 struct EpAttrs {
@@ -28,86 +28,46 @@ struct EpAttrs {
 
 // Where a handler runs: on CUDA the plan also says which rows hold which token (source_slot), and
 // the other operations read it.
-enum class SourceSlot { kAbsent, kPresent };
+enum class Platform { kCpu, kCuda };
 
-struct PlanBuffers {
-  Buffer program_rank;       // int32 [1] in: this rank, as the program says
-  Buffer topk_idx;           // int32 [T, K] in
-  Buffer slot;               // int32 [T, K] out
-  Buffer row_source;         // int32 [C] out
-  Buffer row_topk_idx;       // int32 [C, K] out; absent in layout "expert"
-  Buffer source_slot;        // int32 [R * T, J] out, or absent
-  Buffer group_sizes;        // int32 [num_row_groups] out
-  Buffer tokens_per_expert;  // int32 [L] out
-  Buffer num_dropped;        // int32 [] out
+// A call of an op, decoded and checked.
+template <typename Op>
+struct OpArguments {
+  const int32_t* program_rank = nullptr;  // [1] in: this rank, as the program says
+  Op op;
 };
 
-struct DispatchBuffers {
-  Buffer program_rank;   // int32 [1] in
-  Buffer x;              // rows [T, H] in
-  Buffer token_scalars;  // float32 [T, K] in, or absent
-  Buffer topk_idx;       // int32 [T, K] in
-  Buffer slot;           // int32 [T, K] in
-  Buffer row_source;     // int32 [C] in
-  Buffer rows;           // rows [C, H] out
-  Buffer row_scalars;    // float32 [C] or [C, K] out; absent with token_scalars
-};
-
-struct CombineBuffers {
-  Buffer program_rank;   // int32 [1] in
-  Buffer y;              // rows [C, H] in
-  Buffer weights;        // float32 [C] or [C, K] in, or absent
-  Buffer row_scalars;    // float32 [C] or [C, K] in, or absent
-  Buffer topk_idx;       // int32 [T, K] in
-  Buffer slot;           // int32 [T, K] in
-  Buffer out;            // rows [T, H] out
-  Buffer token_scalars;  // float32 [T, K] out; absent with row_scalars
-};
-
-// What the buffers and attributes of a call say.
-struct PlanArguments {
-  EpShape shape;
-};
-struct DispatchArguments {
-  EpShape shape;
-  int64_t hidden;
-  int32_t scalars;  // K, or 0: none travel
-  DType dtype;
-  Wire wire;
-};
-struct CombineArguments {
-  EpShape shape;
-  int64_t hidden;
-  bool weighted;
-  int32_t scalars;  // K, or 0: none travel
-  DType dtype;
-};
-
-// Each returns InvalidArgument that names the first bad buffer or attribute.
-Status check_plan(const EpAttrs& attrs,
-                  const PlanBuffers& buffers,
-                  SourceSlot source_slot,
-                  PlanArguments& arguments);
-Status check_dispatch(const EpAttrs& attrs,
-                      int32_t wire,
-                      const DispatchBuffers& buffers,
-                      DispatchArguments& arguments);
-Status check_combine(const EpAttrs& attrs,
-                     const CombineBuffers& buffers,
-                     CombineArguments& arguments);
-
-// InvalidArgument unless the buffer is the int32 [R * T, J] that a plan of this shape yields.
-Status check_source_slot(const Buffer& buffer, const EpShape& shape);
+// Each decodes a call's operands and results, whose order and shapes are those of the op's pointers
+// in csrc/core/ops.h, after `program_rank`; on CPU without those that are for GPUs only, but for
+// the result `source_slot`, which is absent there. InvalidArgument that names the first bad buffer
+// or attribute.
+Status read_plan(const ffi::RemainingArgs& operands,
+                 const ffi::RemainingRets& results,
+                 const EpAttrs& attrs,
+                 Platform platform,
+                 OpArguments<PlanOp>& arguments);
+Status read_dispatch(const ffi::RemainingArgs& operands,
+                     const ffi::RemainingRets& results,
+                     const EpAttrs& attrs,
+                     int32_t wire,
+                     bool zero_fill,
+                     Platform platform,
+                     OpArguments<DispatchOp>& arguments);
+Status read_combine(const ffi::RemainingArgs& operands,
+                    const ffi::RemainingRets& results,
+                    const EpAttrs& attrs,
+                    Platform platform,
+                    OpArguments<CombineOp>& arguments);
 
 // An error on its way to XLA, which takes it in the type that the handler returns.
 struct Failure {
   Status status;
-  operator xla::ffi::Error() const;   // NOLINT(google-explicit-constructor)
-  operator xla::ffi::Future() const;  // NOLINT(google-explicit-constructor)
+  operator ffi::Error() const;   // NOLINT(google-explicit-constructor)
+  operator ffi::Future() const;  // NOLINT(google-explicit-constructor)
 };
 
 // Success or the error.
-xla::ffi::Error to_error(const Status& status);
+ffi::Error to_error(const Status& status);
 
 }  // namespace jax_ep
 

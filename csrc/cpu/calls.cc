@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <type_traits>
 
+#include "csrc/core/shape_check.h"
 #include "csrc/cpu/float_env.h"
 #include "csrc/cpu/rendezvous/rank_list.h"
 
@@ -24,7 +24,7 @@ struct Fields {
   size_t size = 0;
 
   void add(std::string_view name, int64_t value, std::string_view text = {}) {
-    items[size++] = {name, value, text};
+    items.at(size++) = {name, value, text};
   }
   void add_flag(std::string_view name, bool value) { add(name, value, value ? "true" : "false"); }
   template <typename Enum>
@@ -45,29 +45,29 @@ void add_shape(Fields& fields, const EpShape& shape) {
   fields.add_enum("layout", shape.layout);
 }
 
-Fields fields_of(const PlanCall& call) {
+Fields fields_of(const PlanOp& call) {
   Fields fields;
   add_shape(fields, call.shape);
   return fields;
 }
 
-Fields fields_of(const DispatchCall& call) {
+Fields fields_of(const DispatchOp& call) {
   Fields fields;
   add_shape(fields, call.shape);
   fields.add("hidden", call.hidden);
-  fields.add("scalars", call.scalars);
+  fields.add("num_scalars", call.num_scalars);
   fields.add_enum("dtype", call.dtype);
   fields.add_enum("wire", call.wire);
   fields.add_flag("zero_fill", call.zero_fill);
   return fields;
 }
 
-Fields fields_of(const CombineCall& call) {
+Fields fields_of(const CombineOp& call) {
   Fields fields;
   add_shape(fields, call.shape);
   fields.add("hidden", call.hidden);
   fields.add_flag("weighted", call.weighted);
-  fields.add("scalars", call.scalars);
+  fields.add("num_scalars", call.num_scalars);
   fields.add_enum("dtype", call.dtype);
   return fields;
 }
@@ -104,72 +104,42 @@ Status disagreement(std::string_view name, int32_t num_ranks, const Text& text) 
   return Status::invalid_argument(std::move(message));
 }
 
-Status out_of_range(std::string_view name, int64_t value, const std::string& allowed) {
-  return Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +
-                                  ", but must be " + allowed);
-}
-
-// What the operations rely on: no division by zero, and rows and tokens that int32 can count.
-Status check_shape(const EpShape& shape, size_t num_calls) {
-  constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
-  if (shape.num_ranks < 1 || static_cast<size_t>(shape.num_ranks) != num_calls) {
+// What the operation relies on: no division by zero, and rows and tokens that int32 can count.
+Status check_sizes(const EpShape& shape, size_t num_calls) {
+  if (static_cast<size_t>(shape.num_ranks) != num_calls) {
     return out_of_range("num_ranks",
                         shape.num_ranks,
                         "the number of ranks that meet, " + std::to_string(num_calls));
   }
-  if (shape.num_experts < 1 || shape.num_experts % shape.num_ranks != 0) {
-    return out_of_range("num_experts",
-                        shape.num_experts,
-                        "a positive multiple of num_ranks, " + std::to_string(shape.num_ranks));
-  }
-  if (shape.num_topk < 1 || shape.num_topk > shape.num_experts) {
-    return out_of_range("num_topk",
-                        shape.num_topk,
-                        "in [1, num_experts = " + std::to_string(shape.num_experts) + "]");
-  }
-  if (shape.num_tokens < 0 || shape.num_tokens > kMaxIndex / shape.num_ranks) {
+  return check_shape(shape);
+}
+
+Status check_rows(const EpShape& shape, int64_t hidden, int32_t num_scalars) {
+  if (hidden < 0) return out_of_range("hidden", hidden, "0 or more");
+  if (num_scalars != 0 && num_scalars != shape.num_topk) {
     return out_of_range(
-        "num_tokens",
-        shape.num_tokens,
-        "in [0, (2^31 - 1) / num_ranks], with num_ranks = " + std::to_string(shape.num_ranks));
-  }
-  if (shape.recv_capacity < 0 || shape.recv_capacity > kMaxIndex) {
-    return out_of_range("recv_capacity", shape.recv_capacity, "in [0, 2^31 - 1]");
-  }
-  const bool aligned = shape.layout == Layout::kExpert;
-  if (shape.expert_alignment < 1 || (!aligned && shape.expert_alignment != 1)) {
-    return out_of_range("expert_alignment",
-                        shape.expert_alignment,
-                        aligned ? "at least 1" : "1 where layout is rank");
+        "num_scalars", num_scalars, "0 or num_topk, " + std::to_string(shape.num_topk));
   }
   return {};
 }
 
-Status check_rows(const EpShape& shape, int64_t hidden, int32_t scalars) {
-  if (hidden < 0) return out_of_range("hidden", hidden, "at least 0");
-  if (scalars != 0 && scalars != shape.num_topk) {
-    return out_of_range("scalars", scalars, "0 or num_topk, " + std::to_string(shape.num_topk));
-  }
-  return {};
-}
-
-Status check_parameters(const PlanCall& call, size_t num_calls) {
-  return check_shape(call.shape, num_calls);
+Status check_parameters(const PlanOp& call, size_t num_calls) {
+  return check_sizes(call.shape, num_calls);
 }
 
 template <typename RowsCall>
 Status check_parameters(const RowsCall& call, size_t num_calls) {
-  if (Status status = check_shape(call.shape, num_calls); !status.ok()) return status;
-  return check_rows(call.shape, call.hidden, call.scalars);
+  if (Status status = check_sizes(call.shape, num_calls); !status.ok()) return status;
+  return check_rows(call.shape, call.hidden, call.num_scalars);
 }
 
-Status run(std::span<const PlanCall> by_rank, WorkerPool& workers) {
+Status run(std::span<const PlanOp> by_rank, WorkerPool& workers) {
   return run_plan(by_rank, workers);
 }
-Status run(std::span<const DispatchCall> by_rank, WorkerPool& workers) {
+Status run(std::span<const DispatchOp> by_rank, WorkerPool& workers) {
   return run_dispatch(by_rank, workers);
 }
-Status run(std::span<const CombineCall> by_rank, WorkerPool& workers) {
+Status run(std::span<const CombineOp> by_rank, WorkerPool& workers) {
   return run_combine(by_rank, workers);
 }
 

@@ -48,7 +48,7 @@ void sort(std::span<SortKey> keys) {
 
 class Combiner {
  public:
-  Combiner(std::span<const CombineCall> calls, WorkerPool& workers)
+  Combiner(std::span<const CombineOp> calls, WorkerPool& workers)
       : calls_(calls),
         workers_(workers),
         first_(calls[0]),
@@ -67,7 +67,7 @@ class Combiner {
   }
 
  private:
-  const CombineCall& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+  const CombineOp& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
 
   // What a token sums, and where to.
   struct TokenSum {
@@ -94,7 +94,7 @@ class Combiner {
 
   // Brings the token's scalars back, and lists its terms in the order of the sum.
   bool collect(int64_t token, std::vector<SortKey>& keys, TokenSum& result) {
-    const CombineCall& source = call(token / shape_.num_tokens);
+    const CombineOp& source = call(token / shape_.num_tokens);
     const int64_t first = token % shape_.num_tokens * num_topk_;
     size_t num_keys = 0;
     for (int32_t k = 0; k < num_topk_; ++k) {
@@ -105,7 +105,7 @@ class Combiner {
         return false;
       }
       if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
-      if (first_.scalars > 0) {
+      if (first_.num_scalars > 0) {
         source.token_scalars[first + k] =
             slot < 0 ? 0.0F : row_scalar(call(expert / num_local_).row_scalars, slot, k);
       }
@@ -142,7 +142,7 @@ class Combiner {
       const bool ends_rank = i + 1 == keys.size() || keys[i + 1].expert() / num_local_ != rank;
       // Without weights a row of the rank layout, which holds the sum of its experts, counts once.
       if (!first_.weighted && shape_.layout == Layout::kRank && !ends_rank) continue;
-      const CombineCall& dest = call(rank);
+      const CombineOp& dest = call(rank);
       const int32_t k = keys[i].k();
       const int32_t row = slot[k];
       const float weight = first_.weighted ? row_scalar(dest.weights, row, k) : 1.0F;
@@ -159,9 +159,9 @@ class Combiner {
         invalid_selection(shape_, rank, token % shape_.num_tokens, k, expert, slot));
   }
 
-  const std::span<const CombineCall> calls_;
+  const std::span<const CombineOp> calls_;
   WorkerPool& workers_;
-  const CombineCall& first_;  // all ranks have the same parameters
+  const CombineOp& first_;  // all ranks have the same parameters
   const EpShape& shape_;
   const int32_t num_topk_;
   const int32_t num_local_;
@@ -172,7 +172,7 @@ class Combiner {
 
 }  // namespace
 
-Status run_combine(std::span<const CombineCall> by_rank, WorkerPool& workers) {
+Status run_combine(std::span<const CombineOp> by_rank, WorkerPool& workers) {
   return Combiner(by_rank, workers).run();
 }
 

@@ -22,7 +22,7 @@ namespace {
 
 class Dispatcher {
  public:
-  Dispatcher(std::span<const DispatchCall> calls, WorkerPool& workers)
+  Dispatcher(std::span<const DispatchOp> calls, WorkerPool& workers)
       : calls_(calls),
         workers_(workers),
         first_(calls[0]),
@@ -30,7 +30,7 @@ class Dispatcher {
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
         row_bytes_(first_.hidden * size_bytes(first_.dtype)),
-        scalars_per_row_(first_.scalars > 0 ? shape_.scalars_per_row() : 0),
+        scalars_per_row_(first_.num_scalars > 0 ? shape_.scalars_per_row() : 0),
         streaming_(bytes_written() > kStreamBytes),
         kernels_(row_kernels(first_.dtype)) {}
 
@@ -57,7 +57,7 @@ class Dispatcher {
     return shape_.num_ranks * per_rank * row_bytes_;
   }
 
-  const DispatchCall& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+  const DispatchOp& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
 
   // Tokens are numbered through all ranks.
   void copy_tokens(int64_t begin, int64_t end) {
@@ -68,7 +68,7 @@ class Dispatcher {
     std::vector<std::byte> received(first_.wire == Wire::kSame ? 0
                                                                : static_cast<size_t>(row_bytes_));
     for (int64_t token = begin; token < end; ++token) {
-      const DispatchCall& source = call(token / shape_.num_tokens);
+      const DispatchOp& source = call(token / shape_.num_tokens);
       const int64_t first = token % shape_.num_tokens * num_topk_;
       const std::byte* row = nullptr;
       for (int32_t k = 0; k < num_topk_; ++k) {
@@ -94,7 +94,7 @@ class Dispatcher {
   }
 
   // The token's row as it reaches its destinations; `scratch` holds it on the FP8 wire.
-  const std::byte* traveling_row(const DispatchCall& source,
+  const std::byte* traveling_row(const DispatchOp& source,
                                  int64_t token,
                                  std::byte* scratch) const {
     const auto* const row =
@@ -104,7 +104,7 @@ class Dispatcher {
     return scratch;
   }
 
-  void copy_scalar_by_rank(const DispatchCall& source,
+  void copy_scalar_by_rank(const DispatchOp& source,
                            int64_t first,
                            int32_t k,
                            int32_t dest,
@@ -137,7 +137,7 @@ class Dispatcher {
     }
   }
 
-  void clear_rows(const DispatchCall& dest,
+  void clear_rows(const DispatchOp& dest,
                   int64_t begin,
                   int64_t end,
                   const RowWriter& writer) const {
@@ -171,9 +171,9 @@ class Dispatcher {
                             std::to_string(shape_.num_ranks * shape_.num_tokens) + ")"));
   }
 
-  const std::span<const DispatchCall> calls_;
+  const std::span<const DispatchOp> calls_;
   WorkerPool& workers_;
-  const DispatchCall& first_;  // all ranks have the same parameters
+  const DispatchOp& first_;  // all ranks have the same parameters
   const EpShape& shape_;
   const int32_t num_topk_;
   const int32_t num_local_;
@@ -186,7 +186,7 @@ class Dispatcher {
 
 }  // namespace
 
-Status run_dispatch(std::span<const DispatchCall> by_rank, WorkerPool& workers) {
+Status run_dispatch(std::span<const DispatchOp> by_rank, WorkerPool& workers) {
   return Dispatcher(by_rank, workers).run();
 }
 

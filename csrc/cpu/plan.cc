@@ -24,7 +24,7 @@ int32_t saturate(int64_t value) {
 
 class Planner {
  public:
-  Planner(std::span<const PlanCall> calls, WorkerPool& workers)
+  Planner(std::span<const PlanOp> calls, WorkerPool& workers)
       : calls_(calls),
         workers_(workers),
         shape_(calls[0].shape),
@@ -67,7 +67,7 @@ class Planner {
     });
   }
 
-  const PlanCall& call(int32_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+  const PlanOp& call(int32_t rank) const { return calls_[static_cast<size_t>(rank)]; }
 
   // Selections of `source` for `expert`; later the row that the next of them gets.
   int64_t& expert_cursor(int32_t source, int32_t expert) {
@@ -224,7 +224,7 @@ class Planner {
     }
   }
 
-  const std::span<const PlanCall> calls_;
+  const std::span<const PlanOp> calls_;
   WorkerPool& workers_;
   const EpShape& shape_;
   const int32_t num_ranks_;
@@ -239,7 +239,7 @@ class Planner {
 
 }  // namespace
 
-Status run_plan(std::span<const PlanCall> by_rank, WorkerPool& workers) {
+Status run_plan(std::span<const PlanOp> by_rank, WorkerPool& workers) {
   return Planner(by_rank, workers).run();
 }
 

@@ -146,14 +146,14 @@ reference::Plan Cluster::planned() const {
 std::vector<Call> Cluster::plan_calls() {
   std::vector<Call> calls;
   for (RankBuffers& rank : ranks_) {
-    calls.push_back(PlanCall{.shape = options_.shape,
-                             .topk_idx = rank.topk_idx.data(),
-                             .slot = rank.slot.data(),
-                             .row_source = rank.row_source.data(),
-                             .row_topk_idx = rank.row_topk_idx.data(),
-                             .group_sizes = rank.group_sizes.data(),
-                             .tokens_per_expert = rank.tokens_per_expert.data(),
-                             .num_dropped = &rank.num_dropped});
+    calls.push_back(PlanOp{.shape = options_.shape,
+                           .topk_idx = rank.topk_idx.data(),
+                           .slot = rank.slot.data(),
+                           .row_source = rank.row_source.data(),
+                           .row_topk_idx = rank.row_topk_idx.data(),
+                           .group_sizes = rank.group_sizes.data(),
+                           .tokens_per_expert = rank.tokens_per_expert.data(),
+                           .num_dropped = &rank.num_dropped});
   }
   return calls;
 }
@@ -161,19 +161,19 @@ std::vector<Call> Cluster::plan_calls() {
 std::vector<Call> Cluster::dispatch_calls() {
   std::vector<Call> calls;
   for (RankBuffers& rank : ranks_) {
-    calls.push_back(DispatchCall{.shape = options_.shape,
-                                 .hidden = options_.hidden,
-                                 .scalars = options_.scalars ? options_.shape.num_topk : 0,
-                                 .dtype = options_.dtype,
-                                 .wire = options_.wire,
-                                 .zero_fill = options_.zero_fill,
-                                 .x = rank.x.data(),
-                                 .token_scalars = rank.token_scalars.data(),
-                                 .topk_idx = rank.topk_idx.data(),
-                                 .slot = rank.slot.data(),
-                                 .row_source = rank.row_source.data(),
-                                 .rows = rank.rows.data(),
-                                 .row_scalars = rank.row_scalars.data()});
+    calls.push_back(DispatchOp{.shape = options_.shape,
+                               .hidden = options_.hidden,
+                               .num_scalars = options_.scalars ? options_.shape.num_topk : 0,
+                               .dtype = options_.dtype,
+                               .wire = options_.wire,
+                               .zero_fill = options_.zero_fill,
+                               .x = rank.x.data(),
+                               .token_scalars = rank.token_scalars.data(),
+                               .topk_idx = rank.topk_idx.data(),
+                               .slot = rank.slot.data(),
+                               .row_source = rank.row_source.data(),
+                               .rows = rank.rows.data(),
+                               .row_scalars = rank.row_scalars.data()});
   }
   return calls;
 }
@@ -181,18 +181,18 @@ std::vector<Call> Cluster::dispatch_calls() {
 std::vector<Call> Cluster::combine_calls() {
   std::vector<Call> calls;
   for (RankBuffers& rank : ranks_) {
-    calls.push_back(CombineCall{.shape = options_.shape,
-                                .hidden = options_.hidden,
-                                .weighted = options_.weighted,
-                                .scalars = options_.scalars ? options_.shape.num_topk : 0,
-                                .dtype = options_.dtype,
-                                .y = rank.y.data(),
-                                .weights = rank.weights.data(),
-                                .row_scalars = rank.weights.data(),
-                                .topk_idx = rank.topk_idx.data(),
-                                .slot = rank.slot.data(),
-                                .out = rank.out.data(),
-                                .token_scalars = rank.returned_scalars.data()});
+    calls.push_back(CombineOp{.shape = options_.shape,
+                              .hidden = options_.hidden,
+                              .weighted = options_.weighted,
+                              .num_scalars = options_.scalars ? options_.shape.num_topk : 0,
+                              .dtype = options_.dtype,
+                              .y = rank.y.data(),
+                              .weights = rank.weights.data(),
+                              .row_scalars = rank.weights.data(),
+                              .topk_idx = rank.topk_idx.data(),
+                              .slot = rank.slot.data(),
+                              .out = rank.out.data(),
+                              .token_scalars = rank.returned_scalars.data()});
   }
   return calls;
 }

@@ -210,61 +210,61 @@ void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
 
 PlanParams RankArrays::plan(const RankView& view) const {
   return {.view = view,
-          .shape = options().shape,
-          .call_tag = 0,  // set where it is launched
+          .call_tag = 0,
           .program_rank = program_rank_on_device_,
-          .topk_idx = topk_idx_,
-          .slot = slot_,
-          .row_source = row_source_,
-          .row_topk_idx = row_topk_idx_,
-          .source_slot = source_slot_,
-          .group_sizes = group_sizes_,
-          .tokens_per_expert = tokens_per_expert_,
-          .num_dropped = num_dropped_};
+          .op = {.shape = options().shape,
+                 .topk_idx = topk_idx_,
+                 .slot = slot_,
+                 .row_source = row_source_,
+                 .row_topk_idx = row_topk_idx_,
+                 .source_slot = source_slot_,
+                 .group_sizes = group_sizes_,
+                 .tokens_per_expert = tokens_per_expert_,
+                 .num_dropped = num_dropped_}};
 }
 
 DispatchParams RankArrays::dispatch(const RankView& view) const {
   return {.view = view,
-          .shape = options().shape,
-          .call_tag = 0,  // set where it is launched
-          .hidden = options().hidden,
-          .scalars = options().scalars ? options().shape.num_topk : 0,
-          .dtype = options().dtype,
-          .wire = options().wire,
-          .x_format = problem_.x_format,
-          .rows_format = problem_.rows_format,
-          .zero_fill = options().zero_fill,
+          .call_tag = 0,
           .program_rank = program_rank_on_device_,
-          .x = x_on_device_,
-          .x_scales = x_scales_on_device_,
-          .token_scalars = token_scalars_,
-          .topk_idx = topk_idx_,
-          .slot = slot_,
-          .row_source = row_source_,
-          .source_slot = source_slot_,
-          .rows = rows_,
-          .rows_scales = rows_scales_,
-          .row_scalars = row_scalars_};
+          .op = {.shape = options().shape,
+                 .hidden = options().hidden,
+                 .num_scalars = options().scalars ? options().shape.num_topk : 0,
+                 .dtype = options().dtype,
+                 .wire = options().wire,
+                 .x_format = problem_.x_format,
+                 .rows_format = problem_.rows_format,
+                 .zero_fill = options().zero_fill,
+                 .x = x_on_device_,
+                 .x_scales = x_scales_on_device_,
+                 .token_scalars = token_scalars_,
+                 .topk_idx = topk_idx_,
+                 .slot = slot_,
+                 .row_source = row_source_,
+                 .source_slot = source_slot_,
+                 .rows = rows_,
+                 .rows_scales = rows_scales_,
+                 .row_scalars = row_scalars_}};
 }
 
 CombineParams RankArrays::combine(const RankView& view) const {
   return {.view = view,
-          .shape = options().shape,
-          .call_tag = 0,  // set where it is launched
-          .hidden = options().hidden,
-          .weighted = options().weighted,
-          .scalars = options().scalars ? options().shape.num_topk : 0,
-          .dtype = options().dtype,
+          .call_tag = 0,
           .program_rank = program_rank_on_device_,
-          .y = y_,
-          .weights = weights_,
-          .row_scalars = weights_,
-          .topk_idx = topk_idx_,
-          .slot = slot_,
-          .row_topk_idx = row_topk_idx_,
-          .source_slot = source_slot_,
-          .out = out_,
-          .token_scalars = returned_scalars_};
+          .op = {.shape = options().shape,
+                 .hidden = options().hidden,
+                 .weighted = options().weighted,
+                 .num_scalars = options().scalars ? options().shape.num_topk : 0,
+                 .dtype = options().dtype,
+                 .y = y_,
+                 .weights = weights_,
+                 .row_scalars = weights_,
+                 .topk_idx = topk_idx_,
+                 .slot = slot_,
+                 .row_topk_idx = row_topk_idx_,
+                 .source_slot = source_slot_,
+                 .out = out_,
+                 .token_scalars = returned_scalars_}};
 }
 
 std::vector<int32_t> RankArrays::expected_source_slot() const {

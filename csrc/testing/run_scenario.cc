@@ -192,7 +192,7 @@ class GroupRun {
                  const SimulatedLaunch& launch,
                  int64_t fewer_tokens = 0) {
     const auto run = [&](auto params) {
-      params.shape.num_tokens -= fewer_tokens;
+      params.op.shape.num_tokens -= fewer_tokens;
       group_.launch(params, launch);
     };
     switch (op) {

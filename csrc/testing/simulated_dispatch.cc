@@ -15,7 +15,7 @@ SimulatedKernel kernel_of(DispatchParams params) {
 }  // namespace
 
 SimulatedKernel simulated_kernel(const DispatchParams& params) {
-  switch (params.dtype) {
+  switch (params.op.dtype) {
     case DType::kFloat32: return kernel_of<dev::Float32Rows>(params);
     case DType::kBFloat16: return kernel_of<dev::BFloat16Rows>(params);
     case DType::kFloat16: return kernel_of<dev::Float16Rows>(params);

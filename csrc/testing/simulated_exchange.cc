@@ -59,61 +59,63 @@ class RankProgram {
     const int64_t row_topk_idx = shape.layout == Layout::kRank ? scalars : 0;
     program_rank_ = place<int32_t>(1);
     rows_bytes_ = static_cast<uint64_t>(rows * (rows_quantized ? exchange.hidden : row_bytes));
-    plan_ = {.view = view,
-             .shape = shape,
-             .call_tag = 0,
-             .program_rank = program_rank_,
-             .topk_idx = operand(exchange.topk_idx, selections),
-             .slot = result(exchange.slot, selections),
-             .row_source = result(exchange.row_source, rows),
-             .row_topk_idx = result(exchange.row_topk_idx, row_topk_idx),
-             .source_slot = place<int32_t>(shape.num_ranks * shape.num_tokens * most),
-             .group_sizes = result(exchange.group_sizes, shape.num_row_groups()),
-             .tokens_per_expert = result(exchange.tokens_per_expert, shape.num_local_experts()),
-             .num_dropped = result(exchange.num_dropped, 1)};
+    plan_ = {
+        .view = view,
+        .call_tag = 0,
+        .program_rank = program_rank_,
+        .op = {.shape = shape,
+               .topk_idx = operand(exchange.topk_idx, selections),
+               .slot = result(exchange.slot, selections),
+               .row_source = result(exchange.row_source, rows),
+               .row_topk_idx = result(exchange.row_topk_idx, row_topk_idx),
+               .source_slot = place<int32_t>(shape.num_ranks * shape.num_tokens * most),
+               .group_sizes = result(exchange.group_sizes, shape.num_row_groups()),
+               .tokens_per_expert = result(exchange.tokens_per_expert, shape.num_local_experts()),
+               .num_dropped = result(exchange.num_dropped, 1)}};
     dispatch_ = {
         .view = view,
-        .shape = shape,
         .call_tag = 0,
-        .hidden = exchange.hidden,
-        .scalars = shape.num_topk,
-        .dtype = dtype,
-        .wire = static_cast<Wire>(exchange.wire),
-        .x_format = static_cast<RowFormat>(exchange.x_format),
-        .rows_format = static_cast<RowFormat>(exchange.rows_format),
-        .zero_fill = exchange.zero_fill != 0,
         .program_rank = program_rank_,
-        .x = operand(exchange.x, shape.num_tokens * (x_quantized ? exchange.hidden : row_bytes)),
-        .x_scales = operand(exchange.x_scales, x_quantized ? shape.num_tokens * scales : 0),
-        .token_scalars = operand(exchange.topk_weights, selections),
-        .topk_idx = plan_.topk_idx,
-        .slot = plan_.slot,
-        .row_source = plan_.row_source,
-        .source_slot = plan_.source_slot,
-        .rows = result(exchange.rows, static_cast<int64_t>(rows_bytes_)),
-        .rows_scales = result(exchange.rows_scales, rows_quantized ? rows * scales : 0),
-        .row_scalars = result(exchange.row_weights, scalars)};
+        .op = {.shape = shape,
+               .hidden = exchange.hidden,
+               .num_scalars = shape.num_topk,
+               .dtype = dtype,
+               .wire = static_cast<Wire>(exchange.wire),
+               .x_format = static_cast<RowFormat>(exchange.x_format),
+               .rows_format = static_cast<RowFormat>(exchange.rows_format),
+               .zero_fill = exchange.zero_fill != 0,
+               .x = operand(exchange.x,
+                            shape.num_tokens * (x_quantized ? exchange.hidden : row_bytes)),
+               .x_scales = operand(exchange.x_scales, x_quantized ? shape.num_tokens * scales : 0),
+               .token_scalars = operand(exchange.topk_weights, selections),
+               .topk_idx = plan_.op.topk_idx,
+               .slot = plan_.op.slot,
+               .row_source = plan_.op.row_source,
+               .source_slot = plan_.op.source_slot,
+               .rows = result(exchange.rows, static_cast<int64_t>(rows_bytes_)),
+               .rows_scales = result(exchange.rows_scales, rows_quantized ? rows * scales : 0),
+               .row_scalars = result(exchange.row_weights, scalars)}};
     weighted_ = {.view = view,
-                 .shape = shape,
                  .call_tag = 0,
-                 .hidden = exchange.hidden,
-                 .weighted = true,
-                 .scalars = shape.num_topk,
-                 .dtype = dtype,
                  .program_rank = program_rank_,
-                 .y = operand(exchange.y, rows * row_bytes),
-                 .weights = dispatch_.row_scalars,
-                 .row_scalars = dispatch_.row_scalars,
-                 .topk_idx = plan_.topk_idx,
-                 .slot = plan_.slot,
-                 .row_topk_idx = plan_.row_topk_idx,
-                 .source_slot = plan_.source_slot,
-                 .out = result(exchange.weighted, shape.num_tokens * row_bytes),
-                 .token_scalars = result(exchange.returned_weights, selections)};
+                 .op = {.shape = shape,
+                        .hidden = exchange.hidden,
+                        .weighted = true,
+                        .num_scalars = shape.num_topk,
+                        .dtype = dtype,
+                        .y = operand(exchange.y, rows * row_bytes),
+                        .weights = dispatch_.op.row_scalars,
+                        .row_scalars = dispatch_.op.row_scalars,
+                        .topk_idx = plan_.op.topk_idx,
+                        .slot = plan_.op.slot,
+                        .row_topk_idx = plan_.op.row_topk_idx,
+                        .source_slot = plan_.op.source_slot,
+                        .out = result(exchange.weighted, shape.num_tokens * row_bytes),
+                        .token_scalars = result(exchange.returned_weights, selections)}};
     unweighted_ = weighted_;
-    unweighted_.weighted = false;
-    unweighted_.scalars = 0;
-    unweighted_.out = result(exchange.unweighted, shape.num_tokens * row_bytes);
+    unweighted_.op.weighted = false;
+    unweighted_.op.num_scalars = 0;
+    unweighted_.op.out = result(exchange.unweighted, shape.num_tokens * row_bytes);
   }
 
   [[nodiscard]] uint64_t bytes() const { return bytes_; }
@@ -148,12 +150,12 @@ class RankProgram {
       machine.write(r, operand.device, operand.host, operand.bytes);
     }
     // Dispatch may leave rows alone that hold no token: NaN in every dtype.
-    if (rows_bytes_ > 0) machine.fill(r, dispatch_.rows, 0xFF, rows_bytes_);
+    if (rows_bytes_ > 0) machine.fill(r, dispatch_.op.rows, 0xFF, rows_bytes_);
   }
 
   void download(sim::Machine& machine, int32_t call) const {
     for (const Result& result : results_) {
-      const auto ranks = static_cast<uint64_t>(plan_.shape.num_ranks);
+      const auto ranks = static_cast<uint64_t>(plan_.op.shape.num_ranks);
       std::byte* const host = result.host + static_cast<uint64_t>(call) * ranks * result.bytes;
       machine.read(static_cast<uint32_t>(rank_), result.device, host, result.bytes);
     }

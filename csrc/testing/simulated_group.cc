@@ -16,7 +16,7 @@ constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
 
 template <typename Params>
 void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
-  params.call_tag = call_tag_of(params, launch.place);
+  params.call_tag = call_tag_of(params.op, launch.place);
   SimulatedKernel kernel = simulated_kernel(params);
   machine.launch(
       static_cast<uint32_t>(params.view.rank),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFI handlers for platform cpu, one per target. Each validates its buffers (arguments.h),
-// fills the call of csrc/cpu/calls.h and joins the site's rendezvous.
+// The FFI handlers for platform cpu, one per target. Each validates its buffers (op_arguments.h)
+// and joins its call site's rendezvous.
 #ifndef JAX_EP_XLA_FFI_CPU_HANDLERS_H_
 #define JAX_EP_XLA_FFI_CPU_HANDLERS_H_
 

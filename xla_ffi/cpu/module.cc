@@ -34,7 +34,7 @@ nb::capsule capsule(XLA_FFI_Handler* handler) {
 
 nb::dict cpu_target(XLA_FFI_Handler* execute) {
   nb::dict stages;
-  stages["instantiate"] = capsule(instantiate_cpu_site);
+  stages["instantiate"] = capsule(instantiate_call_site);
   stages["execute"] = capsule(execute);
   return stages;
 }

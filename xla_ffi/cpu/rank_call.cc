@@ -13,58 +13,60 @@
 
 namespace jax_ep {
 
-ffi::TypeId CpuSite::id = {};
+ffi::TypeId CallSiteState::id = {};
 
 namespace {
 
-ffi::ErrorOr<std::unique_ptr<CpuSite>> instantiate() { return std::make_unique<CpuSite>(); }
+ffi::ErrorOr<std::unique_ptr<CallSiteState>> instantiate() {
+  return std::make_unique<CallSiteState>();
+}
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate, ffi::Ffi::BindInstantiate());
 
 }  // namespace
 
-XLA_FFI_Error* instantiate_cpu_site(XLA_FFI_CallFrame* frame) {
-  return with_state<CpuSite, kInstantiate>(frame);
+XLA_FFI_Error* instantiate_call_site(XLA_FFI_CallFrame* frame) {
+  return with_state<CallSiteState, kInstantiate>(frame);
 }
 
-ffi::Future refuse_call(const CpuCaller& caller, const Status& status) {
-  caller.site->rendezvous.refuse_run(caller.run_id.run_id, status);
+ffi::Future refuse_call(const RankCall& call, const Status& status) {
+  call.site->rendezvous.refuse_run(call.run_id.run_id, status);
   return Failure{status};
 }
 
-ffi::Future join_site(const CpuCaller& caller,
-                      const EpAttrs& attrs,
-                      const Buffer& program_rank,
-                      Call call) {
-  const std::string_view op = op_name(call);
+ffi::Future join_rendezvous(const RankCall& call,
+                            const EpAttrs& attrs,
+                            const int32_t* program_rank,
+                            Call op) {
+  const std::string_view name = op_name(op);
   GroupInfoPtr group;
-  if (Status status = GroupRegistry::instance().find_open(attrs.group_id, op, group);
+  if (Status status = GroupRegistry::instance().find_open(attrs.group_id, name, group);
       !status.ok()) {
-    return refuse_call(caller, status);
+    return refuse_call(call, status);
   }
-  const auto place = group->places.find(caller.device);
+  const auto place = group->places.find(call.device);
   if (place == group->places.end()) {
-    return refuse_call(caller,
+    return refuse_call(call,
                        {StatusCode::kFailedPrecondition,
-                        group->name + " has no rank on CPU device " +
-                            std::to_string(caller.device) + ", which runs its " + std::string(op) +
+                        group->name + " has no rank on CPU device " + std::to_string(call.device) +
+                            ", which runs its " + std::string(name) +
                             "; run the program on the mesh that the group was made for"});
   }
-  Rendezvous::Arrival arrival{.run_id = caller.run_id.run_id,
+  Rendezvous::Arrival arrival{.run_id = call.run_id.run_id,
                               .group = group,
-                              .device = caller.device,
+                              .device = call.device,
                               .place = place->second,
                               .num_ranks = attrs.num_ranks,
-                              .call = std::move(call),
+                              .call = std::move(op),
                               .refusal = {}};
-  const int32_t claimed = *program_rank.data<const int32_t>();
+  const int32_t claimed = *program_rank;
   if (claimed != place->second.rank) {
     arrival.refusal = {StatusCode::kFailedPrecondition,
-                       wrong_rank_text(op, claimed, place->second.rank)};
+                       wrong_rank_text(name, claimed, place->second.rank)};
   }
   ffi::Promise promise;
   ffi::Future future(promise);
-  caller.site->rendezvous.join(std::move(arrival), [promise](const Status& outcome) mutable {
+  call.site->rendezvous.join(std::move(arrival), [promise](const Status& outcome) mutable {
     if (outcome.ok()) {
       promise.SetAvailable();
     } else {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFI handlers for platform CUDA, one per target. Each validates its buffers (arguments.h),
+// The FFI handlers for platform CUDA, one per target. Each validates its buffers (op_arguments.h),
 // fills the parameters of csrc/core/kernel_params.h and enqueues one kernel. None allocates,
 // synchronizes or reads back, so that XLA may record them in CUDA graphs.
 #ifndef JAX_EP_XLA_FFI_CUDA_HANDLERS_H_

@@ -6,15 +6,11 @@
 
 namespace jax_ep {
 
-Status find_site(const EpAttrs& attrs,
-                 int32_t device,
-                 std::string_view op,
-                 const EpShape& shape,
-                 CudaSite& site) {
-  JAX_EP_RETURN_IF_ERROR(CudaGroupRegistry::instance().find_open(attrs.group_id, op, site.group));
-  JAX_EP_RETURN_IF_ERROR(site.group->find(device, site.rank));
-  JAX_EP_RETURN_IF_ERROR(site.rank->error());
-  return check_fits(site.heap(), shape);
+Status find_rank(const EpAttrs& attrs, std::string_view op, const EpShape& shape, RankCall& call) {
+  JAX_EP_RETURN_IF_ERROR(CudaGroupRegistry::instance().find_open(attrs.group_id, op, call.group));
+  JAX_EP_RETURN_IF_ERROR(call.group->find(call.device, call.rank));
+  JAX_EP_RETURN_IF_ERROR(call.rank->error());
+  return check_fits(call.heap(), shape);
 }
 
 }  // namespace jax_ep

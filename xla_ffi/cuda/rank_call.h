@@ -9,33 +9,50 @@
 #include <memory>
 #include <string_view>
 
-#include "csrc/core/ep_shape.h"
 #include "csrc/core/kernel_params.h"
 #include "csrc/core/status.h"
 #include "csrc/runtime/cuda_group.h"
+#include "csrc/runtime/cuda_status.h"
+#include "csrc/tuning/heuristics.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/op_arguments.h"
 
 namespace jax_ep {
 
-namespace ffi = xla::ffi;
-
-// The rank that a handler launches a kernel for. Its group lives as long.
-struct CudaSite {
-  std::shared_ptr<CudaGroup> group;
+// One rank's execution of a custom call. Its group lives as long.
+struct RankCall {
+  int32_t device = 0;  // its ordinal
+  cudaStream_t stream = nullptr;
+  uint32_t place = 0;  // see call_tag
+  std::shared_ptr<CudaGroup> group = nullptr;
   const RankContext* rank = nullptr;
 
   [[nodiscard]] const HeapShape& heap() const { return group->config().heap; }
 };
 
-// Finds the rank of a call on a device. FailedPrecondition if the group has been closed or has no
+// Finds the rank of a call on its device. FailedPrecondition if the group has been closed or has no
 // rank there, RankContext::error() if a kernel of the rank has given up, InvalidArgument if the
 // call does not fit the group's heap.
-Status find_site(const EpAttrs& attrs,
-                 int32_t device,
-                 std::string_view op,
-                 const EpShape& shape,
-                 CudaSite& site);
+Status find_rank(const EpAttrs& attrs, std::string_view op, const EpShape& shape, RankCall& call);
+
+// Launches the kernel of an op that moves rows of so many bytes (0: none).
+template <typename Op>
+ffi::Error launch(const RankCall& call,
+                  const OpArguments<Op>& arguments,
+                  int64_t row_bytes,
+                  cudaError_t (*launch_kernel)(const KernelParams<Op>&,
+                                               const LaunchShape&,
+                                               cudaStream_t)) {
+  const KernelParams<Op> params{.view = call.rank->view(),
+                                .call_tag = call_tag_of(arguments.op, call.place),
+                                .program_rank = arguments.program_rank,
+                                .op = arguments.op};
+  const LaunchShape shape =
+      launch_shape(Op::kKind, arguments.op.shape, row_bytes, call.rank->sm_budget());
+  const DeviceGuard guard(call.device);
+  JAX_EP_FAIL_IF_ERROR(guard.status());
+  return to_error(JAX_EP_CUDA_STATUS(launch_kernel(params, shape, call.stream)));
+}
 
 }  // namespace jax_ep
 

@@ -22,9 +22,9 @@ namespace {
 constexpr EpShape kShape{
     .num_ranks = 4, .num_experts = 8, .num_topk = 2, .num_tokens = 16, .recv_capacity = 64};
 
-PlanCall plan_call() { return {.shape = kShape}; }
-DispatchCall dispatch_call() { return {.shape = kShape, .hidden = 512, .scalars = 2}; }
-CombineCall combine_call() { return {.shape = kShape, .hidden = 512}; }
+PlanOp plan_call() { return {.shape = kShape}; }
+DispatchOp dispatch_call() { return {.shape = kShape, .hidden = 512, .num_scalars = 2}; }
+CombineOp combine_call() { return {.shape = kShape, .hidden = 512}; }
 
 std::vector<Call> copies(const Call& call) { return std::vector<Call>(4, call); }
 
@@ -45,11 +45,12 @@ TEST(Calls, HaveProperties) {
             "expert_alignment=1 layout=expert ");
   EXPECT_EQ(texts(dispatch_call()),
             "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
-            "expert_alignment=1 layout=expert hidden=512 scalars=2 dtype=float32 wire=same "
+            "expert_alignment=1 layout=expert hidden=512 num_scalars=2 dtype=float32 wire=same "
             "zero_fill=true ");
-  EXPECT_EQ(texts(combine_call()),
-            "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
-            "expert_alignment=1 layout=expert hidden=512 weighted=false scalars=0 dtype=float32 ");
+  EXPECT_EQ(
+      texts(combine_call()),
+      "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
+      "expert_alignment=1 layout=expert hidden=512 weighted=false num_scalars=0 dtype=float32 ");
 }
 
 TEST(Agreement, OfEqualCalls) {
@@ -61,7 +62,7 @@ TEST(Agreement, OfEqualCalls) {
 
 TEST(Agreement, NamesRanksAndValues) {
   std::vector<Call> calls = copies(dispatch_call());
-  std::get<DispatchCall>(calls[2]).hidden = 256;
+  std::get<DispatchOp>(calls[2]).hidden = 256;
   const Status status = check_agreement(calls);
   EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(status.message(), "ranks disagree: hidden is 512 on ranks 0,1,3 and 256 on rank 2");
@@ -69,9 +70,9 @@ TEST(Agreement, NamesRanksAndValues) {
 
 TEST(Agreement, NamesEveryValueOfTheFirstDifference) {
   std::vector<Call> calls = copies(dispatch_call());
-  std::get<DispatchCall>(calls[1]).hidden = 256;
-  std::get<DispatchCall>(calls[2]).shape.num_tokens = 8;
-  std::get<DispatchCall>(calls[3]).shape.num_tokens = 4;
+  std::get<DispatchOp>(calls[1]).hidden = 256;
+  std::get<DispatchOp>(calls[2]).shape.num_tokens = 8;
+  std::get<DispatchOp>(calls[3]).shape.num_tokens = 4;
   EXPECT_EQ(check_agreement(calls).message(),
             "ranks disagree: num_tokens is 16 on ranks 0,1, 8 on rank 2 and 4 on rank 3");
 }
@@ -85,7 +86,7 @@ TEST(Agreement, NamesDifferentOps) {
 
 // Each static parameter is compared; buffers, which differ by nature, are not.
 TEST(Agreement, CoversEveryParameter) {
-  const std::vector<std::pair<std::string, std::function<void(DispatchCall&)>>> changes = {
+  const std::vector<std::pair<std::string, std::function<void(DispatchOp&)>>> changes = {
       {"num_ranks is 4 on ranks 0-2 and 5 on rank 3", [](auto& c) { c.shape.num_ranks = 5; }},
       {"num_experts is 8 on ranks 0-2 and 9 on rank 3", [](auto& c) { c.shape.num_experts = 9; }},
       {"num_topk is 2 on ranks 0-2 and 1 on rank 3", [](auto& c) { c.shape.num_topk = 1; }},
@@ -95,7 +96,7 @@ TEST(Agreement, CoversEveryParameter) {
        [](auto& c) { c.shape.expert_alignment = 8; }},
       {"layout is expert on ranks 0-2 and rank on rank 3",
        [](auto& c) { c.shape.layout = Layout::kRank; }},
-      {"scalars is 2 on ranks 0-2 and 0 on rank 3", [](auto& c) { c.scalars = 0; }},
+      {"num_scalars is 2 on ranks 0-2 and 0 on rank 3", [](auto& c) { c.num_scalars = 0; }},
       {"dtype is float32 on ranks 0-2 and bfloat16 on rank 3",
        [](auto& c) { c.dtype = DType::kBFloat16; }},
       {"wire is same on ranks 0-2 and float8_e4m3fn on rank 3",
@@ -103,51 +104,49 @@ TEST(Agreement, CoversEveryParameter) {
       {"zero_fill is true on ranks 0-2 and false on rank 3", [](auto& c) { c.zero_fill = false; }}};
   for (const auto& [message, change] : changes) {
     std::vector<Call> calls = copies(dispatch_call());
-    change(std::get<DispatchCall>(calls[3]));
+    change(std::get<DispatchOp>(calls[3]));
     EXPECT_EQ(check_agreement(calls).message(), "ranks disagree: " + message);
   }
   std::vector<Call> calls = copies(combine_call());
-  std::get<CombineCall>(calls[3]).weighted = true;
+  std::get<CombineOp>(calls[3]).weighted = true;
   EXPECT_EQ(check_agreement(calls).message(),
             "ranks disagree: weighted is false on ranks 0-2 and true on rank 3");
   float scalar = 0;
   std::vector<Call> with_buffers = copies(dispatch_call());
-  std::get<DispatchCall>(with_buffers[3]).token_scalars = &scalar;
+  std::get<DispatchOp>(with_buffers[3]).token_scalars = &scalar;
   EXPECT_TRUE(check_agreement(with_buffers).ok());
 }
 
 TEST(Execute, RefusesParametersItCannotCountWith) {
-  const std::vector<std::pair<std::string, std::function<void(DispatchCall&)>>> changes = {
-      {"num_ranks is 3, but must be the number of ranks that meet, 4",
+  const std::vector<std::pair<std::string, std::function<void(DispatchOp&)>>> changes = {
+      {"num_ranks is 3; allowed: the number of ranks that meet, 4",
        [](auto& c) { c.shape.num_ranks = 3; }},
-      {"num_ranks is 0, but must be the number of ranks that meet, 4",
+      {"num_ranks is 0; allowed: the number of ranks that meet, 4",
        [](auto& c) { c.shape.num_ranks = 0; }},
-      {"num_experts is 6, but must be a positive multiple of num_ranks, 4",
+      {"num_experts is 6; allowed: a positive multiple of num_ranks, 4",
        [](auto& c) { c.shape.num_experts = 6; }},
-      {"num_experts is 0, but must be a positive multiple of num_ranks, 4",
+      {"num_experts is 0; allowed: a positive multiple of num_ranks, 4",
        [](auto& c) { c.shape.num_experts = 0; }},
-      {"num_topk is 9, but must be in [1, num_experts = 8]", [](auto& c) { c.shape.num_topk = 9; }},
-      {"num_topk is 0, but must be in [1, num_experts = 8]", [](auto& c) { c.shape.num_topk = 0; }},
-      {"num_tokens is -1, but must be in [0, (2^31 - 1) / num_ranks], with num_ranks = 4",
+      {"num_topk is 9; allowed: 1 to num_experts, 8", [](auto& c) { c.shape.num_topk = 9; }},
+      {"num_topk is 0; allowed: 1 to num_experts, 8", [](auto& c) { c.shape.num_topk = 0; }},
+      {"num_tokens is -1; allowed: 0 to (2^31 - 1) / num_ranks, with num_ranks = 4",
        [](auto& c) { c.shape.num_tokens = -1; }},
-      {"num_tokens is 536870912, but must be in [0, (2^31 - 1) / num_ranks], with num_ranks = 4",
+      {"num_tokens is 536870912; allowed: 0 to (2^31 - 1) / num_ranks, with num_ranks = 4",
        [](auto& c) { c.shape.num_tokens = 536'870'912; }},
-      {"recv_capacity is 2147483648, but must be in [0, 2^31 - 1]",
+      {"recv_capacity is 2147483648; allowed: 0 to 2^31 - 1",
        [](auto& c) { c.shape.recv_capacity = 2'147'483'648; }},
-      {"recv_capacity is -1, but must be in [0, 2^31 - 1]",
-       [](auto& c) { c.shape.recv_capacity = -1; }},
-      {"expert_alignment is 0, but must be at least 1",
-       [](auto& c) { c.shape.expert_alignment = 0; }},
-      {"expert_alignment is 2, but must be 1 where layout is rank",
+      {"recv_capacity is -1; allowed: 0 to 2^31 - 1", [](auto& c) { c.shape.recv_capacity = -1; }},
+      {"expert_alignment is 0; allowed: 1 or more", [](auto& c) { c.shape.expert_alignment = 0; }},
+      {"expert_alignment is 2; allowed: 1 where layout is rank",
        [](auto& c) {
          c.shape.expert_alignment = 2;
          c.shape.layout = Layout::kRank;
        }},
-      {"hidden is -8, but must be at least 0", [](auto& c) { c.hidden = -8; }},
-      {"scalars is 1, but must be 0 or num_topk, 2", [](auto& c) { c.scalars = 1; }}};
+      {"hidden is -8; allowed: 0 or more", [](auto& c) { c.hidden = -8; }},
+      {"num_scalars is 1; allowed: 0 or num_topk, 2", [](auto& c) { c.num_scalars = 1; }}};
   WorkerPool workers(0);
   for (const auto& [message, change] : changes) {
-    DispatchCall call = dispatch_call();
+    DispatchOp call = dispatch_call();
     change(call);
     const Status status = execute(copies(call), workers);
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);

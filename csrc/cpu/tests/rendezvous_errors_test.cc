@@ -102,7 +102,7 @@ TEST_F(RendezvousErrors, DifferentParametersFailAll) {
   std::deque<ShiftRank> all = ranks(4);
   for (int32_t rank = 0; rank < 4; ++rank) {
     join(all[rank], [rank](auto& arrival) {
-      if (rank == 2) std::get<PlanCall>(arrival.call).shape.num_tokens = 5;
+      if (rank == 2) std::get<PlanOp>(arrival.call).shape.num_tokens = 5;
     });
   }
   for (Completion& completion : completions_) {
@@ -116,7 +116,7 @@ TEST_F(RendezvousErrors, DifferentParametersFailAll) {
 TEST_F(RendezvousErrors, DifferentOpsFailAll) {
   std::deque<ShiftRank> all = ranks(3);
   join(all[0]);
-  join(all[1], [](auto& arrival) { arrival.call = CombineCall{}; });
+  join(all[1], [](auto& arrival) { arrival.call = CombineOp{}; });
   join(all[2]);
   for (Completion& completion : completions_) {
     expect_error(completion,
@@ -150,7 +150,7 @@ TEST_F(RendezvousErrors, TheOperationsErrorReachesAll) {
   for (int32_t rank = 0; rank < 3; ++rank) {
     join(all[rank], [&](auto& arrival) {
       arrival.place.group_index = 5;
-      if (rank == 1) std::get<PlanCall>(arrival.call).topk_idx = &bad;
+      if (rank == 1) std::get<PlanOp>(arrival.call).topk_idx = &bad;
     });
   }
   for (Completion& completion : completions_) {

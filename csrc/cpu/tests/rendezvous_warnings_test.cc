@@ -88,7 +88,7 @@ TEST_F(RendezvousWarnings, WhatFailsIsPostedOnceForAllRanks) {
   const int32_t bad = 17;
   for (int32_t rank = 0; rank < 2; ++rank) {
     Rendezvous::Arrival arrival = all[rank].arrival();
-    if (rank == 1) std::get<PlanCall>(arrival.call).topk_idx = &bad;
+    if (rank == 1) std::get<PlanOp>(arrival.call).topk_idx = &bad;
     join(site, std::move(arrival));
   }
   for (Completion& completion : completions_) {

@@ -28,7 +28,7 @@ cudaError_t load_combine() {
 cudaError_t launch_combine(const CombineParams& params,
                            const LaunchShape& shape,
                            cudaStream_t stream) {
-  switch (params.dtype) {
+  switch (params.op.dtype) {
     case DType::kFloat32:
       return launch_kernel<Kernel<dev::Float32Rows>, Tile>(params, shape, stream);
     case DType::kBFloat16:

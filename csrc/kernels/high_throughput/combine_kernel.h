@@ -30,10 +30,10 @@ class CombineKernel {
  public:
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
       : params_(params),
-        shape_(params.shape),
+        shape_(params.op.shape),
         exchange_(params.view, OpKind::kCombine, params.call_tag, params.program_rank),
         terms_(shared<typename Tile::SharedStorage>().terms[warp_id()]),
-        hidden_(params.hidden),
+        hidden_(params.op.hidden),
         row_bytes_(hidden_ * static_cast<i64>(sizeof(typename Rows::Element))),
         vectors_(row_bytes_ % 16 == 0),
         rank_(params.view.rank),
@@ -100,7 +100,7 @@ class CombineKernel {
     const i64 number = owner * num_tokens_ + token;
     i32 row = -1;
     if (static_cast<i32>(lane_id()) < most) {
-      row = ld(Ptr<const i32>{params_.source_slot} + (number * most + lane_id()));
+      row = ld(Ptr<const i32>{params_.op.source_slot} + (number * most + lane_id()));
     }
     if (row >= shape_.recv_capacity) row = -1;
     const u32 holders = warp_ballot(row >= 0);
@@ -108,13 +108,14 @@ class CombineKernel {
     if (part == 0) send_scalars(owner, token, row);
     if (hidden_ == 0) return;
     const i32 count =
-        by_rank() && params_.weighted ? list_selections(row) : list_rows(row, holders);
+        by_rank() && params_.op.weighted ? list_selections(row) : list_rows(row, holders);
     warp_sync();
     sum(
         count,
         part,
         [this](i32 term) {
-          return Ptr<const std::byte>{static_cast<const std::byte*>(params_.y)} + term * row_bytes_;
+          return Ptr<const std::byte>{static_cast<const std::byte*>(params_.op.y)} +
+                 term * row_bytes_;
         },
         staged_row(exchange_.view(), owner, rank_, token));
     warp_sync();  // the terms are read before the next token's are written
@@ -126,7 +127,8 @@ class CombineKernel {
       // The rows of a plan have no holes; those of a handle from elsewhere may.
       const u32 place = count_bits(holders & lanes_below(lane_id()));
       terms_.row[place] = row;
-      terms_.weight[place] = params_.weighted ? ld(Ptr<const float>{params_.weights} + row) : 1.0F;
+      terms_.weight[place] =
+          params_.op.weighted ? ld(Ptr<const float>{params_.op.weights} + row) : 1.0F;
     }
     return static_cast<i32>(count_bits(holders));
   }
@@ -136,7 +138,7 @@ class CombineKernel {
     const auto row = static_cast<i32>(warp_shfl(static_cast<u32>(row_of_lane_0), 0));
     const i64 at = i64{row} * num_topk_ + lane_id();
     const bool is_selection = static_cast<i32>(lane_id()) < num_topk_;
-    const i32 local = is_selection ? ld(Ptr<const i32>{params_.row_topk_idx} + at) : -1;
+    const i32 local = is_selection ? ld(Ptr<const i32>{params_.op.row_topk_idx} + at) : -1;
     u32 place = 0;
     for (i32 k = 0; k < num_topk_; ++k) {
       const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
@@ -147,22 +149,22 @@ class CombineKernel {
     }
     if (local >= 0) {
       terms_.row[place] = row;
-      terms_.weight[place] = ld(Ptr<const float>{params_.weights} + at);
+      terms_.weight[place] = ld(Ptr<const float>{params_.op.weights} + at);
     }
     return static_cast<i32>(count_bits(warp_ballot(local >= 0)));
   }
 
   JAX_EP_DEVICE void send_scalars(i32 owner, i64 token, i32 row) {
-    if (params_.scalars == 0) return;
+    if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const Ptr<float> to = staged_scalars(exchange_.view(), owner, rank_, token, num_topk_) + lane;
     if (!by_rank()) {
-      if (row >= 0) st(to, ld(Ptr<const float>{params_.row_scalars} + row));
+      if (row >= 0) st(to, ld(Ptr<const float>{params_.op.row_scalars} + row));
       return;
     }
     const auto from = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
     if (lane >= static_cast<u32>(num_topk_)) return;
-    st(to, ld(Ptr<const float>{params_.row_scalars} + (i64{from} * num_topk_ + lane)));
+    st(to, ld(Ptr<const float>{params_.op.row_scalars} + (i64{from} * num_topk_ + lane)));
   }
 
   // --- the receivers ---------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class CombineKernel {
 
   JAX_EP_DEVICE void receive_token(i64 token, i32 part) {
     const Selections selections(
-        shape_, Ptr<const i32>{params_.topk_idx}, Ptr<const i32>{params_.slot}, token);
+        shape_, Ptr<const i32>{params_.op.topk_idx}, Ptr<const i32>{params_.op.slot}, token);
     if (part == 0) receive_scalars(selections, token);
     if (hidden_ == 0) return;
     const u32 place = selections.ranks_before(num_topk_);
@@ -204,12 +206,12 @@ class CombineKernel {
           const Ptr<std::byte> row = staged_row(exchange_.view(), rank_, source, token);
           return Ptr<const std::byte>{row.raw};
         },
-        Ptr<std::byte>{static_cast<std::byte*>(params_.out)} + token * row_bytes_);
+        Ptr<std::byte>{static_cast<std::byte*>(params_.op.out)} + token * row_bytes_);
     warp_sync();
   }
 
   JAX_EP_DEVICE void receive_scalars(const Selections& selections, i64 token) {
-    if (params_.scalars == 0) return;
+    if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const u32 place = by_rank() ? lane : selections.place(num_topk_);
     if (lane >= static_cast<u32>(num_topk_)) return;
@@ -218,15 +220,15 @@ class CombineKernel {
             ? ld(staged_scalars(exchange_.view(), rank_, selections.dest(), token, num_topk_) +
                  place)
             : 0.0F;
-    st(Ptr<float>{params_.token_scalars} + (token * num_topk_ + lane), scalar);
+    st(Ptr<float>{params_.op.token_scalars} + (token * num_topk_ + lane), scalar);
   }
 
   // --- when the group has been closed ----------------------------------------------------------
 
   JAX_EP_DEVICE void leave_no_results() {
-    exchange_.poison(static_cast<typename Rows::Element*>(params_.out), num_tokens_ * hidden_);
-    if (params_.scalars > 0) {
-      exchange_.poison(reinterpret_cast<u32*>(params_.token_scalars), num_tokens_ * num_topk_);
+    exchange_.poison(static_cast<typename Rows::Element*>(params_.op.out), num_tokens_ * hidden_);
+    if (params_.op.num_scalars > 0) {
+      exchange_.poison(reinterpret_cast<u32*>(params_.op.token_scalars), num_tokens_ * num_topk_);
     }
     exchange_.report_closed();
   }

@@ -21,22 +21,22 @@ class DispatchKernel {
  public:
   JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
       : params_(params),
-        shape_(params.shape),
+        shape_(params.op.shape),
         exchange_(params.view, OpKind::kDispatch, params.call_tag, params.program_rank),
         ring_(shared<typename Tile::SharedStorage>().stages[warp_id()]),
-        hidden_(params.hidden),
-        x_bytes_(element_bytes(params.x_format == RowFormat::kFloat8E4M3)),
-        wire_bytes_(element_bytes(params.wire == Wire::kFloat8E4M3)),
-        rows_bytes_(element_bytes(params.rows_format == RowFormat::kFloat8E4M3)),
+        hidden_(params.op.hidden),
+        x_bytes_(element_bytes(params.op.x_format == RowFormat::kFloat8E4M3)),
+        wire_bytes_(element_bytes(params.op.wire == Wire::kFloat8E4M3)),
+        rows_bytes_(element_bytes(params.op.rows_format == RowFormat::kFloat8E4M3)),
         bulk_(hidden_ * least(least(x_bytes_, wire_bytes_), rows_bytes_) % 16 == 0),
         segments_(hidden_,
                   Tile::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
                   // Rows, and the scales behind them, are copied 16 bytes at a time.
-                  params.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
-                                                   : 16 / static_cast<i32>(sizeof(Element))),
+                  params.op.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
+                                                      : 16 / static_cast<i32>(sizeof(Element))),
         num_blocks_(ceil_div(hidden_, kScaleBlock)),
         // Rows that stay on this rank, and stay as they are, need no staging.
-        stays_(params.wire == Wire::kSame ? params.view.rank : -1),
+        stays_(params.op.wire == Wire::kSame ? params.view.rank : -1),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
@@ -61,12 +61,12 @@ class DispatchKernel {
   }
   JAX_EP_DEVICE static i32 least(i32 a, i32 b) { return a < b ? a : b; }
   JAX_EP_DEVICE bool by_rank() const { return shape_.layout == Layout::kRank; }
-  JAX_EP_DEVICE bool fp8_wire() const { return params_.wire == Wire::kFloat8E4M3; }
+  JAX_EP_DEVICE bool fp8_wire() const { return params_.op.wire == Wire::kFloat8E4M3; }
   JAX_EP_DEVICE bool quantizes() const {
-    return fp8_wire() && params_.x_format == RowFormat::kDType;
+    return fp8_wire() && params_.op.x_format == RowFormat::kDType;
   }
   JAX_EP_DEVICE bool restores() const {
-    return fp8_wire() && params_.rows_format == RowFormat::kDType;
+    return fp8_wire() && params_.op.rows_format == RowFormat::kDType;
   }
   JAX_EP_DEVICE i64 first_token(i32 chunk) const { return i64{chunk} * chunk_tokens_; }
   JAX_EP_DEVICE i64 last_token(i32 chunk) const {
@@ -74,11 +74,11 @@ class DispatchKernel {
     return last < num_tokens_ ? last : num_tokens_;
   }
   JAX_EP_DEVICE Ptr<const std::byte> x_row(i64 token) const {
-    return Ptr<const std::byte>{static_cast<const std::byte*>(params_.x)} +
+    return Ptr<const std::byte>{static_cast<const std::byte*>(params_.op.x)} +
            token * hidden_ * x_bytes_;
   }
   JAX_EP_DEVICE Ptr<std::byte> out_row(i64 row) const {
-    return Ptr<std::byte>{static_cast<std::byte*>(params_.rows)} + row * hidden_ * rows_bytes_;
+    return Ptr<std::byte>{static_cast<std::byte*>(params_.op.rows)} + row * hidden_ * rows_bytes_;
   }
 
   // --- the senders -----------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class DispatchKernel {
 
   JAX_EP_DEVICE Selections selections_of(i64 token) const {
     return Selections(
-        shape_, Ptr<const i32>{params_.topk_idx}, Ptr<const i32>{params_.slot}, token);
+        shape_, Ptr<const i32>{params_.op.topk_idx}, Ptr<const i32>{params_.op.slot}, token);
   }
 
   JAX_EP_DEVICE i32 first_segment(i32 part) const { return part * segments_.count / num_parts_; }
@@ -147,7 +147,7 @@ class DispatchKernel {
     } else if (fp8_wire()) {
       const i64 block = first / kScaleBlock + lane_id();
       const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < channels;
-      const auto scales = Ptr<const float>{params_.x_scales} + token * num_blocks_;
+      const auto scales = Ptr<const float>{params_.op.x_scales} + token * num_blocks_;
       complete_segment(stage, channels, is_block ? ld(scales + block) : 0.0F);
     }
     if (!selections.leads() || selections.dest() == stays_) return;
@@ -166,11 +166,11 @@ class DispatchKernel {
   }
 
   JAX_EP_DEVICE void send_scalars(const Selections& selections, i64 token) {
-    if (params_.scalars == 0) return;
+    if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const bool is_selection = lane < static_cast<u32>(num_topk_);
     const float scalar =
-        is_selection ? ld(Ptr<const float>{params_.token_scalars} + (token * num_topk_ + lane))
+        is_selection ? ld(Ptr<const float>{params_.op.token_scalars} + (token * num_topk_ + lane))
                      : 0.0F;
     if (!by_rank()) {
       const u32 place = selections.place(num_topk_);
@@ -199,7 +199,7 @@ class DispatchKernel {
         quantize_elements(token, to);
       } else if (fp8_wire()) {
         copy_elements(as<u8>(to), as<const u8>(x_row(token)));
-        copy_scales(scales_behind(to), Ptr<const float>{params_.x_scales} + token * num_blocks_);
+        copy_scales(scales_behind(to), Ptr<const float>{params_.op.x_scales} + token * num_blocks_);
       } else {
         copy_elements(as<Element>(to), as<const Element>(x_row(token)));
       }
@@ -271,7 +271,7 @@ class DispatchKernel {
     const i32 most = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
     if (static_cast<i32>(lane_id()) >= most) return -1;
     const i64 number = source * num_tokens_ + token;
-    const i32 row = ld(Ptr<const i32>{params_.source_slot} + (number * most + lane_id()));
+    const i32 row = ld(Ptr<const i32>{params_.op.source_slot} + (number * most + lane_id()));
     return row < shape_.recv_capacity ? row : -1;
   }
 
@@ -322,23 +322,23 @@ class DispatchKernel {
     for (; holders != 0; holders &= holders - 1) {
       const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), lowest_bit(holders)));
       for (i64 block = lane_id(); block < blocks; block += kWarpSize) {
-        st(Ptr<float>{params_.rows_scales} + (to * num_blocks_ + first_block + block),
+        st(Ptr<float>{params_.op.rows_scales} + (to * num_blocks_ + first_block + block),
            ld(scales + block));
       }
     }
   }
 
   JAX_EP_DEVICE void expand_scalars(i32 source, i64 token, i32 row) {
-    if (params_.scalars == 0) return;
+    if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const Ptr<float> scalars = staged_scalars(exchange_.view(), rank_, source, token, num_topk_);
     if (!by_rank()) {
-      if (row >= 0) st(Ptr<float>{params_.row_scalars} + row, ld(scalars + lane));
+      if (row >= 0) st(Ptr<float>{params_.op.row_scalars} + row, ld(scalars + lane));
       return;
     }
     const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
     if (to < 0 || lane >= static_cast<u32>(num_topk_)) return;
-    st(Ptr<float>{params_.row_scalars} + (i64{to} * num_topk_ + lane), ld(scalars + lane));
+    st(Ptr<float>{params_.op.row_scalars} + (i64{to} * num_topk_ + lane), ld(scalars + lane));
   }
 
   JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
@@ -354,7 +354,7 @@ class DispatchKernel {
         }
       } else if (fp8_wire()) {
         copy_elements(as<u8>(out_row(to)), as<const u8>(from));
-        copy_scales(Ptr<float>{params_.rows_scales} + to * num_blocks_, {scales.raw});
+        copy_scales(Ptr<float>{params_.op.rows_scales} + to * num_blocks_, {scales.raw});
       } else {
         copy_elements(as<Element>(out_row(to)), as<const Element>(from));
       }
@@ -364,11 +364,11 @@ class DispatchKernel {
   // --- rows that hold no token -----------------------------------------------------------------
 
   JAX_EP_DEVICE void clear_rows_without_token(i32 warp, i32 num_warps) {
-    if (!params_.zero_fill && params_.scalars == 0) return;
+    if (!params_.op.zero_fill && params_.op.num_scalars == 0) return;
     const i64 capacity = shape_.recv_capacity;
     for (i64 first = i64{warp} * kWarpSize; first < capacity; first += i64{num_warps} * kWarpSize) {
       const i64 row = first + lane_id();
-      const bool empty = row < capacity && ld(Ptr<const i32>{params_.row_source} + row) < 0;
+      const bool empty = row < capacity && ld(Ptr<const i32>{params_.op.row_source} + row) < 0;
       for (u32 rows = warp_ballot(empty); rows != 0; rows &= rows - 1) {
         clear_row(first + lowest_bit(rows));
       }
@@ -377,13 +377,13 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void clear_row(i64 row) {
     const i32 scalars = by_rank() ? num_topk_ : 1;
-    if (params_.scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
-      st(Ptr<float>{params_.row_scalars} + (row * scalars + lane_id()), 0.0F);
+    if (params_.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
+      st(Ptr<float>{params_.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
     }
-    if (!params_.zero_fill) return;
-    if (params_.rows_format == RowFormat::kFloat8E4M3) {
+    if (!params_.op.zero_fill) return;
+    if (params_.op.rows_format == RowFormat::kFloat8E4M3) {
       for (i64 block = lane_id(); block < num_blocks_; block += kWarpSize) {
-        st(Ptr<float>{params_.rows_scales} + (row * num_blocks_ + block), 0.0F);
+        st(Ptr<float>{params_.op.rows_scales} + (row * num_blocks_ + block), 0.0F);
       }
     }
     const i64 bytes = hidden_ * rows_bytes_;
@@ -406,15 +406,15 @@ class DispatchKernel {
   JAX_EP_DEVICE void leave_no_results() {
     const i64 capacity = shape_.recv_capacity;
     const i64 elements = capacity * hidden_;
-    if (params_.rows_format == RowFormat::kFloat8E4M3) {
-      exchange_.poison(static_cast<u8*>(params_.rows), elements);
-      exchange_.poison(reinterpret_cast<u32*>(params_.rows_scales), capacity * num_blocks_);
+    if (params_.op.rows_format == RowFormat::kFloat8E4M3) {
+      exchange_.poison(static_cast<u8*>(params_.op.rows), elements);
+      exchange_.poison(reinterpret_cast<u32*>(params_.op.rows_scales), capacity * num_blocks_);
     } else {
-      exchange_.poison(static_cast<Element*>(params_.rows), elements);
+      exchange_.poison(static_cast<Element*>(params_.op.rows), elements);
     }
-    if (params_.scalars > 0) {
+    if (params_.op.num_scalars > 0) {
       const i64 scalars = by_rank() ? num_topk_ : 1;
-      exchange_.poison(reinterpret_cast<u32*>(params_.row_scalars), capacity * scalars);
+      exchange_.poison(reinterpret_cast<u32*>(params_.op.row_scalars), capacity * scalars);
     }
     exchange_.report_closed();
   }

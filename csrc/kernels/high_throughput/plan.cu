@@ -28,7 +28,7 @@ cudaError_t load_plan() {
 }
 
 cudaError_t launch_plan(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  const EpShape& ep = params.shape;
+  const EpShape& ep = params.op.shape;
   const int32_t bins = num_bins(ep.layout, ep.num_experts, ep.num_ranks);
   if (shape.num_warps == FewBins::kWarps && bins <= FewBins::kMaxBins) {
     return launch_kernel<Kernel<FewBins>, FewBins>(params, shape, stream);

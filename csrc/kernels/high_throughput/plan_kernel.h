@@ -24,7 +24,7 @@ class PlanKernel {
  public:
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
       : params_(params),
-        shape_(params.shape),
+        shape_(params.op.shape),
         exchange_(params.view, OpKind::kPlan, params.call_tag, params.program_rank),
         memory_(shared<typename Tile::SharedStorage>()),
         rank_(params.view.rank),
@@ -80,7 +80,7 @@ class PlanKernel {
       const i64 first = i64{chunk} * tokens;
       const i64 last = first + tokens < num_tokens_ ? first + tokens : num_tokens_;
       const i64 elements = (last - first) * num_topk_;
-      const auto from = Ptr<const i32>{params_.topk_idx} + first * num_topk_;
+      const auto from = Ptr<const i32>{params_.op.topk_idx} + first * num_topk_;
       for (i64 i = lane_id(); i < elements; i += kWarpSize) {
         const i32 expert = ld(from + i);
         for (i32 peer = 0; peer < num_ranks_; ++peer) {
@@ -280,7 +280,7 @@ class PlanKernel {
       advance(taken);
       const i32 token = first + lane_token_;
       if (own && has_token(tile, first)) {
-        st(Ptr<i32>{params_.slot} + (i64{first} * num_topk_ + lane_id()), slot_of(row));
+        st(Ptr<i32>{params_.op.slot} + (i64{first} * num_topk_ + lane_id()), slot_of(row));
       }
       const bool is_here = taken.bin >= 0 && here(expert);
       const i64 number = has_token(tile, first) ? i64{tile.source} * num_tokens_ + token : -1;
@@ -329,11 +329,11 @@ class PlanKernel {
       place += static_cast<u32>(warp_shfl(row, lane) < row && (held >> lane & 1) != 0);
     }
     if (number < 0) return;
-    const Ptr<i32> rows = Ptr<i32>{params_.source_slot} + number * most;
+    const Ptr<i32> rows = Ptr<i32>{params_.op.source_slot} + number * most;
     const auto k = static_cast<i32>(lane_id() - first_lane_);
     if (is_held) {
       st(rows + place, static_cast<i32>(row));
-      st(Ptr<i32>{params_.row_source} + row, static_cast<i32>(number));
+      st(Ptr<i32>{params_.op.row_source} + row, static_cast<i32>(number));
     }
     if (k >= static_cast<i32>(count_bits(held)) && k < most) st(rows + k, -1);
   }
@@ -344,12 +344,13 @@ class PlanKernel {
     if (number < 0) return;
     const bool is_first = lane_id() == first_lane_;
     if (is_first) {
-      st(Ptr<i32>{params_.source_slot} + number,
+      st(Ptr<i32>{params_.op.source_slot} + number,
          holders != 0 ? static_cast<i32>(row_of_token) : -1);
     }
     if (holders == 0) return;
-    if (is_first) st(Ptr<i32>{params_.row_source} + row_of_token, static_cast<i32>(number));
-    st(Ptr<i32>{params_.row_topk_idx} + (i64{row_of_token} * num_topk_ + (lane_id() - first_lane_)),
+    if (is_first) st(Ptr<i32>{params_.op.row_source} + row_of_token, static_cast<i32>(number));
+    st(Ptr<i32>{params_.op.row_topk_idx} +
+           (i64{row_of_token} * num_topk_ + (lane_id() - first_lane_)),
        is_here ? expert - rank_ * num_local_ : -1);
   }
 
@@ -360,23 +361,24 @@ class PlanKernel {
     u32 dropped = 0;
     for (i32 local = static_cast<i32>(lane_id()); local < num_local_; local += kWarpSize) {
       const u32 total = ld(totals() + (rank_ * num_local_ + local));
-      st(Ptr<i32>{params_.tokens_per_expert} + local, static_cast<i32>(total));
+      st(Ptr<i32>{params_.op.tokens_per_expert} + local, static_cast<i32>(total));
       if (by_rank()) continue;
       const u32 start = memory_.start[rank_ * num_local_ + local];
-      st(Ptr<i32>{params_.group_sizes} + local, static_cast<i32>(end_of(local) - start));
+      st(Ptr<i32>{params_.op.group_sizes} + local, static_cast<i32>(end_of(local) - start));
       dropped += total - (clip(u64{start} + total) - start);
     }
     for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_ && by_rank();
          source += kWarpSize) {
       const u32 begin = rows_before(source);
       const u32 end = rows_before(source + 1);
-      st(Ptr<i32>{params_.group_sizes} + source, static_cast<i32>(clip(end) - clip(begin)));
+      st(Ptr<i32>{params_.op.group_sizes} + source, static_cast<i32>(clip(end) - clip(begin)));
       dropped += (end - clip(end)) - (begin - clip(begin));
     }
     dropped = warp_shfl(inclusive_sum(dropped), kWarpSize - 1);
     constexpr u32 kInt32Max = 0x7FFF'FFFF;
     if (lane_id() != 0) return;
-    st(Ptr<i32>{params_.num_dropped}, static_cast<i32>(dropped < kInt32Max ? dropped : kInt32Max));
+    st(Ptr<i32>{params_.op.num_dropped},
+       static_cast<i32>(dropped < kInt32Max ? dropped : kInt32Max));
   }
 
   // Layout "rank": rows of this rank that hold tokens of earlier sources.
@@ -398,9 +400,9 @@ class PlanKernel {
 
   JAX_EP_DEVICE void clear(u32 begin, u32 end, u32 worker, u32 num_workers) {
     for (i64 row = i64{begin} + worker; row < end; row += num_workers) {
-      st(Ptr<i32>{params_.row_source} + row, -1);
+      st(Ptr<i32>{params_.op.row_source} + row, -1);
       for (i32 k = 0; k < num_topk_ && by_rank(); ++k) {
-        st(Ptr<i32>{params_.row_topk_idx} + (row * num_topk_ + k), -1);
+        st(Ptr<i32>{params_.op.row_topk_idx} + (row * num_topk_ + k), -1);
       }
     }
   }
@@ -411,13 +413,13 @@ class PlanKernel {
   JAX_EP_DEVICE void leave_no_results() {
     const i64 selections = i64{num_tokens_} * num_topk_;
     const i32 most = max_rows_per_token(shape_.layout, num_topk_, num_local_);
-    exchange_.poison(params_.slot, selections);
-    exchange_.poison(params_.row_source, capacity_);
-    if (by_rank()) exchange_.poison(params_.row_topk_idx, i64{capacity_} * num_topk_);
-    exchange_.poison(params_.source_slot, i64{num_ranks_} * num_tokens_ * most);
-    exchange_.fill(Ptr<i32>{params_.group_sizes}, shape_.num_row_groups(), 0);
-    exchange_.fill(Ptr<i32>{params_.tokens_per_expert}, num_local_, 0);
-    exchange_.fill(Ptr<i32>{params_.num_dropped}, 1, 0);
+    exchange_.poison(params_.op.slot, selections);
+    exchange_.poison(params_.op.row_source, capacity_);
+    if (by_rank()) exchange_.poison(params_.op.row_topk_idx, i64{capacity_} * num_topk_);
+    exchange_.poison(params_.op.source_slot, i64{num_ranks_} * num_tokens_ * most);
+    exchange_.fill(Ptr<i32>{params_.op.group_sizes}, shape_.num_row_groups(), 0);
+    exchange_.fill(Ptr<i32>{params_.op.tokens_per_expert}, num_local_, 0);
+    exchange_.fill(Ptr<i32>{params_.op.num_dropped}, 1, 0);
     exchange_.report_closed();
   }
 

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// One rank's part of each operation: sizes, and pointers to the rank's own memory. The CPU runs an
+// operation on the ops of all ranks of a group; a kernel is launched with the op of its rank.
+//
+// The letters of the shapes are those of csrc/core/ep_shape.h. What an op can do without is null.
+#ifndef JAX_EP_CSRC_CORE_OPS_H_
+#define JAX_EP_CSRC_CORE_OPS_H_
+
+#include <cstdint>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/ep_shape.h"
+#include "csrc/core/protocol.h"
+
+namespace jax_ep {
+
+// Routing -> row of every selection at its destination, and the counts.
+struct PlanOp {
+  static constexpr OpKind kKind = OpKind::kPlan;
+
+  EpShape shape;
+  // [T, K] in: global expert, -1 = no selection. What is not in [-1, E) is an error on the CPU, and
+  // counts as -1 on GPUs.
+  const int32_t* topk_idx = nullptr;
+  int32_t* slot = nullptr;          // [T, K] out: row at the destination rank, -1 = none or dropped
+  int32_t* row_source = nullptr;    // [C] out: source rank * T + source token, -1 = no token
+  int32_t* row_topk_idx = nullptr;  // [C, K] out, kRank only: local expert or -1
+  // [R * T, J] out, GPUs only: rows that this rank holds of each token of each rank, ascending,
+  // then -1; J = max_rows_per_token.
+  int32_t* source_slot = nullptr;
+  int32_t* group_sizes = nullptr;        // [num_row_groups] out: rows, alignment padding included
+  int32_t* tokens_per_expert = nullptr;  // [L] out: selections asked for, before any drop
+  int32_t* num_dropped = nullptr;        // [] out: rows of this rank past the capacity
+};
+
+// How rows look outside the kernels: in `dtype`, or quantized with their scales.
+enum class RowFormat : int32_t {
+  kDType = 0,
+  kFloat8E4M3 = 1,  // float8_e4m3fn [.., H] and float32 scales [.., ceil(H / kScaleBlock)]
+};
+
+// Rows and scalars travel from their tokens to their slots.
+struct DispatchOp {
+  static constexpr OpKind kKind = OpKind::kDispatch;
+
+  EpShape shape;
+  int64_t hidden = 0;       // H, elements; 0: no rows travel
+  int32_t num_scalars = 0;  // K: one float32 per selection travels too; 0: none does
+  DType dtype = DType::kFloat32;
+  Wire wire = Wire::kSame;
+  RowFormat x_format = RowFormat::kDType;     // kFloat8E4M3: GPUs only, and on the FP8 wire
+  RowFormat rows_format = RowFormat::kDType;  // likewise
+  bool zero_fill = true;            // rows that hold no token become zeros, else are left alone
+  const void* x = nullptr;          // [T, H] in
+  const float* x_scales = nullptr;  // [T, ceil(H / 128)] in, x_format kFloat8E4M3 only
+  const float* token_scalars = nullptr;  // [T, num_scalars] in
+  const int32_t* topk_idx = nullptr;     // [T, K] in, as given to the plan
+  const int32_t* slot = nullptr;         // [T, K] in, from the plan
+  const int32_t* row_source = nullptr;   // [C] in, from the plan
+  const int32_t* source_slot = nullptr;  // [R * T, J] in, from the plan; GPUs only
+  void* rows = nullptr;                  // [C, H] out
+  float* rows_scales = nullptr;          // [C, ceil(H / 128)] out, rows_format kFloat8E4M3 only
+  float* row_scalars = nullptr;  // [C] (kExpert) or [C, K] (kRank) out if num_scalars > 0; zeros
+                                 // where there is no selection
+};
+
+// Rows travel back and are summed; row scalars travel back to their selections.
+struct CombineOp {
+  static constexpr OpKind kKind = OpKind::kCombine;
+
+  EpShape shape;
+  int64_t hidden = 0;  // H; 0: no rows travel
+  bool weighted = false;
+  int32_t num_scalars = 0;  // K: row_scalars travel back; 0: they don't
+  DType dtype = DType::kFloat32;
+  const void* y = nullptr;                // [C, H] in
+  const float* weights = nullptr;         // [C] (kExpert) or [C, K] (kRank) in if weighted
+  const float* row_scalars = nullptr;     // like weights, in if num_scalars > 0
+  const int32_t* topk_idx = nullptr;      // [T, K] in
+  const int32_t* slot = nullptr;          // [T, K] in
+  const int32_t* row_topk_idx = nullptr;  // [C, K] in, GPUs only, if kRank and weighted
+  const int32_t* source_slot = nullptr;   // [R * T, J] in, GPUs only
+  void* out = nullptr;                    // [T, H] out
+  float* token_scalars = nullptr;         // [T, K] out if num_scalars > 0; 0 where slot < 0
+};
+
+// The tag of an op's call (see csrc/core/protocol.h, which says what `place` is).
+constexpr uint32_t call_tag_of(const PlanOp& op, uint32_t place) {
+  return call_tag(op.shape, 0, DType::kFloat32, Wire::kSame, 0, false, place);
+}
+constexpr uint32_t call_tag_of(const DispatchOp& op, uint32_t place) {
+  return call_tag(op.shape, op.hidden, op.dtype, op.wire, op.num_scalars, false, place);
+}
+constexpr uint32_t call_tag_of(const CombineOp& op, uint32_t place) {
+  return call_tag(op.shape, op.hidden, op.dtype, Wire::kSame, op.num_scalars, op.weighted, place);
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CORE_OPS_H_

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef JAX_EP_CSRC_CORE_SHAPE_CHECK_H_
+#define JAX_EP_CSRC_CORE_SHAPE_CHECK_H_
+
+#include <cstdint>
+#include <string_view>
+
+#include "csrc/core/ep_shape.h"
+#include "csrc/core/status.h"
+
+namespace jax_ep {
+
+// InvalidArgument that names the first size that no operation can count with, what it is and what
+// is allowed.
+Status check_shape(const EpShape& shape);
+
+// InvalidArgument: "`name` is `value`; allowed: `allowed`".
+Status out_of_range(std::string_view name, int64_t value, std::string_view allowed);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CORE_SHAPE_CHECK_H_
