@@ -138,7 +138,7 @@ BAZEL_PYTHON ?= $(VENV)/bazel/bin/python
 BAZEL ?= bazel
 BAZEL_TEST = PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL) test --jobs=$(JOBS)
 
-bazel: $(BAZEL_PYTHON) ## Build and test with Bazel, and a monorepo that uses jax_ep (docs/bazel.md)
+bazel: $(BAZEL_PYTHON) ## Build and test with Bazel, and a monorepo that uses jax_ep (docs/guide/bazel.md)
 	@command -v $(firstword $(BAZEL)) >/dev/null || { echo 'jax_ep: there is no Bazel. Debian:' \
 	  'apt-get install bazel-bootstrap bazel-platforms bazel-rules-java bazel-rules-proto' >&2; exit 1; }
 	$(BAZEL_TEST) $(ARGS) //...

@@ -2,7 +2,8 @@
 """Measures dispatch + combine on 8 CPU devices against what users write with lax collectives.
 
 Every variant is checked against the oracle first. Times are taken in turns, in random order;
-memory in a process for each variant. docs/benchmarks.md says what is compared, and how.
+memory in a process for each variant. docs/measurements/benchmarks.md says what is compared, and
+how.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 """Measures plan, dispatch, combine and their backward passes with all ranks on one GPU.
 
 Ranks are processes under MPS, as in the tests of tests/gpu, whose launcher is used here. So this
-exercises the GPU's memory, and no NVLink. docs/benchmarks.md says what is measured, and how.
+exercises the GPU's memory, and no NVLink. docs/measurements/benchmarks.md says what is measured,
+and how.
 """
 
 import argparse

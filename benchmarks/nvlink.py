@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures dispatch and combine with a GPU for each rank, beside what XLA's collectives take.
 
-Every way is checked before it is timed. docs/benchmarks.md says what is measured, and how.
+Every way is checked before it is timed. docs/measurements/benchmarks.md says what is measured, and
+how.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/protocol.md and docs/kernels.md say what the kernels' sources say."""
+"""docs/design/protocol.md and docs/design/kernels.md say what the kernels' sources say."""
 
 import importlib
 import pathlib
@@ -39,7 +39,7 @@ def lint(monkeypatch):
 
 
 def test_the_table_of_the_heap_is_up_to_date(heap_table):
-    page = (ROOT / "docs" / "protocol.md").read_text()
+    page = (ROOT / "docs" / "design" / "protocol.md").read_text()
     assert page == heap_table.page(), "run python tools/docs/heap_table.py"
 
 
@@ -74,7 +74,7 @@ def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
 
 
 def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):
-    page = (ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "design" / "kernels.md").read_text()
     tokens, ranks = heap_table.EXAMPLE.max_tokens, heap_table.EXAMPLE.num_ranks
     chunk = heap_table.chunk_tokens(tokens)
     tile = heap_table.tile_tokens(tokens, ranks)
@@ -89,7 +89,7 @@ def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):
 
 
 def test_the_tables_of_bytes_are_up_to_date(traffic):
-    page = (ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "design" / "kernels.md").read_text()
     assert page == traffic.page(), "run python tools/docs/kernel_traffic.py"
 
 
@@ -104,7 +104,7 @@ def test_a_token_goes_to_as_many_ranks_as_counting_says(traffic):
 
 
 def test_the_bounds_in_the_text_are_those_of_the_tables(traffic):
-    page = (ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "design" / "kernels.md").read_text()
     for operation in ("dispatch, FP8 wire", "combine, BF16"):
         assert f"**{traffic.link_microseconds(traffic.EXAMPLE, operation):.0f} µs**" in page
     ratios = [
@@ -117,7 +117,7 @@ def test_the_bounds_in_the_text_are_those_of_the_tables(traffic):
 
 
 def test_the_page_names_the_tiles_that_are_compiled():
-    page = (ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "design" / "kernels.md").read_text()
     tiles = [
         tile
         for source in (CSRC / "kernels").glob("*.cu")
@@ -125,7 +125,7 @@ def test_the_page_names_the_tiles_that_are_compiled():
     ]
     assert len(tiles) == 4
     for tile in tiles:
-        assert f"`{tile}`" in page, f"{tile} is not in docs/kernels.md"
+        assert f"`{tile}`" in page, f"{tile} is not in docs/design/kernels.md"
 
 
 # --- memory order ------------------------------------------------------------------------------

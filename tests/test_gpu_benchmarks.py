@@ -201,7 +201,7 @@ def test_committed_results_can_be_reported(path):
 
 
 def test_the_page_shows_the_last_results():
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = (ROOT / "docs" / "measurements" / "benchmarks.md").read_text()
     shown = [gpu_report.to_markdown(json.loads(path.read_text())) in page for path in RESULTS]
     assert sum(shown) == 1
 

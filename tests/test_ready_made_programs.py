@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that one process saves and another runs, by the code of docs/ready_made_programs.md."""
+"""Programs that one process saves and another runs.
+
+The code is that of docs/guide/ready_made_programs.md.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ import jax_ep
 from jax_ep._src import native
 from programs import make_mesh
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "ready_made_programs.md"
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "ready_made_programs.md"
 TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
 FORMS = ("executable", "exported")
 

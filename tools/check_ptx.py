@@ -2,8 +2,9 @@
 """Compares the order of memory that nvcc makes of the kernels with a table of it.
 
 The table counts, in the PTX of each kernel, the instructions that release, acquire, fence, wait or
-copy in bulk. The protocol (docs/protocol.md) rests on them, and a simulator of the sources does not
-see that a compiler, a library or a changed wrapper makes others of them. Needs nvcc, but no GPU.
+copy in bulk. The protocol (docs/design/protocol.md) rests on them, and a simulator of the sources
+does not see that a compiler, a library or a changed wrapper makes others of them. Needs nvcc, but
+no GPU.
 
     python tools/check_ptx.py [--update] [--jobs N]
 """

@@ -21,7 +21,8 @@ class Floor:
 
     Attributes:
         own: what the operation is about: its inputs read once, its outputs written once.
-        through_heap: these, and what staging in the heap adds; docs/kernels.md has the steps.
+        through_heap: these, and what staging in the heap adds; docs/design/kernels.md has the
+            steps.
     """
 
     own: int

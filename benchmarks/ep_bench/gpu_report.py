@@ -274,6 +274,6 @@ def to_text(found: Mapping[str, Any]) -> str:
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
-    """Everything, for docs/benchmarks.md."""
+    """Everything, for docs/measurements/benchmarks.md."""
     parts = [f"{title}\n\n{table}" for title, table in _parts(found, "github")]
     return "\n\n".join([_where(found), summary(found), *parts])

@@ -196,5 +196,5 @@ def to_text(found: Found) -> str:
 
 
 def to_markdown(found: Found) -> str:
-    """Everything, for docs/benchmarks.md."""
+    """Everything, for docs/measurements/benchmarks.md."""
     return "\n\n".join(_parts(found, "github"))

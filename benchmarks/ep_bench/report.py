@@ -128,7 +128,7 @@ def sizes_table(results: Sequence[Result], tablefmt: str) -> str:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """Everything, for `docs/benchmarks.md`."""
+    """Everything, for `docs/measurements/benchmarks.md`."""
     where, results = report["environment"], report["results"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     memory = memory_table(results, "github")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The symmetric heap: one table gives every region's place and size. Host sizing, the kernels and
-// docs/protocol.md read it; nothing else knows an offset.
+// docs/design/protocol.md read it; nothing else knows an offset.
 //
 // Every rank of a group holds one heap of the same layout. Its first part is mapped by the group's
 // other ranks; the rest, from `peer_bytes` on, is the rank's own.

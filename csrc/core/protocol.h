@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ranks of a group tell each other of an exchange, as words; docs/protocol.md explains it.
-// The kernels, the host and the simulator read this header; nothing else knows a bit of a flag.
+// What the ranks of a group tell each other of an exchange, as words; docs/design/protocol.md
+// explains it. The kernels, the host and the simulator read this header; nothing else knows a bit
+// of a flag.
 #ifndef JAX_EP_CSRC_CORE_PROTOCOL_H_
 #define JAX_EP_CSRC_CORE_PROTOCOL_H_
 

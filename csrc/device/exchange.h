@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The protocol of an exchange among the ranks of a group; docs/protocol.md explains it.
+// The protocol of an exchange among the ranks of a group; docs/design/protocol.md explains it.
 //
 // Exchange e of a group is its e-th plan, dispatch or combine, counted on every rank in device
 // memory, so that a captured graph can be replayed. An arrival flag also holds the operation and

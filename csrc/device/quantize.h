@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The FP8 wire: a warp quantizes and restores a segment of a row in place, in shared memory, or a
-// row element by element. Values and scales are those of docs/numerics.md.
+// row element by element. Values and scales are those of docs/guide/numerics.md.
 #ifndef JAX_EP_CSRC_DEVICE_QUANTIZE_H_
 #define JAX_EP_CSRC_DEVICE_QUANTIZE_H_
 

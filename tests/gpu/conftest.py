@@ -23,7 +23,9 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def only_by_make_gpu() -> None:
     """One run of these tests takes all SMs of a GPU, so they do not run beside others."""
     if "JAX_EP_GPU_TESTS" not in os.environ:
-        pytest.skip("needs a GPU for itself: `make gpu` runs it, see docs/gpu_tests.md")
+        pytest.skip(
+            "needs a GPU for itself: `make gpu` runs it, see docs/measurements/gpu_tests.md"
+        )
 
 
 @pytest.fixture(scope="session")

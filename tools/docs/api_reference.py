@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/api.md from signatures and docstrings: `python tools/docs/api_reference.py`.
+"""Writes docs/guide/api.md from signatures and docstrings: `python tools/docs/api_reference.py`.
 
 Reads the source text of the package that Python imports, and imports neither JAX nor Flax, so that
 the page is the same whatever versions are installed. A test compares the page with what this gives.
@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "api.md"
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "guide" / "api.md"
 
 # Heading, what the names are reached through, the module that says which names and where they are.
 SECTIONS = (
@@ -242,7 +242,7 @@ def names() -> dict[str, list[str]]:
 
 
 def page() -> str:
-    """The text of docs/api.md."""
+    """The text of docs/guide/api.md."""
     parts = [INTRODUCTION.strip()]
     for title, modules in SECTIONS:
         parts.append(f"## {title}")

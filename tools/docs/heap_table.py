@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of the heap's regions into docs/protocol.md, from csrc/core/heap_layout.h.
+"""Writes the table of the heap's regions into docs/design/protocol.md.
 
-Regions, what they hold and how large they are is read from the header's text, so it needs neither a
-compiler nor CUDA. The functions that the header's formulas call are repeated here.
+The regions, what they hold and their sizes are read from the text of csrc/core/heap_layout.h, so it
+needs neither a compiler nor CUDA. The functions that the header's formulas call are repeated
+here.
 """
 
 import ast
@@ -14,7 +15,7 @@ import sys
 import marked_part
 
 HEADER = marked_part.ROOT / "csrc" / "core" / "heap_layout.h"
-PAGE = marked_part.ROOT / "docs" / "protocol.md"
+PAGE = marked_part.ROOT / "docs" / "design" / "protocol.md"
 SCRIPT = "tools/docs/heap_table.py"
 
 _REGION = re.compile(r"^  k(\w+), +// (\w+(?: \[[^\]]*\])?): (.*)$", re.MULTILINE)
@@ -191,7 +192,7 @@ def text() -> str:
 
 
 def page() -> str:
-    """Returns docs/protocol.md with the table as it should be."""
+    """Returns docs/design/protocol.md with the table as it should be."""
     return marked_part.replaced(PAGE.read_text(), SCRIPT, text())
 
 

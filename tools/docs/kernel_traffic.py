@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of bytes and bounds into docs/kernels.md.
+"""Writes the tables of bytes and bounds into docs/design/kernels.md.
 
 Counts what one rank moves in one operation, on average over routings in which each token selects K
 of E experts, all sets alike, and no row is dropped.
@@ -11,7 +11,7 @@ import sys
 
 import marked_part
 
-PAGE = marked_part.ROOT / "docs" / "kernels.md"
+PAGE = marked_part.ROOT / "docs" / "design" / "kernels.md"
 SCRIPT = "tools/docs/kernel_traffic.py"
 
 # Of an H200: NVLink in one direction, as comparable libraries reach it of the nominal 450 GB/s,
@@ -158,7 +158,7 @@ def text() -> str:
 
 
 def page() -> str:
-    """Returns docs/kernels.md with the tables as they should be."""
+    """Returns docs/design/kernels.md with the tables as they should be."""
     return marked_part.replaced(PAGE.read_text(), SCRIPT, text())
 
 

@@ -2,7 +2,7 @@
 """Checks that the kernels' memory ordering is written down, and in one place.
 
 - A comment RELEASE(name) or ACQUIRE(name) stands by every release and every wait of the kernels.
-  Each name has both, and a row in docs/protocol.md.
+  Each name has both, and a row in docs/design/protocol.md.
 - Only cuda_primitives.h holds asm.
 - Kernels and device headers reach the hardware through primitives.h alone: what the simulator does
   not see, it cannot check.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGE = "docs/protocol.md"
+PAGE = "docs/design/protocol.md"
 PRIMITIVES = "csrc/device/cuda_primitives.h"
 # Made of CUDA by necessity: the primitives, and conversions between number formats.
 HARDWARE = {PRIMITIVES, "csrc/device/convert.h"}

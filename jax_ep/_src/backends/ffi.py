@@ -22,7 +22,7 @@ def _with_program_rank(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, .
     """(program_rank, *operands), all varying over the same mesh axes.
 
     `program_rank`, int32[1], is the rank that this program takes its device for. Who meets whom is
-    not for a program to say: the device says it, see docs/ordering.md.
+    not for a program to say: the device says it, see docs/design/ordering.md.
     """
     rank = jax.lax.axis_index(spec.axis_names).astype(jnp.int32)[None]
     return compat.varying_alike(rank, *operands)
