@@ -120,6 +120,35 @@ def test_the_readmes_make_targets_exist():
     assert {"train", "test", "bench"} <= named <= targets
 
 
+# --- words -------------------------------------------------------------------------------------
+
+
+def _not_said() -> list[str]:
+    glossary = (ROOT / "docs" / "guide" / "glossary.md").read_text()
+    table = glossary[glossary.index("## Not said") :]
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", table, re.MULTILINE)
+    return [word for row in rows[1:] for word in row.split(", ")]
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+
+
+def _said(text: str) -> list[str]:
+    return [word for word in _not_said() if re.search(rf"\b{word}\b", _prose(text))]
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=["root", *_ids(PAGES)])
+def test_pages_use_the_words_of_the_glossary(page):
+    if page.name != "glossary.md":
+        assert not _said(page.read_text()), f"{page.name}: docs/guide/glossary.md says what to say"
+
+
+def test_words_that_are_not_said_are_found():
+    assert _said("The ranks of a meeting. `story.h` runs\n```sh\nrun_story\n```\n") == ["meeting"]
+    assert _said("Stories of PEs, internode.") == ["PEs", "internode"]
+
+
 # --- the API reference -------------------------------------------------------------------------
 
 
