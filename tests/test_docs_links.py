@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pages link to, and the pages that any file names, exist, with their headings.
 
-Checked are the links of all Markdown files, and in every file of the repository whatever looks like
-a path below `docs/`: in comments, in messages, in commands.
+Checked are the links of all Markdown files, the sources that their prose names, and in every file
+of the repository whatever looks like a path below `docs/`: in comments, in messages, in commands.
 """
 
 import pathlib
@@ -19,6 +19,10 @@ _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A path below docs/, and an anchor if there is one. tools/docs is another folder.
 _NAMED = re.compile(r"(?<![\w./-])(docs/[\w./-]*\w)(?:#([\w-]+))?")
+# A source that a page names: `csrc/core/protocol.h`.
+_SOURCE = re.compile(
+    r"`((?:benchmarks|cmake|csrc|examples|jax_ep|tests|tools|xla_ffi)/[\w./-]*\w)`"
+)
 # What was typed when something was measured stays as it was.
 _RECORDS = ("benchmarks/results/",)
 _RECORDED_LINE = re.compile(r"^\* Command: .*$", re.MULTILINE)
@@ -69,6 +73,13 @@ def path_findings(root: pathlib.Path, file: pathlib.Path) -> Iterator[str]:
             yield f"{file.relative_to(root)} names {name}, which {finding}"
 
 
+def source_findings(root: pathlib.Path, page: pathlib.Path) -> Iterator[str]:
+    """Yields the sources that the prose of a Markdown file names and that are not there."""
+    for path in _SOURCE.findall(_FENCE.sub("", page.read_text())):
+        if not (root / path).exists():
+            yield f"{page.relative_to(root)} names {path}, which is not there"
+
+
 def _files() -> list[pathlib.Path]:
     """The files that git tracks, or would."""
     if not (ROOT / ".git").exists():
@@ -83,6 +94,12 @@ def test_relative_links_resolve():
     pages = [path for path in _files() if path.suffix == ".md"]
     assert ROOT / "README.md" in pages
     assert not [finding for page in pages for finding in link_findings(ROOT, page)]
+
+
+def test_the_sources_that_pages_name_exist():
+    pages = [path for path in _files() if path.suffix == ".md"]
+    assert any(_SOURCE.search(page.read_text()) for page in pages)
+    assert not [finding for page in pages for finding in source_findings(ROOT, page)]
 
 
 def test_the_pages_that_files_name_exist():
@@ -153,3 +170,13 @@ def test_a_page_that_is_not_there_is_found_where_it_is_named(tree, line, finding
     found = list(path_findings(tree, file))
     assert len(found) == (finding is not None)
     assert finding is None or finding in found[0]
+
+
+def test_a_source_that_is_not_there_is_found(tree):
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "here.h").touch()
+    page = tree / "docs" / "guide" / "b.md"
+    page.write_text("`csrc/here.h`, `csrc/gone.h`, `//csrc:gone`\n```sh\ncsrc/gone.cc\n```\n")
+    assert list(source_findings(tree, page)) == [
+        "docs/guide/b.md names csrc/gone.h, which is not there"
+    ]
