@@ -209,7 +209,7 @@ def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
 
 
 def test_the_errors_page_has_the_message_that_the_c_tests_expect():
-    tests = ROOT / "csrc" / "tests" / "calls_test.cc"
+    tests = ROOT / "csrc" / "cpu" / "tests" / "calls_test.cc"
     if not tests.exists():
         pytest.skip("the C++ sources are not here")
     page = _normal((ROOT / "docs" / "guide" / "errors.md").read_text())

@@ -134,7 +134,7 @@ def compile_ptx(nvcc: str, jobs: int) -> dict[str, str]:
 
         def compile_one(source: str) -> str:
             out = pathlib.Path(folder, f"{source}.ptx")
-            path = ROOT / "csrc" / "kernels" / f"{source}.cu"
+            path = ROOT / "csrc" / "kernels" / "high_throughput" / f"{source}.cu"
             command = [nvcc, "-ptx", *FLAGS, f"-I{ROOT}", str(path), "-o", str(out)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:

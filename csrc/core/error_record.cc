@@ -29,8 +29,8 @@ std::string deadline_text(const ErrorRecord& record, double timeout_s) {
   // Kernels give their own rank twice the time.
   const bool own = tag == WaitTag::kGridBarrier || record.peer == record.rank;
   return "rank " + std::to_string(record.rank) + " waited " +
-         seconds_text(own ? 2 * timeout_s : timeout_s) + " in " + std::string(op_name(record.op)) +
-         " for " + awaited + ": expected " +
+         seconds_text(own ? 2 * timeout_s : timeout_s) + " in " +
+         std::string(name(static_cast<OpKind>(record.op))) + " for " + awaited + ": expected " +
          (tag == WaitTag::kGridBarrier ? "generation " : "exchange ") +
          std::to_string(record.expected) + ", saw " + std::to_string(record.seen) + "; " +
          advice(record);
@@ -44,7 +44,7 @@ std::string wrong_call_text(const ErrorRecord& record) {
     if ((record.detail >> part & 1) == 0) continue;
     differs += (differs.empty() ? "" : " and ") + std::string(kParts[part]);
   }
-  const std::string op(op_name(record.op));
+  const std::string op(name(static_cast<OpKind>(record.op)));
   return "ranks disagree: exchange " + std::to_string(record.expected) + " is one " + op +
          " on rank " + std::to_string(record.rank) + " and another " + op + " on rank " +
          std::to_string(record.peer) + "; they differ in " + differs +
@@ -53,24 +53,16 @@ std::string wrong_call_text(const ErrorRecord& record) {
 
 std::string peer_gave_up_text(const ErrorRecord& record) {
   const Aborted aborted = unpack_aborted(record.detail);
-  return "rank " + std::to_string(record.rank) + " ended its " + std::string(op_name(record.op)) +
-         " because rank " + std::to_string(aborted.by) + " gave up in " +
-         std::string(op_name(aborted.op)) + ", waiting for " +
+  return "rank " + std::to_string(record.rank) + " ended its " +
+         std::string(name(static_cast<OpKind>(record.op))) + " because rank " +
+         std::to_string(aborted.by) + " gave up in " +
+         std::string(name(static_cast<OpKind>(aborted.op))) + ", waiting for " +
          awaited_text(static_cast<WaitTag>(aborted.tag), aborted.op, aborted.blamed) +
          "; look at the log of rank " + std::to_string(aborted.by) + ", and at rank " +
          std::to_string(aborted.blamed);
 }
 
 }  // namespace
-
-std::string_view op_name(uint32_t op) {
-  switch (static_cast<OpKind>(op)) {
-    case OpKind::kPlan: return "plan";
-    case OpKind::kDispatch: return "dispatch";
-    case OpKind::kCombine: return "combine";
-  }
-  return "an unknown operation";
-}
 
 std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
   const std::string rank = "rank " + std::to_string(peer);
@@ -95,19 +87,19 @@ std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t r
 }
 
 std::string describe(const ErrorRecord& record, double timeout_s) {
-  const std::string op(op_name(record.op));
+  const std::string op(name(static_cast<OpKind>(record.op)));
   const std::string rank = "rank " + std::to_string(record.rank);
   switch (static_cast<WaitTag>(record.tag)) {
     case WaitTag::kWrongRank: return wrong_rank_text(op, record.peer, record.rank);
     case WaitTag::kWrongOp:
       return "ranks disagree: exchange " + std::to_string(record.expected) + " is " + op + " on " +
-             rank + " and " + std::string(op_name(record.other_op)) + " on rank " +
-             std::to_string(record.peer) +
+             rank + " and " + std::string(name(static_cast<OpKind>(record.other_op))) +
+             " on rank " + std::to_string(record.peer) +
              "; all ranks must run the same operations in the same order";
     case WaitTag::kWrongCall: return wrong_call_text(record);
     case WaitTag::kOverlap:
       return "two operations of the EpGroup ran on " + rank + " at the same time: " + op + " and " +
-             std::string(op_name(record.other_op)) +
+             std::string(name(static_cast<OpKind>(record.other_op))) +
              "; a rank runs one at a time: all on one stream, and no concurrent command buffers";
     case WaitTag::kClosed:
       if (record.detail == kClosedInAWait) {

@@ -28,9 +28,6 @@ struct ErrorRecord {
 inline constexpr int kNumRecordFields = 10;
 static_assert(sizeof(ErrorRecord) == 4 * kNumRecordFields);
 
-// "plan", "dispatch", "combine".
-std::string_view op_name(uint32_t op);
-
 // The error where a program runs `op` as another rank than its device is: it runs on another mesh.
 std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t rank);
 

@@ -6,6 +6,7 @@
 #define JAX_EP_CSRC_CORE_PROTOCOL_H_
 
 #include <cstdint>
+#include <string_view>
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
@@ -14,6 +15,14 @@ namespace jax_ep {
 
 // An exchange's operation.
 enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2 };
+constexpr std::string_view name(OpKind op) {
+  switch (op) {
+    case OpKind::kPlan: return "plan";
+    case OpKind::kDispatch: return "dispatch";
+    case OpKind::kCombine: return "combine";
+  }
+  return "an unknown operation";
+}
 inline constexpr uint32_t kMaxOps = 255;  // a flag has a byte for operation + 1
 
 // --- which call it is ----------------------------------------------------------------------------

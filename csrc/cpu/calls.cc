@@ -146,9 +146,7 @@ Status run(std::span<const CombineOp> by_rank, WorkerPool& workers) {
 }  // namespace
 
 std::string_view op_name(const Call& call) {
-  constexpr std::array<std::string_view, std::variant_size_v<Call>> kNames = {
-      "plan", "dispatch", "combine"};
-  return kNames[call.index()];
+  return std::visit([](const auto& op) { return name(op.kKind); }, call);
 }
 
 std::vector<Property> properties(const Call& call) {

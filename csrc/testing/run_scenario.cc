@@ -87,7 +87,8 @@ class GroupRun {
 
   template <typename Check>
   void append_check(int32_t rank, const std::string& what, OpKind op, const Check& check) {
-    const std::string where = what + " rank " + std::to_string(rank) + " " + name(op) + ": ";
+    const std::string where =
+        what + " rank " + std::to_string(rank) + " " + std::string(name(op)) + ": ";
     machine_.check(static_cast<uint32_t>(rank), stream_, [this, rank, check, where] {
       SimulatedMemory device(machine_, rank);
       const std::string error = check(device);

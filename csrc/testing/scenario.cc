@@ -72,15 +72,6 @@ GroupStory random_group(Draw& draw, int32_t num_ranks, const StoryLimits& limits
 
 }  // namespace
 
-const char* name(OpKind op) {
-  switch (op) {
-    case OpKind::kPlan: return "plan";
-    case OpKind::kDispatch: return "dispatch";
-    case OpKind::kCombine: return "combine";
-  }
-  return "unknown";
-}
-
 const char* name(Mishap mishap) {
   constexpr const char* kNames[] = {"none",
                                     "a rank is missing",
@@ -141,7 +132,7 @@ std::string describe(const Story& story) {
       text += "\n    " + describe(episode.options);
       if (episode.x_format == RowFormat::kFloat8E4M3) text += "_fp8in";
       if (episode.rows_format == RowFormat::kFloat8E4M3) text += "_fp8out";
-      for (const OpKind op : episode.ops) text += std::string(" ") + name(op);
+      for (const OpKind op : episode.ops) text += " " + std::string(name(op));
     }
   }
   return text;

@@ -66,8 +66,6 @@ Story random_story(uint64_t seed, const StoryLimits& limits);
 const char* name(Mishap mishap);
 std::string describe(const Story& story);
 
-const char* name(OpKind op);
-
 // The rank that the program says where Mishap::kWrongRank is: one that there is.
 int32_t said_rank(const Story& story);
 

@@ -2,8 +2,8 @@
 """Writes the table of the heap's regions into docs/design/protocol.md.
 
 The regions, what they hold and their sizes are read from the text of csrc/core/heap_layout.h, so it
-needs neither a compiler nor CUDA. The functions that the header's formulas call are repeated
-here.
+needs neither a compiler nor CUDA. The functions that the header's formulas call, which are those
+of csrc/core/work_partition.h, are repeated here.
 """
 
 import ast
@@ -15,6 +15,7 @@ import sys
 import marked_part
 
 HEADER = marked_part.ROOT / "csrc" / "core" / "heap_layout.h"
+PARTITION = marked_part.ROOT / "csrc" / "core" / "work_partition.h"
 PAGE = marked_part.ROOT / "docs" / "design" / "protocol.md"
 SCRIPT = "tools/docs/heap_table.py"
 
@@ -77,8 +78,9 @@ def align_up(value: int, alignment: int) -> int:
 
 @functools.cache
 def constants() -> dict[str, int]:
-    """Returns the header's integer constants by name."""
-    return {name: int(value) for name, value in _CONSTANT.findall(HEADER.read_text())}
+    """Returns the integer constants of the headers by name."""
+    text = HEADER.read_text() + PARTITION.read_text()
+    return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
 def chunk_tokens(num_tokens: int) -> int:

@@ -19,7 +19,7 @@ ffi::Error combine(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(read_combine(operands, results, attrs, Platform::kCuda, arguments));
   const CombineOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
-  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, "combine", op.shape, call));
+  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
   JAX_EP_FAIL_IF_ERROR(check_rows_fit(call.heap(), op.hidden, op.dtype, Wire::kSame));
   const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
   JAX_EP_FAIL_IF_ERROR(check_rows_aligned("y", op.y, op.shape.recv_capacity, row_bytes));

@@ -22,7 +22,7 @@ ffi::Error dispatch(cudaStream_t stream,
       read_dispatch(operands, results, attrs, wire, zero_fill, Platform::kCuda, arguments));
   const DispatchOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
-  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, "dispatch", op.shape, call));
+  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
   JAX_EP_FAIL_IF_ERROR(check_rows_fit(call.heap(), op.hidden, op.dtype, op.wire));
   const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
   const int64_t min_bytes = op.wire == Wire::kFloat8E4M3 ? op.hidden : row_bytes;

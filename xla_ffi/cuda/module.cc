@@ -157,7 +157,7 @@ std::vector<StatusTuple> statuses() {
     for (const RankWait& of : status.waits) {
       const auto peer = static_cast<uint32_t>(of.peer);
       waits.emplace_back(of.peer,
-                         std::string(op_name(of.wait.op)),
+                         std::string(name(static_cast<OpKind>(of.wait.op))),
                          awaited_text(static_cast<WaitTag>(of.wait.tag), of.wait.op, peer),
                          of.wait.epoch,
                          waited_s(owner.report_s, of.wait.level),

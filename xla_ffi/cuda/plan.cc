@@ -17,7 +17,7 @@ ffi::Error plan(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(read_plan(operands, results, attrs, Platform::kCuda, arguments));
   const PlanOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
-  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, "plan", op.shape, call));
+  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
   return launch(call, arguments, 0, launch_plan);
 }
 

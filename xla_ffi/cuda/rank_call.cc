@@ -6,8 +6,9 @@
 
 namespace jax_ep {
 
-Status find_rank(const EpAttrs& attrs, std::string_view op, const EpShape& shape, RankCall& call) {
-  JAX_EP_RETURN_IF_ERROR(CudaGroupRegistry::instance().find_open(attrs.group_id, op, call.group));
+Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall& call) {
+  JAX_EP_RETURN_IF_ERROR(
+      CudaGroupRegistry::instance().find_open(attrs.group_id, name(op), call.group));
   JAX_EP_RETURN_IF_ERROR(call.group->find(call.device, call.rank));
   JAX_EP_RETURN_IF_ERROR(call.rank->error());
   return check_fits(call.heap(), shape);

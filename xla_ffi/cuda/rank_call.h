@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <memory>
-#include <string_view>
+#include <string>
 
 #include "csrc/core/kernel_params.h"
 #include "csrc/core/status.h"
@@ -33,7 +33,7 @@ struct RankCall {
 // Finds the rank of a call on its device. FailedPrecondition if the group has been closed or has no
 // rank there, RankContext::error() if a kernel of the rank has given up, InvalidArgument if the
 // call does not fit the group's heap.
-Status find_rank(const EpAttrs& attrs, std::string_view op, const EpShape& shape, RankCall& call);
+Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall& call);
 
 // Launches the kernel of an op that moves rows of so many bytes (0: none).
 template <typename Op>
@@ -51,7 +51,9 @@ ffi::Error launch(const RankCall& call,
       launch_shape(Op::kKind, arguments.op.shape, row_bytes, call.rank->sm_budget());
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
-  return to_error(JAX_EP_CUDA_STATUS(launch_kernel(params, shape, call.stream)));
+  const cudaError_t error = launch_kernel(params, shape, call.stream);
+  return to_error(
+      cuda_status(error, ("launch_" + std::string(name(Op::kKind))).c_str(), __FILE__, __LINE__));
 }
 
 }  // namespace jax_ep
