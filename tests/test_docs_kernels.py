@@ -116,16 +116,19 @@ def test_the_bounds_in_the_text_are_those_of_the_tables(traffic):
     assert max(ratios) < 3.15, "the page says: by a factor of two to three"
 
 
-def test_the_page_names_the_tiles_that_are_compiled():
+def test_the_page_has_the_warps_that_are_compiled():
     page = (ROOT / "docs" / "design" / "kernels.md").read_text()
-    tiles = [
-        tile
-        for source in (CSRC / "kernels").rglob("high_throughput/*.cu")
-        for tile in re.findall(r"using \w+ = dev::(\w+Tile<[^>]*>)", source.read_text())
-    ]
-    assert len(tiles) == 4
-    for tile in tiles:
-        assert f"`{tile}`" in page, f"{tile} is not in docs/design/kernels.md"
+    configs = (CSRC / "tuning" / "compiled_configs.h").read_text()
+    (few, bins), (many, _) = re.findall(r"{\.num_warps = (\d+), \.max_bins = ([^}]*)}", configs)
+    assert f"| plan, up to {int(bins):,} bins | {few} |" in page
+    assert f"| plan, more | {many} |" in page
+    transfers = re.findall(
+        r"kCompiled(\w+){\s*\.num_senders = (\d+), \.num_receivers = (\d+)", configs
+    )
+    assert len(transfers) == 2
+    for name, senders, receivers in transfers:
+        warps = int(senders) + int(receivers)
+        assert f"| {name.lower()} | {warps}, of which {senders} send first |" in page
 
 
 # --- memory order ------------------------------------------------------------------------------

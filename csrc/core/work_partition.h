@@ -39,6 +39,12 @@ constexpr int32_t num_parts(int32_t chunks, int32_t most, int32_t chunk_target =
   return parts > 1 ? parts : 1;
 }
 
+// What the parts of a row are made of, and so how many there are at most: dispatch's rows travel in
+// segments of so many bytes; a warp of combine takes at least so many moves of so many vectors.
+inline constexpr int32_t kSegmentBytes = 4096;
+inline constexpr int32_t kMoveVectors = 4;
+inline constexpr int32_t kMinPartMoves = 64;
+
 // About 512 tiles over all ranks, of a multiple of kTileUnit tokens.
 inline constexpr int64_t kTileUnit = 8;
 constexpr int64_t most_tiles(int32_t num_ranks) {
@@ -61,9 +67,6 @@ constexpr int64_t max_num_tiles(int64_t max_tokens, int32_t num_ranks) {
 constexpr int32_t num_bins(Layout layout, int32_t num_experts, int32_t num_ranks) {
   return num_experts + (layout == Layout::kRank ? num_ranks : 0);
 }
-
-// Up to so many bins a plan runs with many warps; for more, its tables leave room for few.
-inline constexpr int32_t kPlanFewBins = 1088;
 
 // The most rows that one rank holds of one token.
 constexpr int32_t max_rows_per_token(Layout layout, int32_t num_topk, int32_t num_local_experts) {

@@ -10,36 +10,36 @@
 namespace jax_ep {
 
 // One block per SM: all blocks run at once, which their waits for each other rely on.
-template <typename Kernel, typename Tile, typename Params>
-__global__ void __launch_bounds__(Tile::kWarps * 32, 1)
+template <typename Kernel, typename Config, typename Params>
+__global__ void __launch_bounds__(Config::kWarps * 32, 1)
     run_kernel(const __grid_constant__ Params params) {
   Kernel(params).run();
 }
 
-template <typename Kernel, typename Tile, typename Params>
+template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t load_kernel() {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(&run_kernel<Kernel, Tile, Params>),
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(&run_kernel<Kernel, Config, Params>),
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(sizeof(typename Tile::SharedStorage)));
+                              static_cast<int>(sizeof(typename Config::SharedStorage)));
 }
 
-template <typename Kernel, typename Tile, typename Params>
+template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t launch_kernel(const Params& params,
                                         const LaunchShape& shape,
                                         cudaStream_t stream) {
-  if (shape.num_warps != Tile::kWarps || shape.num_stages != Tile::kStages) {
+  if (shape.num_warps != Config::kWarps || shape.num_stages != Config::kStages) {
     return cudaErrorInvalidConfiguration;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.num_blocks);
-  config.blockDim = Tile::kWarps * 32;
-  config.dynamicSmemBytes = sizeof(typename Tile::SharedStorage);
+  config.blockDim = Config::kWarps * 32;
+  config.dynamicSmemBytes = sizeof(typename Config::SharedStorage);
   config.stream = stream;
   void* arguments[] = {const_cast<Params*>(&params)};
   // Not <<<>>> and cudaGetLastError, which would report what an earlier call of this thread left
   // behind, after this kernel has been launched.
   return cudaLaunchKernelExC(
-      &config, reinterpret_cast<const void*>(&run_kernel<Kernel, Tile, Params>), arguments);
+      &config, reinterpret_cast<const void*>(&run_kernel<Kernel, Config, Params>), arguments);
 }
 
 // What each kernel file loads.

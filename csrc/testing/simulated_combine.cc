@@ -5,11 +5,11 @@
 namespace jax_ep {
 namespace {
 
-using Tile = dev::CombineTile<1, 2, 2, 8>;
+using Config = dev::CombineConfig<1, 2, 2, 8>;
 
 template <typename Rows>
 SimulatedKernel kernel_of(CombineParams params) {
-  return simulated_kernel_of<dev::CombineKernel<Tile, Rows>, Tile>(params);
+  return simulated_kernel_of<dev::CombineKernel<Config, Rows>, Config>(params);
 }
 
 }  // namespace

@@ -5,11 +5,11 @@
 namespace jax_ep {
 namespace {
 
-using Tile = dev::DispatchTile<2, 1, 3, 2048>;
+using Config = dev::DispatchConfig<2, 1, 3, 2048>;
 
 template <typename Rows>
 SimulatedKernel kernel_of(DispatchParams params) {
-  return simulated_kernel_of<dev::DispatchKernel<Tile, Rows>, Tile>(params);
+  return simulated_kernel_of<dev::DispatchKernel<Config, Rows>, Config>(params);
 }
 
 }  // namespace

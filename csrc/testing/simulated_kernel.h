@@ -26,10 +26,11 @@ SimulatedKernel simulated_kernel(const CombineParams& params);
 // meanwhile.
 SimulatedKernel simulated_wait(const RankView& view, int32_t peer);
 
-template <typename Kernel, typename Tile, typename Params>
+template <typename Kernel, typename Config, typename Params>
 SimulatedKernel simulated_kernel_of(const Params& params) {
-  return {
-      Tile::kWarps * 32, sizeof(typename Tile::SharedStorage), [params] { Kernel(params).run(); }};
+  return {Config::kWarps * 32, sizeof(typename Config::SharedStorage), [params] {
+            Kernel(params).run();
+          }};
 }
 
 }  // namespace jax_ep

@@ -5,8 +5,8 @@
 namespace jax_ep {
 
 SimulatedKernel simulated_kernel(const PlanParams& params) {
-  using Tile = dev::PlanTile<2, 320>;
-  return simulated_kernel_of<dev::PlanKernel<Tile>, Tile>(params);
+  using Config = dev::PlanConfig<2, 320>;
+  return simulated_kernel_of<dev::PlanKernel<Config>, Config>(params);
 }
 
 }  // namespace jax_ep

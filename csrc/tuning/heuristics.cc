@@ -2,8 +2,10 @@
 #include "csrc/tuning/heuristics.h"
 
 #include <algorithm>
+#include <iterator>
 
-#include "csrc/core/heap_layout.h"
+#include "csrc/core/work_partition.h"
+#include "csrc/tuning/compiled_configs.h"
 
 namespace jax_ep {
 namespace {
@@ -23,6 +25,14 @@ constexpr int64_t kPartBytes = 1024;
 
 int32_t num_plan_bins(const EpShape& shape) {
   return num_bins(shape.layout, shape.num_experts, shape.num_ranks);
+}
+
+// The first whose tables have room.
+const CompiledPlan& plan_config(int32_t bins) {
+  const auto* const last = std::end(kCompiledPlans) - 1;
+  return *std::find_if(std::begin(kCompiledPlans), last, [&](const CompiledPlan& config) {
+    return bins <= config.max_bins;
+  });
 }
 
 int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
@@ -45,13 +55,14 @@ LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmB
   const int64_t blocks =
       std::min<int64_t>({wanted, budget.available, useful_blocks(op, shape, row_bytes)});
   LaunchShape launch{.num_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1)),
-                     .num_warps = 16,
+                     .num_warps = 0,
                      .num_stages = 0};
-  // A plan's tables, and the stages of dispatch, fill a block's shared memory.
-  if (op == OpKind::kPlan && num_plan_bins(shape) > kPlanFewBins) launch.num_warps = 12;
-  if (op == OpKind::kDispatch) {
-    launch.num_warps = 14;
-    launch.num_stages = 4;
+  if (op == OpKind::kPlan) {
+    launch.num_warps = plan_config(num_plan_bins(shape)).num_warps;
+  } else {
+    const CompiledTransfer& config = op == OpKind::kDispatch ? kCompiledDispatch : kCompiledCombine;
+    launch.num_warps = config.num_warps();
+    launch.num_stages = config.num_stages;
   }
   return launch;
 }

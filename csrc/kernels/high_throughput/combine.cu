@@ -1,23 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/kernels/high_throughput/combine_kernel.h"
 #include "csrc/kernels/launch.cuh"
+#include "csrc/tuning/compiled_configs.h"
 
 namespace jax_ep {
 namespace {
 
-using Tile = dev::CombineTile<14, 2, 4, 64>;
+using Config = dev::CombineConfig<kCompiledCombine.num_senders,
+                                  kCompiledCombine.num_receivers,
+                                  kMoveVectors,
+                                  kMinPartMoves>;
 
 template <typename Rows>
-using Kernel = dev::CombineKernel<Tile, Rows>;
+using Kernel = dev::CombineKernel<Config, Rows>;
 
 template <typename Rows>
 cudaError_t load() {
-  return load_kernel<Kernel<Rows>, Tile, CombineParams>();
+  return load_kernel<Kernel<Rows>, Config, CombineParams>();
 }
 
 }  // namespace
 
-int32_t shared_bytes_of_combine() { return sizeof(Tile::SharedStorage); }
+int32_t shared_bytes_of_combine() { return sizeof(Config::SharedStorage); }
 
 cudaError_t load_combine() {
   if (cudaError_t e = load<dev::Float32Rows>(); e != cudaSuccess) return e;
@@ -30,11 +34,11 @@ cudaError_t launch_combine(const CombineParams& params,
                            cudaStream_t stream) {
   switch (params.op.dtype) {
     case DType::kFloat32:
-      return launch_kernel<Kernel<dev::Float32Rows>, Tile>(params, shape, stream);
+      return launch_kernel<Kernel<dev::Float32Rows>, Config>(params, shape, stream);
     case DType::kBFloat16:
-      return launch_kernel<Kernel<dev::BFloat16Rows>, Tile>(params, shape, stream);
+      return launch_kernel<Kernel<dev::BFloat16Rows>, Config>(params, shape, stream);
     case DType::kFloat16:
-      return launch_kernel<Kernel<dev::Float16Rows>, Tile>(params, shape, stream);
+      return launch_kernel<Kernel<dev::Float16Rows>, Config>(params, shape, stream);
   }
   return cudaErrorInvalidValue;
 }

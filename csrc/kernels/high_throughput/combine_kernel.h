@@ -12,27 +12,27 @@
 
 namespace jax_ep::dev {
 
-template <int kSenderWarps, int kOtherWarps, int kVectorsInFlight, int kLeastMovesOfAPart>
-struct CombineTile {
+template <int kSenderWarps, int kOtherWarps, int kVectorsInFlight, int kMinMovesOfAPart>
+struct CombineConfig {
   static constexpr int kSenders = kSenderWarps;
   static constexpr int kWarps = kSenders + kOtherWarps;
   static constexpr int kStages = 0;
   static constexpr int kVectors = kVectorsInFlight;
-  static constexpr int kLeastMoves = kLeastMovesOfAPart;  // fewer are not worth a warp
+  static constexpr int kMinMoves = kMinMovesOfAPart;  // fewer are not worth a warp
 
   struct SharedStorage {
     SumTerms terms[kWarps];
   };
 };
 
-template <typename Tile, typename Rows>
+template <typename Config, typename Rows>
 class CombineKernel {
  public:
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
       : params_(params),
         shape_(params.op.shape),
         exchange_(params.view, OpKind::kCombine, params.call_tag, params.program_rank),
-        terms_(shared<typename Tile::SharedStorage>().terms[warp_id()]),
+        terms_(shared<typename Config::SharedStorage>().terms[warp_id()]),
         hidden_(params.op.hidden),
         row_bytes_(hidden_ * static_cast<i64>(sizeof(typename Rows::Element))),
         vectors_(row_bytes_ % 16 == 0),
@@ -42,14 +42,14 @@ class CombineKernel {
         num_tokens_(shape_.num_tokens),
         chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
         num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
-        num_moves_(hidden_ / (vectors_ ? kElementsPerMove<Rows, Tile::kVectors> : 1)),
+        num_moves_(hidden_ / (vectors_ ? kElementsPerMove<Rows, Config::kVectors> : 1)),
         num_parts_(num_parts(num_chunks_,
-                             static_cast<i32>(num_moves_ / Tile::kLeastMoves),
+                             static_cast<i32>(num_moves_ / Config::kMinMoves),
                              params.view.chunk_target)) {}
 
   JAX_EP_DEVICE void run() {
     if (exchange_.closed()) return leave_no_results();
-    if (warp_id() < Tile::kSenders) send();
+    if (warp_id() < Config::kSenders) send();
     receive();
     exchange_.finish();
   }
@@ -67,7 +67,7 @@ class CombineKernel {
     const i64 first = part * num_moves_ / num_parts_;
     const i64 last = (part + 1) * num_moves_ / num_parts_;
     if (vectors_) {
-      sum_rows<Rows, Tile::kVectors>(terms_, count, first, last, row_of, out);
+      sum_rows<Rows, Config::kVectors>(terms_, count, first, last, row_of, out);
     } else {
       sum_rows<Rows, 0>(terms_, count, first, last, row_of, out);
     }
@@ -78,8 +78,8 @@ class CombineKernel {
   // acknowledged, signal arrived.
 
   JAX_EP_DEVICE void send() {
-    const auto warp = static_cast<i32>(block_id() * Tile::kSenders + warp_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kSenders);
+    const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
     const i64 units = i64{num_chunks_} * num_parts_ * num_ranks_;
     if (warp >= units) return;
     exchange_.wait_until_writable();
@@ -172,9 +172,9 @@ class CombineKernel {
 
   JAX_EP_DEVICE void receive() {
     // Neighboring chunks to different blocks; warps that also send come last.
-    const u32 late = (warp_id() + Tile::kWarps - Tile::kSenders) % Tile::kWarps;
+    const u32 late = (warp_id() + Config::kWarps - Config::kSenders) % Config::kWarps;
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kWarps);
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     for (i32 flag = warp; flag < num_chunks_ * num_parts_; flag += num_warps) {
       for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_; source += kWarpSize) {
         exchange_.wait_arrived(source, flag);

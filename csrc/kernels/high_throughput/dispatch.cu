@@ -1,24 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/kernels/high_throughput/dispatch_kernel.h"
 #include "csrc/kernels/launch.cuh"
+#include "csrc/tuning/compiled_configs.h"
 
 namespace jax_ep {
 namespace {
 
-using Tile = dev::DispatchTile<8, 6, 4, 4096>;
-static_assert(sizeof(Tile::SharedStorage) <= 227 * 1024);
+using Config = dev::DispatchConfig<kCompiledDispatch.num_senders,
+                                   kCompiledDispatch.num_receivers,
+                                   kCompiledDispatch.num_stages,
+                                   kSegmentBytes>;
+static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
 template <typename Rows>
-using Kernel = dev::DispatchKernel<Tile, Rows>;
+using Kernel = dev::DispatchKernel<Config, Rows>;
 
 template <typename Rows>
 cudaError_t load() {
-  return load_kernel<Kernel<Rows>, Tile, DispatchParams>();
+  return load_kernel<Kernel<Rows>, Config, DispatchParams>();
 }
 
 }  // namespace
 
-int32_t shared_bytes_of_dispatch() { return sizeof(Tile::SharedStorage); }
+int32_t shared_bytes_of_dispatch() { return sizeof(Config::SharedStorage); }
 
 cudaError_t load_dispatch() {
   if (cudaError_t e = load<dev::Float32Rows>(); e != cudaSuccess) return e;
@@ -31,11 +35,11 @@ cudaError_t launch_dispatch(const DispatchParams& params,
                             cudaStream_t stream) {
   switch (params.op.dtype) {
     case DType::kFloat32:
-      return launch_kernel<Kernel<dev::Float32Rows>, Tile>(params, shape, stream);
+      return launch_kernel<Kernel<dev::Float32Rows>, Config>(params, shape, stream);
     case DType::kBFloat16:
-      return launch_kernel<Kernel<dev::BFloat16Rows>, Tile>(params, shape, stream);
+      return launch_kernel<Kernel<dev::BFloat16Rows>, Config>(params, shape, stream);
     case DType::kFloat16:
-      return launch_kernel<Kernel<dev::Float16Rows>, Tile>(params, shape, stream);
+      return launch_kernel<Kernel<dev::Float16Rows>, Config>(params, shape, stream);
   }
   return cudaErrorInvalidValue;
 }

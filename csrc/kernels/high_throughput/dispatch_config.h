@@ -9,7 +9,7 @@ namespace jax_ep::dev {
 
 // A dispatch's block: its warps, and the stages of each in shared memory.
 template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
-struct DispatchTile {
+struct DispatchConfig {
   static constexpr int kSenders = kSenderWarps;
   static constexpr int kWarps = kSenders + kOtherWarps;
   static constexpr int kStages = kStageCount;

@@ -16,21 +16,21 @@
 
 namespace jax_ep::dev {
 
-template <typename Tile, typename Rows>
+template <typename Config, typename Rows>
 class DispatchKernel {
  public:
   JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
       : params_(params),
         shape_(params.op.shape),
         exchange_(params.view, OpKind::kDispatch, params.call_tag, params.program_rank),
-        ring_(shared<typename Tile::SharedStorage>().stages[warp_id()]),
+        ring_(shared<typename Config::SharedStorage>().stages[warp_id()]),
         hidden_(params.op.hidden),
         x_bytes_(element_bytes(params.op.x_format == RowFormat::kFloat8E4M3)),
         wire_bytes_(element_bytes(params.op.wire == Wire::kFloat8E4M3)),
         rows_bytes_(element_bytes(params.op.rows_format == RowFormat::kFloat8E4M3)),
         bulk_(hidden_ * least(least(x_bytes_, wire_bytes_), rows_bytes_) % 16 == 0),
         segments_(hidden_,
-                  Tile::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
+                  Config::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
                   // Rows, and the scales behind them, are copied 16 bytes at a time.
                   params.op.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
                                                       : 16 / static_cast<i32>(sizeof(Element))),
@@ -47,7 +47,7 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void run() {
     if (exchange_.closed()) return leave_no_results();
-    if (warp_id() < Tile::kSenders) send();
+    if (warp_id() < Config::kSenders) send();
     receive();
     bulk_wait<0>();
     exchange_.finish();
@@ -86,8 +86,8 @@ class DispatchKernel {
   // acknowledged, signal arrived.
 
   JAX_EP_DEVICE void send() {
-    const auto warp = static_cast<i32>(block_id() * Tile::kSenders + warp_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kSenders);
+    const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
     const i32 num_flags = num_chunks_ * num_parts_;
     if (warp >= num_flags) return;
     exchange_.wait_until_writable();
@@ -239,9 +239,9 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void receive() {
     // Neighboring chunks to different blocks; warps that also send come last.
-    const u32 late = (warp_id() + Tile::kWarps - Tile::kSenders) % Tile::kWarps;
+    const u32 late = (warp_id() + Config::kWarps - Config::kSenders) % Config::kWarps;
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Tile::kWarps);
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     clear_rows_without_token(warp, num_warps);
     // In the order in which chunks arrive; each rank begins with itself.
     const i64 units = i64{num_chunks_} * num_parts_ * num_ranks_;
@@ -422,7 +422,7 @@ class DispatchKernel {
   const DispatchParams& params_;
   const EpShape& shape_;
   const Exchange exchange_;
-  SegmentRing<typename Tile::Stages> ring_;
+  SegmentRing<typename Config::Stages> ring_;
   const i64 hidden_;
   const i32 x_bytes_;  // of an element of x, on the wire, and of rows
   const i32 wire_bytes_;

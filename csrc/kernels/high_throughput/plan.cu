@@ -3,17 +3,18 @@
 
 #include "csrc/kernels/high_throughput/plan_kernel.h"
 #include "csrc/kernels/launch.cuh"
+#include "csrc/tuning/compiled_configs.h"
 
 namespace jax_ep {
 namespace {
 
 // The tables of counts fill shared memory: many warps for few experts, few for many.
-using FewBins = dev::PlanTile<16, kPlanFewBins>;
-using ManyBins = dev::PlanTile<12, kMaxExperts + kMaxRanks>;
+using FewBins = dev::PlanConfig<kCompiledPlans[0].num_warps, kCompiledPlans[0].max_bins>;
+using ManyBins = dev::PlanConfig<kCompiledPlans[1].num_warps, kCompiledPlans[1].max_bins>;
 static_assert(sizeof(ManyBins::SharedStorage) <= 227 * 1024);
 
-template <typename Tile>
-using Kernel = dev::PlanKernel<Tile>;
+template <typename Config>
+using Kernel = dev::PlanKernel<Config>;
 
 }  // namespace
 
@@ -34,16 +35,6 @@ cudaError_t launch_plan(const PlanParams& params, const LaunchShape& shape, cuda
     return launch_kernel<Kernel<FewBins>, FewBins>(params, shape, stream);
   }
   return launch_kernel<Kernel<ManyBins>, ManyBins>(params, shape, stream);
-}
-
-cudaError_t load_kernels() {
-  if (cudaError_t e = load_plan(); e != cudaSuccess) return e;
-  if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
-  return load_combine();
-}
-
-int32_t shared_bytes_per_block() {
-  return std::max({shared_bytes_of_plan(), shared_bytes_of_dispatch(), shared_bytes_of_combine()});
 }
 
 }  // namespace jax_ep

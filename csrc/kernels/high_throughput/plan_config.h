@@ -8,7 +8,7 @@ namespace jax_ep::dev {
 
 // A plan's block: its warps, and the tables of counts that fill its shared memory.
 template <int kWarpCount, int kBinCount>
-struct PlanTile {
+struct PlanConfig {
   static constexpr int kWarps = kWarpCount;
   static constexpr int kStages = 0;
   static constexpr int kMaxBins = kBinCount;

@@ -19,14 +19,14 @@
 
 namespace jax_ep::dev {
 
-template <typename Tile>
+template <typename Config>
 class PlanKernel {
  public:
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
       : params_(params),
         shape_(params.op.shape),
         exchange_(params.view, OpKind::kPlan, params.call_tag, params.program_rank),
-        memory_(shared<typename Tile::SharedStorage>()),
+        memory_(shared<typename Config::SharedStorage>()),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
@@ -40,7 +40,7 @@ class PlanKernel {
         capacity_(static_cast<u32>(shape_.recv_capacity)),
         // Neighboring units to different blocks.
         warp_(static_cast<i32>(warp_id() * num_blocks() + block_id())),
-        num_warps_(static_cast<i32>(num_blocks() * Tile::kWarps)),
+        num_warps_(static_cast<i32>(num_blocks() * Config::kWarps)),
         run_tokens_(static_cast<i32>(kWarpSize) / num_topk_),
         lane_token_(static_cast<i32>(lane_id()) / num_topk_),
         first_lane_(static_cast<u32>(lane_token_ * num_topk_)),
@@ -236,7 +236,7 @@ class PlanKernel {
     const u64 alignment = static_cast<u64>(shape_.expert_alignment);
     const auto clipped_sum = [this](u32 a, u32 b) { return clip(u64{a} + b); };
     for (i32 rank = static_cast<i32>(warp_id()); rank < num_ranks_ && !by_rank();
-         rank += Tile::kWarps) {
+         rank += Config::kWarps) {
       u32 start = 0;
       for (i32 first = 0; first < num_local_; first += kWarpSize) {
         const i32 local = first + static_cast<i32>(lane_id());
@@ -426,7 +426,7 @@ class PlanKernel {
   const PlanParams& params_;
   const EpShape& shape_;
   const Exchange exchange_;
-  typename Tile::SharedStorage& memory_;
+  typename Config::SharedStorage& memory_;
   const i32 rank_;
   const i32 num_ranks_;
   const i32 num_topk_;

@@ -92,11 +92,11 @@ MUTANTS = [
     Mutant("blocks_done not set back", _EXCHANGE, "st(control(view_, Control::kBlocksDone), 0);", ""),
     Mutant("first block to finish acknowledges", _EXCHANGE, "blocks_before + 1 != num_blocks()",
            "blocks_before != 0"),
-    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Tile::kSenders) send();",
+    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Config::kSenders) send();",
            "if (thread_id() == 0 && block_id() == 0) "
            "for (i32 p = 0; p < num_ranks_; ++p) st_release<Scope::kSys>(acknowledged("
            "exchange_.view(), p, rank_), ld(control(exchange_.view(), Control::kEpoch)) + 1); "
-           "if (warp_id() < Tile::kSenders) send();"),
+           "if (warp_id() < Config::kSenders) send();"),
     # --- barriers of the exchange ------------------------------------------------------------------
     _removed("warp_sync after waiting to write", _EXCHANGE, "warp_sync();", '"acknowledged");'),
     _removed("warp_sync before arrived", _EXCHANGE, "warp_sync();", "void signal_arrived("),

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "csrc/tuning/compiled_configs.h"
+
 namespace jax_ep {
 namespace {
 
@@ -46,14 +48,23 @@ TEST(Tuning, PlansScanAllBinsHoweverFewTheTokens) {
 // A kernel is compiled for each of these; another combination is refused when it is launched.
 TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
   const SmBudget h200{.available = 132, .wanted = 0};
-  EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
-  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 16);
+  EpShape shape{.num_ranks = 8, .num_experts = 1, .num_topk = 8, .num_tokens = 4096};
+  for (const CompiledPlan& config : kCompiledPlans) {  // the first that has room
+    shape.num_experts = config.max_bins;
+    EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, config.num_warps);
+    shape.num_experts = config.max_bins - 8;
+    shape.layout = Layout::kRank;  // counts ranks too
+    EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, config.num_warps);
+    shape.layout = Layout::kExpert;
+  }
+  shape.num_experts = kCompiledPlans[0].max_bins + 1;
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, kCompiledPlans[1].num_warps);
   const LaunchShape dispatch = launch_shape(OpKind::kDispatch, shape, kRowBytes, h200);
-  EXPECT_EQ(dispatch.num_warps, 14);
-  EXPECT_EQ(dispatch.num_stages, 4);
-  EXPECT_EQ(launch_shape(OpKind::kCombine, shape, kRowBytes, h200).num_warps, 16);
-  shape.num_experts = 4096;
-  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, 12);
+  EXPECT_EQ(dispatch.num_warps, kCompiledDispatch.num_warps());
+  EXPECT_EQ(dispatch.num_stages, kCompiledDispatch.num_stages);
+  const LaunchShape combine = launch_shape(OpKind::kCombine, shape, kRowBytes, h200);
+  EXPECT_EQ(combine.num_warps, kCompiledCombine.num_warps());
+  EXPECT_EQ(combine.num_stages, kCompiledCombine.num_stages);
 }
 
 TEST(Tuning, ScalarsAloneAreLittleWork) {

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "csrc/kernels/launch.cuh"
+
+namespace jax_ep {
+
+cudaError_t load_kernels() {
+  if (cudaError_t e = load_plan(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
+  return load_combine();
+}
+
+int32_t shared_bytes_per_block() {
+  return std::max({shared_bytes_of_plan(), shared_bytes_of_dispatch(), shared_bytes_of_combine()});
+}
+
+}  // namespace jax_ep

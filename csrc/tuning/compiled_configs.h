@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// The blocks that the kernels are compiled for. The kernels' .cu files instantiate each of these,
+// and heuristics.h chooses from them: no other launch exists.
+#ifndef JAX_EP_CSRC_TUNING_COMPILED_CONFIGS_H_
+#define JAX_EP_CSRC_TUNING_COMPILED_CONFIGS_H_
+
+#include <cstdint>
+
+#include "csrc/core/limits.h"
+
+namespace jax_ep {
+
+struct CompiledPlan {
+  int32_t num_warps;
+  int32_t max_bins;  // its tables have room for so many
+};
+// In the order of preference: of the first, more warps fit beside the tables.
+inline constexpr CompiledPlan kCompiledPlans[] = {
+    {.num_warps = 16, .max_bins = 1088},
+    {.num_warps = 12, .max_bins = kMaxExperts + kMaxRanks},
+};
+
+// Warps that send first, and warps that receive from the start.
+struct CompiledTransfer {
+  int32_t num_senders;
+  int32_t num_receivers;
+  int32_t num_stages;  // of each warp's pipeline through shared memory; 0: it has none
+
+  [[nodiscard]] constexpr int32_t num_warps() const { return num_senders + num_receivers; }
+};
+inline constexpr CompiledTransfer kCompiledDispatch{
+    .num_senders = 8, .num_receivers = 6, .num_stages = 4};
+inline constexpr CompiledTransfer kCompiledCombine{
+    .num_senders = 14, .num_receivers = 2, .num_stages = 0};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_TUNING_COMPILED_CONFIGS_H_
