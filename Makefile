@@ -108,7 +108,7 @@ mutants: $(INSTALLED)-test
 	  $(BIN)/pytest -n $(JOBS) tests/sim
 	$(BIN)/python csrc/kernels/tests/mutants.py --build $(SIM_BUILD) --jobs $(JOBS)
 
-soak: $(READY) ## Run random stories on the simulator, with 64 ranks too, for 10 minutes (SECONDS=N)
+soak: $(READY) ## Run random scenarios on the simulator, with 64 ranks too, for 10 minutes (SECONDS=N)
 	$(build_sim)
 	@pids=; for i in $$(seq 0 $$(nproc)); do \
 	  seed=$$i$$(date +%s)000000; \

@@ -76,7 +76,11 @@ def test_bazels_flags_of_all_cpp_are_those_of_cmakes_libraries():
 
 
 def test_bazels_flags_of_the_kernels_are_cmakes():
-    (kernels,) = (t for t in bazel_files.targets() if "high_throughput/combine.cu" in t.attributes.get("srcs", []))
+    (kernels,) = (
+        t
+        for t in bazel_files.targets()
+        if "high_throughput/combine.cu" in t.attributes.get("srcs", [])
+    )
     of_all = bazel_files.constant(CUDA_RULES, "_COPTS")
     cmake = cmake_files.targets()["jax_ep_kernels"].flags["cu"]
     release = {"-O3", "-DNDEBUG"}  # CMake's build type adds them

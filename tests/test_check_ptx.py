@@ -8,7 +8,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-KERNEL = "_ZN6jax_ep10run_kernelINS_3dev10PlanKernelINS1_10PlanConfigILi{}ELi1088EEEEES4_NS_10P1EEvT1_"
+KERNEL = (
+    "_ZN6jax_ep10run_kernelINS_3dev10PlanKernelINS1_10PlanConfigILi{}ELi1088EEEEES4_NS_10P1EEvT1_"
+)
 PTX = f"""
 .version 9.0
 .func _ZN6jax_ep3dev10give_up_asERKNS_8RankViewENS_7WaitTagE(

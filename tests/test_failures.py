@@ -119,7 +119,7 @@ def _lose_a_rank() -> None:
         # Whichever rank's error JAX shows, it is the callback's own or one that names rank 3.
         for error in errors:
             assert "is gone" in error or ("3" in error and "DEADLINE_EXCEEDED" in error), error
-        assert native.load().num_open_meetings() == 0
+        assert native.load().num_pending() == 0
         _works(group)
     print("the others were told, and the next call works")
 
@@ -164,7 +164,7 @@ def test_the_deadline_error_names_the_missing_rank():
         message = _error_of(jax.jit(mapped), problem.topk_idx[0])
         for part in ("DEADLINE_EXCEEDED", "plan", "rank", "1", "0.5 s", group.name):
             assert part in message, (part, message)
-        assert native.load().num_open_meetings() == 0
+        assert native.load().num_pending() == 0
 
 
 # --- what the log is told, before anybody reads a result ------------------------------------------
@@ -400,12 +400,12 @@ def test_nothing_is_left_after_groups_and_programs_are_gone():
     ext = native.load()
     jax.clear_caches()
     gc.collect()
-    groups, sites = ext.num_groups(), ext.num_sites()
+    groups, sites = ext.num_groups(), ext.num_call_sites()
     for _ in range(3):
         with make_group(PROBLEM, "ffi") as group:
             _works(group)
     del group
     jax.clear_caches()
     gc.collect()
-    assert (ext.num_groups(), ext.num_sites()) == (groups, sites)
-    assert ext.num_open_meetings() == 0
+    assert (ext.num_groups(), ext.num_call_sites()) == (groups, sites)
+    assert ext.num_pending() == 0

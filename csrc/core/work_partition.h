@@ -22,20 +22,22 @@ inline constexpr int32_t kMaxTiles = 64;
 // a constant alone, because the sender and the receiver must agree.
 inline constexpr int32_t kChunkTarget = 128;  // chunks, for batches that are not large
 constexpr int32_t chunk_tokens(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
-  const int64_t wanted = ceil_div(num_tokens, chunk_target);
-  const int64_t few = wanted < 1 ? 1 : wanted > 8 ? 8 : wanted;
-  const int64_t least = ceil_div(num_tokens, kMaxChunks);
-  return static_cast<int32_t>(few > least ? few : least);
+  const int64_t target = ceil_div(num_tokens, chunk_target);
+  const int64_t few = target < 1 ? 1 : target > 8 ? 8 : target;
+  const int64_t min_tokens = ceil_div(num_tokens, kMaxChunks);
+  return static_cast<int32_t>(few > min_tokens ? few : min_tokens);
 }
 constexpr int32_t num_chunks(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
   return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens, chunk_target)));
 }
 
-// Parts that the rows of a chunk are cut into, at most `most`: a batch of few chunks spreads over
-// many warps nevertheless. Each part of each chunk has a flag; agreed on like chunk_tokens.
-constexpr int32_t num_parts(int32_t chunks, int32_t most, int32_t chunk_target = kChunkTarget) {
-  const int32_t wanted = chunks > 0 ? chunk_target / chunks : 1;
-  const int32_t parts = wanted < most ? wanted : most;
+// Parts that the rows of a chunk are cut into, at most `max_parts`: a batch of few chunks spreads
+// over many warps nevertheless. Each part of each chunk has a flag; agreed on like chunk_tokens.
+constexpr int32_t num_parts(int32_t chunks,
+                            int32_t max_parts,
+                            int32_t chunk_target = kChunkTarget) {
+  const int32_t target = chunks > 0 ? chunk_target / chunks : 1;
+  const int32_t parts = target < max_parts ? target : max_parts;
   return parts > 1 ? parts : 1;
 }
 
@@ -47,11 +49,11 @@ inline constexpr int32_t kMinPartMoves = 64;
 
 // About 512 tiles over all ranks, of a multiple of kTileUnit tokens.
 inline constexpr int64_t kTileUnit = 8;
-constexpr int64_t most_tiles(int32_t num_ranks) {
+constexpr int64_t max_tiles(int32_t num_ranks) {
   return 512 / num_ranks < kMaxTiles ? 512 / num_ranks : kMaxTiles;
 }
 constexpr int32_t tile_tokens(int64_t num_tokens, int32_t num_ranks) {
-  const int64_t tokens = align_up(ceil_div(num_tokens, most_tiles(num_ranks)), kTileUnit);
+  const int64_t tokens = align_up(ceil_div(num_tokens, max_tiles(num_ranks)), kTileUnit);
   return static_cast<int32_t>(tokens < kTileUnit ? kTileUnit : tokens);
 }
 constexpr int32_t num_tiles(int64_t num_tokens, int32_t num_ranks) {
@@ -59,8 +61,8 @@ constexpr int32_t num_tiles(int64_t num_tokens, int32_t num_ranks) {
 }
 // The most tiles of any call with at most so many tokens; fewer tokens may make more tiles.
 constexpr int64_t max_num_tiles(int64_t max_tokens, int32_t num_ranks) {
-  const int64_t least = ceil_div(max_tokens, kTileUnit);
-  return least < most_tiles(num_ranks) ? least : most_tiles(num_ranks);
+  const int64_t units = ceil_div(max_tokens, kTileUnit);
+  return units < max_tiles(num_ranks) ? units : max_tiles(num_ranks);
 }
 
 // What a plan counts: selections per expert, and in layout "rank" tokens per rank too.

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "csrc/cpu/calls.h"
+#include "csrc/cpu/check_selections.h"
 #include "csrc/cpu/chunks.h"
 #include "csrc/cpu/first_error.h"
 #include "csrc/cpu/row_kernels.h"
-#include "csrc/cpu/selections.h"
 
 namespace jax_ep {
 namespace {

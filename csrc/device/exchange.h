@@ -85,7 +85,7 @@ class Exchange {
 
   // One lane; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag) const {
-    const WaitSite site = {WaitTag::kArrived, op_, source, epoch_, static_cast<u32>(flag)};
+    const WaitContext context = {WaitTag::kArrived, op_, source, epoch_, static_cast<u32>(flag)};
     const u32 epoch = epoch_;
     // ACQUIRE(arrived): what the source stored of the chunk can be read. The flag may be very old,
     // because small batches don't use it; it is never ahead, because the source needs our
@@ -94,7 +94,7 @@ class Exchange {
         view_,
         arrived(view_, view_.rank, source, flag),
         [epoch](u64 word) { return word != 0 && epoch_of(word) == epoch; },
-        site,
+        context,
         "arrived");
     if (seen != own_flag()) {
       give_up_with_other(view_, op_, source, static_cast<u32>(flag), own_flag(), seen);
@@ -165,16 +165,16 @@ class Exchange {
   [[noreturn]] JAX_EP_COLD static void give_up_with_other(
       const RankView& view, OpKind op, i32 source, u32 chunk, u64 own, u64 seen) {
     if (op_of(seen) != static_cast<u32>(op)) {
-      const WaitSite site = {WaitTag::kWrongOp, op, source, epoch_of(own), chunk};
-      give_up(view, site, epoch_of(seen), op_of(seen));
+      const WaitContext context = {WaitTag::kWrongOp, op, source, epoch_of(own), chunk};
+      give_up(view, context, epoch_of(seen), op_of(seen));
     }
     u32 differs = 0;
     for (u32 part = 0; part < kNumCallParts; ++part) {
       const u32 bits = (tag_of(seen) ^ tag_of(own)) >> (8 * part) & 0xFF;
       differs |= static_cast<u32>(bits != 0) << part;
     }
-    const WaitSite site = {WaitTag::kWrongCall, op, source, epoch_of(own), chunk};
-    give_up(view, site, epoch_of(seen), 0, differs);
+    const WaitContext context = {WaitTag::kWrongCall, op, source, epoch_of(own), chunk};
+    give_up(view, context, epoch_of(seen), 0, differs);
   }
 
   const RankView& view_;

@@ -38,22 +38,22 @@ JAX_EP_DEVICE void complete_segment(Ptr<u32> stage, i32 channels, float scale) {
 }
 
 // How many elements of a row 16 bytes hold, in the rows' own dtype.
-template <typename Rows>
-inline constexpr int kPerVector = 4 * Rows::kPerWord;
+template <typename RowType>
+inline constexpr int kPerVector = 4 * RowType::kPerWord;
 // What they are in FP8.
-template <typename Rows>
-using Fp8Vector = std::conditional_t<kPerVector<Rows> == 8, u64, u32>;
+template <typename RowType>
+using Fp8Vector = std::conditional_t<kPerVector<RowType> == 8, u64, u32>;
 
 // Quantizes `channels` elements, a multiple of 16, in place. All lanes.
 //
 // A loop that is not unrolled: each rank's process has a copy of the code, and ranks that share a
 // GPU share its instruction caches.
-template <typename Rows>
+template <typename RowType>
 JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 channels) {
-  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<Rows>;
+  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<RowType>;
   constexpr u32 kBlocksPerVector = kWarpSize / kLanesPerBlock;
   const u32 lane = lane_id();
-  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<Rows>;
+  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<RowType>;
   const auto load = [stage, num_vectors](u32 v) {
     return v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
   };
@@ -66,54 +66,54 @@ JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 channels) {
     ahead = load(v + kWarpSize);
     warp_sync();  // what is overwritten has been read, for it does not lie behind what is read
     u32 largest = 0;
-    for (int w = 0; w < 4; ++w) largest = Rows::larger_magnitudes(held.word[w], largest);
+    for (int w = 0; w < 4; ++w) largest = RowType::larger_magnitudes(held.word[w], largest);
     const float scale =
-        fp8_scale(largest_of_lanes<kLanesPerBlock>(Rows::largest_magnitude(largest)));
+        fp8_scale(largest_of_lanes<kLanesPerBlock>(RowType::largest_magnitude(largest)));
     const u32 block_lane = lane % kBlocksPerVector * kLanesPerBlock;
     const float block_scale = as_float(warp_shfl(as_bits(scale), block_lane));
     if (lane / kBlocksPerVector == first / kWarpSize) scale_of_lane = block_scale;
     if (v >= num_vectors) continue;
-    float values[kPerVector<Rows>];
-    for (int w = 0; w < 4; ++w) Rows::unpack(held.word[w], values + w * Rows::kPerWord);
+    float values[kPerVector<RowType>];
+    for (int w = 0; w < 4; ++w) RowType::unpack(held.word[w], values + w * RowType::kPerWord);
     const Divider scaled(scale);
-    Fp8Vector<Rows> out = 0;
-    for (int c = 0; c < kPerVector<Rows>; c += 2) {
+    Fp8Vector<RowType> out = 0;
+    for (int c = 0; c < kPerVector<RowType>; c += 2) {
       const u32 pair = to_fp8_pair(scaled(values[c]), scaled(values[c + 1]));
-      out |= static_cast<Fp8Vector<Rows>>(pair) << 8 * c;
+      out |= static_cast<Fp8Vector<RowType>>(pair) << 8 * c;
     }
-    st(as<Fp8Vector<Rows>>(stage) + v, out);
+    st(as<Fp8Vector<RowType>>(stage) + v, out);
   }
   complete_segment(stage, channels, scale_of_lane);
 }
 
 // The inverse, in place, from the end to the beginning.
-template <typename Rows>
+template <typename RowType>
 JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels) {
-  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<Rows>;
+  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<RowType>;
   const u32 lane = lane_id();
-  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<Rows>;
+  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<RowType>;
   const auto load = [stage, num_vectors](u32 v) {
-    return v < num_vectors ? ld(as<Fp8Vector<Rows>>(stage) + v) : 0;
+    return v < num_vectors ? ld(as<Fp8Vector<RowType>>(stage) + v) : 0;
   };
   const float scale_of_lane =
       lane < num_staged_scales(channels) ? ld(scales_in(stage, channels) + lane) : 0.0F;
   auto end = static_cast<u32>(align_up(num_vectors, kWarpSize));
-  Fp8Vector<Rows> ahead = load(end - kWarpSize + lane);
+  Fp8Vector<RowType> ahead = load(end - kWarpSize + lane);
   JAX_EP_NO_UNROLL
   for (; end > 0; end -= kWarpSize) {
     const u32 v = end - kWarpSize + lane;
-    const Fp8Vector<Rows> held = ahead;
+    const Fp8Vector<RowType> held = ahead;
     if (end > kWarpSize) ahead = load(v - kWarpSize);
     const float scale = as_float(warp_shfl(as_bits(scale_of_lane), v / kLanesPerBlock % kWarpSize));
     warp_sync();  // what is overwritten has been read, for it does not lie before what is read
     if (v >= num_vectors) continue;
-    float values[kPerVector<Rows>];
-    for (int c = 0; c < kPerVector<Rows>; c += 2) {
+    float values[kPerVector<RowType>];
+    for (int c = 0; c < kPerVector<RowType>; c += 2) {
       from_fp8_pair(static_cast<u32>(held >> 8 * c) & 0xFFFF, values + c);
     }
     for (float& value : values) value *= scale;
     Vec16 out;
-    for (int w = 0; w < 4; ++w) out.word[w] = Rows::pack(values + w * Rows::kPerWord);
+    for (int w = 0; w < 4; ++w) out.word[w] = RowType::pack(values + w * RowType::kPerWord);
     st(as<Vec16>(stage) + v, out);
   }
   fence_proxy_async();
@@ -121,7 +121,7 @@ JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels) {
 }
 
 // Block `block` of a row of any size, element by element: lane l holds channels l, l + 32, ...
-template <typename Rows>
+template <typename RowType>
 struct BlockOfElements {
   static constexpr int kPerLane = kScaleBlock / kWarpSize;
   float value[kPerLane];
@@ -131,11 +131,11 @@ struct BlockOfElements {
     return block * kScaleBlock + i * i64{kWarpSize} + lane_id();
   }
   // All lanes.
-  JAX_EP_DEVICE BlockOfElements(Ptr<const typename Rows::Element> row, i64 block, i64 hidden) {
+  JAX_EP_DEVICE BlockOfElements(Ptr<const typename RowType::Element> row, i64 block, i64 hidden) {
     u32 largest = 0;
     for (int i = 0; i < kPerLane; ++i) {
       const i64 c = channel(block, i);
-      value[i] = c < hidden ? Rows::to_float(ld(row + c)) : 0.0F;
+      value[i] = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
       largest = larger_magnitude(as_bits(value[i]) & 0x7FFF'FFFF, largest);
     }
     scale = fp8_scale(largest_of_lanes<kWarpSize>(largest));

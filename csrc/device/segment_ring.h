@@ -79,10 +79,10 @@ struct Segments {
   i32 count;
   i32 channels;  // of every segment but the last, which may have fewer
 
-  // Segments of at most `most` channels, in multiples of `unit`, of about the same size.
-  JAX_EP_DEVICE Segments(i64 hidden, i32 most, i32 unit)
-      : count(static_cast<i32>(ceil_div(hidden, most / unit * unit))),
-        channels(count == 0 ? 0 : static_cast<i32>(align_up(ceil_div(hidden, count), unit))) {
+  // Segments of at most `max_channels` channels, in multiples of `granule`, of about the same size.
+  JAX_EP_DEVICE Segments(i64 hidden, i32 max_channels, i32 granule)
+      : count(static_cast<i32>(ceil_div(hidden, max_channels / granule * granule))),
+        channels(count == 0 ? 0 : static_cast<i32>(align_up(ceil_div(hidden, count), granule))) {
     // Rounding up may have left nothing for the last.
     if (count != 0) count = static_cast<i32>(ceil_div(hidden, channels));
   }

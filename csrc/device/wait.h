@@ -11,7 +11,7 @@
 namespace jax_ep::dev {
 
 // What a wait is for, as records will say.
-struct WaitSite {
+struct WaitContext {
   WaitTag tag;
   OpKind op;
   i32 peer;
@@ -21,15 +21,15 @@ struct WaitSite {
 
 // Writes the record for the host, by one thread.
 JAX_EP_DEVICE void write_record(
-    const RankView& view, const WaitSite& site, u32 seen, u32 other_op, u32 detail) {
+    const RankView& view, const WaitContext& context, u32 seen, u32 other_op, u32 detail) {
   const Ptr<u32> record = as<u32>(Ptr<ErrorRecord>{view.error});
-  const u32 fields[] = {static_cast<u32>(site.tag),
-                        static_cast<u32>(site.op),
+  const u32 fields[] = {static_cast<u32>(context.tag),
+                        static_cast<u32>(context.op),
                         static_cast<u32>(view.rank),
-                        static_cast<u32>(site.peer),
-                        site.expected,
+                        static_cast<u32>(context.peer),
+                        context.expected,
                         seen,
-                        site.chunk,
+                        context.chunk,
                         other_op,
                         detail};
   for (int i = 0; i + 1 < kNumRecordFields; ++i) st(record + (1 + i), fields[i]);
@@ -72,20 +72,28 @@ JAX_EP_DEVICE void write_record(
 }
 
 [[noreturn]] JAX_EP_DEVICE void give_up(
-    const RankView& view, const WaitSite& site, u32 seen, u32 other_op = 0, u32 detail = 0) {
-  give_up_as(view, site.tag, site.op, site.peer, site.expected, site.chunk, seen, other_op, detail);
+    const RankView& view, const WaitContext& context, u32 seen, u32 other_op = 0, u32 detail = 0) {
+  give_up_as(view,
+             context.tag,
+             context.op,
+             context.peer,
+             context.expected,
+             context.chunk,
+             seen,
+             other_op,
+             detail);
 }
 
 // Tells the host that a wait has taken long, or that it is over.
 JAX_EP_DEVICE void report_long_wait(const RankView& view,
-                                    const WaitSite& site,
+                                    const WaitContext& context,
                                     u32 level,
                                     bool ended) {
   // Several threads may wait for a peer, and say the same: one word, so that none is torn.
-  st_relaxed<Scope::kSys>(Ptr<u64>{view.long_waits} + site.peer,
-                          pack(LongWait{.epoch = site.expected,
-                                        .op = static_cast<u32>(site.op),
-                                        .tag = static_cast<u32>(site.tag),
+  st_relaxed<Scope::kSys>(Ptr<u64>{view.long_waits} + context.peer,
+                          pack(LongWait{.epoch = context.expected,
+                                        .op = static_cast<u32>(context.op),
+                                        .tag = static_cast<u32>(context.tag),
                                         .level = level,
                                         .ended = ended}));
 }
@@ -94,15 +102,16 @@ JAX_EP_DEVICE void report_long_wait(const RankView& view,
 // and how long it has waited. Does not return if there is no more to wait for. Returns the level of
 // the last report, and kOverdue with it once the deadline has passed.
 inline constexpr u32 kOverdue = 1U << 31;
-JAX_EP_DEVICE u32 look(const RankView& view, const WaitSite& site, u64 start, u32 level) {
+JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 start, u32 level) {
   const u32 word = ld_relaxed<Scope::kSys>(aborted(view, view.rank));
   if (word != 0) {
     const auto by = static_cast<i32>(unpack_aborted(word).by);
-    give_up(view, {WaitTag::kPeerGaveUp, site.op, by, site.expected, site.chunk}, 0, 0, word);
+    give_up(
+        view, {WaitTag::kPeerGaveUp, context.op, by, context.expected, context.chunk}, 0, 0, word);
   }
   if (ld_relaxed<Scope::kSys>(control(view, Control::kClosed)) != 0) {
     give_up(view,
-            {WaitTag::kClosed, site.op, site.peer, site.expected, site.chunk},
+            {WaitTag::kClosed, context.op, context.peer, context.expected, context.chunk},
             0,
             0,
             kClosedInAWait);
@@ -110,10 +119,10 @@ JAX_EP_DEVICE u32 look(const RankView& view, const WaitSite& site, u64 start, u3
   // Signed: the clocks of two SMs may differ by a little.
   const auto waited = static_cast<i64>(now_ns() - start);
   // Who waits for its own rank, which in turn waits for another one, must not give up first.
-  const bool own = site.tag == WaitTag::kGridBarrier || site.peer == view.rank;
+  const bool own = context.tag == WaitTag::kGridBarrier || context.peer == view.rank;
   constexpr u32 kMaxLevel = 32;
   if (level < kMaxLevel && waited >= static_cast<i64>(view.report_ns << level)) {
-    report_long_wait(view, site, ++level, false);
+    report_long_wait(view, context, ++level, false);
   }
   const auto timeout = static_cast<i64>(own ? 2 * view.timeout_ns : view.timeout_ns);
   return waited > timeout ? level | kOverdue : level;
@@ -124,35 +133,35 @@ template <Scope kScope, typename Word, typename Done>
 JAX_EP_DEVICE Word wait_until(const RankView& view,
                               Ptr<Word> word,
                               const Done& done,
-                              const WaitSite& site,
+                              const WaitContext& context,
                               const char* what) {
   const u64 start = now_ns();
   u32 level = 0;
   for (u32 polls = 1;; ++polls) {
     const Word seen = ld_acquire<kScope>(word);
     if (done(seen)) {
-      if (level != 0) report_long_wait(view, site, level & ~kOverdue, true);
+      if (level != 0) report_long_wait(view, context, level & ~kOverdue, true);
       return seen;
     }
     // It has polled once more after the deadline: it may itself have stood still meanwhile.
-    if ((level & kOverdue) != 0) give_up(view, site, static_cast<u32>(seen));
+    if ((level & kOverdue) != 0) give_up(view, context, static_cast<u32>(seen));
     if (polls % kPollsPerLook == 0) {
-      level = look(view, site, start, level & ~kOverdue);
+      level = look(view, context, start, level & ~kOverdue);
     }
     if ((level & kOverdue) == 0) spin_pause(what);
   }
 }
 
-// Waits until a counter that every exchange advances has reached `site.expected`.
+// Waits until a counter that every exchange advances has reached `context.expected`.
 template <Scope kScope>
 JAX_EP_DEVICE void wait_until_reached(const RankView& view,
                                       Ptr<u32> counter,
-                                      const WaitSite& site,
+                                      const WaitContext& context,
                                       const char* what) {
   constexpr u32 kHalf = 0x7FFF'FFFF;  // counters wrap around: what is ahead is ahead by less
-  const u32 expected = site.expected;
+  const u32 expected = context.expected;
   (void)wait_until<kScope>(
-      view, counter, [expected](u32 seen) { return seen - expected <= kHalf; }, site, what);
+      view, counter, [expected](u32 seen) { return seen - expected <= kHalf; }, context, what);
 }
 
 }  // namespace jax_ep::dev

@@ -105,7 +105,7 @@ void Engine::reset(uint64_t new_seed) {
 
   seed = new_seed;
   random = Random(seed * 0x2545f4914f6cdd1d + 1);
-  temper = Temper::draw(random);
+  profile = ScheduleProfile::draw(random);
 }
 
 uint16_t Engine::participant(uint64_t key, const Block& block, const std::string& new_name) {
@@ -132,7 +132,7 @@ Report Engine::run() {
       fail("livelock", "the limit on steps is reached; " + waiting());
       break;
     }
-    if (!copies.empty() && (copies_due || random.chance(1, temper.copy_lag))) {
+    if (!copies.empty() && (copies_due || random.chance(1, profile.copy_lag))) {
       copies_due = false;
       advance_copies();
       continue;
@@ -159,7 +159,7 @@ Report Engine::run() {
   if (report.ok()) report = first_trap.ok() ? report : first_trap;
   if (report.ok()) join_streams();
   report.seed = seed;
-  report.temper = temper.text();
+  report.profile = profile.text();
   return report;
 }
 

@@ -66,7 +66,7 @@ struct Engine {
   // When a store of now becomes visible to all.
   uint32_t draw_visible() {
     uint32_t at = time;
-    if (random.chance(temper.late, 8)) at += random.below(temper.max_delay);
+    if (random.chance(profile.late, 8)) at += random.below(profile.max_delay);
     horizon = std::max(horizon, at);
     return at;
   }
@@ -124,7 +124,7 @@ struct Engine {
 
   uint64_t seed = 0;
   Random random;
-  Temper temper;
+  ScheduleProfile profile;
   uint32_t time = 1;                         // primitives, and what is skipped
   uint64_t time_offset = 0;                  // of now_ns(): deadlines that were made to expire
   uint32_t expiries = 0;                     // how often they were

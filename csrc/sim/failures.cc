@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Addresses, and the story that a failure tells.
+// Addresses, and the scenario that a failure tells.
 #include <cstdarg>
 #include <cstdio>
 
@@ -8,7 +8,7 @@
 namespace jax_ep::sim {
 namespace {
 
-constexpr std::size_t kMaxGroups = 24;  // of a deadlock's story
+constexpr std::size_t kMaxGroups = 24;  // of a deadlock's scenario
 
 }  // namespace
 
@@ -27,7 +27,7 @@ std::string Report::text() const {
          format("\n    seed %llu after %llu primitives: ",
                 static_cast<unsigned long long>(seed),
                 static_cast<unsigned long long>(steps)) +
-         temper;
+         profile;
 }
 
 uint64_t Engine::resolve(const void* address, uint64_t bytes, uint32_t alignment, Reach reach) {

@@ -46,7 +46,7 @@ struct Report {
   std::string kind;
   std::string what;  // who, where in the source, which address; several lines
   uint64_t seed = 0;
-  std::string temper;     // how this seed misbehaves
+  std::string profile;    // how this seed misbehaves
   uint64_t steps = 0;     // primitives
   uint64_t switches = 0;  // of fibers
 

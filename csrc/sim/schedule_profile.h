@@ -34,7 +34,7 @@ class Random {
 
 // How a seed misbehaves. Extremes matter more than averages: a run in which one rank is starved,
 // or in which every store is late, finds what a fair run does not.
-struct Temper {
+struct ScheduleProfile {
   uint32_t burst = 1;         // the most primitives that a thread runs before others may
   uint32_t stay = 1;          // the most picks in one block before another may be chosen
   uint32_t late = 0;          // chance in 8 that a store becomes visible late
@@ -42,15 +42,15 @@ struct Temper {
   uint32_t copy_lag = 2;      // a copy engine acts about once per this many picks
   uint32_t speed_period = 1;  // picks between changes of the blocks' relative speeds
 
-  static Temper draw(Random& random) {
-    Temper temper;
-    temper.burst = random.one_of({1, 8, 64, 1024});
-    temper.stay = random.one_of({1, 64, 1024});
-    temper.late = random.one_of({0, 1, 4, 7});
-    temper.max_delay = random.one_of({64, 4096, 1 << 18});
-    temper.copy_lag = random.one_of({2, 16, 256});
-    temper.speed_period = random.one_of({500, 5000, 50000});
-    return temper;
+  static ScheduleProfile draw(Random& random) {
+    ScheduleProfile profile;
+    profile.burst = random.one_of({1, 8, 64, 1024});
+    profile.stay = random.one_of({1, 64, 1024});
+    profile.late = random.one_of({0, 1, 4, 7});
+    profile.max_delay = random.one_of({64, 4096, 1 << 18});
+    profile.copy_lag = random.one_of({2, 16, 256});
+    profile.speed_period = random.one_of({500, 5000, 50000});
+    return profile;
   }
 
   std::string text() const {

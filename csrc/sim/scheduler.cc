@@ -23,7 +23,7 @@ Thread* take(std::vector<Thread*>& from, uint32_t i) {
 void Engine::make_current(Thread& thread) {
   thread.state = ThreadState::kRunning;
   current = &thread;
-  budget = 1 + random.below(temper.burst);
+  budget = 1 + random.below(profile.burst);
   ++report.switches;
 }
 
@@ -53,9 +53,9 @@ void Engine::leave() {
 // The next thread, if it is of the same block and nothing else is due: switching to it directly
 // saves half of the switches.
 Thread* Engine::pick_neighbor() {
-  if (!copies.empty() && random.chance(1, temper.copy_lag)) copies_due = true;
+  if (!copies.empty() && random.chance(1, profile.copy_lag)) copies_due = true;
   if (copies_due || favorite_picks <= 1 || report.steps > config.max_steps) return nullptr;
-  if ((picks + 1) % temper.speed_period == 0 || favorite != current->block) return nullptr;
+  if ((picks + 1) % profile.speed_period == 0 || favorite != current->block) return nullptr;
   ++picks;
   --favorite_picks;
   return pick_in(*favorite);
@@ -169,11 +169,11 @@ Thread* Engine::pick_in(Block& block) {
 Thread* Engine::pick() {
   const auto n = static_cast<uint32_t>(active.size());
   if (n == 0) return nullptr;
-  if (picks++ % temper.speed_period == 0) draw_speeds();
+  if (picks++ % profile.speed_period == 0) draw_speeds();
   if (favorite_picks && --favorite_picks && favorite->alive) {
     if (Thread* thread = pick_in(*favorite)) return thread;
   }
-  favorite_picks = 1 + random.below(temper.stay);
+  favorite_picks = 1 + random.below(profile.stay);
   for (uint32_t tries = 0; tries < 8; ++tries) {
     favorite = active[random.below(n)];
     if (random.below(kFullSpeed) >= favorite->weight) continue;

@@ -12,7 +12,7 @@ bool has(const ErrorRecord& record, WaitTag tag) {
   return record.written == 1 && record.tag == static_cast<uint32_t>(tag);
 }
 
-OpKind last_op(const Story& story) { return story.groups[0].episodes[0].ops.back(); }
+OpKind last_op(const Scenario& scenario) { return scenario.groups[0].steps[0].ops.back(); }
 
 std::string text_of(const ErrorRecord& record) {
   return record.written == 1 ? describe(record, 1) : "no record";
@@ -38,36 +38,36 @@ std::string expect_records(const Outcome& outcome, WaitTag tag, const Check& che
   return count > 0 ? "" : "nobody says what happened";
 }
 
-std::string judge_missing(const Story& story, const Outcome& outcome) {
-  const size_t exchanges = story.groups[0].episodes[0].ops.size();
+std::string judge_missing(const Scenario& scenario, const Outcome& outcome) {
+  const size_t exchanges = scenario.groups[0].steps[0].ops.size();
   return expect_records(outcome, WaitTag::kArrived, [&](const ErrorRecord& record) {
-    return record.peer == static_cast<uint32_t>(story.rank) &&
-           record.op == static_cast<uint32_t>(last_op(story)) && record.expected == exchanges &&
+    return record.peer == static_cast<uint32_t>(scenario.rank) &&
+           record.op == static_cast<uint32_t>(last_op(scenario)) && record.expected == exchanges &&
            record.seen == exchanges - 1;
   });
 }
 
 // Rank 0 alone gives up; the others, which would wait for ever, end because it told them.
-std::string judge_one_impatient(const Story& story, const Outcome& outcome) {
-  if (std::string error = judge_missing(story, outcome); !error.empty()) return error;
+std::string judge_one_impatient(const Scenario& scenario, const Outcome& outcome) {
+  if (std::string error = judge_missing(scenario, outcome); !error.empty()) return error;
   if (!has(outcome.errors[0], WaitTag::kArrived)) return "rank 0: " + text_of(outcome.errors[0]);
   const ErrorRecord& told = outcome.errors[2];
   if (!has(told, WaitTag::kPeerGaveUp)) return "rank 2 was not told: " + text_of(told);
   const Aborted aborted = unpack_aborted(told.detail);
-  const bool right = aborted.by == 0 && aborted.blamed == static_cast<uint32_t>(story.rank) &&
+  const bool right = aborted.by == 0 && aborted.blamed == static_cast<uint32_t>(scenario.rank) &&
                      aborted.tag == static_cast<uint32_t>(WaitTag::kArrived) &&
-                     aborted.op == static_cast<uint32_t>(last_op(story)) && told.peer == 0;
+                     aborted.op == static_cast<uint32_t>(last_op(scenario)) && told.peer == 0;
   return right ? "" : "rank 2 was told: " + text_of(told);
 }
 
-std::string judge_late(const Story& story, const Outcome& outcome) {
+std::string judge_late(const Scenario& scenario, const Outcome& outcome) {
   if (!outcome.report.ok()) return outcome.report.text();
   for (const size_t rank : {0, 2}) {
     const LongWait& wait = outcome.long_waits[rank];
     const bool right = wait.level >= 1 && wait.ended &&
                        wait.tag == static_cast<uint32_t>(WaitTag::kArrived) &&
-                       wait.op == static_cast<uint32_t>(last_op(story)) &&
-                       wait.epoch == story.groups[0].episodes[0].ops.size();
+                       wait.op == static_cast<uint32_t>(last_op(scenario)) &&
+                       wait.epoch == scenario.groups[0].steps[0].ops.size();
     if (!right) {
       return "rank " + std::to_string(rank) + " reported level " + std::to_string(wait.level) +
              (wait.ended ? ", ended" : ", not ended") + ", exchange " + std::to_string(wait.epoch);
@@ -76,62 +76,62 @@ std::string judge_late(const Story& story, const Outcome& outcome) {
   return "";
 }
 
-std::string judge_other_call(const Story& story, const Outcome& outcome) {
-  const CallPart part = story.mishap == kOtherPlace ? CallPart::kPlace : CallPart::kTokens;
+std::string judge_other_call(const Scenario& scenario, const Outcome& outcome) {
+  const CallPart part = scenario.mishap == kOtherPlace ? CallPart::kPlace : CallPart::kTokens;
   return expect_records(outcome, WaitTag::kWrongCall, [&](const ErrorRecord& record) {
-    const auto odd = static_cast<uint32_t>(story.rank);
+    const auto odd = static_cast<uint32_t>(scenario.rank);
     return (record.peer == odd || record.rank == odd) &&
            record.detail == 1U << static_cast<uint32_t>(part);
   });
 }
 
-std::string judge_other_op(const Story& story, const Outcome& outcome) {
+std::string judge_other_op(const Scenario& scenario, const Outcome& outcome) {
   return expect_records(outcome, WaitTag::kWrongOp, [&](const ErrorRecord& record) {
-    const auto odd = static_cast<uint32_t>(story.rank);
+    const auto odd = static_cast<uint32_t>(scenario.rank);
     return (record.peer == odd || record.rank == odd) && record.op != record.other_op &&
            record.expected == record.seen;
   });
 }
 
-std::string judge_overlap(const Story& story, const Outcome& outcome) {
+std::string judge_overlap(const Scenario& scenario, const Outcome& outcome) {
   return expect_records(outcome, WaitTag::kOverlap, [&](const ErrorRecord& record) {
-    const auto op = static_cast<uint32_t>(last_op(story));
+    const auto op = static_cast<uint32_t>(last_op(scenario));
     return record.op == op && (record.other_op == op || record.other_op == kMaxOps);
   });
 }
 
-std::string judge_closed(const Story& story, const Outcome& outcome) {
+std::string judge_closed(const Scenario& scenario, const Outcome& outcome) {
   if (!outcome.report.ok()) return outcome.report.text();
   for (const ErrorRecord& record : outcome.errors) {
     const bool right = has(record, WaitTag::kClosed) && record.detail == 0 &&
-                       record.op == static_cast<uint32_t>(last_op(story));
+                       record.op == static_cast<uint32_t>(last_op(scenario));
     if (!right) return text_of(record);
   }
   return "";
 }
 
 // Rank 0 alone is closed; rank 2, which would wait for ever, ends because it told it.
-std::string judge_closed_meanwhile(const Story& story, const Outcome& outcome) {
+std::string judge_closed_meanwhile(const Scenario& scenario, const Outcome& outcome) {
   if (outcome.report.kind != "trap") return "it must end in a trap; " + outcome.report.text();
   const ErrorRecord& closed = outcome.errors[0];
   const bool right = has(closed, WaitTag::kClosed) && closed.detail == kClosedInAWait &&
-                     closed.op == static_cast<uint32_t>(last_op(story));
+                     closed.op == static_cast<uint32_t>(last_op(scenario));
   if (!right) return "rank 0: " + text_of(closed);
   return is_told(outcome.errors[2], 0, WaitTag::kClosed) ? ""
                                                          : "rank 2: " + text_of(outcome.errors[2]);
 }
 
 // The rank says so, and tells the others. That it sent anything would be a bad address.
-std::string judge_wrong_rank(const Story& story, const Outcome& outcome) {
+std::string judge_wrong_rank(const Scenario& scenario, const Outcome& outcome) {
   if (outcome.report.kind != "trap") return "it must end in a trap; " + outcome.report.text();
   for (size_t rank = 0; rank < outcome.errors.size(); ++rank) {
     const ErrorRecord& record = outcome.errors[rank];
-    const bool is_it = rank == static_cast<size_t>(story.rank);
+    const bool is_it = rank == static_cast<size_t>(scenario.rank);
     const bool right = is_it ? has(record, WaitTag::kWrongRank) &&
-                                   record.rank == static_cast<uint32_t>(story.rank) &&
-                                   record.peer == static_cast<uint32_t>(said_rank(story)) &&
-                                   record.op == static_cast<uint32_t>(last_op(story))
-                             : is_told(record, story.rank, WaitTag::kWrongRank);
+                                   record.rank == static_cast<uint32_t>(scenario.rank) &&
+                                   record.peer == static_cast<uint32_t>(said_rank(scenario)) &&
+                                   record.op == static_cast<uint32_t>(last_op(scenario))
+                             : is_told(record, scenario.rank, WaitTag::kWrongRank);
     if (!right) return "rank " + std::to_string(rank) + ": " + text_of(record);
   }
   return "";
@@ -145,28 +145,29 @@ std::string judge_stood_still(const Outcome& outcome) {
 
 }  // namespace
 
-Story mishap_story(Mishap mishap, OpKind last, Layout layout, uint64_t seed) {
+Scenario mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t seed) {
   using enum OpKind;
-  Episode episode;
-  episode.options.shape = {
+  ScenarioStep step;
+  step.options.shape = {
       .num_ranks = 3, .num_experts = 6, .num_topk = 3, .num_tokens = 8, .layout = layout};
-  episode.options.shape.recv_capacity = worst_case_capacity(episode.options.shape);
-  episode.options.hidden = 64;
-  episode.options.seed = static_cast<uint32_t>(seed);
-  episode.ops = {kPlan};
-  if (last != kPlan) episode.ops.push_back(kDispatch);
-  if (last == kCombine) episode.ops.push_back(kCombine);
-  Story story{.groups = {{.max_tokens = 8, .episodes = {episode}}}};
-  story.mishap = mishap;
+  step.options.shape.recv_capacity = worst_case_capacity(step.options.shape);
+  step.options.hidden = 64;
+  step.options.seed = static_cast<uint32_t>(seed);
+  step.ops = {kPlan};
+  if (last != kPlan) step.ops.push_back(kDispatch);
+  if (last == kCombine) step.ops.push_back(kCombine);
+  Scenario scenario{.groups = {{.max_tokens = 8, .steps = {step}}}};
+  scenario.mishap = mishap;
   // What two tokens claim, or two kernels at once, is a race; it must not be more. So is closing
   // with a kernel's first look, which it may miss.
-  story.check_races = mishap != kHostileHandle && mishap != kOverlap && mishap != kClosedMeanwhile;
-  return story;
+  scenario.check_races =
+      mishap != kHostileHandle && mishap != kOverlap && mishap != kClosedMeanwhile;
+  return scenario;
 }
 
-std::vector<Story> all_mishaps(uint64_t seed) {
+std::vector<Scenario> all_mishaps(uint64_t seed) {
   using enum OpKind;
-  std::vector<Story> stories;
+  std::vector<Scenario> scenarios;
   for (const Mishap mishap : {kMissing,
                               kOneImpatient,
                               kLate,
@@ -184,25 +185,25 @@ std::vector<Story> all_mishaps(uint64_t seed) {
     for (const OpKind last : {kPlan, kDispatch, kCombine}) {
       if (last == kPlan && not_of_plan) continue;
       if (last != kPlan && mishap == kStoodStill) continue;
-      stories.push_back(mishap_story(mishap, last, Layout::kExpert, seed));
-      if (by_layout) stories.push_back(mishap_story(mishap, last, Layout::kRank, seed));
+      scenarios.push_back(mishap_scenario(mishap, last, Layout::kExpert, seed));
+      if (by_layout) scenarios.push_back(mishap_scenario(mishap, last, Layout::kRank, seed));
     }
   }
-  return stories;
+  return scenarios;
 }
 
-std::string verdict_on(const Story& story, const Outcome& outcome) {
-  switch (story.mishap) {
-    case kMissing: return judge_missing(story, outcome);
-    case kOneImpatient: return judge_one_impatient(story, outcome);
-    case kLate: return judge_late(story, outcome);
-    case kOtherOp: return judge_other_op(story, outcome);
+std::string verdict_on(const Scenario& scenario, const Outcome& outcome) {
+  switch (scenario.mishap) {
+    case kMissing: return judge_missing(scenario, outcome);
+    case kOneImpatient: return judge_one_impatient(scenario, outcome);
+    case kLate: return judge_late(scenario, outcome);
+    case kOtherOp: return judge_other_op(scenario, outcome);
     case kOtherPlace:
-    case kOtherTokens: return judge_other_call(story, outcome);
-    case kOverlap: return judge_overlap(story, outcome);
-    case kClosed: return judge_closed(story, outcome);
-    case kClosedMeanwhile: return judge_closed_meanwhile(story, outcome);
-    case kWrongRank: return judge_wrong_rank(story, outcome);
+    case kOtherTokens: return judge_other_call(scenario, outcome);
+    case kOverlap: return judge_overlap(scenario, outcome);
+    case kClosed: return judge_closed(scenario, outcome);
+    case kClosedMeanwhile: return judge_closed_meanwhile(scenario, outcome);
+    case kWrongRank: return judge_wrong_rank(scenario, outcome);
     case kStoodStill: return judge_stood_still(outcome);
     case kNone:
     case kHostileHandle: break;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stories in which something goes wrong, and what the kernels must make of them.
+// Scenarios in which something goes wrong, and what the kernels must make of them.
 #ifndef JAX_EP_CSRC_TESTING_MISHAPS_H_
 #define JAX_EP_CSRC_TESTING_MISHAPS_H_
 
@@ -13,13 +13,13 @@
 namespace jax_ep {
 
 // An exchange of three ranks whose last operation is `last`, and meets with the mishap.
-Story mishap_story(Mishap mishap, OpKind last, Layout layout, uint64_t seed);
+Scenario mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t seed);
 
 // Each mishap with each operation and layout that it can happen to.
-std::vector<Story> all_mishaps(uint64_t seed);
+std::vector<Scenario> all_mishaps(uint64_t seed);
 
-// What is wrong with how a story with a mishap ended; empty if it ended as it must.
-std::string verdict_on(const Story& story, const Outcome& outcome);
+// What is wrong with how a scenario with a mishap ended; empty if it ended as it must.
+std::string verdict_on(const Scenario& scenario, const Outcome& outcome);
 
 }  // namespace jax_ep
 

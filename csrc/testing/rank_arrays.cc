@@ -135,14 +135,14 @@ RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
           sent.scales.begin() + token * blocks, blocks, expected_scales_.begin() + row * blocks);
     }
   }
-  const size_t most =
+  const size_t max_rows =
       as_size(max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts()));
   program_rank_on_device_ = place<int32_t>(1);
   topk_idx_ = place<int32_t>(mine.topk_idx.size());
   slot_ = place<int32_t>(mine.slot.size());
   row_source_ = place<int32_t>(mine.row_source.size());
   row_topk_idx_ = place<int32_t>(mine.row_topk_idx.size());
-  source_slot_ = place<int32_t>(as_size(shape.num_ranks * shape.num_tokens) * most);
+  source_slot_ = place<int32_t>(as_size(shape.num_ranks * shape.num_tokens) * max_rows);
   group_sizes_ = place<int32_t>(mine.group_sizes.size());
   tokens_per_expert_ = place<int32_t>(mine.tokens_per_expert.size());
   num_dropped_ = place<int32_t>(1);
@@ -269,16 +269,16 @@ CombineParams RankArrays::combine(const RankView& view) const {
 
 std::vector<int32_t> RankArrays::expected_source_slot() const {
   const EpShape& shape = options().shape;
-  const size_t most =
+  const size_t max_rows =
       as_size(max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts()));
   const size_t tokens = as_size(shape.num_ranks * shape.num_tokens);
-  std::vector<int32_t> expected(tokens * most, -1);
+  std::vector<int32_t> expected(tokens * max_rows, -1);
   std::vector<size_t> count(tokens, 0);
   const std::vector<int32_t>& row_source = buffers().row_source;
   for (size_t row = 0; row < row_source.size(); ++row) {
     if (row_source[row] < 0) continue;
     const size_t token = as_size(row_source[row]);
-    expected[token * most + count[token]++] = static_cast<int32_t>(row);
+    expected[token * max_rows + count[token]++] = static_cast<int32_t>(row);
   }
   return expected;
 }

@@ -19,10 +19,10 @@ constexpr uint64_t kLeap = uint64_t{1} << 40;
 // One group's part of a run.
 class GroupRun {
  public:
-  GroupRun(sim::Machine& machine, const Story& story, size_t index, uint64_t offset)
+  GroupRun(sim::Machine& machine, const Scenario& scenario, size_t index, uint64_t offset)
       : machine_(machine),
-        story_(story),
-        mine_(story.groups[index]),
+        scenario_(scenario),
+        mine_(scenario.groups[index]),
         stream_(static_cast<uint32_t>(index)),
         group_(machine,
                heap_shape(mine_),
@@ -30,56 +30,55 @@ class GroupRun {
                offset,
                "group" + std::to_string(index)),
         arrays_offset_(offset + SimulatedGroup::memory_bytes(heap_shape(mine_))) {
-    if (story.first_epoch != 0) group_.set_epoch(story.first_epoch);
-    const bool reads_anything = story.mishap == Mishap::kHostileHandle ||
-                                story.mishap == Mishap::kOverlap ||
-                                story.mishap == Mishap::kOtherTokens;
-    const int32_t num_ranks = mine_.episodes[0].options.shape.num_ranks;
+    if (scenario.first_epoch != 0) group_.set_epoch(scenario.first_epoch);
+    const bool reads_anything = scenario.mishap == Mishap::kHostileHandle ||
+                                scenario.mishap == Mishap::kOverlap ||
+                                scenario.mishap == Mishap::kOtherTokens;
+    const int32_t num_ranks = mine_.steps[0].options.shape.num_ranks;
     for (int32_t rank = 0; rank < num_ranks && reads_anything; ++rank) group_.fill_staging(rank);
-    for (const Episode& episode : mine_.episodes) {
-      problems_.push_back(
-          std::make_unique<Problem>(episode.options, episode.x_format, episode.rows_format));
+    for (const ScenarioStep& step : mine_.steps) {
+      problems_.push_back(std::make_unique<Problem>(step.options, step.x_format, step.rows_format));
     }
   }
 
   SimulatedGroup& group() { return group_; }
 
-  static uint64_t memory_bytes(const GroupStory& story) {
+  static uint64_t memory_bytes(const GroupScenario& scenario) {
     uint64_t arrays = 0;
-    for (const Episode& episode : story.episodes) {
-      Problem problem(episode.options, episode.x_format, episode.rows_format);
+    for (const ScenarioStep& step : scenario.steps) {
+      Problem problem(step.options, step.x_format, step.rows_format);
       arrays = std::max<uint64_t>(arrays, RankArrays(problem, 0, nullptr).bytes());
     }
-    const uint64_t bytes = SimulatedGroup::memory_bytes(heap_shape(story)) + arrays;
+    const uint64_t bytes = SimulatedGroup::memory_bytes(heap_shape(scenario)) + arrays;
     return (bytes + 4095) / 4096 * 4096;
   }
 
   void append() {
-    const int32_t num_ranks = mine_.episodes[0].options.shape.num_ranks;
-    for (size_t episode = 0; episode < problems_.size(); ++episode) {
-      for (int32_t rank = 0; rank < num_ranks; ++rank) append(episode, rank);
+    const int32_t num_ranks = mine_.steps[0].options.shape.num_ranks;
+    for (size_t step = 0; step < problems_.size(); ++step) {
+      for (int32_t rank = 0; rank < num_ranks; ++rank) append(step, rank);
     }
   }
 
  private:
-  void append(size_t episode, int32_t rank) {
+  void append(size_t step, int32_t rank) {
     const auto r = static_cast<uint32_t>(rank);
     std::byte* const memory = machine_.memory(r) + arrays_offset_;
-    arrays_.push_back(std::make_unique<RankArrays>(*problems_[episode], rank, memory));
+    arrays_.push_back(std::make_unique<RankArrays>(*problems_[step], rank, memory));
     const RankArrays* const arrays = arrays_.back().get();
-    // All episodes use the same memory, as programs do; what was there before is gone.
+    // All steps use the same memory, as programs do; what was there before is gone.
     machine_.host_call(r, stream_, [this, r, rank, memory, arrays] {
       machine_.poison(r, memory, arrays->bytes());
       SimulatedMemory device(machine_, rank);
       arrays->upload(device);
     });
-    const std::vector<OpKind>& ops = mine_.episodes[episode].ops;
+    const std::vector<OpKind>& ops = mine_.steps[step].ops;
     for (size_t i = 0; i < ops.size(); ++i) {
-      const bool last = episode + 1 == problems_.size() && i + 1 == ops.size();
-      if (last && story_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
-      append_op(ops[i], group_.view(rank), *arrays, {stream_, story_.blocks});
+      const bool last = step + 1 == problems_.size() && i + 1 == ops.size();
+      if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
+      append_op(ops[i], group_.view(rank), *arrays, {stream_, scenario_.blocks});
       append_check(
-          rank, "episode " + std::to_string(episode), ops[i], [op = ops[i], arrays](auto& device) {
+          rank, "step " + std::to_string(step), ops[i], [op = ops[i], arrays](auto& device) {
             return check(op, *arrays, device);
           });
     }
@@ -98,13 +97,13 @@ class GroupRun {
 
   // The last operation, with what goes wrong.
   void append_mishap(OpKind op, int32_t rank, const RankArrays& arrays) {
-    const bool is_it = rank == story_.rank;
-    const SimulatedLaunch launch{stream_, story_.blocks, 1};
+    const bool is_it = rank == scenario_.rank;
+    const SimulatedLaunch launch{stream_, scenario_.blocks, 1};
     RankView view = group_.view(rank);
     const auto host_call = [this, rank](const auto& call) {
       machine_.host_call(static_cast<uint32_t>(rank), stream_, call);
     };
-    switch (story_.mishap) {
+    switch (scenario_.mishap) {
       case Mishap::kNone: break;
       case Mishap::kOneImpatient:
         if (rank != 0) view.timeout_ns = kNever;
@@ -149,12 +148,12 @@ class GroupRun {
         if (!is_it) break;
         host_call([this, rank, &arrays] {
           SimulatedMemory device(machine_, rank);
-          arrays.replace_rank(device, said_rank(story_));
+          arrays.replace_rank(device, said_rank(scenario_));
         });
         leave_only_aborted(view.layout);
         break;
       case Mishap::kStoodStill:
-        if (rank == 0) group_.launch_wait(rank, story_.rank, stream_);
+        if (rank == 0) group_.launch_wait(rank, scenario_.rank, stream_);
         return;
     }
     append_op(op, view, arrays, launch);
@@ -213,8 +212,8 @@ class GroupRun {
   }
 
   sim::Machine& machine_;
-  const Story& story_;
-  const GroupStory& mine_;
+  const Scenario& scenario_;
+  const GroupScenario& mine_;
   const uint32_t stream_;
   SimulatedGroup group_;
   const uint64_t arrays_offset_;
@@ -224,25 +223,25 @@ class GroupRun {
 
 }  // namespace
 
-Outcome run_story(const Story& story, uint64_t seed) {
+Outcome run_scenario(const Scenario& scenario, uint64_t seed) {
   sim::Config config;
-  config.num_ranks = static_cast<uint32_t>(story.groups[0].episodes[0].options.shape.num_ranks);
-  config.streams = static_cast<uint32_t>(story.groups.size());
-  if (story.mishap == Mishap::kOverlap || story.mishap == Mishap::kClosedMeanwhile)
+  config.num_ranks = static_cast<uint32_t>(scenario.groups[0].steps[0].options.shape.num_ranks);
+  config.streams = static_cast<uint32_t>(scenario.groups.size());
+  if (scenario.mishap == Mishap::kOverlap || scenario.mishap == Mishap::kClosedMeanwhile)
     ++config.streams;
   config.clock_skew_ns = 16;
-  config.survive_traps = story.mishap != Mishap::kNone;  // see what each rank says
-  config.max_blocks = story.blocks;
+  config.survive_traps = scenario.mishap != Mishap::kNone;  // see what each rank says
+  config.max_blocks = scenario.blocks;
   config.max_threads = SimulatedGroup::kMaxThreads;
   config.shared_bytes = SimulatedGroup::max_shared_bytes();
-  config.check_races = story.check_races;
+  config.check_races = scenario.check_races;
   config.memory_bytes = 0;
   std::vector<uint64_t> offsets;
-  for (const GroupStory& group : story.groups) {
+  for (const GroupScenario& group : scenario.groups) {
     offsets.push_back(config.memory_bytes);
     config.memory_bytes += GroupRun::memory_bytes(group);
-    for (const Episode& episode : group.episodes) {
-      const ClusterOptions& options = episode.options;
+    for (const ScenarioStep& step : group.steps) {
+      const ClusterOptions& options = step.options;
       config.granule_bytes = std::min(config.granule_bytes,
                                       granule_bytes(options.hidden, options.dtype, options.wire));
     }
@@ -250,15 +249,15 @@ Outcome run_story(const Story& story, uint64_t seed) {
   sim::Machine machine(config);
   machine.reset(seed);
   std::vector<std::unique_ptr<GroupRun>> runs;
-  for (size_t i = 0; i < story.groups.size(); ++i) {
-    runs.push_back(std::make_unique<GroupRun>(machine, story, i, offsets[i]));
+  for (size_t i = 0; i < scenario.groups.size(); ++i) {
+    runs.push_back(std::make_unique<GroupRun>(machine, scenario, i, offsets[i]));
     runs.back()->append();
   }
   Outcome outcome{machine.run(), {}, {}};
   for (uint32_t rank = 0; rank < config.num_ranks; ++rank) {
     SimulatedGroup& group = runs[0]->group();
     outcome.errors.push_back(group.error(static_cast<int32_t>(rank)));
-    outcome.long_waits.push_back(group.long_wait(static_cast<int32_t>(rank), story.rank));
+    outcome.long_waits.push_back(group.long_wait(static_cast<int32_t>(rank), scenario.rank));
   }
   return outcome;
 }

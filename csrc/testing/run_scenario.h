@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a story on the simulator, and compares every result with the CPU backend's.
+// Runs a scenario on the simulator, and compares every result with the CPU backend's.
 #ifndef JAX_EP_CSRC_TESTING_RUN_SCENARIO_H_
 #define JAX_EP_CSRC_TESTING_RUN_SCENARIO_H_
 
@@ -15,11 +15,11 @@ namespace jax_ep {
 struct Outcome {
   sim::Report report;
   std::vector<ErrorRecord> errors;  // of the first group, by rank
-  // Of the first group, by rank, what it reported last of its waits for Story::rank.
+  // Of the first group, by rank, what it reported last of its waits for Scenario::rank.
   std::vector<LongWait> long_waits;
 };
-// The same story and seed give the same run.
-Outcome run_story(const Story& story, uint64_t seed);
+// The same scenario and seed give the same run.
+Outcome run_scenario(const Scenario& scenario, uint64_t seed);
 
 }  // namespace jax_ep
 

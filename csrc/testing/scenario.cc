@@ -25,7 +25,7 @@ class Draw {
   std::mt19937_64 random_;
 };
 
-GroupStory random_group(Draw& draw, int32_t num_ranks, const StoryLimits& limits) {
+GroupScenario random_group(Draw& draw, int32_t num_ranks, const ScenarioLimits& limits) {
   ClusterOptions base;
   EpShape& shape = base.shape;
   shape.num_ranks = num_ranks;
@@ -37,17 +37,17 @@ GroupStory random_group(Draw& draw, int32_t num_ranks, const StoryLimits& limits
   base.wire = draw.one_in(3) ? Wire::kFloat8E4M3 : Wire::kSame;
   base.hidden = draw.one_of<int64_t>({8, 64, 136, 400, 1104, 7, 1, 33, 0});
   if (base.wire == Wire::kFloat8E4M3) base.hidden = draw.one_of<int64_t>({128, 144, 1152, 130, 5});
-  GroupStory story;
-  story.chunk_target = draw.one_of<int32_t>({kChunkTarget, 3, 6});
-  story.max_tokens = limits.max_tokens;
+  GroupScenario scenario;
+  scenario.chunk_target = draw.one_of<int32_t>({kChunkTarget, 3, 6});
+  scenario.max_tokens = limits.max_tokens;
   // More tokens than a warp has lanes: several steps of a tile, and several tiles.
-  if (draw.one_in(4) && num_ranks <= 4) story.max_tokens *= 4;
-  for (int32_t i = 0; i < limits.episodes; ++i) {
-    Episode episode{.options = base};
-    ClusterOptions& options = episode.options;
+  if (draw.one_in(4) && num_ranks <= 4) scenario.max_tokens *= 4;
+  for (int32_t i = 0; i < limits.steps; ++i) {
+    ScenarioStep step{.options = base};
+    ClusterOptions& options = step.options;
     options.seed = static_cast<uint32_t>(draw.below(1'000'000));
-    options.shape.num_tokens = draw.one_in(6) ? draw.one_of<int64_t>({0, 1, story.max_tokens})
-                                              : 1 + draw.below(story.max_tokens);
+    options.shape.num_tokens = draw.one_in(6) ? draw.one_of<int64_t>({0, 1, scenario.max_tokens})
+                                              : 1 + draw.below(scenario.max_tokens);
     const int64_t worst = worst_case_capacity(options.shape);
     options.shape.recv_capacity =
         draw.one_in(3) ? 1 + draw.below(std::max<int64_t>(worst, 1)) : std::max<int64_t>(worst, 1);
@@ -55,19 +55,19 @@ GroupStory random_group(Draw& draw, int32_t num_ranks, const StoryLimits& limits
     options.scalars = !draw.one_in(3);
     options.weighted = !draw.one_in(3);
     if (base.wire == Wire::kFloat8E4M3) {
-      episode.x_format = draw.one_in(3) ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
-      episode.rows_format = draw.one_in(3) ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
+      step.x_format = draw.one_in(3) ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
+      step.rows_format = draw.one_in(3) ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
     }
     // Also without a combine, which would order what comes after it, and over a used handle.
     using enum OpKind;
-    episode.ops = draw.one_of<std::vector<OpKind>>({{kPlan, kDispatch, kCombine},
-                                                    {kPlan, kDispatch},
-                                                    {kPlan, kDispatch, kDispatch, kDispatch},
-                                                    {kPlan, kCombine, kDispatch, kCombine},
-                                                    {kPlan, kPlan}});
-    story.episodes.push_back(episode);
+    step.ops = draw.one_of<std::vector<OpKind>>({{kPlan, kDispatch, kCombine},
+                                                 {kPlan, kDispatch},
+                                                 {kPlan, kDispatch, kDispatch, kDispatch},
+                                                 {kPlan, kCombine, kDispatch, kCombine},
+                                                 {kPlan, kPlan}});
+    scenario.steps.push_back(step);
   }
-  return story;
+  return scenario;
 }
 
 }  // namespace
@@ -89,50 +89,50 @@ const char* name(Mishap mishap) {
   return kNames[static_cast<int>(mishap)];
 }
 
-int32_t said_rank(const Story& story) {
-  return (story.rank + 1) % story.groups[0].episodes[0].options.shape.num_ranks;
+int32_t said_rank(const Scenario& scenario) {
+  return (scenario.rank + 1) % scenario.groups[0].steps[0].options.shape.num_ranks;
 }
 
-HeapShape heap_shape(const GroupStory& story) {
-  const ClusterOptions& options = story.episodes[0].options;
+HeapShape heap_shape(const GroupScenario& scenario) {
+  const ClusterOptions& options = scenario.steps[0].options;
   return {.num_ranks = options.shape.num_ranks,
           .num_experts = options.shape.num_experts,
           .num_topk = options.shape.num_topk,
-          .max_tokens = story.max_tokens,
+          .max_tokens = scenario.max_tokens,
           .hidden = options.hidden,
           .dtype = options.dtype,
           .wire = options.wire,
           .layout = options.shape.layout};
 }
 
-Story random_story(uint64_t seed, const StoryLimits& limits) {
+Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
   Draw draw(seed);
-  Story story;
+  Scenario scenario;
   const int32_t num_ranks = draw.one_of(limits.num_ranks);
-  StoryLimits sizes = limits;
+  ScenarioLimits sizes = limits;
   if (num_ranks > 16) {  // each of their waits is many steps
     sizes.max_tokens = std::min<int64_t>(sizes.max_tokens, 3);
-    sizes.episodes = 1;
+    sizes.steps = 1;
   }
   for (int32_t i = 0; i < limits.groups; ++i) {
-    story.groups.push_back(random_group(draw, num_ranks, sizes));
+    scenario.groups.push_back(random_group(draw, num_ranks, sizes));
   }
-  story.blocks = std::min(draw.one_of<uint32_t>({1, 2, 2, 3}), kMaxBlocks / num_ranks);
+  scenario.blocks = std::min(draw.one_of<uint32_t>({1, 2, 2, 3}), kMaxBlocks / num_ranks);
   if (draw.one_in(6))
-    story.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
-  return story;
+    scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
+  return scenario;
 }
 
-std::string describe(const Story& story) {
-  std::string text = std::to_string(story.blocks) + " blocks";
-  if (story.mishap != Mishap::kNone) text += std::string(", ") + name(story.mishap);
-  for (const GroupStory& group : story.groups) {
+std::string describe(const Scenario& scenario) {
+  std::string text = std::to_string(scenario.blocks) + " blocks";
+  if (scenario.mishap != Mishap::kNone) text += std::string(", ") + name(scenario.mishap);
+  for (const GroupScenario& group : scenario.groups) {
     text += "\n  group, chunk target " + std::to_string(group.chunk_target) + ":";
-    for (const Episode& episode : group.episodes) {
-      text += "\n    " + describe(episode.options);
-      if (episode.x_format == RowFormat::kFloat8E4M3) text += "_fp8in";
-      if (episode.rows_format == RowFormat::kFloat8E4M3) text += "_fp8out";
-      for (const OpKind op : episode.ops) text += " " + std::string(name(op));
+    for (const ScenarioStep& step : group.steps) {
+      text += "\n    " + describe(step.options);
+      if (step.x_format == RowFormat::kFloat8E4M3) text += "_fp8in";
+      if (step.rows_format == RowFormat::kFloat8E4M3) text += "_fp8out";
+      for (const OpKind op : step.ops) text += " " + std::string(name(op));
     }
   }
   return text;

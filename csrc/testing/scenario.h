@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stories: what the ranks of one or two groups do back to back on the same heaps, drawn from a
+// Scenarios: what the ranks of one or two groups do back to back on the same heaps, drawn from a
 // seed.
 #ifndef JAX_EP_CSRC_TESTING_SCENARIO_H_
 #define JAX_EP_CSRC_TESTING_SCENARIO_H_
@@ -14,21 +14,21 @@
 namespace jax_ep {
 
 // One problem, and the operations that are run on it, the plan first.
-struct Episode {
+struct ScenarioStep {
   ClusterOptions options;
   RowFormat x_format = RowFormat::kDType;
   RowFormat rows_format = RowFormat::kDType;
   std::vector<OpKind> ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine};
 };
 
-// What the ranks of a group do, one episode after the other.
-struct GroupStory {
+// What the ranks of a group do, one step after the other.
+struct GroupScenario {
   int64_t max_tokens = 1;
   int32_t chunk_target = kChunkTarget;  // few: chunks of several tokens, though batches are small
-  std::vector<Episode> episodes;
+  std::vector<ScenarioStep> steps;
 };
 
-// What goes wrong in a story, with its last operation.
+// What goes wrong in a scenario, with its last operation.
 enum class Mishap {
   kNone,
   kMissing,          // `rank` never runs it: the others must give up and name the rank
@@ -45,9 +45,9 @@ enum class Mishap {
   kStoodStill,       // instead, rank 0 waits for `rank`, which comes while it stands still
 };
 
-struct Story {
-  std::vector<GroupStory> groups;  // each on a stream of its own, of the same ranks
-  uint32_t blocks = 2;             // of every kernel
+struct Scenario {
+  std::vector<GroupScenario> groups;  // each on a stream of its own, of the same ranks
+  uint32_t blocks = 2;                // of every kernel
   bool check_races = true;
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
   Mishap mishap = Mishap::kNone;
@@ -55,22 +55,22 @@ struct Story {
 };
 
 // Sizes to draw from.
-struct StoryLimits {
+struct ScenarioLimits {
   std::vector<int32_t> num_ranks = {1, 2, 3, 4, 8};
   int64_t max_tokens = 20;
-  int32_t episodes = 3;
+  int32_t steps = 3;
   int32_t groups = 1;
 };
-Story random_story(uint64_t seed, const StoryLimits& limits);
+Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits);
 
 const char* name(Mishap mishap);
-std::string describe(const Story& story);
+std::string describe(const Scenario& scenario);
 
 // The rank that the program says where Mishap::kWrongRank is: one that there is.
-int32_t said_rank(const Story& story);
+int32_t said_rank(const Scenario& scenario);
 
-// The heap that a group's episodes need.
-HeapShape heap_shape(const GroupStory& story);
+// The heap that a group's steps need.
+HeapShape heap_shape(const GroupScenario& scenario);
 
 }  // namespace jax_ep
 

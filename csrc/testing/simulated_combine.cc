@@ -7,9 +7,9 @@ namespace {
 
 using Config = dev::CombineConfig<1, 2, 2, 8>;
 
-template <typename Rows>
+template <typename RowType>
 SimulatedKernel kernel_of(CombineParams params) {
-  return simulated_kernel_of<dev::CombineKernel<Config, Rows>, Config>(params);
+  return simulated_kernel_of<dev::CombineKernel<Config, RowType>, Config>(params);
 }
 
 }  // namespace

@@ -7,9 +7,9 @@ namespace {
 
 using Config = dev::DispatchConfig<2, 1, 3, 2048>;
 
-template <typename Rows>
+template <typename RowType>
 SimulatedKernel kernel_of(DispatchParams params) {
-  return simulated_kernel_of<dev::DispatchKernel<Config, Rows>, Config>(params);
+  return simulated_kernel_of<dev::DispatchKernel<Config, RowType>, Config>(params);
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ class RankProgram {
     const int64_t scales = ceil_div(exchange.hidden, kScaleBlock);
     const bool x_quantized = exchange.x_format != 0;
     const bool rows_quantized = exchange.rows_format != 0;
-    const int64_t most =
+    const int64_t max_rows =
         max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
     const int64_t row_topk_idx = shape.layout == Layout::kRank ? scalars : 0;
     program_rank_ = place<int32_t>(1);
@@ -68,7 +68,7 @@ class RankProgram {
                .slot = result(exchange.slot, selections),
                .row_source = result(exchange.row_source, rows),
                .row_topk_idx = result(exchange.row_topk_idx, row_topk_idx),
-               .source_slot = place<int32_t>(shape.num_ranks * shape.num_tokens * most),
+               .source_slot = place<int32_t>(shape.num_ranks * shape.num_tokens * max_rows),
                .group_sizes = result(exchange.group_sizes, shape.num_row_groups()),
                .tokens_per_expert = result(exchange.tokens_per_expert, shape.num_local_experts()),
                .num_dropped = result(exchange.num_dropped, 1)}};

@@ -43,17 +43,18 @@ int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
                     ceil_div(num_plan_bins(shape), kBinsPerBlock));
   }
   if (row_bytes == 0) return ceil_div(of_all_ranks, kSmallChunksPerBlock);
-  const auto most = static_cast<int32_t>(std::min<int64_t>(row_bytes / kPartBytes, kMaxChunks));
-  return ceil_div(of_all_ranks * num_parts(chunks, most), kPartsPerBlock);
+  const auto max_parts =
+      static_cast<int32_t>(std::min<int64_t>(row_bytes / kPartBytes, kMaxChunks));
+  return ceil_div(of_all_ranks * num_parts(chunks, max_parts), kPartsPerBlock);
 }
 
 }  // namespace
 
 LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget) {
   const int32_t by_default = op == OpKind::kPlan ? kPlanBlocks : kTransferBlocks;
-  const int32_t wanted = budget.wanted > 0 ? budget.wanted : by_default;
+  const int32_t requested = budget.requested > 0 ? budget.requested : by_default;
   const int64_t blocks =
-      std::min<int64_t>({wanted, budget.available, useful_blocks(op, shape, row_bytes)});
+      std::min<int64_t>({requested, budget.available, useful_blocks(op, shape, row_bytes)});
   LaunchShape launch{.num_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1)),
                      .num_warps = 0,
                      .num_stages = 0};

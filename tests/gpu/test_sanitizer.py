@@ -16,11 +16,11 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def _run(tool: str, first: int, last: int) -> str:
-    """What the tool prints about the stories of some seeds."""
+    """What the tool prints about the scenarios of some seeds."""
     program = os.environ["JAX_EP_VIRTUAL_RANKS"]
     sanitizer = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"
     done = subprocess.run(
-        [*sanitizer, program, "stories", str(first), str(last)],
+        [*sanitizer, program, "scenarios", str(first), str(last)],
         capture_output=True,
         text=True,
         timeout=500,
@@ -35,5 +35,5 @@ def _run(tool: str, first: int, last: int) -> str:
 def test_a_tool_finds_nothing(tool):
     text = _run(tool, 1, 12)
     print(text[-500:])
-    assert re.search(r"stories 1 to 12 passed", text)
+    assert re.search(r"scenarios 1 to 12 passed", text)
     assert re.search(r"0 errors|0 hazards", text)

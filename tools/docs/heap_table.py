@@ -89,7 +89,7 @@ def chunk_tokens(num_tokens: int) -> int:
     return max(few, ceil_div(num_tokens, constants()["kMaxChunks"]))
 
 
-def most_tiles(num_ranks: int) -> int:
+def max_tiles(num_ranks: int) -> int:
     """Returns the most tiles of a source, however many tokens there are."""
     return min(512 // num_ranks, constants()["kMaxTiles"])
 
@@ -97,12 +97,12 @@ def most_tiles(num_ranks: int) -> int:
 def tile_tokens(num_tokens: int, num_ranks: int) -> int:
     """Returns the tokens of a tile."""
     unit = constants()["kTileUnit"]
-    return max(align_up(ceil_div(num_tokens, most_tiles(num_ranks)), unit), unit)
+    return max(align_up(ceil_div(num_tokens, max_tiles(num_ranks)), unit), unit)
 
 
 def max_num_tiles(max_tokens: int, num_ranks: int) -> int:
     """Returns the most tiles of a source that has at most so many tokens."""
-    return min(ceil_div(max_tokens, constants()["kTileUnit"]), most_tiles(num_ranks))
+    return min(ceil_div(max_tokens, constants()["kTileUnit"]), max_tiles(num_ranks))
 
 
 def regions() -> list[Region]:

@@ -143,9 +143,8 @@ NB_MODULE(_ext, m) {
       [] { Notices::shared().stop(); },
       "Ends the wait of next_notice(), for good.");
   m.def("num_groups", [] { return GroupRegistry::instance().size(); }, "Groups registered now.");
-  m.def("num_sites", &Rendezvous::num_alive, "Custom calls of live compiled programs.");
-  m.def(
-      "num_open_meetings", &Rendezvous::num_open_meetings, "Operations that wait for a rank now.");
+  m.def("num_call_sites", &Rendezvous::num_alive, "Custom calls of live compiled programs.");
+  m.def("num_pending", &Rendezvous::num_pending, "Operations that wait for a rank now.");
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }
 

@@ -16,7 +16,7 @@ struct Deadlines::Impl {
   std::map<Ticket, std::function<void()>> pending;
   uint64_t next_id = 0;
   bool running = false;
-  // When the thread looks again by itself. Meetings come and go much faster than deadlines
+  // When the thread looks again by itself. Rendezvous come and go much faster than deadlines
   // pass, so a deadline that is later than this does not wake the thread.
   Clock::time_point next_look = Clock::time_point::min();
 

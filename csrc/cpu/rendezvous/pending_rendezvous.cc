@@ -20,7 +20,7 @@ std::string format_seconds(milliseconds duration) {
 
 }  // namespace
 
-Meeting::Meeting(const Rendezvous::Arrival& first)
+PendingRendezvous::PendingRendezvous(const Rendezvous::Arrival& first)
     : group_(first.group),
       group_index_(first.place.group_index),
       op_name_(op_name(first.call)),
@@ -32,11 +32,11 @@ Meeting::Meeting(const Rendezvous::Arrival& first)
       devices_(static_cast<size_t>(first.num_ranks), -1),
       calls_(static_cast<size_t>(first.num_ranks)) {}
 
-bool Meeting::has(int32_t rank) const {
+bool PendingRendezvous::has(int32_t rank) const {
   return static_cast<size_t>(rank) < here_.size() && here_[static_cast<size_t>(rank)];
 }
 
-void Meeting::add(Rendezvous::Arrival arrival, Rendezvous::Done done) {
+void PendingRendezvous::add(Rendezvous::Arrival arrival, Rendezvous::Done done) {
   const auto index = static_cast<size_t>(arrival.place.rank);
   here_[index] = true;
   devices_[index] = arrival.device;
@@ -45,14 +45,14 @@ void Meeting::add(Rendezvous::Arrival arrival, Rendezvous::Done done) {
   waiters_.push_back({arrival.place.rank, FloatEnv::current(), std::move(done)});
 }
 
-void Meeting::add_late(const Rendezvous::Arrival& arrival) {
+void PendingRendezvous::add_late(const Rendezvous::Arrival& arrival) {
   num_expected_ = std::max(num_expected_, arrival.num_ranks);
   here_.resize(static_cast<size_t>(num_expected_));
   here_[static_cast<size_t>(arrival.place.rank)] = true;
   ++num_here_;
 }
 
-std::vector<int32_t> Meeting::ranks_here(bool here) const {
+std::vector<int32_t> PendingRendezvous::ranks_here(bool here) const {
   std::vector<int32_t> ranks;
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
     if (has(rank) == here) ranks.push_back(rank);
@@ -60,12 +60,12 @@ std::vector<int32_t> Meeting::ranks_here(bool here) const {
   return ranks;
 }
 
-std::string Meeting::context() const {
+std::string PendingRendezvous::context() const {
   return group_->name + ", group_index " + std::to_string(group_index_) + ", " +
          std::string(op_name_) + ": ";
 }
 
-Wait Meeting::wait() const {
+Wait PendingRendezvous::wait() const {
   Wait wait{.group = group_,
             .group_index = group_index_,
             .op = op_name_,
@@ -81,33 +81,33 @@ Wait Meeting::wait() const {
   return wait;
 }
 
-Meeting::Clock::time_point Meeting::next_alarm() const {
+PendingRendezvous::Clock::time_point PendingRendezvous::next_alarm() const {
   return std::min(opened_ + next_warning_, deadline_);
 }
 
-void Meeting::warned() {
+void PendingRendezvous::warned() {
   missing_at_warning_ = ranks_here(false);
   next_warning_ *= 2;
 }
 
-std::string Meeting::seconds_waited() const {
+std::string PendingRendezvous::seconds_waited() const {
   return format_seconds(std::chrono::duration_cast<milliseconds>(Clock::now() - opened_));
 }
 
-std::string Meeting::warning(const std::string& root_cause) const {
+std::string PendingRendezvous::warning(const std::string& root_cause) const {
   return context() + "rank(s) " + format_ranks(ranks_here(true)) + " of " +
          std::to_string(num_ranks_) + " have waited " + seconds_waited() + " for rank(s) " +
          format_ranks(ranks_here(false)) + "; " + root_cause + ". Giving up after " +
          format_seconds(group_->timeout);
 }
 
-std::optional<std::string> Meeting::came_after_warning() const {
+std::optional<std::string> PendingRendezvous::came_after_warning() const {
   if (missing_at_warning_.empty()) return std::nullopt;
   return context() + "rank(s) " + format_ranks(missing_at_warning_) + " came after " +
          seconds_waited();
 }
 
-Status Meeting::missing_ranks() const {
+Status PendingRendezvous::missing_ranks() const {
   return {StatusCode::kDeadlineExceeded,
           context() + "rank(s) " + format_ranks(ranks_here(false)) + " of " +
               std::to_string(num_ranks_) + " did not reach this " + std::string(op_name_) +
@@ -116,7 +116,7 @@ Status Meeting::missing_ranks() const {
               "theirs (rank(s) " + format_ranks(ranks_here(true)) + " came)"};
 }
 
-Status Meeting::other_num_ranks(const Rendezvous::Arrival& arrival) const {
+Status PendingRendezvous::other_num_ranks(const Rendezvous::Arrival& arrival) const {
   const std::vector<int32_t> here = ranks_here(true);
   return Status::invalid_argument(
       context() + "ranks disagree: num_ranks is " + std::to_string(num_ranks_) +
@@ -124,23 +124,23 @@ Status Meeting::other_num_ranks(const Rendezvous::Arrival& arrival) const {
       std::to_string(arrival.num_ranks) + " on rank " + std::to_string(arrival.place.rank));
 }
 
-Status Meeting::refused(const Rendezvous::Arrival& arrival) const {
+Status PendingRendezvous::refused(const Rendezvous::Arrival& arrival) const {
   return {arrival.refusal.code(), context() + arrival.refusal.message()};
 }
 
-Status Meeting::abandoned(std::string_view what) const {
+Status PendingRendezvous::abandoned(std::string_view what) const {
   return {StatusCode::kFailedPrecondition,
           context() + std::string(what) + " while rank(s) " + format_ranks(ranks_here(true)) +
               " waited for rank(s) " + format_ranks(ranks_here(false)) + " of " +
               std::to_string(num_ranks_)};
 }
 
-std::vector<Waiter> Meeting::fail(Status error) {
+std::vector<Waiter> PendingRendezvous::fail(Status error) {
   failure_ = std::move(error);
   calls_ = {};
   return take_waiters();
 }
 
-std::vector<Waiter> Meeting::take_waiters() { return std::exchange(waiters_, {}); }
+std::vector<Waiter> PendingRendezvous::take_waiters() { return std::exchange(waiters_, {}); }
 
 }  // namespace jax_ep

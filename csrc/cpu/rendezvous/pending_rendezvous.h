@@ -17,21 +17,21 @@
 
 namespace jax_ep {
 
-// A rank that has come, and how to tell it how the meeting ended.
+// A rank that has come, and how to tell it how the rendezvous ended.
 struct Waiter {
   int32_t rank;
   FloatEnv float_env;
   Rendezvous::Done done;
 };
 
-// One meeting of a group's ranks at one call site: those that have come and, once it has
+// One rendezvous of a group's ranks at one call site: those that have come and, once it has
 // failed, the error for those that have not. Guarded by its rendezvous.
-class Meeting {
+class PendingRendezvous {
  public:
   using Clock = Deadlines::Clock;
 
   // Opened by its first arrival, whose word on the group counts.
-  explicit Meeting(const Rendezvous::Arrival& first);
+  explicit PendingRendezvous(const Rendezvous::Arrival& first);
 
   [[nodiscard]] bool has(int32_t rank) const;
   [[nodiscard]] bool is_complete() const { return num_here_ >= num_expected_; }
@@ -72,7 +72,7 @@ class Meeting {
   std::vector<Waiter> fail(Status error);
   [[nodiscard]] const std::optional<Status>& failure() const { return failure_; }
 
-  // Of a complete meeting: `calls` of all ranks, in order.
+  // Of a complete rendezvous: `calls` of all ranks, in order.
   [[nodiscard]] const std::vector<Call>& calls() const { return calls_; }
   std::vector<Waiter> take_waiters();
 

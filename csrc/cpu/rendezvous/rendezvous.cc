@@ -21,7 +21,7 @@
 namespace jax_ep {
 namespace {
 
-std::atomic<int64_t> open_meetings{0};
+std::atomic<int64_t> pending_count{0};
 
 Status check_arrival(const Rendezvous::Arrival& arrival) {
   const auto invalid = [&arrival](const std::string& what) {
@@ -58,7 +58,7 @@ void post_failure(const Status& status) {
   Notices::shared().post(NoticeLevel::kError, status.message());
 }
 
-// Ranks that wait in a failed meeting, and its error.
+// Ranks that wait in a failed rendezvous, and its error.
 struct Failed {
   std::vector<Waiter> waiters;
   Status error;
@@ -71,57 +71,57 @@ void post_and_tell(std::vector<Failed> all) {
   }
 }
 
-// Runs a meeting's operation; the error says where it happened.
-Status execute_meeting(const Meeting& meeting) {
-  Status status = check_agreement(meeting.calls());
-  if (status.ok()) status = execute(meeting.calls(), WorkerPool::shared());
+// Runs a rendezvous's operation; the error says where it happened.
+Status execute_pending(const PendingRendezvous& pending) {
+  Status status = check_agreement(pending.calls());
+  if (status.ok()) status = execute(pending.calls(), WorkerPool::shared());
   if (status.ok()) return status;
-  return {status.code(), meeting.context() + status.message()};
+  return {status.code(), pending.context() + status.message()};
 }
 
 }  // namespace
 
 // Outlives the Rendezvous while a deadline or a join() is still at work on it.
 struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
-  using MeetingPtr = std::shared_ptr<Meeting>;
+  using PendingPtr = std::shared_ptr<PendingRendezvous>;
   using Key = std::pair<int64_t, int32_t>;  // run_id, group_index
 
-  // Failed meetings that are remembered for their late ranks, and refused runs.
+  // Failed rendezvous that are remembered for their late ranks, and refused runs.
   static constexpr size_t kMaxFailed = 64;
 
   mutable std::mutex mutex;
-  // The meetings of each key, oldest first: those that lack a rank, and failed ones of which a
+  // The rendezvous of each key, oldest first: those that lack a rank, and failed ones of which a
   // rank has not been told.
-  std::map<Key, std::deque<MeetingPtr>> meetings;
-  std::deque<std::pair<Key, MeetingPtr>> failed;   // of `meetings`, oldest failure first
+  std::map<Key, std::deque<PendingPtr>> pending_by_key;
+  std::deque<std::pair<Key, PendingPtr>> failed;   // of `pending_by_key`, oldest failure first
   std::deque<std::pair<int64_t, Status>> refused;  // by run_id, oldest first
 
   void join(Arrival arrival, Done done);
-  void alarm(const Key& key, const MeetingPtr& meeting);
+  void alarm(const Key& key, const PendingPtr& pending);
   void abandon();
   void refuse_run(int64_t run_id, const Status& error);
   void close_group(int64_t group_id);
   void add_waits(std::vector<Wait>& waits) const;
 
  private:
-  // How an arrival ends its meeting, or itself.
+  // How an arrival ends its rendezvous, or itself.
   struct Outcome {
     std::optional<Status> late;     // the arrival alone is told this
     std::optional<Status> failure;  // all are told this
     std::vector<Waiter> waiters;
-    MeetingPtr complete;
+    PendingPtr complete;
   };
   // Those below are called with the mutex held.
   Outcome admit(const Key& key, Arrival arrival, Done& done);
   [[nodiscard]] const Status* refusal_of(int64_t run_id) const;
-  // Of the open meetings that `picks`: their waiting ranks, to be told.
+  // Of the open rendezvous that `picks`: their waiting ranks, to be told.
   template <typename Picks, typename ErrorOf>
   std::vector<Failed> fail_open(const Picks& picks, const ErrorOf& error_of);
-  MeetingPtr find_or_open(const Key& key, const Arrival& arrival);
-  void set_alarm(const Key& key, const MeetingPtr& meeting);
-  std::vector<Waiter> fail(const Key& key, const MeetingPtr& meeting, const Status& error);
-  void close(const MeetingPtr& meeting);
-  void forget(const Key& key, const MeetingPtr& meeting);
+  PendingPtr find_or_open(const Key& key, const Arrival& arrival);
+  void set_alarm(const Key& key, const PendingPtr& pending);
+  std::vector<Waiter> fail(const Key& key, const PendingPtr& pending, const Status& error);
+  void close(const PendingPtr& pending);
+  void forget(const Key& key, const PendingPtr& pending);
 };
 
 void Rendezvous::Impl::join(Arrival arrival, Done done) {
@@ -135,7 +135,7 @@ void Rendezvous::Impl::join(Arrival arrival, Done done) {
   if (outcome.late) return done(*outcome.late);
   if (!outcome.failure && !outcome.complete) return;  // it waits
 
-  const Status status = outcome.failure ? *outcome.failure : execute_meeting(*outcome.complete);
+  const Status status = outcome.failure ? *outcome.failure : execute_pending(*outcome.complete);
   if (!status.ok()) post_failure(status);
   // The others first: this rank's callback may wait for them.
   for (Waiter& waiter : outcome.waiters) {
@@ -159,76 +159,76 @@ Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arriva
     outcome.late = closed_group(arrival.group->name, op_name(arrival.call));
     return outcome;
   }
-  const MeetingPtr meeting = find_or_open(key, arrival);
-  if (meeting->failure()) {
-    outcome.late = meeting->failure();
-    meeting->add_late(arrival);
-    if (meeting->is_complete()) forget(key, meeting);
-  } else if (arrival.num_ranks != meeting->num_ranks() || !arrival.refusal.ok()) {
+  const PendingPtr pending = find_or_open(key, arrival);
+  if (pending->failure()) {
+    outcome.late = pending->failure();
+    pending->add_late(arrival);
+    if (pending->is_complete()) forget(key, pending);
+  } else if (arrival.num_ranks != pending->num_ranks() || !arrival.refusal.ok()) {
     outcome.failure =
-        arrival.refusal.ok() ? meeting->other_num_ranks(arrival) : meeting->refused(arrival);
-    outcome.waiters = fail(key, meeting, *outcome.failure);
-    meeting->add_late(arrival);
-    if (meeting->is_complete()) forget(key, meeting);
+        arrival.refusal.ok() ? pending->other_num_ranks(arrival) : pending->refused(arrival);
+    outcome.waiters = fail(key, pending, *outcome.failure);
+    pending->add_late(arrival);
+    if (pending->is_complete()) forget(key, pending);
   } else {
-    meeting->add(std::move(arrival), std::move(done));
-    if (meeting->is_complete()) {
-      if (const auto text = meeting->came_after_warning()) {
+    pending->add(std::move(arrival), std::move(done));
+    if (pending->is_complete()) {
+      if (const auto text = pending->came_after_warning()) {
         Notices::shared().post(NoticeLevel::kInfo, *text);
       }
-      close(meeting);
-      forget(key, meeting);
-      outcome.waiters = meeting->take_waiters();
-      outcome.complete = meeting;
+      close(pending);
+      forget(key, pending);
+      outcome.waiters = pending->take_waiters();
+      outcome.complete = pending;
     }
   }
   return outcome;
 }
 
-Rendezvous::Impl::MeetingPtr Rendezvous::Impl::find_or_open(const Key& key,
+Rendezvous::Impl::PendingPtr Rendezvous::Impl::find_or_open(const Key& key,
                                                             const Arrival& arrival) {
-  std::deque<MeetingPtr>& queue = meetings[key];
-  for (const MeetingPtr& meeting : queue) {
-    if (!meeting->has(arrival.place.rank)) return meeting;
+  std::deque<PendingPtr>& queue = pending_by_key[key];
+  for (const PendingPtr& pending : queue) {
+    if (!pending->has(arrival.place.rank)) return pending;
   }
-  auto meeting = std::make_shared<Meeting>(arrival);
-  queue.push_back(meeting);
-  ++open_meetings;
-  set_alarm(key, meeting);
-  return meeting;
+  auto pending = std::make_shared<PendingRendezvous>(arrival);
+  queue.push_back(pending);
+  ++pending_count;
+  set_alarm(key, pending);
+  return pending;
 }
 
-void Rendezvous::Impl::set_alarm(const Key& key, const MeetingPtr& meeting) {
-  meeting->alarm = Deadlines::shared().add(
-      meeting->next_alarm(),
-      [weak_impl = weak_from_this(), weak_meeting = std::weak_ptr(meeting), key] {
+void Rendezvous::Impl::set_alarm(const Key& key, const PendingPtr& pending) {
+  pending->alarm = Deadlines::shared().add(
+      pending->next_alarm(),
+      [weak_impl = weak_from_this(), weak_pending = std::weak_ptr(pending), key] {
         const auto impl = weak_impl.lock();
-        const auto meeting = weak_meeting.lock();
-        if (impl && meeting) impl->alarm(key, meeting);
+        const auto pending = weak_pending.lock();
+        if (impl && pending) impl->alarm(key, pending);
       });
 }
 
-// The meeting has ended, well or not.
-void Rendezvous::Impl::close(const MeetingPtr& meeting) {
-  Deadlines::shared().cancel(meeting->alarm);
-  --open_meetings;
+// The rendezvous has ended, well or not.
+void Rendezvous::Impl::close(const PendingPtr& pending) {
+  Deadlines::shared().cancel(pending->alarm);
+  --pending_count;
 }
 
-void Rendezvous::Impl::forget(const Key& key, const MeetingPtr& meeting) {
-  const auto it = meetings.find(key);
-  std::erase(it->second, meeting);
-  if (it->second.empty()) meetings.erase(it);
-  if (meeting->failure()) {
-    std::erase_if(failed, [&](const auto& entry) { return entry.second == meeting; });
+void Rendezvous::Impl::forget(const Key& key, const PendingPtr& pending) {
+  const auto it = pending_by_key.find(key);
+  std::erase(it->second, pending);
+  if (it->second.empty()) pending_by_key.erase(it);
+  if (pending->failure()) {
+    std::erase_if(failed, [&](const auto& entry) { return entry.second == pending; });
   }
 }
 
 std::vector<Waiter> Rendezvous::Impl::fail(const Key& key,
-                                           const MeetingPtr& meeting,
+                                           const PendingPtr& pending,
                                            const Status& error) {
-  close(meeting);
-  failed.emplace_back(key, meeting);
-  std::vector<Waiter> waiters = meeting->fail(error);
+  close(pending);
+  failed.emplace_back(key, pending);
+  std::vector<Waiter> waiters = pending->fail(error);
   if (failed.size() > kMaxFailed) {
     const auto [oldest_key, oldest] = failed.front();
     forget(oldest_key, oldest);
@@ -236,22 +236,22 @@ std::vector<Waiter> Rendezvous::Impl::fail(const Key& key,
   return waiters;
 }
 
-void Rendezvous::Impl::alarm(const Key& key, const MeetingPtr& meeting) {
+void Rendezvous::Impl::alarm(const Key& key, const PendingPtr& pending) {
   const std::vector<Wait> all = Rendezvous::waits();  // takes the mutex of each rendezvous in turn
   Status error;
   std::vector<Waiter> waiters;
   {
     const std::lock_guard lock(mutex);
     // The last rank, or another failure, may have come between the alarm and here.
-    if (meeting->is_complete() || meeting->failure()) return;
-    if (!meeting->is_past_deadline()) {
-      const std::string cause = root_cause(meeting->wait(), all);
-      Notices::shared().post(NoticeLevel::kWarning, meeting->warning(cause));
-      meeting->warned();
-      return set_alarm(key, meeting);
+    if (pending->is_complete() || pending->failure()) return;
+    if (!pending->is_past_deadline()) {
+      const std::string cause = root_cause(pending->wait(), all);
+      Notices::shared().post(NoticeLevel::kWarning, pending->warning(cause));
+      pending->warned();
+      return set_alarm(key, pending);
     }
-    error = meeting->missing_ranks();
-    waiters = fail(key, meeting, error);
+    error = pending->missing_ranks();
+    waiters = fail(key, pending, error);
   }
   post_and_tell({{std::move(waiters), error}});
 }
@@ -260,15 +260,15 @@ void Rendezvous::Impl::abandon() {
   std::vector<Failed> told;
   {
     const std::lock_guard lock(mutex);
-    for (const auto& [key, queue] : meetings) {
-      for (const MeetingPtr& meeting : queue) {
-        if (meeting->failure()) continue;
-        close(meeting);
-        const Status error = meeting->abandoned("the program was abandoned");
-        told.push_back({meeting->fail(error), error});
+    for (const auto& [key, queue] : pending_by_key) {
+      for (const PendingPtr& pending : queue) {
+        if (pending->failure()) continue;
+        close(pending);
+        const Status error = pending->abandoned("the program was abandoned");
+        told.push_back({pending->fail(error), error});
       }
     }
-    meetings.clear();
+    pending_by_key.clear();
     failed.clear();
   }
   post_and_tell(std::move(told));
@@ -276,16 +276,16 @@ void Rendezvous::Impl::abandon() {
 
 template <typename Picks, typename ErrorOf>
 std::vector<Failed> Rendezvous::Impl::fail_open(const Picks& picks, const ErrorOf& error_of) {
-  std::vector<std::pair<Key, MeetingPtr>> open;
-  for (const auto& [key, queue] : meetings) {
-    for (const MeetingPtr& meeting : queue) {
-      if (!meeting->failure() && picks(key, *meeting)) open.emplace_back(key, meeting);
+  std::vector<std::pair<Key, PendingPtr>> open;
+  for (const auto& [key, queue] : pending_by_key) {
+    for (const PendingPtr& pending : queue) {
+      if (!pending->failure() && picks(key, *pending)) open.emplace_back(key, pending);
     }
   }
   std::vector<Failed> told;
-  for (const auto& [key, meeting] : open) {
-    const Status error = error_of(*meeting);
-    told.push_back({fail(key, meeting, error), error});
+  for (const auto& [key, pending] : open) {
+    const Status error = error_of(*pending);
+    told.push_back({fail(key, pending, error), error});
   }
   return told;
 }
@@ -295,8 +295,10 @@ void Rendezvous::Impl::close_group(int64_t group_id) {
   {
     const std::lock_guard lock(mutex);
     told = fail_open(
-        [group_id](const Key&, const Meeting& meeting) { return meeting.group().id == group_id; },
-        [](const Meeting& meeting) { return meeting.abandoned("the group was closed"); });
+        [group_id](const Key&, const PendingRendezvous& pending) {
+          return pending.group().id == group_id;
+        },
+        [](const PendingRendezvous& pending) { return pending.abandoned("the group was closed"); });
   }
   post_and_tell(std::move(told));
 }
@@ -315,8 +317,9 @@ void Rendezvous::Impl::refuse_run(int64_t run_id, const Status& error) {
     if (refusal_of(run_id) != nullptr) return;
     refused.emplace_back(run_id, error);
     if (refused.size() > kMaxFailed) refused.pop_front();
-    told = fail_open([run_id](const Key& key, const Meeting&) { return key.first == run_id; },
-                     [&error](const Meeting&) { return error; });
+    told = fail_open(
+        [run_id](const Key& key, const PendingRendezvous&) { return key.first == run_id; },
+        [&error](const PendingRendezvous&) { return error; });
   }
   post_failure(error);
   for (Failed& failed : told) tell(std::move(failed.waiters), error);
@@ -324,9 +327,9 @@ void Rendezvous::Impl::refuse_run(int64_t run_id, const Status& error) {
 
 void Rendezvous::Impl::add_waits(std::vector<Wait>& waits) const {
   const std::lock_guard lock(mutex);
-  for (const auto& [key, queue] : meetings) {
-    for (const MeetingPtr& meeting : queue) {
-      if (!meeting->failure()) waits.push_back(meeting->wait());
+  for (const auto& [key, queue] : pending_by_key) {
+    for (const PendingPtr& pending : queue) {
+      if (!pending->failure()) waits.push_back(pending->wait());
     }
   }
 }
@@ -390,7 +393,7 @@ std::vector<Wait> Rendezvous::waits() {
   return waits;
 }
 
-int64_t Rendezvous::num_open_meetings() { return open_meetings; }
+int64_t Rendezvous::num_pending() { return pending_count; }
 
 int64_t Rendezvous::num_alive() {
   Everywhere& everywhere = Everywhere::instance();

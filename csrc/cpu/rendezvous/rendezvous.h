@@ -21,9 +21,9 @@ namespace jax_ep {
 //
 // Ranks of one execution (`run_id`) and one EP group (`group_index`: the position along the mesh's
 // other axes) meet; a site inside a loop is met repeatedly by each rank, in program order, so an
-// arrival joins the oldest open meeting that lacks its rank. That pairs arrivals of one visit only
-// because (group_index, rank) is one device's alone: it comes from the group's table of devices,
-// and not from what a program computes, which may say the same on devices that run apart.
+// arrival joins the oldest open rendezvous that lacks its rank. That pairs arrivals of one visit
+// only because (group_index, rank) is one device's alone: it comes from the group's table of
+// devices, and not from what a program computes, which may say the same on devices that run apart.
 class Rendezvous {
  public:
   struct Arrival {
@@ -33,9 +33,9 @@ class Rendezvous {
     RankPlace place;     // of the device
     int32_t num_ranks = 1;
     Call call;
-    Status refusal;  // not OK: the rank cannot take part, and no rank of the meeting will
+    Status refusal;  // not OK: the rank cannot take part, and no rank of the rendezvous will
   };
-  // Called exactly once. Where the meeting completes inside join(), the last arriver's callback
+  // Called exactly once. Where the rendezvous completes inside join(), the last arriver's callback
   // runs on its own thread before join() returns; every other callback runs on a thread of the
   // library that runs nothing else meanwhile, because XLA continues the waiting device's program
   // inside it, and that may block.
@@ -50,23 +50,24 @@ class Rendezvous {
 
   // Never blocks for another rank. The last rank to arrive checks that all agree and executes
   // the operation for all (on its thread and the workers'). If a rank has not come when the
-  // meeting's deadline (its first arrival + timeout) passes, those that did get DeadlineExceeded
+  // rendezvous's deadline (its first arrival + timeout) passes, those that did get DeadlineExceeded
   // naming the missing ranks, and so does a rank that comes later, at once. What fails, and what
   // takes longer than the group's warn_after, is also posted to Notices.
   void join(Arrival arrival, Done done);
 
-  // A rank of this run cannot take part, nor say which rank it is: fails the run's meetings here,
+  // A rank of this run cannot take part, nor say which rank it is: fails the run's rendezvous here,
   // those that are open and those to come. Posted to Notices, once for each run.
   void refuse_run(int64_t run_id, const Status& error);
 
-  // Fails the open meetings of a group that has been closed, in all rendezvous of the process:
+  // Fails the open rendezvous of a group that has been closed, in all rendezvous of the process:
   // those of its ranks that have not come will be refused.
   static void close_group(int64_t group_id);
   // Those that wait now, over all rendezvous of the process.
   static std::vector<Wait> waits();
 
-  // Meetings that lack a rank now, over all rendezvous of the process (for tests and leak checks).
-  static int64_t num_open_meetings();
+  // Rendezvous that lack a rank now, over all rendezvous of the process (for tests and leak
+  // checks).
+  static int64_t num_pending();
   // Rendezvous alive in the process (for tests and leak checks).
   static int64_t num_alive();
 

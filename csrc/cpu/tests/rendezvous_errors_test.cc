@@ -63,10 +63,10 @@ TEST_F(RendezvousErrors, ARefusedRunFailsWhoWaitsAndWhoComes) {
   Completion& second = join(all[1]);
   EXPECT_TRUE(second.is_ready()) << "inside join";
   expect_error(second, error.code(), error.message());
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+  EXPECT_EQ(Rendezvous::num_pending(), 0);
   // Other runs of the site go on.
   join(all[2], [run](auto& a) { a.run_id = run + 1; });
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 1);
+  EXPECT_EQ(Rendezvous::num_pending(), 1);
 }
 
 TEST_F(RendezvousErrors, WhoseGroupWasClosedSinceItWasFoundOpensNoMeeting) {
@@ -74,7 +74,7 @@ TEST_F(RendezvousErrors, WhoseGroupWasClosedSinceItWasFoundOpensNoMeeting) {
   Completion& late = join(all[0], [](auto& a) { a.group->closed->store(true); });
   EXPECT_TRUE(late.is_ready()) << "inside join";
   EXPECT_EQ(late.wait().code(), StatusCode::kFailedPrecondition);
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+  EXPECT_EQ(Rendezvous::num_pending(), 0);
 }
 
 TEST_F(RendezvousErrors, ABadArrivalFailsAlone) {
@@ -90,7 +90,7 @@ TEST_F(RendezvousErrors, ABadArrivalFailsAlone) {
   expect_alone([](auto& a) { a.place.rank = 3; }, "rank is 3, but must be in [0, 3)");
   expect_alone([](auto& a) { a.place.rank = -1; }, "rank is -1, but must be in [0, 3)");
   expect_alone([](auto& a) { a.num_ranks = 0; }, "num_ranks is 0, but must be at least 1");
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 1);
+  EXPECT_EQ(Rendezvous::num_pending(), 1);
   Completion& second = join(all[1]);
   EXPECT_FALSE(second.is_ready());
   EXPECT_TRUE(join(all[2]).wait().ok());
@@ -132,7 +132,7 @@ TEST_F(RendezvousErrors, DifferentNumbersOfRanksFailAllAtOnceAndLater) {
   join(four[0]);
   join(four[1]);
   join(of_eight);
-  join(four[3]);  // late: the meeting has failed already
+  join(four[3]);  // late: the rendezvous has failed already
   ShiftRank other_of_eight(7, 8, 1);
   join(other_of_eight);
   for (Completion& completion : completions_) {
@@ -141,7 +141,7 @@ TEST_F(RendezvousErrors, DifferentNumbersOfRanksFailAllAtOnceAndLater) {
                  "EpGroup 3 (axis 'expert'), group_index 0, plan: ranks disagree: num_ranks is 4 "
                  "on ranks 0,1 and 8 on rank 6");
   }
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+  EXPECT_EQ(Rendezvous::num_pending(), 0);
 }
 
 TEST_F(RendezvousErrors, TheOperationsErrorReachesAll) {
@@ -170,12 +170,12 @@ TEST_F(RendezvousErrors, AMissingRankFailsTheOthersAtTheDeadlineAndItselfLater) 
   std::deque<ShiftRank> all = ranks(8);
   const auto start = std::chrono::steady_clock::now();
   for (const int32_t rank : {4, 0, 1, 2, 5, 6, 7}) join(all[rank], milliseconds(150));
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 1);
+  EXPECT_EQ(Rendezvous::num_pending(), 1);
   for (Completion& completion : completions_) {
     expect_error(completion, StatusCode::kDeadlineExceeded, kRank3Missing);
   }
   EXPECT_GE(std::chrono::steady_clock::now() - start, milliseconds(150));
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+  EXPECT_EQ(Rendezvous::num_pending(), 0);
 
   Completion& late = join(all[3]);
   EXPECT_TRUE(late.is_ready()) << "at once";
@@ -227,7 +227,7 @@ TEST_F(RendezvousErrors, ARankInTimeIsNotDisturbedByTheDeadline) {
   std::this_thread::sleep_for(milliseconds(30));
 }
 
-// Arrivals and deadlines at the same moment: each meeting ends once, one way or the other.
+// Arrivals and deadlines at the same moment: each rendezvous ends once, one way or the other.
 TEST_F(RendezvousErrors, ArrivalsRaceWithTheDeadline) {
   int met = 0;
   for (int round = 0; round < 60; ++round) {
@@ -253,7 +253,7 @@ TEST_F(RendezvousErrors, ATimeoutOfAYearOrForeverIsFine) {
   EXPECT_TRUE(completions_[0].wait().ok());
 }
 
-// What is kept for late ranks is bounded: of more failed meetings the oldest are forgotten, and a
+// What is kept for late ranks is bounded: of more failed rendezvous the oldest are forgotten, and a
 // rank that late is taken for an early one.
 TEST_F(RendezvousErrors, FailedMeetingsAreForgottenPastALimit) {
   constexpr int64_t kFailed = 70;
@@ -289,9 +289,9 @@ TEST_F(RendezvousErrors, AbandonedRanksGetAnError) {
     arrival.group = shift_group(milliseconds(1));
   });
   EXPECT_EQ(told_before.wait().code(), StatusCode::kDeadlineExceeded);
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 2);
+  EXPECT_EQ(Rendezvous::num_pending(), 2);
   site_.reset();
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+  EXPECT_EQ(Rendezvous::num_pending(), 0);
   const std::string abandoned =
       "EpGroup 3 (axis 'expert'), group_index 0, plan: the program was abandoned while rank(s) ";
   for (const size_t i : {0, 1}) {

@@ -49,13 +49,13 @@ TEST_F(RendezvousTest, TheLastRankIsToldInsideJoinTheOthersElsewhere) {
       others_told.wait();  // each on a thread of its own, or this hangs
       others_done.count_down();
     });
-    EXPECT_EQ(Rendezvous::num_open_meetings(), 1);
+    EXPECT_EQ(Rendezvous::num_pending(), 1);
     EXPECT_FALSE(others_told.try_wait());
   }
   bool last_told = false;
   site.join(all[kRanks - 1].arrival(), [&](const Status& status) {
     EXPECT_TRUE(status.ok()) << status.message();
-    EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+    EXPECT_EQ(Rendezvous::num_pending(), 0);
     told_on[kRanks - 1] = std::this_thread::get_id();
     last_told = true;
   });
@@ -116,7 +116,7 @@ TEST_F(RendezvousTest, ArrivalsMeetInEachRanksOrder) {
     for (int round = 0; round < kRounds; ++round) {
       site.join(rounds[round][rank].arrival(), completions.emplace_back().done());
     }
-    EXPECT_EQ(Rendezvous::num_open_meetings(), rank == 1 ? 0 : kRounds);
+    EXPECT_EQ(Rendezvous::num_pending(), rank == 1 ? 0 : kRounds);
   }
   for (Completion& completion : completions) EXPECT_TRUE(completion.wait().ok());
   for (const auto& round : rounds) {
@@ -144,7 +144,7 @@ TEST_F(RendezvousTest, RunsGroupsAndSitesDoNotMix) {
     const Case& c = cases[i];
     c.site.join(all[i][0].arrival(c.run_id, c.group_index), completions.emplace_back().done());
   }
-  EXPECT_EQ(Rendezvous::num_open_meetings(), 4);
+  EXPECT_EQ(Rendezvous::num_pending(), 4);
   for (size_t i = cases.size(); i-- > 0;) {
     const Case& c = cases[i];
     c.site.join(all[i][1].arrival(c.run_id, c.group_index), completions.emplace_back().done());

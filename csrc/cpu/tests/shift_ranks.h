@@ -110,16 +110,16 @@ class Completion {
   std::future<Status> future_ = promise_->get_future();
 };
 
-// Whatever a test does, no meeting, rendezvous or deadline may be left.
+// Whatever a test does, no rendezvous or deadline may be left.
 class RendezvousFixture : public testing::Test {
  protected:
   void TearDown() override {
-    EXPECT_EQ(Rendezvous::num_open_meetings(), 0);
+    EXPECT_EQ(Rendezvous::num_pending(), 0);
     EXPECT_EQ(Rendezvous::num_alive(), 0);
     EXPECT_EQ(Deadlines::shared().num_pending(), 0);
   }
 
-  // All ranks of a group, for one meeting.
+  // All ranks of a group, for one rendezvous.
   static std::deque<ShiftRank> ranks(int32_t num_ranks, int32_t shift = 1) {
     std::deque<ShiftRank> result;
     for (int32_t rank = 0; rank < num_ranks; ++rank) result.emplace_back(rank, num_ranks, shift);

@@ -11,12 +11,12 @@ using Config = dev::CombineConfig<kCompiledCombine.num_senders,
                                   kMoveVectors,
                                   kMinPartMoves>;
 
-template <typename Rows>
-using Kernel = dev::CombineKernel<Config, Rows>;
+template <typename RowType>
+using Kernel = dev::CombineKernel<Config, RowType>;
 
-template <typename Rows>
+template <typename RowType>
 cudaError_t load() {
-  return load_kernel<Kernel<Rows>, Config, CombineParams>();
+  return load_kernel<Kernel<RowType>, Config, CombineParams>();
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include "csrc/device/exchange.h"
 #include "csrc/device/row_sum.h"
-#include "csrc/device/selections.h"
+#include "csrc/device/token_selections.h"
 
 namespace jax_ep::dev {
 
@@ -25,7 +25,7 @@ struct CombineConfig {
   };
 };
 
-template <typename Config, typename Rows>
+template <typename Config, typename RowType>
 class CombineKernel {
  public:
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
@@ -34,7 +34,7 @@ class CombineKernel {
         exchange_(params.view, OpKind::kCombine, params.call_tag, params.program_rank),
         terms_(shared<typename Config::SharedStorage>().terms[warp_id()]),
         hidden_(params.op.hidden),
-        row_bytes_(hidden_ * static_cast<i64>(sizeof(typename Rows::Element))),
+        row_bytes_(hidden_ * static_cast<i64>(sizeof(typename RowType::Element))),
         vectors_(row_bytes_ % 16 == 0),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
@@ -42,7 +42,7 @@ class CombineKernel {
         num_tokens_(shape_.num_tokens),
         chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
         num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
-        num_moves_(hidden_ / (vectors_ ? kElementsPerMove<Rows, Config::kVectors> : 1)),
+        num_moves_(hidden_ / (vectors_ ? kElementsPerMove<RowType, Config::kVectors> : 1)),
         num_parts_(num_parts(num_chunks_,
                              static_cast<i32>(num_moves_ / Config::kMinMoves),
                              params.view.chunk_target)) {}
@@ -55,7 +55,7 @@ class CombineKernel {
   }
 
  private:
-  JAX_EP_DEVICE bool by_rank() const { return shape_.layout == Layout::kRank; }
+  JAX_EP_DEVICE bool is_rank_major() const { return shape_.layout == Layout::kRank; }
   JAX_EP_DEVICE i64 first_token(i32 chunk) const { return i64{chunk} * chunk_tokens_; }
   JAX_EP_DEVICE i64 last_token(i32 chunk) const {
     const i64 last = first_token(chunk) + chunk_tokens_;
@@ -67,9 +67,9 @@ class CombineKernel {
     const i64 first = part * num_moves_ / num_parts_;
     const i64 last = (part + 1) * num_moves_ / num_parts_;
     if (vectors_) {
-      sum_rows<Rows, Config::kVectors>(terms_, count, first, last, row_of, out);
+      sum_rows<RowType, Config::kVectors>(terms_, count, first, last, row_of, out);
     } else {
-      sum_rows<Rows, 0>(terms_, count, first, last, row_of, out);
+      sum_rows<RowType, 0>(terms_, count, first, last, row_of, out);
     }
   }
 
@@ -80,27 +80,27 @@ class CombineKernel {
   JAX_EP_DEVICE void send() {
     const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
-    const i64 units = i64{num_chunks_} * num_parts_ * num_ranks_;
-    if (warp >= units) return;
+    const i64 num_items = i64{num_chunks_} * num_parts_ * num_ranks_;
+    if (warp >= num_items) return;
     exchange_.wait_until_writable();
     // Chunk by chunk; each rank begins with another owner, so that no link is crowded.
-    for (i64 unit = warp; unit < units; unit += num_warps) {
-      const auto flag = static_cast<i32>(unit / num_ranks_);
-      const i32 owner = static_cast<i32>(unit % num_ranks_ + rank_) % num_ranks_;
-      const i64 last = last_token(flag / num_parts_);
-      for (i64 token = first_token(flag / num_parts_); token < last; ++token) {
-        send_token(owner, token, flag % num_parts_);
+    for (i64 item = warp; item < num_items; item += num_warps) {
+      const auto flag_idx = static_cast<i32>(item / num_ranks_);
+      const i32 owner = static_cast<i32>(item % num_ranks_ + rank_) % num_ranks_;
+      const i64 last = last_token(flag_idx / num_parts_);
+      for (i64 token = first_token(flag_idx / num_parts_); token < last; ++token) {
+        send_token(owner, token, flag_idx % num_parts_);
       }
-      exchange_.signal_arrived_at(owner, flag);
+      exchange_.signal_arrived_at(owner, flag_idx);
     }
   }
 
   JAX_EP_DEVICE void send_token(i32 owner, i64 token, i32 part) {
-    const i32 most = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
-    const i64 number = owner * num_tokens_ + token;
+    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
+    const i64 global_token = owner * num_tokens_ + token;
     i32 row = -1;
-    if (static_cast<i32>(lane_id()) < most) {
-      row = ld(Ptr<const i32>{params_.op.source_slot} + (number * most + lane_id()));
+    if (static_cast<i32>(lane_id()) < max_rows) {
+      row = ld(Ptr<const i32>{params_.op.source_slot} + (global_token * max_rows + lane_id()));
     }
     if (row >= shape_.recv_capacity) row = -1;
     const u32 holders = warp_ballot(row >= 0);
@@ -108,7 +108,7 @@ class CombineKernel {
     if (part == 0) send_scalars(owner, token, row);
     if (hidden_ == 0) return;
     const i32 count =
-        by_rank() && params_.op.weighted ? list_selections(row) : list_rows(row, holders);
+        is_rank_major() && params_.op.weighted ? list_selections(row) : list_rows(row, holders);
     warp_sync();
     sum(
         count,
@@ -125,9 +125,9 @@ class CombineKernel {
   JAX_EP_DEVICE i32 list_rows(i32 row, u32 holders) {
     if (row >= 0) {
       // The rows of a plan have no holes; those of a handle from elsewhere may.
-      const u32 place = count_bits(holders & lanes_below(lane_id()));
-      terms_.row[place] = row;
-      terms_.weight[place] =
+      const u32 position = count_bits(holders & lanes_below(lane_id()));
+      terms_.row[position] = row;
+      terms_.weight[position] =
           params_.op.weighted ? ld(Ptr<const float>{params_.op.weights} + row) : 1.0F;
     }
     return static_cast<i32>(count_bits(holders));
@@ -139,17 +139,17 @@ class CombineKernel {
     const i64 at = i64{row} * num_topk_ + lane_id();
     const bool is_selection = static_cast<i32>(lane_id()) < num_topk_;
     const i32 local = is_selection ? ld(Ptr<const i32>{params_.op.row_topk_idx} + at) : -1;
-    u32 place = 0;
+    u32 position = 0;
     for (i32 k = 0; k < num_topk_; ++k) {
       const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
       // A plan's are distinct. Those of a handle from elsewhere may be equal, and each must have a
       // place of its own: the sum reads as many as there are.
       const bool earlier = other == local && k < static_cast<i32>(lane_id());
-      place += static_cast<u32>(other >= 0 && (other < local || earlier));
+      position += static_cast<u32>(other >= 0 && (other < local || earlier));
     }
     if (local >= 0) {
-      terms_.row[place] = row;
-      terms_.weight[place] = ld(Ptr<const float>{params_.op.weights} + at);
+      terms_.row[position] = row;
+      terms_.weight[position] = ld(Ptr<const float>{params_.op.weights} + at);
     }
     return static_cast<i32>(count_bits(warp_ballot(local >= 0)));
   }
@@ -158,7 +158,7 @@ class CombineKernel {
     if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const Ptr<float> to = staged_scalars(exchange_.view(), owner, rank_, token, num_topk_) + lane;
-    if (!by_rank()) {
+    if (!is_rank_major()) {
       if (row >= 0) st(to, ld(Ptr<const float>{params_.op.row_scalars} + row));
       return;
     }
@@ -175,14 +175,14 @@ class CombineKernel {
     const u32 late = (warp_id() + Config::kWarps - Config::kSenders) % Config::kWarps;
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
-    for (i32 flag = warp; flag < num_chunks_ * num_parts_; flag += num_warps) {
+    for (i32 flag_idx = warp; flag_idx < num_chunks_ * num_parts_; flag_idx += num_warps) {
       for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_; source += kWarpSize) {
-        exchange_.wait_arrived(source, flag);
+        exchange_.wait_arrived(source, flag_idx);
       }
       warp_sync();
-      const i64 last = last_token(flag / num_parts_);
-      for (i64 token = first_token(flag / num_parts_); token < last; ++token) {
-        receive_token(token, flag % num_parts_);
+      const i64 last = last_token(flag_idx / num_parts_);
+      for (i64 token = first_token(flag_idx / num_parts_); token < last; ++token) {
+        receive_token(token, flag_idx % num_parts_);
       }
     }
   }
@@ -192,10 +192,10 @@ class CombineKernel {
         shape_, Ptr<const i32>{params_.op.topk_idx}, Ptr<const i32>{params_.op.slot}, token);
     if (part == 0) receive_scalars(selections, token);
     if (hidden_ == 0) return;
-    const u32 place = selections.ranks_before(num_topk_);
+    const u32 position = selections.ranks_before(num_topk_);
     if (selections.leads()) {
-      terms_.row[place] = selections.dest();
-      terms_.weight[place] = 1.0F;
+      terms_.row[position] = selections.dest();
+      terms_.weight[position] = 1.0F;
     }
     const auto count = static_cast<i32>(count_bits(warp_ballot(selections.leads())));
     warp_sync();
@@ -213,12 +213,12 @@ class CombineKernel {
   JAX_EP_DEVICE void receive_scalars(const Selections& selections, i64 token) {
     if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
-    const u32 place = by_rank() ? lane : selections.place(num_topk_);
+    const u32 position = is_rank_major() ? lane : selections.position(num_topk_);
     if (lane >= static_cast<u32>(num_topk_)) return;
     const float scalar =
         selections.live()
             ? ld(staged_scalars(exchange_.view(), rank_, selections.dest(), token, num_topk_) +
-                 place)
+                 position)
             : 0.0F;
     st(Ptr<float>{params_.op.token_scalars} + (token * num_topk_ + lane), scalar);
   }
@@ -226,7 +226,8 @@ class CombineKernel {
   // --- when the group has been closed ----------------------------------------------------------
 
   JAX_EP_DEVICE void leave_no_results() {
-    exchange_.poison(static_cast<typename Rows::Element*>(params_.op.out), num_tokens_ * hidden_);
+    exchange_.poison(static_cast<typename RowType::Element*>(params_.op.out),
+                     num_tokens_ * hidden_);
     if (params_.op.num_scalars > 0) {
       exchange_.poison(reinterpret_cast<u32*>(params_.op.token_scalars), num_tokens_ * num_topk_);
     }

@@ -12,12 +12,12 @@ using Config = dev::DispatchConfig<kCompiledDispatch.num_senders,
                                    kSegmentBytes>;
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
-template <typename Rows>
-using Kernel = dev::DispatchKernel<Config, Rows>;
+template <typename RowType>
+using Kernel = dev::DispatchKernel<Config, RowType>;
 
-template <typename Rows>
+template <typename RowType>
 cudaError_t load() {
-  return load_kernel<Kernel<Rows>, Config, DispatchParams>();
+  return load_kernel<Kernel<RowType>, Config, DispatchParams>();
 }
 
 }  // namespace

@@ -11,12 +11,12 @@
 #include "csrc/device/exchange.h"
 #include "csrc/device/quantize.h"
 #include "csrc/device/segment_ring.h"
-#include "csrc/device/selections.h"
+#include "csrc/device/token_selections.h"
 #include "csrc/kernels/high_throughput/dispatch_config.h"
 
 namespace jax_ep::dev {
 
-template <typename Config, typename Rows>
+template <typename Config, typename RowType>
 class DispatchKernel {
  public:
   JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
@@ -28,7 +28,7 @@ class DispatchKernel {
         x_bytes_(element_bytes(params.op.x_format == RowFormat::kFloat8E4M3)),
         wire_bytes_(element_bytes(params.op.wire == Wire::kFloat8E4M3)),
         rows_bytes_(element_bytes(params.op.rows_format == RowFormat::kFloat8E4M3)),
-        bulk_(hidden_ * least(least(x_bytes_, wire_bytes_), rows_bytes_) % 16 == 0),
+        bulk_(hidden_ * min_of(min_of(x_bytes_, wire_bytes_), rows_bytes_) % 16 == 0),
         segments_(hidden_,
                   Config::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
                   // Rows, and the scales behind them, are copied 16 bytes at a time.
@@ -36,7 +36,7 @@ class DispatchKernel {
                                                       : 16 / static_cast<i32>(sizeof(Element))),
         num_blocks_(ceil_div(hidden_, kScaleBlock)),
         // Rows that stay on this rank, and stay as they are, need no staging.
-        stays_(params.op.wire == Wire::kSame ? params.view.rank : -1),
+        unstaged_rank_(params.op.wire == Wire::kSame ? params.view.rank : -1),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
@@ -54,13 +54,13 @@ class DispatchKernel {
   }
 
  private:
-  using Element = typename Rows::Element;
+  using Element = typename RowType::Element;
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
   }
-  JAX_EP_DEVICE static i32 least(i32 a, i32 b) { return a < b ? a : b; }
-  JAX_EP_DEVICE bool by_rank() const { return shape_.layout == Layout::kRank; }
+  JAX_EP_DEVICE static i32 min_of(i32 a, i32 b) { return a < b ? a : b; }
+  JAX_EP_DEVICE bool is_rank_major() const { return shape_.layout == Layout::kRank; }
   JAX_EP_DEVICE bool fp8_wire() const { return params_.op.wire == Wire::kFloat8E4M3; }
   JAX_EP_DEVICE bool quantizes() const {
     return fp8_wire() && params_.op.x_format == RowFormat::kDType;
@@ -91,11 +91,11 @@ class DispatchKernel {
     const i32 num_flags = num_chunks_ * num_parts_;
     if (warp >= num_flags) return;
     exchange_.wait_until_writable();
-    for (i32 flag = warp; flag < num_flags; flag += num_warps) {
-      const i64 first = first_token(flag / num_parts_);
-      const i64 last = last_token(flag / num_parts_);
+    for (i32 flag_idx = warp; flag_idx < num_flags; flag_idx += num_warps) {
+      const i64 first = first_token(flag_idx / num_parts_);
+      const i64 last = last_token(flag_idx / num_parts_);
       if (hidden_ > 0 && bulk_) {
-        send_segments(first, last, flag % num_parts_);
+        send_segments(first, last, flag_idx % num_parts_);
       } else {
         for (i64 token = first; token < last; ++token) {
           const Selections selections = selections_of(token);
@@ -105,7 +105,7 @@ class DispatchKernel {
       }
       // Not only read: the rows are in the peers' memory before the chunk is said to be.
       bulk_wait<0>();
-      exchange_.signal_arrived(flag);
+      exchange_.signal_arrived(flag_idx);
     }
   }
 
@@ -143,14 +143,14 @@ class DispatchKernel {
     const i32 channels = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
     if (quantizes()) {
-      quantize_segment<Rows>(stage, channels);
+      quantize_segment<RowType>(stage, channels);
     } else if (fp8_wire()) {
       const i64 block = first / kScaleBlock + lane_id();
       const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < channels;
       const auto scales = Ptr<const float>{params_.op.x_scales} + token * num_blocks_;
       complete_segment(stage, channels, is_block ? ld(scales + block) : 0.0F);
     }
-    if (!selections.leads() || selections.dest() == stays_) return;
+    if (!selections.leads() || selections.dest() == unstaged_rank_) return;
     bulk_store(staged_row(exchange_.view(), selections.dest(), rank_, token) + staged_at(first),
                stage,
                staged_bytes(channels));
@@ -172,10 +172,10 @@ class DispatchKernel {
     const float scalar =
         is_selection ? ld(Ptr<const float>{params_.op.token_scalars} + (token * num_topk_ + lane))
                      : 0.0F;
-    if (!by_rank()) {
-      const u32 place = selections.place(num_topk_);
+    if (!is_rank_major()) {
+      const u32 position = selections.position(num_topk_);
       if (!selections.live()) return;
-      st(staged_scalars(exchange_.view(), selections.dest(), rank_, token, num_topk_) + place,
+      st(staged_scalars(exchange_.view(), selections.dest(), rank_, token, num_topk_) + position,
          scalar);
       return;
     }
@@ -190,7 +190,7 @@ class DispatchKernel {
   }
 
   JAX_EP_DEVICE void send_elements(const Selections& selections, i64 token) {
-    u32 leaders = warp_ballot(selections.leads() && selections.dest() != stays_);
+    u32 leaders = warp_ballot(selections.leads() && selections.dest() != unstaged_rank_);
     for (; leaders != 0; leaders &= leaders - 1) {
       const auto dest =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
@@ -222,7 +222,7 @@ class DispatchKernel {
 
   JAX_EP_DEVICE void quantize_elements(i64 token, Ptr<std::byte> to) const {
     for (i64 block = 0; block < num_blocks_; ++block) {
-      const BlockOfElements<Rows> elements(as<const Element>(x_row(token)), block, hidden_);
+      const BlockOfElements<RowType> elements(as<const Element>(x_row(token)), block, hidden_);
       const Divider scaled(elements.scale);
       for (int i = 0; i < elements.kPerLane; ++i) {
         const i64 channel = elements.channel(block, i);
@@ -244,18 +244,18 @@ class DispatchKernel {
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     clear_rows_without_token(warp, num_warps);
     // In the order in which chunks arrive; each rank begins with itself.
-    const i64 units = i64{num_chunks_} * num_parts_ * num_ranks_;
-    for (i64 unit = warp; unit < units; unit += num_warps) {
-      const auto flag = static_cast<i32>(unit / num_ranks_);
-      const i32 source = static_cast<i32>(unit % num_ranks_ + rank_) % num_ranks_;
-      if (lane_id() == 0) exchange_.wait_arrived(source, flag);
+    const i64 num_items = i64{num_chunks_} * num_parts_ * num_ranks_;
+    for (i64 item = warp; item < num_items; item += num_warps) {
+      const auto flag_idx = static_cast<i32>(item / num_ranks_);
+      const i32 source = static_cast<i32>(item % num_ranks_ + rank_) % num_ranks_;
+      if (lane_id() == 0) exchange_.wait_arrived(source, flag_idx);
       warp_sync();
       // The copy engine, too, sees what has arrived.
       fence_proxy_async();
-      const i64 first = first_token(flag / num_parts_);
-      const i64 last = last_token(flag / num_parts_);
+      const i64 first = first_token(flag_idx / num_parts_);
+      const i64 last = last_token(flag_idx / num_parts_);
       if (hidden_ > 0 && bulk_) {
-        expand_segments(source, first, last, flag % num_parts_);
+        expand_segments(source, first, last, flag_idx % num_parts_);
         continue;
       }
       for (i64 token = first; token < last; ++token) {
@@ -268,15 +268,16 @@ class DispatchKernel {
 
   // Lane j gets the j-th row of this rank that holds the token; -1: it has none.
   JAX_EP_DEVICE i32 row_of_lane(i32 source, i64 token) const {
-    const i32 most = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
-    if (static_cast<i32>(lane_id()) >= most) return -1;
-    const i64 number = source * num_tokens_ + token;
-    const i32 row = ld(Ptr<const i32>{params_.op.source_slot} + (number * most + lane_id()));
+    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
+    if (static_cast<i32>(lane_id()) >= max_rows) return -1;
+    const i64 global_token = source * num_tokens_ + token;
+    const i32 row =
+        ld(Ptr<const i32>{params_.op.source_slot} + (global_token * max_rows + lane_id()));
     return row < shape_.recv_capacity ? row : -1;
   }
 
   JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {
-    if (source == stays_) return x_row(token);
+    if (source == unstaged_rank_) return x_row(token);
     const Ptr<std::byte> row = staged_row(exchange_.view(), rank_, source, token);
     return {row.raw};
   }
@@ -307,7 +308,7 @@ class DispatchKernel {
     const i32 channels = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
     if (restores()) {
-      restore_segment<Rows>(stage, channels);
+      restore_segment<RowType>(stage, channels);
     } else if (fp8_wire()) {
       expand_scales(
           scales_in(stage, channels), first / kScaleBlock, ceil_div(channels, kScaleBlock), row);
@@ -332,7 +333,7 @@ class DispatchKernel {
     if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const Ptr<float> scalars = staged_scalars(exchange_.view(), rank_, source, token, num_topk_);
-    if (!by_rank()) {
+    if (!is_rank_major()) {
       if (row >= 0) st(Ptr<float>{params_.op.row_scalars} + row, ld(scalars + lane));
       return;
     }
@@ -350,7 +351,7 @@ class DispatchKernel {
       if (restores()) {
         for (i64 c = lane_id(); c < hidden_; c += kWarpSize) {
           const float value = from_fp8(ld(as<const u8>(from) + c)) * ld(scales + c / kScaleBlock);
-          st(as<Element>(out_row(to)) + c, Rows::from_float(value));
+          st(as<Element>(out_row(to)) + c, RowType::from_float(value));
         }
       } else if (fp8_wire()) {
         copy_elements(as<u8>(out_row(to)), as<const u8>(from));
@@ -376,7 +377,7 @@ class DispatchKernel {
   }
 
   JAX_EP_DEVICE void clear_row(i64 row) {
-    const i32 scalars = by_rank() ? num_topk_ : 1;
+    const i32 scalars = is_rank_major() ? num_topk_ : 1;
     if (params_.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
       st(Ptr<float>{params_.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
     }
@@ -413,7 +414,7 @@ class DispatchKernel {
       exchange_.poison(static_cast<Element*>(params_.op.rows), elements);
     }
     if (params_.op.num_scalars > 0) {
-      const i64 scalars = by_rank() ? num_topk_ : 1;
+      const i64 scalars = is_rank_major() ? num_topk_ : 1;
       exchange_.poison(reinterpret_cast<u32*>(params_.op.row_scalars), capacity * scalars);
     }
     exchange_.report_closed();
@@ -429,8 +430,8 @@ class DispatchKernel {
   const i32 rows_bytes_;
   const bool bulk_;
   const Segments segments_;
-  const i64 num_blocks_;  // of channels that share a scale
-  const i32 stays_;       // the rank whose rows are not staged; -1: none
+  const i64 num_blocks_;     // of channels that share a scale
+  const i32 unstaged_rank_;  // the rank whose rows are not staged; -1: none
   const i32 rank_;
   const i32 num_ranks_;
   const i32 num_topk_;

@@ -13,7 +13,7 @@
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_KERNEL_H_
 
 #include "csrc/device/exchange.h"
-#include "csrc/device/selections.h"
+#include "csrc/device/token_selections.h"
 #include "csrc/device/warp_scan.h"
 #include "csrc/kernels/high_throughput/plan_config.h"
 
@@ -36,9 +36,9 @@ class PlanKernel {
         bin_bits_(num_bits(static_cast<u32>(num_bins_))),
         tile_tokens_(tile_tokens(shape_.num_tokens, num_ranks_)),
         num_tiles_(num_tiles(shape_.num_tokens, num_ranks_)),
-        num_units_(num_ranks_ * num_tiles_),
+        num_items_(num_ranks_ * num_tiles_),
         capacity_(static_cast<u32>(shape_.recv_capacity)),
-        // Neighboring units to different blocks.
+        // Neighboring items to different blocks.
         warp_(static_cast<i32>(warp_id() * num_blocks() + block_id())),
         num_warps_(static_cast<i32>(num_blocks() * Config::kWarps)),
         run_tokens_(static_cast<i32>(kWarpSize) / num_topk_),
@@ -50,20 +50,20 @@ class PlanKernel {
     if (exchange_.closed()) return leave_no_results();
     send();
     clear_cursors();
-    for (i32 unit = warp_; unit < num_units_; unit += num_warps_) count(unit);
+    for (i32 item = warp_; item < num_items_; item += num_warps_) count(item);
     exchange_.grid_barrier();
     for (i32 bin = warp_; bin < num_bins_; bin += num_warps_) scan(bin);
     exchange_.grid_barrier();
     start_experts();
     block_sync();
-    for (i32 unit = warp_; unit < num_units_; unit += num_warps_) assign(unit);
+    for (i32 item = warp_; item < num_items_; item += num_warps_) assign(item);
     write_counts();
     clear_rows_without_token();
     exchange_.finish();
   }
 
  private:
-  JAX_EP_DEVICE bool by_rank() const { return shape_.layout == Layout::kRank; }
+  JAX_EP_DEVICE bool is_rank_major() const { return shape_.layout == Layout::kRank; }
   JAX_EP_DEVICE i32 rank_bin(i32 rank) const { return shape_.num_experts + rank; }
   JAX_EP_DEVICE bool is_expert(i32 expert) const {
     return expert >= 0 && expert < shape_.num_experts;
@@ -95,24 +95,24 @@ class PlanKernel {
   // A warp takes as many consecutive tokens at once as have no more selections than it has lanes: a
   // run. Each lane holds one selection.
 
-  struct Unit {
+  struct TokenTile {
     i32 source;
     i32 first;  // token
     i32 last;
   };
-  JAX_EP_DEVICE Unit tile_of(i32 unit) const {
-    const i32 first = unit % num_tiles_ * tile_tokens_;
+  JAX_EP_DEVICE TokenTile tile_of(i32 item) const {
+    const i32 first = item % num_tiles_ * tile_tokens_;
     const i32 last = first + tile_tokens_;
-    return {unit / num_tiles_, first, last < num_tokens_ ? last : num_tokens_};
+    return {item / num_tiles_, first, last < num_tokens_ ? last : num_tokens_};
   }
 
-  JAX_EP_DEVICE bool has_token(const Unit& tile, i32 first) const {
+  JAX_EP_DEVICE bool has_token(const TokenTile& tile, i32 first) const {
     return lane_token_ < run_tokens_ && first + lane_token_ < tile.last;
   }
 
   // `use(first, expert)` for every run of a tile: its first token, and this lane's expert or -1.
   template <typename Use>
-  JAX_EP_DEVICE void for_each_run(const Unit& tile, const Use& use) const {
+  JAX_EP_DEVICE void for_each_run(const TokenTile& tile, const Use& use) const {
     const auto load = [this, &tile](i32 first) {
       return has_token(tile, first) ? ld(routing(tile.source, first) + lane_id()) : -1;
     };
@@ -130,33 +130,33 @@ class PlanKernel {
 
   // The bin whose count gives a selection its row.
   JAX_EP_DEVICE i32 row_bin(i32 expert) const {
-    return by_rank() ? rank_bin(expert / num_local_) : expert;
+    return is_rank_major() ? rank_bin(expert / num_local_) : expert;
   }
 
-  struct Taken {
-    i32 bin;      // -1: this lane's selection takes no part
-    u32 counted;  // lanes: of each token in the bin, one
+  struct CountedSelection {
+    i32 bin;    // -1: this lane's selection takes no part
+    u32 lanes;  // of each token in the bin, one
   };
 
   // All lanes. A selection that repeats an earlier one of its token takes no part, nor does one
   // whose `bin_of(expert)` is negative.
   template <typename BinOf>
-  JAX_EP_DEVICE Taken take(i32 expert, const BinOf& bin_of) const {
+  JAX_EP_DEVICE CountedSelection take(i32 expert, const BinOf& bin_of) const {
     const u32 earlier = token_lanes_ & lanes_below(lane_id());
     const u32 same_expert = lanes_alike(static_cast<u32>(expert + 1), bin_bits_);
     const bool repeats = (same_expert & earlier) != 0;
     const i32 bin = expert < 0 || repeats ? -1 : bin_of(expert);
     const u32 same_bin =
-        by_rank() ? lanes_alike(static_cast<u32>(bin + 1), bin_bits_) : same_expert;
+        is_rank_major() ? lanes_alike(static_cast<u32>(bin + 1), bin_bits_) : same_expert;
     const bool leads = bin >= 0 && (same_bin & earlier) == 0;
     return {bin, same_bin & warp_ballot(leads)};
   }
 
   // All lanes: moves the cursors past the run.
-  JAX_EP_DEVICE void advance(const Taken& taken) {
-    if (taken.bin >= 0 && lowest_bit(taken.counted) == lane_id()) {
-      auto& cursor = memory_.cursor[warp_id()][taken.bin];
-      cursor = cursor + count_bits(taken.counted);
+  JAX_EP_DEVICE void advance(const CountedSelection& counted) {
+    if (counted.bin >= 0 && lowest_bit(counted.lanes) == lane_id()) {
+      auto& cursor = memory_.cursor[warp_id()][counted.bin];
+      cursor = cursor + count_bits(counted.lanes);
     }
     warp_sync();
   }
@@ -170,15 +170,15 @@ class PlanKernel {
     }
   }
 
-  JAX_EP_DEVICE Ptr<u32> count_of(i32 bin, i32 unit) const {
-    return region<u32>(exchange_.view(), rank_, Region::kCounts) + (i64{bin} * num_units_ + unit);
+  JAX_EP_DEVICE Ptr<u32> count_of(i32 bin, i32 item) const {
+    return region<u32>(exchange_.view(), rank_, Region::kCounts) + (i64{bin} * num_items_ + item);
   }
   JAX_EP_DEVICE Ptr<u32> totals() const {
     return region<u32>(exchange_.view(), rank_, Region::kTotals);
   }
 
-  JAX_EP_DEVICE void count(i32 unit) {
-    const Unit tile = tile_of(unit);
+  JAX_EP_DEVICE void count(i32 item) {
+    const TokenTile tile = tile_of(item);
     const i32 tokens = chunk_tokens(num_tokens_, params_.view.chunk_target);
     const i32 last_chunk = (tile.last - 1) / tokens;
     for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id()); chunk <= last_chunk;
@@ -189,11 +189,11 @@ class PlanKernel {
     for_each_run(tile, [this](i32, i32 expert) {
       advance(take(expert, [this](i32 e) { return row_bin(e); }));
       // Layout "rank" hands out rows by rank, but reports selections by expert.
-      if (by_rank()) advance(take(expert, [](i32 e) { return e; }));
+      if (is_rank_major()) advance(take(expert, [](i32 e) { return e; }));
     });
     for (i32 bin = static_cast<i32>(lane_id()); bin < num_bins_; bin += kWarpSize) {
       auto& cursor = memory_.cursor[warp_id()][bin];
-      st(count_of(bin, unit), cursor);
+      st(count_of(bin, item), cursor);
       cursor = 0;
     }
   }
@@ -203,24 +203,24 @@ class PlanKernel {
   JAX_EP_DEVICE void scan(i32 bin) {
     constexpr i32 kAtOnce = 4;  // loads in flight
     u32 total = 0;
-    for (i32 first = 0; first < num_units_; first += kAtOnce * static_cast<i32>(kWarpSize)) {
-      u32 here[kAtOnce];
+    for (i32 first = 0; first < num_items_; first += kAtOnce * static_cast<i32>(kWarpSize)) {
+      u32 count_here[kAtOnce];
       JAX_EP_UNROLL
       for (i32 i = 0; i < kAtOnce; ++i) {
-        const i32 unit = unit_of_lane(first, i);
-        here[i] = unit < num_units_ ? ld(count_of(bin, unit)) : 0;
+        const i32 item = item_of_lane(first, i);
+        count_here[i] = item < num_items_ ? ld(count_of(bin, item)) : 0;
       }
       JAX_EP_UNROLL
       for (i32 i = 0; i < kAtOnce; ++i) {
-        const i32 unit = unit_of_lane(first, i);
-        const u32 sum = inclusive_sum(here[i]);
-        if (unit < num_units_) st(count_of(bin, unit), total + sum - here[i]);
+        const i32 item = item_of_lane(first, i);
+        const u32 sum = inclusive_sum(count_here[i]);
+        if (item < num_items_) st(count_of(bin, item), total + sum - count_here[i]);
         total += warp_shfl(sum, kWarpSize - 1);
       }
     }
     if (lane_id() == 0) st(totals() + bin, total);
   }
-  JAX_EP_DEVICE static i32 unit_of_lane(i32 first, i32 step) {
+  JAX_EP_DEVICE static i32 item_of_lane(i32 first, i32 step) {
     return first + step * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
   }
 
@@ -235,7 +235,7 @@ class PlanKernel {
   JAX_EP_DEVICE void start_experts() {
     const u64 alignment = static_cast<u64>(shape_.expert_alignment);
     const auto clipped_sum = [this](u32 a, u32 b) { return clip(u64{a} + b); };
-    for (i32 rank = static_cast<i32>(warp_id()); rank < num_ranks_ && !by_rank();
+    for (i32 rank = static_cast<i32>(warp_id()); rank < num_ranks_ && !is_rank_major();
          rank += Config::kWarps) {
       u32 start = 0;
       for (i32 first = 0; first < num_local_; first += kWarpSize) {
@@ -261,40 +261,41 @@ class PlanKernel {
     return clip(u64{memory_.start[expert]} + (total + alignment - 1) / alignment * alignment);
   }
 
-  JAX_EP_DEVICE void assign(i32 unit) {
-    const Unit tile = tile_of(unit);
+  JAX_EP_DEVICE void assign(i32 item) {
+    const TokenTile tile = tile_of(item);
     const bool own = tile.source == rank_;
-    load_cursors(unit, own);
+    load_cursors(item, own);
     warp_sync();
     const auto bin_of = [this, own](i32 expert) {
-      return own || here(expert) ? row_bin(expert) : -1;
+      return own || is_local_expert(expert) ? row_bin(expert) : -1;
     };
     for_each_run(tile, [this, &tile, own, &bin_of](i32 first, i32 expert) {
-      const Taken taken = take(expert, bin_of);
+      const CountedSelection counted = take(expert, bin_of);
       u32 row = capacity_;
-      if (taken.bin >= 0) {
-        const u32 before = count_bits(taken.counted & lanes_below(first_lane_));
-        row = clip(u64{memory_.cursor[warp_id()][taken.bin]} + before);
+      if (counted.bin >= 0) {
+        const u32 before = count_bits(counted.lanes & lanes_below(first_lane_));
+        row = clip(u64{memory_.cursor[warp_id()][counted.bin]} + before);
       }
       warp_sync();  // all rows are read before a cursor moves
-      advance(taken);
+      advance(counted);
       const i32 token = first + lane_token_;
       if (own && has_token(tile, first)) {
         st(Ptr<i32>{params_.op.slot} + (i64{first} * num_topk_ + lane_id()), slot_of(row));
       }
-      const bool is_here = taken.bin >= 0 && here(expert);
-      const i64 number = has_token(tile, first) ? i64{tile.source} * num_tokens_ + token : -1;
-      by_rank() ? hold_by_rank(number, is_here, row, expert) : hold_by_expert(number, is_here, row);
+      const bool is_local = counted.bin >= 0 && is_local_expert(expert);
+      const i64 global_token = has_token(tile, first) ? i64{tile.source} * num_tokens_ + token : -1;
+      is_rank_major() ? write_rank_row(global_token, is_local, row, expert)
+                      : write_expert_rows(global_token, is_local, row);
     });
   }
 
   // Where the rows of a tile begin in each bin in which its selections take part.
-  JAX_EP_DEVICE void load_cursors(i32 unit, bool own) {
+  JAX_EP_DEVICE void load_cursors(i32 item, bool own) {
     constexpr i32 kAtOnce = 8;  // loads in flight
-    const i32 all = by_rank() ? num_ranks_ : shape_.num_experts;
-    const i32 mine = by_rank() ? 1 : num_local_;
-    const i32 first_bin = (by_rank() ? rank_bin(0) : 0) + (own ? 0 : rank_ * mine);
-    const i32 last_bin = first_bin + (own ? all : mine);
+    const i32 all = is_rank_major() ? num_ranks_ : shape_.num_experts;
+    const i32 bins_of_rank = is_rank_major() ? 1 : num_local_;
+    const i32 first_bin = (is_rank_major() ? rank_bin(0) : 0) + (own ? 0 : rank_ * bins_of_rank);
+    const i32 last_bin = first_bin + (own ? all : bins_of_rank);
     const auto bin_of = [first_bin](i32 base, i32 i) {
       return first_bin + base + i * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
     };
@@ -302,56 +303,58 @@ class PlanKernel {
       u32 before[kAtOnce];
       JAX_EP_UNROLL
       for (i32 i = 0; i < kAtOnce; ++i) {
-        before[i] = bin_of(base, i) < last_bin ? ld(count_of(bin_of(base, i), unit)) : 0;
+        before[i] = bin_of(base, i) < last_bin ? ld(count_of(bin_of(base, i), item)) : 0;
       }
       JAX_EP_UNROLL
       for (i32 i = 0; i < kAtOnce; ++i) {
         const i32 bin = bin_of(base, i);
         if (bin >= last_bin) continue;
-        const u32 start = by_rank() ? 0 : static_cast<u32>(memory_.start[bin]);
+        const u32 start = is_rank_major() ? 0 : static_cast<u32>(memory_.start[bin]);
         memory_.cursor[warp_id()][bin] = start + before[i];
       }
     }
   }
 
-  JAX_EP_DEVICE bool here(i32 expert) const { return expert / num_local_ == rank_; }
+  JAX_EP_DEVICE bool is_local_expert(i32 expert) const { return expert / num_local_ == rank_; }
   JAX_EP_DEVICE i32 slot_of(u32 row) const { return row < capacity_ ? static_cast<i32>(row) : -1; }
 
-  // All lanes. `number` is that of the lane's token among those of all ranks, -1 if it has none.
-  // The rows of this rank that hold a token, in ascending order, which is that of the experts.
-  JAX_EP_DEVICE void hold_by_expert(i64 number, bool is_here, u32 row) {
-    const i32 most = max_rows_per_token(shape_.layout, num_topk_, num_local_);
-    const bool is_held = is_here && row < capacity_;
-    const u32 held = warp_ballot(is_held) & token_lanes_;
-    u32 place = 0;
+  // All lanes. `global_token` is the number of the lane's token among those of all ranks, -1 if it
+  // has none. The rows of this rank that hold a token, in ascending order, which is that of the
+  // experts.
+  JAX_EP_DEVICE void write_expert_rows(i64 global_token, bool is_local, u32 row) {
+    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, num_local_);
+    const bool has_row = is_local && row < capacity_;
+    const u32 lanes_with_row = warp_ballot(has_row) & token_lanes_;
+    u32 position = 0;
     for (i32 k = 0; k < num_topk_; ++k) {
       const u32 lane = (first_lane_ + static_cast<u32>(k)) % kWarpSize;
-      place += static_cast<u32>(warp_shfl(row, lane) < row && (held >> lane & 1) != 0);
+      position += static_cast<u32>(warp_shfl(row, lane) < row && (lanes_with_row >> lane & 1) != 0);
     }
-    if (number < 0) return;
-    const Ptr<i32> rows = Ptr<i32>{params_.op.source_slot} + number * most;
+    if (global_token < 0) return;
+    const Ptr<i32> rows = Ptr<i32>{params_.op.source_slot} + global_token * max_rows;
     const auto k = static_cast<i32>(lane_id() - first_lane_);
-    if (is_held) {
-      st(rows + place, static_cast<i32>(row));
-      st(Ptr<i32>{params_.op.row_source} + row, static_cast<i32>(number));
+    if (has_row) {
+      st(rows + position, static_cast<i32>(row));
+      st(Ptr<i32>{params_.op.row_source} + row, static_cast<i32>(global_token));
     }
-    if (k >= static_cast<i32>(count_bits(held)) && k < most) st(rows + k, -1);
+    if (k >= static_cast<i32>(count_bits(lanes_with_row)) && k < max_rows) st(rows + k, -1);
   }
 
-  JAX_EP_DEVICE void hold_by_rank(i64 number, bool is_here, u32 row, i32 expert) {
-    const u32 holders = warp_ballot(is_here && row < capacity_) & token_lanes_;
+  JAX_EP_DEVICE void write_rank_row(i64 global_token, bool is_local, u32 row, i32 expert) {
+    const u32 holders = warp_ballot(is_local && row < capacity_) & token_lanes_;
     const u32 row_of_token = warp_shfl(row, holders != 0 ? lowest_bit(holders) : lane_id());
-    if (number < 0) return;
+    if (global_token < 0) return;
     const bool is_first = lane_id() == first_lane_;
     if (is_first) {
-      st(Ptr<i32>{params_.op.source_slot} + number,
+      st(Ptr<i32>{params_.op.source_slot} + global_token,
          holders != 0 ? static_cast<i32>(row_of_token) : -1);
     }
     if (holders == 0) return;
-    if (is_first) st(Ptr<i32>{params_.op.row_source} + row_of_token, static_cast<i32>(number));
+    if (is_first)
+      st(Ptr<i32>{params_.op.row_source} + row_of_token, static_cast<i32>(global_token));
     st(Ptr<i32>{params_.op.row_topk_idx} +
            (i64{row_of_token} * num_topk_ + (lane_id() - first_lane_)),
-       is_here ? expert - rank_ * num_local_ : -1);
+       is_local ? expert - rank_ * num_local_ : -1);
   }
 
   // --- what the rank reports -----------------------------------------------------------------
@@ -362,12 +365,12 @@ class PlanKernel {
     for (i32 local = static_cast<i32>(lane_id()); local < num_local_; local += kWarpSize) {
       const u32 total = ld(totals() + (rank_ * num_local_ + local));
       st(Ptr<i32>{params_.op.tokens_per_expert} + local, static_cast<i32>(total));
-      if (by_rank()) continue;
+      if (is_rank_major()) continue;
       const u32 start = memory_.start[rank_ * num_local_ + local];
       st(Ptr<i32>{params_.op.group_sizes} + local, static_cast<i32>(end_of(local) - start));
       dropped += total - (clip(u64{start} + total) - start);
     }
-    for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_ && by_rank();
+    for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_ && is_rank_major();
          source += kWarpSize) {
       const u32 begin = rows_before(source);
       const u32 end = rows_before(source + 1);
@@ -389,19 +392,19 @@ class PlanKernel {
   }
 
   JAX_EP_DEVICE void clear_rows_without_token() {
-    for (i32 local = warp_; local < num_local_ && !by_rank(); local += num_warps_) {
+    for (i32 local = warp_; local < num_local_ && !is_rank_major(); local += num_warps_) {
       const u64 start = memory_.start[rank_ * num_local_ + local];
       const u32 occupied = clip(start + ld(totals() + (rank_ * num_local_ + local)));
       clear(occupied, end_of(local), lane_id(), kWarpSize);
     }
-    const u32 end = by_rank() ? clip(rows_before(num_ranks_)) : end_of(num_local_ - 1);
+    const u32 end = is_rank_major() ? clip(rows_before(num_ranks_)) : end_of(num_local_ - 1);
     clear(end, capacity_, block_id() * num_threads() + thread_id(), num_blocks() * num_threads());
   }
 
   JAX_EP_DEVICE void clear(u32 begin, u32 end, u32 worker, u32 num_workers) {
     for (i64 row = i64{begin} + worker; row < end; row += num_workers) {
       st(Ptr<i32>{params_.op.row_source} + row, -1);
-      for (i32 k = 0; k < num_topk_ && by_rank(); ++k) {
+      for (i32 k = 0; k < num_topk_ && is_rank_major(); ++k) {
         st(Ptr<i32>{params_.op.row_topk_idx} + (row * num_topk_ + k), -1);
       }
     }
@@ -412,11 +415,11 @@ class PlanKernel {
   // Without a row or a selection: what comes after must not lead anywhere.
   JAX_EP_DEVICE void leave_no_results() {
     const i64 selections = i64{num_tokens_} * num_topk_;
-    const i32 most = max_rows_per_token(shape_.layout, num_topk_, num_local_);
+    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, num_local_);
     exchange_.poison(params_.op.slot, selections);
     exchange_.poison(params_.op.row_source, capacity_);
-    if (by_rank()) exchange_.poison(params_.op.row_topk_idx, i64{capacity_} * num_topk_);
-    exchange_.poison(params_.op.source_slot, i64{num_ranks_} * num_tokens_ * most);
+    if (is_rank_major()) exchange_.poison(params_.op.row_topk_idx, i64{capacity_} * num_topk_);
+    exchange_.poison(params_.op.source_slot, i64{num_ranks_} * num_tokens_ * max_rows);
     exchange_.fill(Ptr<i32>{params_.op.group_sizes}, shape_.num_row_groups(), 0);
     exchange_.fill(Ptr<i32>{params_.op.tokens_per_expert}, num_local_, 0);
     exchange_.fill(Ptr<i32>{params_.op.num_dropped}, 1, 0);
@@ -436,7 +439,7 @@ class PlanKernel {
   const u32 bin_bits_;  // of a bin's number plus 1
   const i32 tile_tokens_;
   const i32 num_tiles_;
-  const i32 num_units_;  // tiles of all sources
+  const i32 num_items_;  // tiles of all sources
   const u32 capacity_;
   const i32 warp_;  // among all blocks
   const i32 num_warps_;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels on the simulator: random stories of one and of two groups, ranks that never come,
+// The kernels on the simulator: random scenarios of one and of two groups, ranks that never come,
 // and the problems that random ones would miss.
 #include <gtest/gtest.h>
 
@@ -11,51 +11,54 @@
 namespace jax_ep {
 namespace {
 
-// Stories of the seeds, each checked against the CPU backend after every operation.
-void expect_stories(uint64_t first, uint64_t last, const StoryLimits& limits, bool races = true) {
+// Scenarios of the seeds, each checked against the CPU backend after every operation.
+void expect_scenarios(uint64_t first,
+                      uint64_t last,
+                      const ScenarioLimits& limits,
+                      bool races = true) {
   for (uint64_t seed = first; seed <= last; ++seed) {
-    Story story = random_story(seed, limits);
-    story.check_races = races;
-    const Outcome outcome = run_story(story, seed);
-    ASSERT_TRUE(outcome.report.ok()) << describe(story) << "\n" << outcome.report.text();
+    Scenario scenario = random_scenario(seed, limits);
+    scenario.check_races = races;
+    const Outcome outcome = run_scenario(scenario, seed);
+    ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
   }
 }
 
 class Ranks : public testing::TestWithParam<int32_t> {};
 
-TEST_P(Ranks, StoriesAgreeWithTheCpuBackend) {
-  expect_stories(1, GetParam() == 8 ? 12 : 30, {.num_ranks = {GetParam()}});
+TEST_P(Ranks, ScenariosAgreeWithTheCpuBackend) {
+  expect_scenarios(1, GetParam() == 8 ? 12 : 30, {.num_ranks = {GetParam()}});
 }
 
 // Without the race detector a mistake must show as a wrong result, a bad address or a deadlock.
-TEST_P(Ranks, StoriesAgreeWithoutTheRaceDetector) {
-  expect_stories(1001, GetParam() == 8 ? 1004 : 1010, {.num_ranks = {GetParam()}}, false);
+TEST_P(Ranks, ScenariosAgreeWithoutTheRaceDetector) {
+  expect_scenarios(1001, GetParam() == 8 ? 1004 : 1010, {.num_ranks = {GetParam()}}, false);
 }
 
 TEST_P(Ranks, TwoGroupsAtOnce) {
   const bool many = GetParam() == 8;
-  expect_stories(2001,
-                 many ? 2002 : 2008,
-                 {.num_ranks = {GetParam()}, .max_tokens = 10, .episodes = 2, .groups = 2});
+  expect_scenarios(2001,
+                   many ? 2002 : 2008,
+                   {.num_ranks = {GetParam()}, .max_tokens = 10, .steps = 2, .groups = 2});
 }
 
 INSTANTIATE_TEST_SUITE_P(OneDomain, Ranks, testing::Values(1, 2, 3, 4, 8), [](const auto& info) {
   return "R" + std::to_string(info.param);
 });
 
-Episode episode_of(const EpShape& shape, int64_t hidden, DType dtype) {
-  Episode episode;
-  episode.options.shape = shape;
-  episode.options.shape.recv_capacity = worst_case_capacity(shape);
-  episode.options.hidden = hidden;
-  episode.options.dtype = dtype;
-  return episode;
+ScenarioStep step_of(const EpShape& shape, int64_t hidden, DType dtype) {
+  ScenarioStep step;
+  step.options.shape = shape;
+  step.options.shape.recv_capacity = worst_case_capacity(shape);
+  step.options.hidden = hidden;
+  step.options.dtype = dtype;
+  return step;
 }
 
-Outcome run_alone(const Episode& episode, uint64_t seed = 1) {
-  return run_story(
-      {.groups = {{.max_tokens = std::max<int64_t>(episode.options.shape.num_tokens, 1),
-                   .episodes = {episode}}}},
+Outcome run_alone(const ScenarioStep& step, uint64_t seed = 1) {
+  return run_scenario(
+      {.groups = {{.max_tokens = std::max<int64_t>(step.options.shape.num_tokens, 1),
+                   .steps = {step}}}},
       seed);
 }
 
@@ -63,7 +66,7 @@ TEST(Kernels, ManyTokensMakeSeveralTokensAChunkAndSeveralTiles) {
   const EpShape shape{.num_ranks = 2, .num_experts = 8, .num_topk = 2, .num_tokens = 300};
   ASSERT_GT(chunk_tokens(shape.num_tokens), 1);
   ASSERT_GT(num_tiles(shape.num_tokens, shape.num_ranks), 1);
-  const Outcome outcome = run_alone(episode_of(shape, 16, DType::kBFloat16));
+  const Outcome outcome = run_alone(step_of(shape, 16, DType::kBFloat16));
   EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
 }
 
@@ -75,30 +78,30 @@ TEST(Kernels, ManyExpertsAndSelections) {
                         .num_tokens = 9,
                         .expert_alignment = layout == Layout::kExpert ? 3 : 1,
                         .layout = layout};
-    const Outcome outcome = run_alone(episode_of(shape, 8, DType::kFloat32));
+    const Outcome outcome = run_alone(step_of(shape, 8, DType::kFloat32));
     EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
   }
 }
 
 TEST(Kernels, RowsOfManySegments) {
   const EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 6};
-  Episode episode = episode_of(shape, 6152, DType::kBFloat16);  // 7 segments, the last one short
-  EXPECT_TRUE(run_alone(episode).report.ok()) << run_alone(episode).report.text();
-  episode.options.wire = Wire::kFloat8E4M3;
-  episode.options.hidden = 6160;
-  EXPECT_TRUE(run_alone(episode).report.ok()) << run_alone(episode).report.text();
+  ScenarioStep step = step_of(shape, 6152, DType::kBFloat16);  // 7 segments, the last one short
+  EXPECT_TRUE(run_alone(step).report.ok()) << run_alone(step).report.text();
+  step.options.wire = Wire::kFloat8E4M3;
+  step.options.hidden = 6160;
+  EXPECT_TRUE(run_alone(step).report.ok()) << run_alone(step).report.text();
 }
 
 TEST(Kernels, RowsThatDoNotTravel) {
   const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 5};
-  const Outcome outcome = run_alone(episode_of(shape, 0, DType::kFloat32));
+  const Outcome outcome = run_alone(step_of(shape, 0, DType::kFloat32));
   EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
 }
 
 TEST(Kernels, ASeedReproducesARun) {
-  const Story story = random_story(7, {});
-  const sim::Report first = run_story(story, 7).report;
-  const sim::Report second = run_story(story, 7).report;
+  const Scenario scenario = random_scenario(7, {});
+  const sim::Report first = run_scenario(scenario, 7).report;
+  const sim::Report second = run_scenario(scenario, 7).report;
   EXPECT_EQ(first.steps, second.steps);
   EXPECT_EQ(first.switches, second.switches);
   EXPECT_EQ(first.text(), second.text());
@@ -115,10 +118,10 @@ TEST(Kernels, EpochsMayWrapAround) {
                                0xFFFF'FFFEU,
                                0xFFFF'FFFFU}) {
     const EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 6};
-    Story story{
-        .groups = {{.max_tokens = 6, .episodes = {episode_of(shape, 16, DType::kFloat32)}}}};
-    story.first_epoch = epoch;
-    const Outcome outcome = run_story(story, 1);
+    Scenario scenario{
+        .groups = {{.max_tokens = 6, .steps = {step_of(shape, 16, DType::kFloat32)}}}};
+    scenario.first_epoch = epoch;
+    const Outcome outcome = run_scenario(scenario, 1);
     EXPECT_TRUE(outcome.report.ok()) << epoch << "\n" << outcome.report.text();
   }
 }
@@ -126,18 +129,18 @@ TEST(Kernels, EpochsMayWrapAround) {
 // More ranks than a warp has lanes: whatever a lane does for a peer takes a second turn.
 TEST(Kernels, MoreRanksThanLanes) {
   for (uint64_t seed = 1; seed <= 2; ++seed) {
-    const Story story = random_story(seed, {.num_ranks = {33}});
-    const Outcome outcome = run_story(story, seed);
-    EXPECT_TRUE(outcome.report.ok()) << describe(story) << "\n" << outcome.report.text();
+    const Scenario scenario = random_scenario(seed, {.num_ranks = {33}});
+    const Outcome outcome = run_scenario(scenario, seed);
+    EXPECT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
   }
 }
 
 // What goes wrong ends as it must, see mishaps.cc.
 TEST(Kernels, Mishaps) {
   for (uint64_t seed = 1; seed <= 6; ++seed) {
-    for (const Story& story : all_mishaps(seed)) {
-      EXPECT_EQ(verdict_on(story, run_story(story, seed)), "")
-          << describe(story) << " seed " << seed;
+    for (const Scenario& scenario : all_mishaps(seed)) {
+      EXPECT_EQ(verdict_on(scenario, run_scenario(scenario, seed)), "")
+          << describe(scenario) << " seed " << seed;
     }
   }
 }

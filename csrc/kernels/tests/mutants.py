@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutation tests: the simulator must notice every weakening of the kernels.
 
-Each mutant is one edit of one header. It is compiled, and random stories are run on it until one
+Each mutant is one edit of one header. It is compiled, and random scenarios are run on it until one
 fails. A mutant that survives all its seeds is either dead code or a hole in the simulator's model.
 
     python csrc/kernels/tests/mutants.py --build build/cpp/plain [--only TEXT] [--jobs 2]
@@ -35,10 +35,10 @@ class Mutant:
         path: of the header.
         old: text that occurs in it; the first occurrence after `after` is replaced.
         new: what it becomes.
-        after: text before the place, if `old` occurs more than once.
-        seeds: within how many stories it must be caught.
-        harmless: the edit changes nothing that matters: no story may fail.
-        mishaps: it is caught by stories in which something goes wrong, not by random ones.
+        after: text before the position, if `old` occurs more than once.
+        seeds: within how many scenarios it must be caught.
+        harmless: the edit changes nothing that matters: no scenario may fail.
+        mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
     """
 
     name: str
@@ -127,9 +127,9 @@ MUTANTS = [
     Mutant("a deadline passes at once", _WAIT, "return waited > timeout ?",
            "return true ?"),
     Mutant("it does not poll once more after the deadline", _WAIT,
-           "level = look(view, site, start, level & ~kOverdue);",
-           "if ((level = look(view, site, start, level)) & kOverdue) "
-           "give_up(view, site, static_cast<u32>(seen));", mishaps=True),
+           "level = look(view, context, start, level & ~kOverdue);",
+           "if ((level = look(view, context, start, level)) & kOverdue) "
+           "give_up(view, context, static_cast<u32>(seen));", mishaps=True),
     Mutant("a clock must not step back", _WAIT, "static_cast<i64>(now_ns() - start)",
            "now_ns() - start"),
     Mutant("nobody who waits looks whether the group is closed", _WAIT,
@@ -141,8 +141,8 @@ MUTANTS = [
            "false && waited", mishaps=True),
     Mutant("the end of a long wait is not reported", _WAIT, "if (level != 0) report", "if (false) report",
            mishaps=True),
-    Mutant("the report is of another exchange", _WAIT, "LongWait{.epoch = site.expected",
-           "LongWait{.epoch = site.expected - 1", mishaps=True),
+    Mutant("the report is of another exchange", _WAIT, "LongWait{.epoch = context.expected",
+           "LongWait{.epoch = context.expected - 1", mishaps=True),
     Mutant("another operation is not noticed", _EXCHANGE, "if (seen != own_flag())", "if (false)",
            mishaps=True),
     Mutant("the call is not in the flag", _EXCHANGE, "arrival_flag(epoch_, op_, call_tag_)",
@@ -170,7 +170,7 @@ MUTANTS = [
            "if (row >= shape_.recv_capacity) row = -1;", "", mishaps=True),
     Mutant("rows of a handle from elsewhere are not bounded (dispatch)", _DISPATCH,
            "return row < shape_.recv_capacity ? row : -1;", "return row;", mishaps=True),
-    Mutant("experts of a handle from elsewhere are not bounded", DEVICE + "selections.h",
+    Mutant("experts of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
            "expert_ < shape.num_experts &&", "", mishaps=True),
     # --- the segment ring --------------------------------------------------------------------------
     _removed("wait before a stage is loaded again", _RING, "bulk_wait_read<1>();"),
@@ -204,24 +204,24 @@ MUTANTS = [
     _removed("wait for bulk stores at the end", _DISPATCH, "bulk_wait<0>();", "    receive();\n"),
     _removed("wait to write (dispatch)", _DISPATCH, "exchange_.wait_until_writable();"),
     _removed("wait for arrival (dispatch)", _DISPATCH,
-             "if (lane_id() == 0) exchange_.wait_arrived(source, flag);"),
+             "if (lane_id() == 0) exchange_.wait_arrived(source, flag_idx);"),
     _removed("warp_sync after arrival (dispatch)", _DISPATCH, "warp_sync();",
-             "exchange_.wait_arrived(source, flag);"),
+             "exchange_.wait_arrived(source, flag_idx);"),
     _removed("proxy fence after arrival", _DISPATCH, "fence_proxy_async();"),
-    Mutant("early flag (dispatch)", _DISPATCH, "const i64 first = first_token(flag / num_parts_);",
-           "exchange_.signal_arrived(flag); const i64 first = first_token(flag / num_parts_);",
+    Mutant("early flag (dispatch)", _DISPATCH, "const i64 first = first_token(flag_idx / num_parts_);",
+           "exchange_.signal_arrived(flag_idx); const i64 first = first_token(flag_idx / num_parts_);",
            "void send()"),
     Mutant("wrong destination (dispatch)", _DISPATCH,
            "staged_row(exchange_.view(), selections.dest(), rank_, token)",
            "staged_row(exchange_.view(), selections.dest(), selections.dest(), token)"),
-    Mutant("wrong chunk awaited", _DISPATCH, "exchange_.wait_arrived(source, flag)",
-           "exchange_.wait_arrived(source, flag > 0 ? flag - 1 : 0)"),
-    Mutant("wrong slot", DEVICE + "selections.h", "(1U << lane) - 1",
+    Mutant("wrong chunk awaited", _DISPATCH, "exchange_.wait_arrived(source, flag_idx)",
+           "exchange_.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
+    Mutant("wrong slot", DEVICE + "token_selections.h", "(1U << lane) - 1",
            "(2U << lane) - 1"),
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", _COMBINE, "exchange_.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
-             "exchange_.wait_arrived(source, flag);\n      }"),
+             "exchange_.wait_arrived(source, flag_idx);\n      }"),
     _removed("warp_sync before the terms are read (send)", _COMBINE, "warp_sync();",
              "list_rows(row, holders);"),
     _removed("warp_sync after the terms are read (send)", _COMBINE,
@@ -232,26 +232,26 @@ MUTANTS = [
              "+ token * row_bytes_);"),
     Mutant("waits for all ranks but one (combine)", _COMBINE, "source < num_ranks_;",
            "source < num_ranks_ - 1;"),
-    Mutant("early flag (combine)", _COMBINE, "const i64 last = last_token(flag / num_parts_);",
-           "exchange_.signal_arrived_at(owner, flag); "
-           "const i64 last = last_token(flag / num_parts_);",
+    Mutant("early flag (combine)", _COMBINE, "const i64 last = last_token(flag_idx / num_parts_);",
+           "exchange_.signal_arrived_at(owner, flag_idx); "
+           "const i64 last = last_token(flag_idx / num_parts_);",
            "void send()"),
-    Mutant("ranks summed in another order", DEVICE + "selections.h", "other < dest_",
+    Mutant("ranks summed in another order", DEVICE + "token_selections.h", "other < dest_",
            "other > dest_"),
     # --- plan --------------------------------------------------------------------------------------
     _removed("wait to write (plan)", _PLAN, "exchange_.wait_until_writable();"),
     Mutant("a tile does not wait for its last chunk", _PLAN, "chunk <= last_chunk", "chunk < last_chunk"),
     _removed("warp_sync after arrival (plan)", _PLAN, "warp_sync();",
              "exchange_.wait_arrived(tile.source, chunk);\n    }"),
-    _removed("warp_sync after advancing", _PLAN, "warp_sync();", "count_bits(taken.counted);\n    }"),
-    _removed("warp_sync after loading cursors", _PLAN, "warp_sync();", "load_cursors(unit, own);"),
+    _removed("warp_sync after advancing", _PLAN, "warp_sync();", "count_bits(counted.lanes);\n    }"),
+    _removed("warp_sync after loading cursors", _PLAN, "warp_sync();", "load_cursors(item, own);"),
     _removed("warp_sync before advancing (assign)", _PLAN, "warp_sync();  // all rows are read before a cursor moves"),
     Mutant("a token's own selections counted before it", _PLAN,
-           "taken.counted & lanes_below(first_lane_)", "taken.counted & lanes_below(lane_id() + 1)"),
+           "counted.lanes & lanes_below(first_lane_)", "counted.lanes & lanes_below(lane_id() + 1)"),
     Mutant("repeated experts take part", _PLAN, "expert < 0 || repeats ?", "expert < 0 ?"),
     Mutant("experts that do not exist take part", _PLAN, "is_expert(expert) ? expert : -1",
            "expert >= -1 ? expert : -1"),
-    _removed("grid barrier before the scan", _PLAN, "exchange_.grid_barrier();", "count(unit);"),
+    _removed("grid barrier before the scan", _PLAN, "exchange_.grid_barrier();", "count(item);"),
     _removed("grid barrier after the scan", _PLAN, "exchange_.grid_barrier();", "scan(bin);"),
     _removed("block_sync after the starts", _PLAN, "block_sync();", "start_experts();"),
     # --- what must not be noticed --------------------------------------------------------------------
@@ -259,11 +259,11 @@ MUTANTS = [
     Mutant("release as a fence and a relaxed store", _EXCHANGE, "st_release<Scope::kSys>(",
            "fence_acq_rel<Scope::kSys>(), st_relaxed<Scope::kSys>(", "RELEASE(arrived): pub",
            harmless=True, seeds=25),
-    Mutant("more barriers", _DISPATCH, "exchange_.signal_arrived(flag);",
-           "warp_sync(); exchange_.signal_arrived(flag);", harmless=True, seeds=25),
-    Mutant("units in reverse order (combine)", _COMBINE,
-           "const auto flag = static_cast<i32>(unit / num_ranks_);",
-           "const auto flag = num_chunks_ * num_parts_ - 1 - static_cast<i32>(unit / num_ranks_);",
+    Mutant("more barriers", _DISPATCH, "exchange_.signal_arrived(flag_idx);",
+           "warp_sync(); exchange_.signal_arrived(flag_idx);", harmless=True, seeds=25),
+    Mutant("num_items in reverse order (combine)", _COMBINE,
+           "const auto flag_idx = static_cast<i32>(item / num_ranks_);",
+           "const auto flag_idx = num_chunks_ * num_parts_ - 1 - static_cast<i32>(item / num_ranks_);",
            harmless=True, seeds=25),
 ]  # fmt: skip
 
@@ -304,13 +304,13 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
     header = folder / mutant.path
     header.parent.mkdir(parents=True)
     header.write_text(mutate(mutant))
-    units = []
+    num_items = []
     for operation in _operations(mutant.path):
         source = SOURCES.format(operation)
         compiler = _compiler(build, source)
-        units.append(str(folder / f"{operation}.o"))
+        num_items.append(str(folder / f"{operation}.o"))
         command = [compiler[0], f"-I{folder}", *compiler[1:], "-O1", "-w"]
-        subprocess.run([*command, "-o", units[-1], "-c", ROOT / source], cwd=build, check=True)
+        subprocess.run([*command, "-o", num_items[-1], "-c", ROOT / source], cwd=build, check=True)
     program = folder / "simulate"
     main = build / "kernels/tests/CMakeFiles/simulate.dir/simulate.cc.o"
     sanitizers = [flag for flag in compiler if flag.startswith("-fsanitize")]
@@ -321,7 +321,7 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
             "testing/libjax_ep_cpu_testing.a", "libjax_ep_cpu.a", "libjax_ep_core.a",
         )
     ]  # fmt: skip
-    link = [compiler[0], "-o", program, main, *units, *libraries, "-lpthread", *sanitizers]
+    link = [compiler[0], "-o", program, main, *num_items, *libraries, "-lpthread", *sanitizers]
     subprocess.run(link, check=True)
     return program
 
@@ -329,9 +329,9 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
 def run(mutant: Mutant, build: pathlib.Path, work: pathlib.Path) -> str | None:
     """What is wrong with the verdict on a mutant; None if it is as it must be."""
     program = _compile(mutant, build, work / re.sub(r"\W+", "_", mutant.name))
-    stories = ["--mishaps"] if mutant.mishaps else []
+    scenarios = ["--mishaps"] if mutant.mishaps else []
     result = subprocess.run(
-        [program, *stories, "--seeds", f"1:{mutant.seeds}"],
+        [program, *scenarios, "--seeds", f"1:{mutant.seeds}"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -343,8 +343,10 @@ def run(mutant: Mutant, build: pathlib.Path, work: pathlib.Path) -> str | None:
     if caught == mutant.harmless:
         return result.stdout if caught else f"not caught within {mutant.seeds} seeds"
     first = re.search(r"^seed (\d+) failed", result.stdout, re.M)
-    story = re.search(r"^(?!seed)(\w[\w ]*: .*)", result.stdout, re.M)
-    verdict = f"seed {first[1]}, {story[1] if story else '?'}" if first else "passes, as it must"
+    scenario = re.search(r"^(?!seed)(\w[\w ]*: .*)", result.stdout, re.M)
+    verdict = (
+        f"seed {first[1]}, {scenario[1] if scenario else '?'}" if first else "passes, as it must"
+    )
     if result.returncode < 0:
         verdict = f"ended by signal {-result.returncode}"
     print(f"  {mutant.name}: {verdict}", flush=True)

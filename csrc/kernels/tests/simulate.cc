@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs random stories on the simulator.
+// Runs random scenarios on the simulator.
 //   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--no-races] [--verbose]
-//   simulate --mishaps [--seeds FIRST:LAST]     stories in which something goes wrong
+//   simulate --mishaps [--seeds FIRST:LAST]     scenarios in which something goes wrong
 // Prints the first failure and exits with 1; the seed reproduces it.
 #include <chrono>
 #include <cstdio>
@@ -21,7 +21,7 @@ struct Arguments {
   bool races = true;
   bool verbose = false;
   bool mishaps = false;
-  jax_ep::StoryLimits limits;
+  jax_ep::ScenarioLimits limits;
 };
 
 Arguments parse(int argc, char** argv) {
@@ -56,10 +56,10 @@ Arguments parse(int argc, char** argv) {
 
 int run_mishaps(const Arguments& arguments) {
   for (uint64_t seed = arguments.first; seed <= arguments.last; ++seed) {
-    for (const jax_ep::Story& story : jax_ep::all_mishaps(seed)) {
-      const std::string wrong = verdict_on(story, run_story(story, seed));
+    for (const jax_ep::Scenario& scenario : jax_ep::all_mishaps(seed)) {
+      const std::string wrong = verdict_on(scenario, run_scenario(scenario, seed));
       if (wrong.empty()) continue;
-      std::printf("seed %lu failed: %s\n%s\n", seed, describe(story).c_str(), wrong.c_str());
+      std::printf("seed %lu failed: %s\n%s\n", seed, describe(scenario).c_str(), wrong.c_str());
       return 1;
     }
   }
@@ -79,15 +79,17 @@ int main(int argc, char** argv) {
   uint64_t steps = 0;
   uint64_t seed = arguments.first;
   for (; seed <= arguments.last && elapsed() < arguments.seconds; ++seed) {
-    jax_ep::Story story = jax_ep::random_story(seed, arguments.limits);
-    story.check_races = arguments.races;
-    if (arguments.verbose) std::printf("seed %lu: %s\n", seed, describe(story).c_str());
-    const jax_ep::Outcome outcome = jax_ep::run_story(story, seed);
+    jax_ep::Scenario scenario = jax_ep::random_scenario(seed, arguments.limits);
+    scenario.check_races = arguments.races;
+    if (arguments.verbose) std::printf("seed %lu: %s\n", seed, describe(scenario).c_str());
+    const jax_ep::Outcome outcome = jax_ep::run_scenario(scenario, seed);
     ++runs;
     steps += outcome.report.steps;
     if (outcome.report.ok()) continue;
-    std::printf(
-        "seed %lu failed: %s\n%s\n", seed, describe(story).c_str(), outcome.report.text().c_str());
+    std::printf("seed %lu failed: %s\n%s\n",
+                seed,
+                describe(scenario).c_str(),
+                outcome.report.text().c_str());
     return 1;
   }
   std::printf("%lu schedules passed (seeds %lu to %lu): %.1f schedules/s, %.2f million steps/s\n",

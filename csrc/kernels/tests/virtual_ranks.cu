@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // All ranks of a group on one GPU, in one process: a heap and a stream each. Runs the simulator's
-// random stories on the hardware, and times the kernels.
-//   virtual_ranks stories [FIRST LAST]
+// random scenarios on the hardware, and times the kernels.
+//   virtual_ranks scenarios [FIRST LAST]
 //   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank]
 #include <cuda_runtime.h>
 
@@ -119,15 +119,16 @@ class VirtualRanks {
 // What tuning chooses, on so many SMs.
 LaunchShape launch_of(OpKind op, const ClusterOptions& options, int32_t blocks) {
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
-  LaunchShape shape = launch_shape(op, options.shape, row_bytes, {.available = 132, .wanted = 0});
+  LaunchShape shape =
+      launch_shape(op, options.shape, row_bytes, {.available = 132, .requested = 0});
   shape.num_blocks = blocks;
   return shape;
 }
 
-// --- stories -----------------------------------------------------------------------------------
+// --- scenarios -----------------------------------------------------------------------------------
 
-std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blocks) {
-  Problem problem(episode.options, episode.x_format, episode.rows_format);
+std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t blocks) {
+  Problem problem(step.options, step.x_format, step.rows_format);
   if (!problem.ok) return "the CPU backend failed";
   GpuMemory memory;
   std::vector<DeviceArray> storage;
@@ -138,12 +139,12 @@ std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blo
     arrays.back().upload(memory);
   }
   check(cudaDeviceSynchronize(), "upload");
-  for (const OpKind op : episode.ops) {
+  for (const OpKind op : step.ops) {
     for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
       const RankArrays& mine = arrays[static_cast<size_t>(rank)];
       const RankView view = ranks.view(rank);
       cudaStream_t stream = ranks.stream(rank);
-      const LaunchShape shape = launch_of(op, episode.options, blocks);
+      const LaunchShape shape = launch_of(op, step.options, blocks);
       switch (op) {
         case OpKind::kPlan: check(launch_plan(mine.plan(view), shape, stream), "plan"); break;
         case OpKind::kDispatch:
@@ -159,7 +160,7 @@ std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blo
   for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
     const RankArrays& mine = arrays[static_cast<size_t>(rank)];
     std::string error;
-    for (const OpKind op : episode.ops) {
+    for (const OpKind op : step.ops) {
       if (!error.empty()) break;
       if (op == OpKind::kPlan) error = mine.check_plan(memory);
       if (op == OpKind::kDispatch) error = mine.check_dispatch(memory);
@@ -170,19 +171,20 @@ std::string run_episode(VirtualRanks& ranks, const Episode& episode, int32_t blo
   return {};
 }
 
-int run_stories(uint64_t first, uint64_t last) {
+int run_scenarios(uint64_t first, uint64_t last) {
   for (uint64_t seed = first; seed <= last; ++seed) {
-    const Story story = random_story(seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .episodes = 4});
-    const GroupStory& group = story.groups[0];
+    const Scenario scenario =
+        random_scenario(seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .steps = 4});
+    const GroupScenario& group = scenario.groups[0];
     VirtualRanks ranks(heap_shape(group), group.chunk_target);
-    for (const Episode& episode : group.episodes) {
-      const std::string error = run_episode(ranks, episode, static_cast<int32_t>(story.blocks));
+    for (const ScenarioStep& step : group.steps) {
+      const std::string error = run_step(ranks, step, static_cast<int32_t>(scenario.blocks));
       if (error.empty()) continue;
-      std::printf("seed %lu: %s\n%s\n", seed, describe(story).c_str(), error.c_str());
+      std::printf("seed %lu: %s\n%s\n", seed, describe(scenario).c_str(), error.c_str());
       return 1;
     }
   }
-  std::printf("stories %lu to %lu passed\n", first, last);
+  std::printf("scenarios %lu to %lu passed\n", first, last);
   return 0;
 }
 
@@ -207,7 +209,7 @@ void fill_with_normals(void* to, int64_t bytes) {
 void run_times(const ClusterOptions& options, int32_t sms) {
   const EpShape& shape = options.shape;
   VirtualRanks ranks(
-      heap_shape(GroupStory{.max_tokens = shape.num_tokens, .episodes = {{.options = options}}}));
+      heap_shape(GroupScenario{.max_tokens = shape.num_tokens, .steps = {{.options = options}}}));
   std::vector<DeviceArray> storage;
   const auto array = [&](int64_t bytes) {
     storage.push_back(allocate(static_cast<size_t>(bytes)));
@@ -215,7 +217,8 @@ void run_times(const ClusterOptions& options, int32_t sms) {
   };
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
   const int64_t selections = shape.num_tokens * shape.num_topk;
-  const int64_t most = max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
+  const int64_t max_rows =
+      max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
   std::mt19937 random(1);
   std::vector<PlanParams> plans;
   std::vector<DispatchParams> dispatches;
@@ -247,7 +250,7 @@ void run_times(const ClusterOptions& options, int32_t sms) {
                             .slot = ints(selections),
                             .row_source = ints(shape.recv_capacity),
                             .row_topk_idx = ints(shape.recv_capacity * shape.num_topk),
-                            .source_slot = ints(shape.num_ranks * shape.num_tokens * most),
+                            .source_slot = ints(shape.num_ranks * shape.num_tokens * max_rows),
                             .group_sizes = ints(shape.num_row_groups()),
                             .tokens_per_expert = ints(shape.num_local_experts()),
                             .num_dropped = ints(1)}});
@@ -344,10 +347,10 @@ void run_times(const ClusterOptions& options, int32_t sms) {
 int main(int argc, char** argv) {
   using namespace jax_ep;
   check(load_kernels(), "load_kernels");
-  const std::string mode = argc > 1 ? argv[1] : "stories";
-  if (mode == "stories") {
-    return run_stories(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1,
-                       argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200);
+  const std::string mode = argc > 1 ? argv[1] : "scenarios";
+  if (mode == "scenarios") {
+    return run_scenarios(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1,
+                         argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200);
   }
   if (argc < 8) return 2;
   ClusterOptions options;

@@ -115,7 +115,7 @@ TEST_F(Processes, ShareADeviceWithTheRanksOfOtherGroups) {
   int blocks = 0;
   for (const auto& process : processes) {
     ASSERT_TRUE(is_ok(process->connect(kGroup, handles)));
-    const SmBudget budget{.available = process->sms(kGroup), .wanted = 1000};
+    const SmBudget budget{.available = process->sms(kGroup), .requested = 1000};
     blocks += launch_shape(OpKind::kDispatch,
                            {.num_ranks = 2,
                             .num_experts = 256,

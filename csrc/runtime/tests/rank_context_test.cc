@@ -93,7 +93,7 @@ TEST_F(RankContextTest, SharesTheSmsOfADevice) {
   ASSERT_TRUE(is_ok(
       rank.connect(std::vector<HeapHandle>{rank.handle(), here.handle(), elsewhere.handle()}, 2)));
   EXPECT_EQ(rank.sm_budget().available, 2);
-  EXPECT_EQ(rank.sm_budget().wanted, 20);
+  EXPECT_EQ(rank.sm_budget().requested, 20);
 }
 
 TEST_F(RankContextTest, HasOneSmAtLeast) {

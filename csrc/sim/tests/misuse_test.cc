@@ -149,7 +149,7 @@ TEST(Addresses, SmallerThanTheGranule) {
   expect_report(report, "misuse", {"2 bytes"});
 }
 
-TEST(Races, TheStoryNamesBothSidesAndTheRegion) {
+TEST(Races, TheScenarioNamesBothSidesAndTheRegion) {
   Litmus one(litmus_config());
   litmus = &one;
   one.prepare(3);

@@ -16,38 +16,39 @@ int32_t blocks(OpKind op, int64_t num_tokens, SmBudget budget, int64_t row_bytes
 }
 
 TEST(Tuning, LargeCallsGetTheDefaultOfTheOperation) {
-  const SmBudget h200{.available = 132, .wanted = 0};
+  const SmBudget h200{.available = 132, .requested = 0};
   EXPECT_EQ(blocks(OpKind::kDispatch, 4096, h200), 24);
   EXPECT_EQ(blocks(OpKind::kCombine, 4096, h200), 24);
   EXPECT_EQ(blocks(OpKind::kPlan, 4096, h200, 0), 16);
 }
 
 TEST(Tuning, NumSmsReplacesTheDefault) {
-  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 132, .wanted = 48}), 48);
-  EXPECT_EQ(blocks(OpKind::kPlan, 4096, {.available = 132, .wanted = 4}, 0), 4);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 132, .requested = 48}), 48);
+  EXPECT_EQ(blocks(OpKind::kPlan, 4096, {.available = 132, .requested = 4}, 0), 4);
 }
 
 TEST(Tuning, NoLaunchHasMoreBlocksThanItMayHaveSms) {
-  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .wanted = 0}), 16);
-  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .wanted = 48}), 16);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .requested = 0}), 16);
+  EXPECT_EQ(blocks(OpKind::kDispatch, 4096, {.available = 16, .requested = 48}), 16);
 }
 
 TEST(Tuning, SmallCallsGetFewBlocksAndAtLeastOne) {
-  const SmBudget h200{.available = 132, .wanted = 0};
+  const SmBudget h200{.available = 132, .requested = 0};
   EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200), 14);  // 14 parts of a row, for 8 ranks
   EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200, 512), 1);
   EXPECT_EQ(blocks(OpKind::kDispatch, 0, h200), 1);
 }
 
 TEST(Tuning, PlansScanAllBinsHoweverFewTheTokens) {
-  EXPECT_EQ(blocks(OpKind::kPlan, 1, {.available = 132, .wanted = 0}, 0), 16);
+  EXPECT_EQ(blocks(OpKind::kPlan, 1, {.available = 132, .requested = 0}, 0), 16);
   const EpShape shape{.num_ranks = 8, .num_experts = 32, .num_topk = 8, .num_tokens = 1};
-  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, {.available = 132, .wanted = 0}).num_blocks, 2);
+  EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, {.available = 132, .requested = 0}).num_blocks,
+            2);
 }
 
 // A kernel is compiled for each of these; another combination is refused when it is launched.
 TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
-  const SmBudget h200{.available = 132, .wanted = 0};
+  const SmBudget h200{.available = 132, .requested = 0};
   EpShape shape{.num_ranks = 8, .num_experts = 1, .num_topk = 8, .num_tokens = 4096};
   for (const CompiledPlan& config : kCompiledPlans) {  // the first that has room
     shape.num_experts = config.max_bins;
@@ -68,7 +69,7 @@ TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
 }
 
 TEST(Tuning, ScalarsAloneAreLittleWork) {
-  const SmBudget h200{.available = 132, .wanted = 0};
+  const SmBudget h200{.available = 132, .requested = 0};
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 24);
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200, 0), 4);
 }

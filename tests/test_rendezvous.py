@@ -150,7 +150,7 @@ def test_two_groups_of_different_configs_in_one_program():
 def test_all_of_it_pinned_to_one_core():
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import conftest, test_meetings as t\n"
+        "import conftest, test_rendezvous as t\n"
         "t._independent_branches(8); t._independent_branches(16); t._overlapping_launches()\n"
         "t.test_mixed_with_collectives_of_xla(); print('all met')"
     )

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/cpu/selections.h"
+#include "csrc/cpu/check_selections.h"
 
 #include <string>
 

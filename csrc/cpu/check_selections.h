@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading of routing and handle arrays. They reach an operation through arrays of the user's
 // program, so nothing in them may be used as an index before it was checked here.
-#ifndef JAX_EP_CSRC_CPU_SELECTIONS_H_
-#define JAX_EP_CSRC_CPU_SELECTIONS_H_
+#ifndef JAX_EP_CSRC_CPU_CHECK_SELECTIONS_H_
+#define JAX_EP_CSRC_CPU_CHECK_SELECTIONS_H_
 
 #include <cstdint>
 
@@ -32,4 +32,4 @@ Status invalid_selection(
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_CSRC_CPU_SELECTIONS_H_
+#endif  // JAX_EP_CSRC_CPU_CHECK_SELECTIONS_H_

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The selections of one token, spread over a warp: lane k holds selection k.
-#ifndef JAX_EP_CSRC_DEVICE_SELECTIONS_H_
-#define JAX_EP_CSRC_DEVICE_SELECTIONS_H_
+#ifndef JAX_EP_CSRC_DEVICE_TOKEN_SELECTIONS_H_
+#define JAX_EP_CSRC_DEVICE_TOKEN_SELECTIONS_H_
 
 #include "csrc/device/heap.h"
 
@@ -51,9 +51,9 @@ class Selections {
   // Whether this lane stands for its destination rank.
   JAX_EP_DEVICE bool leads() const { return live_ && lowest_bit(same_dest_) == lane_id(); }
 
-  // How many of the token's rows on the same rank lie before this lane's: its place in
+  // How many of the token's rows on the same rank lie before this lane's: its position in
   // source_slot there. All lanes; of use where live().
-  JAX_EP_DEVICE u32 place(i32 num_topk) const {
+  JAX_EP_DEVICE u32 position(i32 num_topk) const {
     u32 before = 0;
     for (i32 k = 0; k < num_topk; ++k) {
       const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(slot_), static_cast<u32>(k)));
@@ -83,4 +83,4 @@ class Selections {
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_DEVICE_SELECTIONS_H_
+#endif  // JAX_EP_CSRC_DEVICE_TOKEN_SELECTIONS_H_
