@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from jax_ep._src.config import EpConfig as EpConfig
     from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
-    from jax_ep._src.group import EpGroup as EpGroup
-    from jax_ep._src.health import EpHealth as EpHealth
+    from jax_ep._src.groups.group import EpGroup as EpGroup
+    from jax_ep._src.groups.health import EpHealth as EpHealth
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
     from jax_ep._src.moe import moe_with_stats as moe_with_stats
@@ -33,9 +33,9 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "EpConfig": "jax_ep._src.config",
-    "EpGroup": "jax_ep._src.group",
+    "EpGroup": "jax_ep._src.groups.group",
     "EpGroupClosed": "jax_ep._src.errors",
-    "EpHealth": "jax_ep._src.health",
+    "EpHealth": "jax_ep._src.groups.health",
     "EpUnavailable": "jax_ep._src.errors",
     "DispatchHandle": "jax_ep._src.types",
     "Dispatched": "jax_ep._src.types",

@@ -12,8 +12,10 @@ import math
 import jax
 import pytest
 
-from jax_ep._src import cuda_group, cuda_watch, native
-from jax_ep._src import group as group_module
+from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import native
+from jax_ep._src.groups import watch as cuda_watch
 
 REGIONS = ("rows", "bytes [R, max_tokens, row_stride]", "rows on their way")
 

@@ -13,8 +13,10 @@ import pytest
 
 import fake_cuda
 import jax_ep
-from jax_ep._src import cuda_group, group, info, native
-from jax_ep._src.placements import placements
+from jax_ep._src import info
+from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src.groups import group, native
+from jax_ep._src.groups.placements import placements
 from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import fake_cudart
 import jax_ep
 from cuda_calls import OPERATIONS, Sizes, buffers, call
 from fake_cudart import XlaError
-from jax_ep._src import cuda_group
+from jax_ep._src.groups import cuda as cuda_group
 from programs import make_mesh
 
 SIZES = Sizes()

@@ -12,7 +12,7 @@ import pytest
 import fake_cudart
 import jax_ep
 from cuda_calls import Sizes, buffers, call
-from jax_ep._src import cuda_group
+from jax_ep._src.groups import cuda as cuda_group
 from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(

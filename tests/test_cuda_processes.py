@@ -21,7 +21,7 @@ import fake_cudart
 import jax_ep
 from cuda_calls import Sizes, buffers, call
 from jax_ep._src import compat
-from jax_ep._src.bootstrap import mesh_digest, next_group_id
+from jax_ep._src.groups.bootstrap import mesh_digest, next_group_id
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 here = jax.local_device_count()

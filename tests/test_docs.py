@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep._src import cuda_group, native
-from jax_ep._src import group as group_module
+from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import native
 from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -239,7 +239,7 @@ def test_inside_shard_map_over_another_mesh(group):
 
 
 def test_the_primitives_refuse_operands_that_vary_over_different_axes():
-    from jax_ep._src.backends.primitives import plan_p
+    from jax_ep._src.backends.ffi.primitives import plan_p
     from jax_ep._src.spec import OpSpec
 
     with make_group(PROBLEM, "ffi") as group:
@@ -252,7 +252,7 @@ def test_the_primitives_refuse_operands_that_vary_over_different_axes():
 
 
 def test_the_primitives_say_that_they_run_inside_shard_map_only():
-    from jax_ep._src.backends.primitives import plan_p
+    from jax_ep._src.backends.ffi.primitives import plan_p
     from jax_ep._src.spec import OpSpec
 
     with make_group(PROBLEM, "ffi") as group:

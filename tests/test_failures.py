@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jax_ep import EpHealth, combine, dispatch
-from jax_ep._src import native
+from jax_ep._src.groups import native
 from problems import EpProblem
 from programs import make_group, make_mesh
 
@@ -152,7 +152,7 @@ def test_the_deadline_error_names_the_missing_rank():
     problem = PROBLEM.replace(num_ranks=2, num_experts=2, num_topk=1)
     half = make_mesh((1,), ("expert",))
     with make_group(problem, "ffi", timeout=0.5) as group:
-        from jax_ep._src.backends.primitives import plan_p
+        from jax_ep._src.backends.ffi.primitives import plan_p
         from jax_ep._src.spec import OpSpec
 
         def alone(idx):

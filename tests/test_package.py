@@ -111,7 +111,7 @@ def test_without_the_compiled_module_the_xla_backend_works_and_ffi_says_why_not(
 
 
 def test_the_binary_is_built_for_the_oldest_supported_jaxlib():
-    from jax_ep._src import native
+    from jax_ep._src.groups import native
 
     assert native.load().ffi_api_version == (0, 3)
 

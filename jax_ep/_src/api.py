@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ep._src.backends import ffi, xla
+from jax_ep._src.backends.ffi import ops as ffi
+from jax_ep._src.backends.xla import ops as xla
 from jax_ep._src.compat import as_array
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import Dispatched, DispatchHandle
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from jax_ep._src.api import combine, dispatch
 from jax_ep._src.compat import as_array
-from jax_ep._src.group import EpGroup
 from jax_ep._src.grouped_dot import grouped_dot
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._src import compat
-from jax_ep._src.group import kept
+from jax_ep._src.groups.group import kept
 from jax_ep._src.moe import moe_with_stats
 from jax_ep._src.routing import load_balance_loss, router_z_loss
 from jax_ep.flax._layer import LayerSpec, LayerStats

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.moe import Activation
 from jax_ep._src.routing import Score, route, update_bias
 

@@ -22,8 +22,8 @@ SECTIONS = (
         "jax_ep",
         {
             "jax_ep._src.config": ("EpConfig",),
-            "jax_ep._src.group": ("EpGroup",),
-            "jax_ep._src.health": ("EpHealth",),
+            "jax_ep._src.groups.group": ("EpGroup",),
+            "jax_ep._src.groups.health": ("EpHealth",),
             "jax_ep._src.api": ("dispatch", "combine"),
             "jax_ep._src.types": ("Dispatched", "DispatchHandle"),
             "jax_ep._src.routing": (

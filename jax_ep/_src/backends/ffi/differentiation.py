@@ -10,13 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import ad
 
-from jax_ep._src.backends.primitives import combine_p, dispatch_p, is_absent, plan_p
+from jax_ep._src.backends.ffi.primitives import combine_p, dispatch_p, plan_p
+from jax_ep._src.backends.operands import (
+    absent_scalars,
+    is_absent,
+    no_rows,
+    weighted_rows_tangent,
+)
 from jax_ep._src.spec import OpSpec
-
-_FLOAT32 = np.dtype(np.float32)
 
 
 def _zero_tangents(outputs: Sequence[jax.Array]) -> list[Any]:
@@ -27,22 +30,6 @@ def _plan_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) 
     del tangents  # integers
     outputs = plan_p.bind(*primals, spec=spec)
     return outputs, _zero_tangents(outputs)
-
-
-# What is absent is cut out of an operand that is not: a constant, and whatever a tangent's linear
-# function has from outside, becomes a residual of an enclosing `shard_map`, and in a loop jaxlib
-# 0.11.2 crashes on residuals of size 0 (Shardy's ManualComputationUnusedInputsPattern).
-
-
-def _no_rows(like: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Rows that do not take part, as many as `like` has and varying over the same axes."""
-    flat = like[:, None] if like.ndim == 1 else like
-    return flat[:, :0].astype(dtype)
-
-
-def absent_scalars(like: jax.Array, dtype: np.dtype = _FLOAT32) -> jax.Array:
-    """An operand that does not take part, varying over the same axes as `like`."""
-    return jax.lax.slice_in_dim(like.reshape(-1), 0, 0).astype(dtype)
 
 
 def _tangents_of(outputs: Sequence[Any], rows: Any, scalars: Any, linear: Any) -> list[Any]:
@@ -64,7 +51,7 @@ def _dispatch_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSp
     def linear(x_dot: Any, scalars_dot: Any) -> Any:
         return dispatch_p.bind(
             program_rank,
-            _no_rows(scalars_dot, x.dtype) if type(x_dot) is ad.Zero else x_dot,
+            no_rows(scalars_dot, x.dtype) if type(x_dot) is ad.Zero else x_dot,
             absent_scalars(x_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
             *handle,
             spec=spec.for_cotangents(),
@@ -115,49 +102,6 @@ def _dispatch_transpose(
     ]
 
 
-def _where_held(index: jax.Array, values: jax.Array) -> jax.Array:
-    """`values` where `index` is one, 0 where it is negative. No `jnp.where`: that is a call.
-
-    XLA of jaxlib 0.11.2 does not compile a call inside a computation that `compute_on` has put on
-    another stream.
-    """
-    return jax.lax.select(index >= 0, values, jnp.zeros_like(values))
-
-
-def row_weights(
-    weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
-) -> jax.Array:
-    """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
-    if row_topk_idx is not None:
-        weights = jnp.sum(_where_held(row_topk_idx, weights), axis=1)
-    return _where_held(row_source, weights)[:, None]
-
-
-# Rematerialized, so that the backward keeps the rows in their own dtype and not in float32. What
-# goes in and comes out is in that dtype too, the cotangent included: XLA makes arrays of all that
-# crosses the border of what is rematerialized.
-@jax.checkpoint
-def weighted_rows_tangent(
-    y: jax.Array,
-    weights: jax.Array,
-    y_dot: jax.Array | None,
-    weights_dot: jax.Array | None,
-    row_source: jax.Array,
-    row_topk_idx: jax.Array | None,
-) -> jax.Array:
-    """The tangent of `row_weights(weights) * y`; y counts as 0 in rows without a token."""
-    terms = []
-    if y_dot is not None:
-        factor = row_weights(weights, row_source, row_topk_idx)
-        terms.append(factor * y_dot.astype(jnp.float32))
-    if weights_dot is not None:
-        factor = row_weights(weights_dot, row_source, row_topk_idx)
-        # Rows without a token may hold NaN.
-        held = _where_held(jnp.broadcast_to(row_source[:, None], y.shape), y)
-        terms.append(factor * held.astype(jnp.float32))
-    return sum(terms[1:], terms[0]).astype(y.dtype)
-
-
 def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpec) -> Any:
     """A weighted combine is bilinear; its tangent is one unweighted combine of the rows' tangents.
 
@@ -182,7 +126,7 @@ def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: OpSpe
     def linear(rows_dot: Any, scalars_dot: Any) -> Any:
         return combine_p.bind(
             program_rank,
-            _no_rows(scalars_dot, y.dtype) if type(rows_dot) is ad.Zero else rows_dot,
+            no_rows(scalars_dot, y.dtype) if type(rows_dot) is ad.Zero else rows_dot,
             absent_scalars(scalars_dot if type(rows_dot) is ad.Zero else rows_dot),
             absent_scalars(rows_dot) if type(scalars_dot) is ad.Zero else scalars_dot,
             topk_idx,

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src import compat
-from jax_ep._src.backends.differentiation import absent_scalars
+from jax_ep._src.backends.ffi import differentiation  # noqa: F401  its rules
+from jax_ep._src.backends.ffi.primitives import combine_p, dispatch_p, plan_p
+from jax_ep._src.backends.operands import absent_scalars
 from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.primitives import combine_p, dispatch_p, plan_p
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import DispatchHandle
 

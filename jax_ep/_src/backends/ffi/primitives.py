@@ -6,7 +6,7 @@
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
   and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
 
-Operands come first as arrays, `program_rank` (int32[1], see `ffi.py`) before all; all operands vary
+Operands come first as arrays, `program_rank` (int32[1], see `ops.py`) before all; all operands vary
 over the same manual mesh axes. An operand that does not take part has shape `[0]`; rows that do
 not take part have `H = 0`. No operation has side effects: what one hands to another is an array.
 
@@ -16,16 +16,16 @@ reads it: an operand of size 0 could become a residual, see `differentiation.py`
 
 import functools
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_ep._src import compat
+from jax_ep._src.backends.operands import is_absent
+from jax_ep._src.batching import one_by_one
 from jax_ep._src.spec import OpSpec
 
 _INT32 = np.dtype(np.int32)
@@ -37,11 +37,6 @@ combine_p = Primitive("jax_ep_combine")
 _ALL = (plan_p, dispatch_p, combine_p)
 for _primitive in _ALL:
     _primitive.multiple_results = True
-
-
-def is_absent(array: Any) -> bool:
-    """Whether an optional operand or result does not take part."""
-    return tuple(array.shape) == (0,)
 
 
 def _check_same_axes(name: str, *avals: Any) -> None:
@@ -172,22 +167,6 @@ for _platform, _by_primitive in _UNUSED.items():
 
 
 # --- batching ----------------------------------------------------------------------------------
-
-
-def one_by_one(
-    primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], **params: Any
-) -> tuple[list[Any], list[int]]:
-    """One call for each element of the batch, in order, so that ranks meet in the same order."""
-    batched = [jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None]
-
-    def one(elements: list[Any]) -> list[Any]:
-        element = iter(elements)
-        operands = [next(element) if d is not None else a for a, d in zip(args, dims, strict=True)]
-        # `vmap(spmd_axis_name=...)` spreads the batched ones over a further axis.
-        return primitive.bind(*compat.varying_alike(*operands), **params)
-
-    outputs = jax.lax.map(one, batched)
-    return list(outputs), [0] * len(outputs)
 
 
 def _outside_shard_map(*args: Any, name: str, **params: Any) -> Any:

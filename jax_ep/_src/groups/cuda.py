@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import jax
 
-from jax_ep._src import native
-from jax_ep._src.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.config import EpConfig
-from jax_ep._src.cuda_watch import GroupWatch, Watch
 from jax_ep._src.errors import EpUnavailable
-from jax_ep._src.health import EpHealth
-from jax_ep._src.placements import Placement, placements
+from jax_ep._src.groups import native
+from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
+from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.groups.placements import Placement, placements
+from jax_ep._src.groups.watch import GroupWatch, Watch
 
 _logger = logging.getLogger("jax_ep")
 

@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jax_ep._src import capabilities, cuda_group, native, notices
-from jax_ep._src.bootstrap import mesh_digest, next_group_id
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed, EpUnavailable
-from jax_ep._src.health import EpHealth
-from jax_ep._src.placements import placements
+from jax_ep._src.groups import capabilities, cuda, native, notices
+from jax_ep._src.groups.bootstrap import mesh_digest, next_group_id
+from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.groups.placements import placements
 
 _logger = logging.getLogger("jax_ep")
 _BACKENDS = ("ffi", "xla")
@@ -121,7 +121,7 @@ class EpGroup:
         why_not = None if backend == "xla" else _why_not_ffi(mesh, config, self.num_ranks)
         agreement = None
         if backend != "xla" and self.platform == "cuda" and _has_devices_here(mesh):
-            agreement = cuda_group.agree(
+            agreement = cuda.agree(
                 mesh,
                 self.axis_names,
                 config,
@@ -134,16 +134,16 @@ class EpGroup:
         self._closed = False
         self._lock = threading.Lock()
         self._kept: dict[Hashable, Any] = {}
-        self._cuda: cuda_group.CudaGroup | None = None
+        self._cuda: cuda.CudaGroup | None = None
         self.group_id = self._register(agreement)
 
-    def _register(self, agreement: cuda_group.Agreement | None) -> int:
+    def _register(self, agreement: cuda.Agreement | None) -> int:
         number = next(_numbers)
         self.name = f"EpGroup {number} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
         if self.backend != "ffi":
             return -1
         if agreement is not None:
-            self._cuda = cuda_group.CudaGroup(
+            self._cuda = cuda.CudaGroup(
                 self.name,
                 self.mesh,
                 self.axis_names,
@@ -322,7 +322,7 @@ def _why_not_ffi(mesh: jax.sharding.Mesh, config: EpConfig, num_ranks: int) -> s
     if platform == "cuda":
         return (
             native.why_no_cuda()
-            or cuda_group.why_too_large(config, num_ranks)
+            or cuda.why_too_large(config, num_ranks)
             or capabilities.why_not_built_for(mesh.devices.flat)
         )
     return f"it has no kernels for platform {platform}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import jax
 
-from jax_ep._src import native
+from jax_ep._src.groups import native
 
 Capability = tuple[int, int]  # major, minor
 
