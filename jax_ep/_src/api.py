@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jax_ep._src.backends.ffi import ops as ffi
+from jax_ep._src.backends.plan import Plan
 from jax_ep._src.backends.xla import ops as xla
 from jax_ep._src.compat import as_array
 from jax_ep._src.groups.group import EpGroup
@@ -66,28 +67,19 @@ def dispatch(
     spec = OpSpec.of(group)
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
-        plan = backend.plan(spec, topk_idx)
-        handle = DispatchHandle(
-            topk_idx=topk_idx,
-            slot=plan.slot,
-            row_source=plan.row_source,
-            row_topk_idx=plan.row_topk_idx,
-            source_slot=plan.source_slot,
-            arrival_slot=plan.arrival_slot,
-            arrival_topk=plan.arrival_topk,
-            config=config,
-            num_ranks=group.num_ranks,
-            axis_names=group.axis_names,
-        )
-        rows, weights = backend.dispatch(spec, x, topk_weights, handle)
+        plan, counts = backend.plan(spec, topk_idx)
+        rows, weights = backend.dispatch(spec, x, topk_weights, plan)
     return Dispatched(
         x=rows,
         weights=weights,
         topk_idx=plan.row_topk_idx,
-        group_sizes=plan.group_sizes,
-        tokens_per_expert=plan.tokens_per_expert,
-        num_dropped=plan.num_dropped,
-        handle=handle,
+        handle=DispatchHandle(
+            **plan._asdict(),
+            config=config,
+            num_ranks=group.num_ranks,
+            axis_names=group.axis_names,
+        ),
+        **counts._asdict(),
     )
 
 
@@ -135,7 +127,7 @@ def combine(
     if weights is not None:
         _check_array("weights", weights, spec.row_scalars_shape, _FLOAT32)
     with jax.named_scope("jax_ep.combine"):
-        return _BACKENDS[group.backend].combine(spec, y, weights, handle)
+        return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
 
 
 def _check_array(name: str, value: Any, shape: tuple[int | str, ...], dtype: np.dtype) -> None:

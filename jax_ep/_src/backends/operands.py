@@ -1,74 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands of the primitives: which of them are absent, and the factors of a weighted combine."""
+"""Operands and results of the primitives, by name.
 
-from typing import Any
+An operand or a result that does not take part is None, and nothing else stands for it: it is no
+input of a program, no residual, and no tangent. Only the compiled handlers, which take all of their
+operands, get an array of size 0 in its place; `ffi/primitives.py` makes it.
+"""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from typing import Any, NamedTuple
 
-_FLOAT32 = np.dtype(np.float32)
-
-
-def is_absent(array: Any) -> bool:
-    """Whether an optional operand or result does not take part."""
-    return tuple(array.shape) == (0,)
+from jax_ep._src.backends.plan import Counts, Plan, Value
 
 
-# What is absent is cut out of an operand that is not: a constant, and whatever a tangent's linear
-# function has from outside, becomes a residual of an enclosing `shard_map`, and in a loop jaxlib
-# 0.11.2 crashes on residuals of size 0 (Shardy's ManualComputationUnusedInputsPattern).
+class PlanOperands(NamedTuple):
+    """The routing.
 
-
-def no_rows(like: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Rows that do not take part, as many as `like` has and varying over the same axes."""
-    flat = like[:, None] if like.ndim == 1 else like
-    return flat[:, :0].astype(dtype)
-
-
-def absent_scalars(like: jax.Array, dtype: np.dtype = _FLOAT32) -> jax.Array:
-    """An operand that does not take part, varying over the same axes as `like`."""
-    return jax.lax.slice_in_dim(like.reshape(-1), 0, 0).astype(dtype)
-
-
-def _where_held(index: jax.Array, values: jax.Array) -> jax.Array:
-    """`values` where `index` is one, 0 where it is negative. No `jnp.where`: that is a call.
-
-    XLA of jaxlib 0.11.2 does not compile a call inside a computation that `compute_on` has put on
-    another stream.
+    Attributes:
+        program_rank: int32[1], the rank that the program takes its device for. Who meets whom is
+            not for a program to say: the device says it, see docs/ordering.md.
+        topk_idx: as `dispatch` takes it.
     """
-    return jax.lax.select(index >= 0, values, jnp.zeros_like(values))
+
+    program_rank: Value
+    topk_idx: Value
 
 
-def row_weights(
-    weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
-) -> jax.Array:
-    """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
-    if row_topk_idx is not None:
-        weights = jnp.sum(_where_held(row_topk_idx, weights), axis=1)
-    return _where_held(row_source, weights)[:, None]
+class DispatchOperands(NamedTuple):
+    """What goes from tokens to received rows: rows, scalars or both.
+
+    Attributes:
+        program_rank: as in `PlanOperands`.
+        x: `[T, H]`.
+        token_scalars: `[T, K]` float32.
+        plan: where the rows go.
+    """
+
+    program_rank: Value
+    x: Value | None
+    token_scalars: Value | None
+    plan: Plan
 
 
-# Rematerialized, so that the backward keeps the rows in their own dtype and not in float32. What
-# goes in and comes out is in that dtype too, the cotangent included: XLA makes arrays of all that
-# crosses the border of what is rematerialized.
-@jax.checkpoint
-def weighted_rows_tangent(
-    y: jax.Array,
-    weights: jax.Array,
-    y_dot: jax.Array | None,
-    weights_dot: jax.Array | None,
-    row_source: jax.Array,
-    row_topk_idx: jax.Array | None,
-) -> jax.Array:
-    """The tangent of `row_weights(weights) * y`; y counts as 0 in rows without a token."""
-    terms = []
-    if y_dot is not None:
-        factor = row_weights(weights, row_source, row_topk_idx)
-        terms.append(factor * y_dot.astype(jnp.float32))
-    if weights_dot is not None:
-        factor = row_weights(weights_dot, row_source, row_topk_idx)
-        # Rows without a token may hold NaN.
-        held = _where_held(jnp.broadcast_to(row_source[:, None], y.shape), y)
-        terms.append(factor * held.astype(jnp.float32))
-    return sum(terms[1:], terms[0]).astype(y.dtype)
+class CombineOperands(NamedTuple):
+    """What goes from received rows to tokens: rows, scalars or both.
+
+    Attributes:
+        program_rank: as in `PlanOperands`.
+        y: `[C, H]`.
+        weights: float32, factors of the rows.
+        row_scalars: float32, like `weights`; not factors, they travel.
+        plan: where the rows come from.
+    """
+
+    program_rank: Value
+    y: Value | None
+    weights: Value | None
+    row_scalars: Value | None
+    plan: Plan
+
+
+class PlanResults(NamedTuple):
+    """Of the plan all but `topk_idx`, which is an operand."""
+
+    plan: Plan
+    counts: Counts
+
+
+class DispatchResults(NamedTuple):
+    """`rows` `[C, H]` where there is an `x`, `row_scalars` where there are `token_scalars`."""
+
+    rows: Value | None
+    row_scalars: Value | None
+
+
+class CombineResults(NamedTuple):
+    """`out` `[T, H]` where there is a `y`, `token_scalars` where there are `row_scalars`."""
+
+    out: Value | None
+    token_scalars: Value | None
+
+
+NO_PLAN = Plan(*[None] * len(Plan._fields))
+
+
+def by_name(values: Any) -> dict[str, Any]:
+    """Operands or results as a dictionary, those of a plan or of counts among them."""
+    flat: dict[str, Any] = {}
+    for name, value in values._asdict().items():
+        flat |= value._asdict() if isinstance(value, (Plan, Counts)) else {name: value}
+    return flat

@@ -4,10 +4,10 @@
 import jax
 import jax.numpy as jnp
 
+from jax_ep._src.backends.plan import Plan
 from jax_ep._src.backends.xla import fp8
 from jax_ep._src.backends.xla.indexing import or_past_end, take_rows
 from jax_ep._src.spec import OpSpec
-from jax_ep._src.types import DispatchHandle
 
 
 def gather(spec: OpSpec, array: jax.Array) -> jax.Array:
@@ -15,45 +15,45 @@ def gather(spec: OpSpec, array: jax.Array) -> jax.Array:
     return jax.lax.all_gather(array, spec.axis_names, tiled=True) if array.shape[0] else array
 
 
-def rows_there(spec: OpSpec, x: jax.Array, handle: DispatchHandle) -> jax.Array:
+def rows_there(spec: OpSpec, x: jax.Array, plan: Plan) -> jax.Array:
     if not spec.fp8_wire:
-        return take_rows(gather(spec, x), handle.row_source, 0)
+        return take_rows(gather(spec, x), plan.row_source, 0)
     quantized, scales = fp8.quantize(x)
     return fp8.dequantize(
-        take_rows(gather(spec, quantized), handle.row_source, 0),
-        take_rows(gather(spec, scales), handle.row_source, 0.0),
+        take_rows(gather(spec, quantized), plan.row_source, 0),
+        take_rows(gather(spec, scales), plan.row_source, 0.0),
         x.dtype,
     )
 
 
-def _arrived(handle: DispatchHandle) -> tuple[jax.Array, jax.Array]:
+def _arrived(plan: Plan) -> tuple[jax.Array, jax.Array]:
     """`arrival_slot` and `arrival_topk`, which the plan of this backend always makes."""
-    assert handle.arrival_slot is not None
-    assert handle.arrival_topk is not None
-    return handle.arrival_slot, handle.arrival_topk
+    assert plan.arrival_slot is not None
+    assert plan.arrival_topk is not None
+    return plan.arrival_slot, plan.arrival_topk
 
 
-def _row_topk(handle: DispatchHandle) -> jax.Array:
+def _row_topk(plan: Plan) -> jax.Array:
     """`row_topk_idx`, which layout "rank" always has."""
-    assert handle.row_topk_idx is not None
-    return handle.row_topk_idx
+    assert plan.row_topk_idx is not None
+    return plan.row_topk_idx
 
 
-def row_scalars(spec: OpSpec, gathered: jax.Array, handle: DispatchHandle) -> jax.Array:
+def row_scalars(spec: OpSpec, gathered: jax.Array, plan: Plan) -> jax.Array:
     """Scalars of the received rows, from all ranks' `[R * T, K]`."""
     if spec.layout == "rank":
-        taken = take_rows(gathered, handle.row_source, 0.0)
-        return jnp.where(_row_topk(handle) >= 0, taken, 0.0)
-    slot, topk = _arrived(handle)
+        taken = take_rows(gathered, plan.row_source, 0.0)
+        return jnp.where(_row_topk(plan) >= 0, taken, 0.0)
+    slot, topk = _arrived(plan)
     by_source = gathered.reshape(spec.num_ranks, -1, spec.num_topk)
     arrived = jnp.take_along_axis(by_source, topk, axis=2)
     empty = jnp.zeros((spec.recv_capacity,), jnp.float32)
     return empty.at[or_past_end(spec, slot)].set(arrived, mode="drop")
 
 
-def token_scalars(spec: OpSpec, row_scalars: jax.Array, handle: DispatchHandle) -> jax.Array:
+def token_scalars(spec: OpSpec, row_scalars: jax.Array, plan: Plan) -> jax.Array:
     """Scalars of received rows back at their selections, `[T, K]`."""
-    slot, topk = _arrived(handle)
+    slot, topk = _arrived(plan)
     flat = row_scalars.reshape(-1)
     index = slot if spec.layout == "expert" else slot * spec.num_topk + topk
     value = jnp.where(slot >= 0, flat[jnp.maximum(index, 0)], 0.0)
@@ -68,10 +68,8 @@ def _return_to_sources(spec: OpSpec, partial: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(partial, spec.axis_names, 0, 0, tiled=True)
 
 
-def combine_rows(
-    spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
-) -> jax.Array:
-    slot, topk = _arrived(handle)
+def combine_rows(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
+    slot, topk = _arrived(plan)
     # In layout "rank" all of a token's selections share one row; without weights it counts once.
     num_terms = 1 if spec.layout == "rank" and weights is None else slot.shape[2]
     acc = jnp.zeros((*slot.shape[:2], y.shape[1]), jnp.float32)

@@ -8,65 +8,52 @@ may differ from the other backends in the last bit of the float32 accumulator.
 """
 
 import functools
+from typing import Any
 
 import jax
 
 from jax_ep._src import compat
-from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.xla import differentiation  # noqa: F401  its rules
+from jax_ep._src.backends.plan import Counts, Plan
+from jax_ep._src.backends.xla import (
+    differentiation,  # noqa: F401  its rules
+    primitives,
+)
 from jax_ep._src.backends.xla import plan as plans
-from jax_ep._src.backends.xla.primitives import combine_p, exchange_p
+from jax_ep._src.backends.xla.primitives import CombineOperands, ExchangeOperands, exchange
 from jax_ep._src.spec import OpSpec
-from jax_ep._src.types import DispatchHandle
+
+
+def _varying(spec: OpSpec, operands: Any) -> Any:
+    """The operands, all varying over the group's axes, and over others if one of them does."""
+    leaves, tree = jax.tree.flatten(operands)
+    axes = compat.varying_axes(jax.lax.axis_index(spec.axis_names), *leaves)
+    return jax.tree.unflatten(tree, compat.as_varying(axes, *leaves))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
+def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
     """Gathers the routing of all ranks; every rank works out all rows."""
-    return plans.plan(spec, *_varying(spec, topk_idx))
+    made, counts = plans.plan(spec, _varying(spec, topk_idx))
+    return made._replace(topk_idx=topk_idx), counts
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def dispatch(
-    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, handle: DispatchHandle
+    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, plan: Plan
 ) -> tuple[jax.Array, jax.Array | None]:
     """Gathers all ranks' rows and keeps those that come here."""
-    rows, row_scalars = _exchange(spec, x, token_scalars, handle, there=True)
+    operands = _varying(spec, ExchangeOperands(x, token_scalars, plan))
+    rows, row_scalars = exchange(spec, operands, there=True)
     assert rows is not None
     return rows, row_scalars
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def combine(
-    spec: OpSpec, y: jax.Array, weights: jax.Array | None, handle: DispatchHandle
-) -> jax.Array:
+def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
     """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them there."""
-    if weights is None:
-        out, _ = _exchange(spec, y, None, handle, there=False)
-        assert out is not None
-        return out
-    leaves, tree = jax.tree.flatten(handle)
-    (out,) = combine_p.bind(*_varying(spec, y, weights, *leaves), spec=spec, tree=tree)
+    if weights is not None:
+        return primitives.combine(spec, _varying(spec, CombineOperands(y, weights, plan)))
+    operands = _varying(spec, ExchangeOperands(y, None, plan))
+    out = exchange(spec, operands, there=False).rows
+    assert out is not None
     return out
-
-
-def _exchange(
-    spec: OpSpec,
-    rows: jax.Array | None,
-    scalars: jax.Array | None,
-    handle: DispatchHandle,
-    *,
-    there: bool,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Rows and scalars from tokens to received rows (`there`), or back to be summed."""
-    leaves, tree = jax.tree.flatten(handle)
-    given = [a for a in (rows, scalars) if a is not None]
-    has = rows is not None, scalars is not None
-    operands = _varying(spec, *given, *leaves)
-    outs = iter(exchange_p.bind(*operands, spec=spec, tree=tree, has=has, there=there))
-    return next(outs) if has[0] else None, next(outs) if has[1] else None
-
-
-def _varying(spec: OpSpec, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    rank = jax.lax.axis_index(spec.axis_names)
-    return compat.as_varying(compat.varying_axes(rank, *operands), *operands)

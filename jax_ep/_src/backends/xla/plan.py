@@ -4,12 +4,12 @@
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.backends.plan import Plan
+from jax_ep._src.backends.plan import Counts, Plan
 from jax_ep._src.backends.xla.indexing import or_past_end, take_rows
 from jax_ep._src.spec import OpSpec
 
 
-def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
+def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
     """Gathers the routing of all ranks; every rank works out all rows."""
     experts = jax.lax.all_gather(topk_idx, spec.axis_names)  # [R, T, K]
     experts = jnp.where((experts >= 0) & (experts < spec.num_experts), experts, -1)
@@ -26,16 +26,20 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> Plan:
     arrival_slot, arrival_topk = _arrivals(spec, experts, my_slot, mine)
     local = jnp.where(mine, experts - rank * spec.num_local_experts, spec.num_local_experts)
     tokens_per_expert = jnp.bincount(local.reshape(-1), length=spec.num_local_experts + 1)[:-1]
-    return Plan(
+    plan = Plan(
+        topk_idx=topk_idx,
         slot=slot[rank],
         row_source=row_source,
         row_topk_idx=_row_topk_idx(spec, experts, mine, row_source, rank),
-        group_sizes=group_sizes.astype(jnp.int32),
-        tokens_per_expert=tokens_per_expert.astype(jnp.int32),
-        num_dropped=(num_rows - jnp.sum(row_source >= 0)).astype(jnp.int32),
         arrival_slot=arrival_slot,
         arrival_topk=arrival_topk,
     )
+    counts = Counts(
+        group_sizes=group_sizes.astype(jnp.int32),
+        tokens_per_expert=tokens_per_expert.astype(jnp.int32),
+        num_dropped=(num_rows - jnp.sum(row_source >= 0)).astype(jnp.int32),
+    )
+    return plan, counts
 
 
 def _exclusive_cumsum(x: jax.Array, axis: int) -> jax.Array:

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX primitives over the programs of `exchange.py`: shapes, lowering, batching."""
+"""JAX primitives over what `exchange.py` computes: shapes, lowering, batching.
+
+Primitives of their own, lowered to collectives: a rule of `custom_vjp` has no forward mode, and
+under `vmap(spmd_axis_name=...)` JAX refuses what it returns. Operands and results that do not take
+part are None, as in `backends/operands.py`.
+"""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_ep._src import compat
+from jax_ep._src.backends.plan import Plan
 from jax_ep._src.backends.xla.exchange import (
     combine_rows,
     gather,
@@ -19,67 +25,94 @@ from jax_ep._src.backends.xla.exchange import (
 )
 from jax_ep._src.batching import one_by_one
 from jax_ep._src.spec import OpSpec
-from jax_ep._src.types import DispatchHandle
 
-# Primitives of their own, lowered to collectives: a rule of `custom_vjp` has no forward mode, and
-# under `vmap(spmd_axis_name=...)` JAX refuses what it returns. Operands that do not take part are
-# left out, see `differentiation.py`.
 exchange_p = Primitive("jax_ep_xla_exchange")  # linear: rows, scalars or both, there or back
 combine_p = Primitive("jax_ep_xla_combine")  # with weights
 for _primitive in (exchange_p, combine_p):
     _primitive.multiple_results = True
 
 
-# --- programs -----------------------------------------------------------------------------------
+class ExchangeOperands(NamedTuple):
+    """Rows and scalars of tokens, or of received rows on their way back."""
+
+    rows: jax.Array | None
+    scalars: jax.Array | None
+    plan: Plan
+
+
+class ExchangeResults(NamedTuple):
+    """Those of received rows, or of tokens."""
+
+    rows: jax.Array | None
+    scalars: jax.Array | None
+
+
+class CombineOperands(NamedTuple):
+    """Received rows and their factors."""
+
+    y: jax.Array
+    weights: jax.Array
+    plan: Plan
+
+
+def exchange(spec: OpSpec, operands: ExchangeOperands, *, there: bool) -> ExchangeResults:
+    """Rows and scalars from tokens to received rows (`there`), or back to be summed."""
+    leaves, tree = jax.tree.flatten(operands)
+    results = exchange_p.bind(*leaves, tree=tree, spec=spec, there=there)
+    given = jax.tree.structure(ExchangeResults(operands.rows, operands.scalars))
+    return jax.tree.unflatten(given, results)
+
+
+def combine(spec: OpSpec, operands: CombineOperands) -> jax.Array:
+    """Sums of the weighted rows, `[T, H]`."""
+    leaves, tree = jax.tree.flatten(operands)
+    (out,) = combine_p.bind(*leaves, tree=tree, spec=spec)
+    return out
+
+
+# --- programs ----------------------------------------------------------------------------------
 
 
 def _exchange_program(
-    *operands: jax.Array, spec: OpSpec, tree: Any, has: tuple[bool, bool], there: bool
+    *operands: jax.Array, tree: Any, spec: OpSpec, there: bool
 ) -> list[jax.Array]:
-    handle: DispatchHandle = jax.tree.unflatten(tree, operands[sum(has) :])
-    rows = operands[0] if has[0] else None
-    scalars = operands[sum(has) - 1] if has[1] else None
+    rows, scalars, plan = jax.tree.unflatten(tree, operands)
     outs = []
-    if rows is not None and there:
-        outs.append(rows_there(spec, rows, handle))
-    elif rows is not None:
-        outs.append(combine_rows(spec, rows, None, handle))
+    if rows is not None:
+        outs.append(rows_there(spec, rows, plan) if there else combine_rows(spec, rows, None, plan))
     if scalars is not None and there:
-        outs.append(row_scalars(spec, gather(spec, scalars), handle))
+        outs.append(row_scalars(spec, gather(spec, scalars), plan))
     elif scalars is not None:
-        outs.append(token_scalars(spec, scalars, handle))
+        outs.append(token_scalars(spec, scalars, plan))
     # Without tokens nothing that varies went into them.
-    return list(compat.as_varying(compat.varying_axes(handle.row_source), *outs))
+    return list(compat.as_varying(compat.varying_axes(plan.row_source), *outs))
 
 
-def _combine_program(*operands: jax.Array, spec: OpSpec, tree: Any) -> list[jax.Array]:
-    y, weights, *leaves = operands
-    handle: DispatchHandle = jax.tree.unflatten(tree, leaves)
-    return [combine_rows(spec, y, weights, handle)]
+def _combine_program(*operands: jax.Array, tree: Any, spec: OpSpec) -> list[jax.Array]:
+    y, weights, plan = jax.tree.unflatten(tree, operands)
+    return [combine_rows(spec, y, weights, plan)]
 
 
-# --- shapes -------------------------------------------------------------------------------------
+# --- shapes ------------------------------------------------------------------------------------
 
 
-def _exchange_abstract(
-    *avals: Any, spec: OpSpec, tree: Any, has: tuple[bool, bool], there: bool
-) -> list[Any]:
-    handle: DispatchHandle = jax.tree.unflatten(tree, avals[sum(has) :])
-    tokens, num_topk = handle.topk_idx.shape
+def _exchange_abstract(*avals: Any, tree: Any, spec: OpSpec, there: bool) -> list[Any]:
+    rows, scalars, plan = jax.tree.unflatten(tree, avals)
+    num_tokens, num_topk = plan.slot.shape
     outs = []
-    if has[0]:
-        count = spec.recv_capacity if there else tokens
-        outs.append(compat.like(avals[0], (count, avals[0].shape[1]), avals[0].dtype))
-    if has[1]:
-        shape = spec.row_scalars_shape if there else (tokens, num_topk)
-        outs.append(compat.like(avals[0], shape, jnp.float32.dtype))
+    if rows is not None:
+        num_rows = spec.recv_capacity if there else num_tokens
+        outs.append(compat.like(rows, (num_rows, rows.shape[1]), rows.dtype))
+    if scalars is not None:
+        shape = spec.row_scalars_shape if there else (num_tokens, num_topk)
+        outs.append(compat.like(scalars, shape, jnp.float32.dtype))
     return outs
 
 
-def _combine_abstract(y: Any, weights: Any, *leaves: Any, spec: OpSpec, tree: Any) -> list[Any]:
-    del weights, spec
-    handle: DispatchHandle = jax.tree.unflatten(tree, leaves)
-    return [compat.like(y, (handle.topk_idx.shape[0], y.shape[1]), y.dtype)]
+def _combine_abstract(*avals: Any, tree: Any, spec: OpSpec) -> list[Any]:
+    del spec
+    y, _, plan = jax.tree.unflatten(tree, avals)
+    return [compat.like(y, (plan.slot.shape[0], y.shape[1]), y.dtype)]
 
 
 exchange_p.def_abstract_eval(_exchange_abstract)
