@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jax_ep._src.groups.health import EpHealth as EpHealth
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
-    from jax_ep._src.moe import moe_with_stats as moe_with_stats
     from jax_ep._src.routing import load_balance_loss as load_balance_loss
     from jax_ep._src.routing import route as route
     from jax_ep._src.routing import router_z_loss as router_z_loss
@@ -44,12 +43,13 @@ _EXPORTS = {
     "load_balance_loss": "jax_ep._src.routing",
     "MoeStats": "jax_ep._src.moe",
     "moe": "jax_ep._src.moe",
-    "moe_with_stats": "jax_ep._src.moe",
     "route": "jax_ep._src.routing",
     "router_z_loss": "jax_ep._src.routing",
     "update_bias": "jax_ep._src.routing",
 }
 _SUBMODULES = ("flax", "reference")
+# A name that is gone -> what takes its place.
+_REPLACED = {"moe_with_stats": "jax_ep.moe(..., with_stats=True)"}
 
 __all__ = [
     "DispatchHandle",
@@ -64,7 +64,6 @@ __all__ = [
     "dispatch",
     "load_balance_loss",
     "moe",
-    "moe_with_stats",
     "reference",
     "route",
     "router_z_loss",
@@ -78,7 +77,8 @@ def __getattr__(name: str) -> Any:
     elif name in _SUBMODULES:
         value = importlib.import_module(f"jax_ep.{name}")
     else:
-        raise AttributeError(f"module 'jax_ep' has no attribute {name!r}")
+        instead = f"; {_REPLACED[name]} takes its place" if name in _REPLACED else ""
+        raise AttributeError(f"module 'jax_ep' has no attribute {name!r}{instead}")
     globals()[name] = value
     return value
 

@@ -73,9 +73,9 @@ def test_groups_have_nonces_of_their_own(mesh, fake):
         assert fake.groups[one.group_id]["nonce"] != fake.groups[other.group_id]["nonce"]
 
 
-@pytest.mark.parametrize(("num_sms", "passed"), [(None, 0), (24, 24)])
-def test_num_sms_reaches_the_kernels(num_sms, passed, mesh, fake):
-    jax_ep.EpGroup(mesh, "expert", _config(num_sms=num_sms)).close()
+@pytest.mark.parametrize(("max_num_sms", "passed"), [(None, 0), (24, 24)])
+def test_max_num_sms_reaches_the_kernels(max_num_sms, passed, mesh, fake):
+    jax_ep.EpGroup(mesh, "expert", _config(max_num_sms=max_num_sms)).close()
     assert ("create", passed) in fake.log
 
 

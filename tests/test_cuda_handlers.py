@@ -44,7 +44,7 @@ def make_group(fake):
     made = []
 
     def make(num_sms=None, timeout=60.0, **config):
-        config = jax_ep.EpConfig(**{**CONFIG, "num_sms": num_sms, **config})
+        config = jax_ep.EpConfig(**{**CONFIG, "max_num_sms": num_sms, **config})
         made.append(jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, timeout=timeout))
         return made[-1]
 

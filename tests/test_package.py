@@ -122,6 +122,12 @@ def test_an_unknown_name_is_an_attribute_error():
     assert set(jax_ep.__all__) <= set(dir(jax_ep))
 
 
+def test_a_name_that_is_gone_is_an_error_that_gives_the_new_spelling():
+    new = r"'moe_with_stats'; jax_ep\.moe\(\.\.\., with_stats=True\) takes its place"
+    with pytest.raises(AttributeError, match=new):
+        _ = jax_ep.moe_with_stats
+
+
 def test_info_prints_the_table():
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(

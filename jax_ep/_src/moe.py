@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ Activation = Callable[[jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeStats:
-    """What one rank's experts were asked for in one call of `moe_with_stats`.
+    """What one rank's experts were asked for in one call of `moe` with `with_stats=True`.
 
     Attributes:
         tokens_per_expert: `[L]` int32, selections of each local expert by the tokens of all ranks
@@ -34,6 +34,36 @@ class MoeStats:
     num_dropped: jax.Array
 
 
+@overload
+def moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    group: EpGroup,
+    activation: Activation = ...,
+    with_stats: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    group: EpGroup,
+    activation: Activation = ...,
+    with_stats: Literal[True],
+) -> tuple[jax.Array, MoeStats]: ...
+
+
 def moe(
     x: jax.Array,
     topk_idx: jax.Array,
@@ -44,7 +74,8 @@ def moe(
     *,
     group: EpGroup,
     activation: Activation = jax.nn.silu,
-) -> jax.Array:
+    with_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, MoeStats]:
     """Sends every token through its experts and returns the weighted sum of their outputs.
 
     Expert `e` computes `(activation(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]`, by
@@ -61,51 +92,16 @@ def moe(
         w_down: `[L, F, H]` of `config.dtype`.
         group: an open `EpGroup` whose config has layout "expert".
         activation: of the gate, elementwise.
+        with_stats: whether to return what this rank's experts were asked for, too.
 
     Returns:
         `[T, H]` of `config.dtype`; 0 for a token with no selection. A row that was dropped for
-        lack of room counts as 0.
+        lack of room counts as 0. With `with_stats`: a tuple of this and a `MoeStats`.
 
     Raises:
         ValueError: an argument does not fit the group's config, the layout is "rank", or the call
             is not inside `shard_map` over the group's axes.
         EpGroupClosed: the group has been closed.
-    """
-    out, _ = moe_with_stats(
-        x, topk_idx, topk_weights, w_gate, w_up, w_down, group=group, activation=activation
-    )
-    return out
-
-
-def moe_with_stats(
-    x: jax.Array,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
-    *,
-    group: EpGroup,
-    activation: Activation = jax.nn.silu,
-) -> tuple[jax.Array, MoeStats]:
-    """`moe`, and what this rank's experts were asked for.
-
-    Args:
-        x: as in `moe`, like all the others.
-        topk_idx: see `moe`.
-        topk_weights: see `moe`.
-        w_gate: see `moe`.
-        w_up: see `moe`.
-        w_down: see `moe`.
-        group: see `moe`.
-        activation: see `moe`.
-
-    Returns:
-        What `moe` returns, and a `MoeStats`.
-
-    Raises:
-        ValueError: as `moe` does.
-        EpGroupClosed: as `moe` does.
     """
     _check_group(group)
     w_gate, w_up, w_down = as_array(w_gate), as_array(w_up), as_array(w_down)
@@ -119,6 +115,8 @@ def moe_with_stats(
         up = grouped_dot(rows, w_up, recv.group_sizes)
         y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
     out = combine(y, recv.handle, recv.weights, group=group)
+    if not with_stats:
+        return out
     stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
     return out, stats
 

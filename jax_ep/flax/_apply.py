@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._src import compat
 from jax_ep._src.groups.group import kept
-from jax_ep._src.moe import moe_with_stats
+from jax_ep._src.moe import moe
 from jax_ep._src.routing import load_balance_loss, router_z_loss
 from jax_ep.flax._layer import LayerSpec, LayerStats
 
@@ -240,7 +240,7 @@ def _block(
         topk_idx = jnp.where(is_token, topk_idx, -1)
     tokens = tokens.astype(config.dtype)
     weights = {name: w.astype(config.dtype) for name, w in params.items() if name != "router"}
-    out, stats = moe_with_stats(
+    out, stats = moe(
         tokens,
         topk_idx,
         topk_weights,
@@ -249,6 +249,7 @@ def _block(
         weights["w_down"],
         group=spec.group,
         activation=spec.activation,
+        with_stats=True,
     )
     if spec.num_shared_experts:
         with jax.named_scope("jax_ep.shared_experts"):

@@ -235,7 +235,7 @@ class CudaGroup:
                 nonce=nonce,
                 warn_after_s=self._parameters.warn_after,
                 timeout_s=self._parameters.timeout,
-                num_sms=self._parameters.config.num_sms or 0,
+                num_sms=self._parameters.config.max_num_sms or 0,
                 **shape,
                 ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
