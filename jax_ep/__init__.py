@@ -29,46 +29,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
-_EXPORTS = {
-    "EpConfig": "jax_ep._src.config",
-    "EpGroup": "jax_ep._src.groups.group",
-    "EpGroupClosed": "jax_ep._src.errors",
-    "EpHealth": "jax_ep._src.groups.health",
-    "EpUnavailable": "jax_ep._src.errors",
-    "DispatchHandle": "jax_ep._src.types",
-    "Dispatched": "jax_ep._src.types",
-    "combine": "jax_ep._src.api",
-    "dispatch": "jax_ep._src.api",
-    "load_balance_loss": "jax_ep._src.routing",
-    "MoeStats": "jax_ep._src.moe",
-    "moe": "jax_ep._src.moe",
-    "route": "jax_ep._src.routing",
-    "router_z_loss": "jax_ep._src.routing",
-    "update_bias": "jax_ep._src.routing",
+# Module -> the public names that it defines. Type checkers need them above, too.
+_NAMES = {
+    "api": ("combine", "dispatch"),
+    "config": ("EpConfig",),
+    "errors": ("EpGroupClosed", "EpUnavailable"),
+    "groups.group": ("EpGroup",),
+    "groups.health": ("EpHealth",),
+    "moe": ("MoeStats", "moe"),
+    "routing": ("load_balance_loss", "route", "router_z_loss", "update_bias"),
+    "types": ("DispatchHandle", "Dispatched"),
 }
+_EXPORTS = {name: f"jax_ep._src.{module}" for module, names in _NAMES.items() for name in names}
 _SUBMODULES = ("flax", "reference")
 # A name that is gone -> what takes its place.
 _REPLACED = {"moe_with_stats": "jax_ep.moe(..., with_stats=True)"}
 
-__all__ = [
-    "DispatchHandle",
-    "Dispatched",
-    "EpConfig",
-    "EpGroup",
-    "EpGroupClosed",
-    "EpHealth",
-    "EpUnavailable",
-    "MoeStats",
-    "combine",
-    "dispatch",
-    "load_balance_loss",
-    "moe",
-    "reference",
-    "route",
-    "router_z_loss",
-    "update_bias",
-]
+__all__ = [*_EXPORTS, "reference"]  # noqa: PLE0604  all of them are strings
 
 
 def __getattr__(name: str) -> Any:

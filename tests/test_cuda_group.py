@@ -13,8 +13,7 @@ import pytest
 
 import fake_cuda
 import jax_ep
-from jax_ep._src import info
-from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src import info, limits, ranges
 from jax_ep._src.groups import group, native
 from jax_ep._src.groups.placements import placements
 from programs import make_mesh
@@ -136,11 +135,11 @@ def test_limits_are_those_of_the_kernels():
         value = re.search(rf"constexpr int\w+ {name} = ([^;]+);", text)[1]
         return eval(value.replace("int64_t{1}", "1"))
 
-    assert constant("kMaxRanks") == cuda_group._MAX_RANKS
-    assert constant("kMaxTopk") == cuda_group._MAX_TOPK
-    assert constant("kMaxExperts") == cuda_group._MAX_EXPERTS
-    assert constant("kMaxTokens") == cuda_group._MAX_TOKENS
-    why = cuda_group.why_too_large(_config(num_experts=128), 128)
+    assert constant("kMaxRanks") == limits.MAX_RANKS
+    assert constant("kMaxTopk") == limits.MAX_TOPK
+    assert constant("kMaxExperts") == limits.MAX_EXPERTS
+    assert constant("kMaxTokens") == limits.MAX_TOKENS_PER_RANK
+    why = ranges.why_too_large(_config(num_experts=128), 128)
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
 
 

@@ -14,14 +14,7 @@ from typing import Any, Literal, TypeVar
 import ml_dtypes
 import numpy as np
 
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-_WIRE_DTYPES = {"float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
-_INT32_MAX = 2**31 - 1
-
+from jax_ep._src import limits
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -98,11 +91,11 @@ class EpConfig:
                 f"EpConfig.num_topk is {self.num_topk}; it must be at most num_experts "
                 f"({self.num_experts}), because a token's experts are distinct"
             )
-        object.__setattr__(self, "dtype", self._known_dtype("dtype", self.dtype, _DTYPES))
+        object.__setattr__(self, "dtype", self._known_dtype("dtype", self.dtype, limits.DTYPES))
         if self.wire_dtype is not None:
-            wire = self._known_dtype("wire_dtype", self.wire_dtype, _WIRE_DTYPES, "None")
+            wire = self._known_dtype("wire_dtype", self.wire_dtype, limits.WIRE_DTYPES, "None")
             object.__setattr__(self, "wire_dtype", wire)
-        if self.layout not in ("expert", "rank"):
+        if self.layout not in limits.LAYOUTS:
             raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
         for field in ("recv_capacity", "max_num_sms"):
             if getattr(self, field) is not None:
@@ -119,11 +112,10 @@ class EpConfig:
 
     def _check_positive_int(self, field: str) -> None:
         value = getattr(self, field)
-        ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not ok or not 1 <= value <= _INT32_MAX:
+        if not limits.is_int(value):
             none = "None or " if field in ("recv_capacity", "max_num_sms") else ""
             raise ValueError(
-                f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {_INT32_MAX}"
+                f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {limits.INT32_MAX}"
             )
         object.__setattr__(self, field, int(value))
 

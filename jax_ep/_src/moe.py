@@ -7,9 +7,9 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_ep._src.api import combine, dispatch
+from jax_ep._src.checks import check_array, check_group, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.grouped_dot import grouped_dot
 from jax_ep._src.groups.group import EpGroup
@@ -103,7 +103,7 @@ def moe(
             is not inside `shard_map` over the group's axes.
         EpGroupClosed: the group has been closed.
     """
-    _check_group(group)
+    check_group(group, expert_layout_for="moe")
     w_gate, w_up, w_down = as_array(w_gate), as_array(w_up), as_array(w_down)
     _check_weights(group, w_gate, w_up, w_down)
     if topk_weights is None:
@@ -132,32 +132,10 @@ def _without_garbage(recv: Dispatched) -> jax.Array:
     return jnp.where(held, recv.x, jnp.zeros((), recv.x.dtype))
 
 
-def _check_group(group: Any) -> None:
-    if not isinstance(group, EpGroup):
-        raise ValueError(f"group is a {type(group).__name__}; allowed: an EpGroup")
-    if group.config.layout != "expert":
-        raise ValueError(
-            f"group has EpConfig.layout {group.config.layout!r}; allowed for moe: 'expert', "
-            "because ragged_dot needs the rows of each expert next to each other"
-        )
-
-
 def _check_weights(group: EpGroup, w_gate: Any, w_up: Any, w_down: Any) -> None:
-    num_local, hidden = group.num_local_experts, group.config.hidden
-    is_sized = isinstance(w_gate, (jax.Array, np.ndarray)) and w_gate.ndim == 3
-    inner = w_gate.shape[2] if is_sized else "F"
-    _check_array("w_gate", w_gate, (num_local, hidden, inner), group)
-    _check_array("w_up", w_up, (num_local, hidden, inner), group)
-    _check_array("w_down", w_down, (num_local, inner, hidden), group)
-
-
-def _check_array(name: str, value: Any, shape: tuple[int | str, ...], group: EpGroup) -> None:
-    dtype = group.config.dtype
-    wanted = f"{dtype.name}[{', '.join(str(size) for size in shape)}]"
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise ValueError(f"{name} is a {type(value).__name__}; allowed: an array, {wanted}")
-    if value.shape != shape or value.dtype != dtype:
-        raise ValueError(
-            f"{name} is {value.dtype}{list(value.shape)}; allowed: {wanted}, of the "
-            f"{group.num_local_experts} experts on each of the group's {group.num_ranks} ranks"
-        )
+    num_local, hidden, dtype = group.num_local_experts, group.config.hidden, group.config.dtype
+    inner = w_gate.shape[2] if is_array(w_gate) and w_gate.ndim == 3 else "F"
+    of = f", of the {num_local} experts on each of the group's {group.num_ranks} ranks"
+    check_array("w_gate", w_gate, (num_local, hidden, inner), dtype, of=of)
+    check_array("w_up", w_up, (num_local, hidden, inner), dtype, of=of)
+    check_array("w_down", w_down, (num_local, inner, hidden), dtype, of=of)

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.limits import LAYOUTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,5 +103,5 @@ class OpSpec:
             "num_experts": np.int32(self.num_experts),
             "num_topk": np.int32(self.num_topk),
             "expert_alignment": np.int32(self.expert_alignment),
-            "layout": np.int32(("expert", "rank").index(self.layout)),
+            "layout": np.int32(LAYOUTS.index(self.layout)),
         }

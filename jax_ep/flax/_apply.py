@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._src import compat
+from jax_ep._src.checks import is_array
 from jax_ep._src.groups.group import kept
 from jax_ep._src.moe import moe
 from jax_ep._src.routing import load_balance_loss, router_z_loss
@@ -81,7 +81,7 @@ def _show_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
 
 def _check_tokens(spec: LayerSpec, x: Any) -> None:
     config = spec.group.config
-    if not isinstance(x, (jax.Array, np.ndarray)):
+    if not is_array(x):
         raise ValueError(f"x is a {type(x).__name__}; allowed: an array")
     is_right = x.ndim > 0 and x.shape[-1] == config.hidden
     if not is_right or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -25,39 +25,16 @@ from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.placements import Placement, placements
 from jax_ep._src.groups.watch import GroupWatch, Watch
+from jax_ep._src.limits import DTYPES, LAYOUTS
+from jax_ep._src.ranges import why_too_large
 
 _logger = logging.getLogger("jax_ep")
-
-# As in csrc/core/heap_layout.h.
-_MAX_RANKS = 64
-_MAX_TOPK = 32
-_MAX_EXPERTS = 4096
-_MAX_TOKENS = 2**20
-
-# As the compiled module numbers them, see csrc/core/dtype.h and csrc/core/ep_shape.h.
-_DTYPES = ("float32", "bfloat16", "float16")
-_LAYOUTS = ("expert", "rank")
 
 # A rank that gives up costs its process.
 DEFAULT_TIMEOUT_S = 1800.0
 # How long close() waits for other processes, at most: what they may still map is then left.
 _CLOSE_S = 60.0
 _EXIT_S = 10.0
-
-
-def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
-    """Which size the kernels cannot serve; None if they can serve all."""
-    for field, most in (
-        ("num_topk", _MAX_TOPK),
-        ("num_experts", _MAX_EXPERTS),
-        ("max_tokens_per_rank", _MAX_TOKENS),
-    ):
-        value = getattr(config, field)
-        if value > most:
-            return f"EpConfig.{field} is {value}; on GPUs it may be at most {most}"
-    if num_ranks > _MAX_RANKS:
-        return f"the group has {num_ranks} ranks; on GPUs it may have at most {_MAX_RANKS}"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,9 +300,9 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
         "num_topk": config.num_topk,
         "max_tokens": config.max_tokens_per_rank,
         "hidden": config.hidden,
-        "dtype": _DTYPES.index(config.dtype.name),
+        "dtype": list(DTYPES).index(config.dtype.name),
         "wire": int(config.wire_dtype is not None),
-        "layout": _LAYOUTS.index(config.layout),
+        "layout": LAYOUTS.index(config.layout),
     }
 
 

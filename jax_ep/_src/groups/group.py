@@ -21,10 +21,10 @@ from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import BackendGroup, GroupParameters, Offer
 from jax_ep._src.groups.placements import has_local_devices
 from jax_ep._src.groups.xla import XlaGroup
+from jax_ep._src.ranges import check_num_ranks
 
 _logger = logging.getLogger("jax_ep")
 _BACKENDS = ("ffi", "xla")
-_INT32_MAX = 2**31 - 1
 
 
 class EpGroup:
@@ -105,19 +105,9 @@ class EpGroup:
         self.platform = _platform(mesh)
         self.warn_after, self.timeout = _deadlines(self.platform, warn_after, timeout)
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
-        if config.num_experts % self.num_ranks:
-            raise ValueError(
-                f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
-                f"group's {self.num_ranks} ranks (axis {self.axis_name!r} of the mesh)"
-            )
+        check_num_ranks(config, self.num_ranks, self.axis_name)
         self.num_local_experts = config.num_experts // self.num_ranks
         self.recv_capacity = config.capacity(self.num_ranks)
-        if self.recv_capacity > _INT32_MAX:
-            raise ValueError(
-                f"the receive buffer would have {self.recv_capacity} rows; at most {_INT32_MAX} "
-                "are supported: set EpConfig.recv_capacity (see with_capacity_factor) or lower "
-                "max_tokens_per_rank"
-            )
         parameters = GroupParameters(
             mesh=mesh,
             axis_names=self.axis_names,
