@@ -110,7 +110,7 @@ def moe(
         raise ValueError("topk_weights is None; allowed: float32[T, K]")
     recv = dispatch(x, topk_idx, topk_weights, group=group)
     with jax.named_scope("jax_ep.experts"):
-        rows = recv.x if group.config.zero_fill else _without_garbage(recv)
+        rows = recv.x if group.config.zero_fill else _zero_empty_rows(recv)
         gate = grouped_dot(rows, w_gate, recv.group_sizes)
         up = grouped_dot(rows, w_up, recv.group_sizes)
         y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
@@ -121,15 +121,15 @@ def moe(
     return out, stats
 
 
-def _without_garbage(recv: Dispatched) -> jax.Array:
+def _zero_empty_rows(recv: Dispatched) -> jax.Array:
     """Received rows, zeros where they hold no token.
 
     Rows past the last group need no care: no product over groups reads them, and `combine` and
     its gradient skip them. Alignment padding is inside the groups, though, and the gradient of
     the weights multiplies those rows by zeros, which would not remove a NaN.
     """
-    held = (recv.handle.row_source >= 0)[:, None]
-    return jnp.where(held, recv.x, jnp.zeros((), recv.x.dtype))
+    holds_token = (recv.handle.row_source >= 0)[:, None]
+    return jnp.where(holds_token, recv.x, jnp.zeros((), recv.x.dtype))
 
 
 def _check_weights(group: EpGroup, w_gate: Any, w_up: Any, w_down: Any) -> None:

@@ -226,10 +226,10 @@ def zeros(mesh: jax.sharding.Mesh, spec: ArraySpec) -> jax.Array:
 
     Checkpoints are restored to where the arrays of the new model are, and stay there.
     """
-    return place(mesh, jnp.zeros(spec.shape, spec.dtype), spec)
+    return with_sharding(mesh, jnp.zeros(spec.shape, spec.dtype), spec)
 
 
-def place(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Array:
+def with_sharding(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Array:
     """Moves an array, in `jit` or not, to where the layer has it."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec.partition))
     if AxisType.Explicit in mesh.axis_types:

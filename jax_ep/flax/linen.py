@@ -140,7 +140,7 @@ class MoE(nn.Module):
         # An entry may name several axes, which Flax's own annotation does not say.
         mesh, partition = self.group.mesh, cast(Any, param.partition)
         return lambda *args: PartitionedOnMesh(
-            _layer.place(mesh, init(*args), param), names=partition, mesh=mesh
+            _layer.with_sharding(mesh, init(*args), param), names=partition, mesh=mesh
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ def cotangents_of(tree: Any, operands: Sequence[Any], bars: Any) -> list[Any]:
     ]
 
 
-def _where_held(index: jax.Array, values: jax.Array) -> jax.Array:
+def _where_valid(index: jax.Array, values: jax.Array) -> jax.Array:
     """`values` where `index` is one, 0 where it is negative. No `jnp.where`: that is a call.
 
     XLA of jaxlib 0.11.2 does not compile a call inside a computation that `compute_on` has put on
@@ -51,8 +51,8 @@ def row_weights(
 ) -> jax.Array:
     """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
     if row_topk_idx is not None:
-        weights = jnp.sum(_where_held(row_topk_idx, weights), axis=1)
-    return _where_held(row_source, weights)[:, None]
+        weights = jnp.sum(_where_valid(row_topk_idx, weights), axis=1)
+    return _where_valid(row_source, weights)[:, None]
 
 
 # Rematerialized, so that the backward keeps the rows in their own dtype and not in float32. What
@@ -75,6 +75,6 @@ def weighted_rows_tangent(
     if weights_dot is not None:
         factor = row_weights(weights_dot, row_source, row_topk_idx)
         # Rows without a token may hold NaN.
-        held = _where_held(jnp.broadcast_to(row_source[:, None], y.shape), y)
-        terms.append(factor * held.astype(jnp.float32))
+        valid_rows = _where_valid(jnp.broadcast_to(row_source[:, None], y.shape), y)
+        terms.append(factor * valid_rows.astype(jnp.float32))
     return sum(terms[1:], terms[0]).astype(y.dtype)

@@ -87,7 +87,7 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
     mesh, axis_names = parameters.mesh, parameters.axis_names
     warn_after, timeout = parameters.warn_after, parameters.timeout
     ranks = placements(mesh, axis_names)
-    processes = sorted({place.process for place in ranks})
+    processes = sorted({rank.process for rank in ranks})
     process_index = jax.process_index()
     digest = mesh_digest(mesh, axis_names)
     boot = Bootstrap(digest, processes, process_index, warn_after=warn_after, timeout=timeout)
@@ -127,9 +127,9 @@ def _why_not_all(messages: dict[int, Message]) -> str | None:
 
 def _why_not_one_host(messages: dict[int, Message], ranks: Sequence[Placement]) -> str | None:
     hosts: dict[int, dict[str, int]] = {}  # group_index -> host -> one of its processes
-    for place in ranks:
-        host = messages[place.process]["host"]
-        hosts.setdefault(place.group_index, {}).setdefault(host, place.process)
+    for rank in ranks:
+        host = messages[rank.process]["host"]
+        hosts.setdefault(rank.group_index, {}).setdefault(host, rank.process)
     for group_index, processes in hosts.items():
         if len(processes) > 1:
             where = " and ".join(map(str, processes.values()))
@@ -221,13 +221,13 @@ class CudaGroup:
 
     def _connect(self, messages: dict[int, Message]) -> None:
         handles = [bytes.fromhex(h) for m in messages.values() for h in m["handles"]]
-        for place in self._local_ranks:
+        for local in self._local_ranks:
             try:
-                self._module.connect_group(self.group_id, place.group_index, place.rank, handles)
+                self._module.connect_group(self.group_id, local.group_index, local.rank, handles)
             except (RuntimeError, ValueError) as e:
                 raise EpUnavailable(
-                    f"rank {place.rank} (group_index {place.group_index}, GPU "
-                    f"{place.device_ordinal}) cannot map its peers' memory: {e}"
+                    f"rank {local.rank} (group_index {local.group_index}, GPU "
+                    f"{local.device_ordinal}) cannot map its peers' memory: {e}"
                 ) from e
 
     def _disconnect(self, limit: float, kernels_limit: float = math.inf) -> None:

@@ -117,7 +117,9 @@ class EpGroup:
             timeout=self.timeout,
         )
         self.backend, make = _choose_backend(backend, self.platform, parameters)
-        self.name = f"EpGroup {next(_numbers)} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
+        self.name = (
+            f"EpGroup {next(_serial_numbers)} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
+        )
         self._closed = False
         self._lock = threading.Lock()
         self._kept: dict[Hashable, Any] = {}
@@ -224,7 +226,7 @@ def _wait_for_results(devices: set[jax.Device]) -> None:
 
 
 # For names in messages; ids of the compiled module count only its own groups.
-_numbers = itertools.count()
+_serial_numbers = itertools.count()
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:

@@ -197,14 +197,14 @@ def _lower(
 def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> dict[str, Any]:
     attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
     if platform == "cuda":
-        attributes["place"] = np.int32(_place(ctx))
+        attributes["place"] = np.int32(_call_site(ctx))
     if primitive is dispatch_p:
         attributes |= {"wire": np.int32(spec.fp8_wire), "zero_fill": np.bool_(spec.zero_fill)}
     return attributes
 
 
-def _place(ctx: Any) -> int:
-    """A number of the call's place in the program, by which ranks notice that theirs differ.
+def _call_site(ctx: Any) -> int:
+    """A hash of the call site, by which ranks notice that theirs differ.
 
     From the stack of names (layers, transformations) under which it was traced: the same in all
     processes that trace the same program, and mostly another for another layer.

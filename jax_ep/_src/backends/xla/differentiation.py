@@ -28,36 +28,42 @@ from jax_ep._src.backends.xla.primitives import (
 from jax_ep._src.spec import OpSpec
 
 
-def _linear(spec: OpSpec, rows: Any, scalars: Any, plan: Plan, *, there: bool) -> ExchangeResults:
+def _linear(
+    spec: OpSpec, rows: Any, scalars: Any, plan: Plan, *, is_dispatch: bool
+) -> ExchangeResults:
     """Those of rows and scalars that there are, as gradients travel."""
     if not present((rows, scalars)):
         return ExchangeResults(None, None)
-    return exchange(spec.for_cotangents(), ExchangeOperands(rows, scalars, plan), there=there)
+    return exchange(
+        spec.for_cotangents(), ExchangeOperands(rows, scalars, plan), is_dispatch=is_dispatch
+    )
 
 
 def _exchange_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, tree: Any, spec: OpSpec, there: bool
+    primals: Sequence[Any], tangents: Sequence[Any], *, tree: Any, spec: OpSpec, is_dispatch: bool
 ) -> Any:
     operands: ExchangeOperands = jax.tree.unflatten(tree, primals)
     dots: ExchangeOperands = jax.tree.unflatten(tree, tangents)
-    results = exchange(spec, operands, there=there)
+    results = exchange(spec, operands, is_dispatch=is_dispatch)
     results_dot = _linear(
-        spec, nonzero(dots.rows), nonzero(dots.scalars), operands.plan, there=there
+        spec, nonzero(dots.rows), nonzero(dots.scalars), operands.plan, is_dispatch=is_dispatch
     )
     return jax.tree.leaves(results), tangents_of(results, results_dot)
 
 
 def _exchange_transpose(
-    cotangents: Sequence[Any], *primals: Any, tree: Any, spec: OpSpec, there: bool
+    cotangents: Sequence[Any], *primals: Any, tree: Any, spec: OpSpec, is_dispatch: bool
 ) -> list[Any]:
-    """There and back are each other's transposes over the same plan."""
+    """Dispatch and combine are each other's transposes over the same plan."""
     operands: ExchangeOperands = jax.tree.unflatten(tree, primals)
     given = iter(cotangents)
     bars = ExchangeResults(
         rows=None if operands.rows is None else nonzero(next(given)),
         scalars=None if operands.scalars is None else nonzero(next(given)),
     )
-    rows_bar, scalars_bar = _linear(spec, bars.rows, bars.scalars, operands.plan, there=not there)
+    rows_bar, scalars_bar = _linear(
+        spec, bars.rows, bars.scalars, operands.plan, is_dispatch=not is_dispatch
+    )
     return cotangents_of(tree, primals, ExchangeOperands(rows_bar, scalars_bar, NO_PLAN))
 
 
@@ -74,7 +80,7 @@ def _combine_jvp(
         rows_dot = weighted_rows_tangent(
             operands.y, operands.weights, rows_dot, weights_dot, plan.row_source, plan.row_topk_idx
         )
-    out_dot = _linear(spec, rows_dot, None, plan, there=False).rows
+    out_dot = _linear(spec, rows_dot, None, plan, is_dispatch=False).rows
     return results, tangents_of(results, [out_dot])
 
 

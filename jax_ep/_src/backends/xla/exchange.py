@@ -15,7 +15,7 @@ def gather(spec: OpSpec, array: jax.Array) -> jax.Array:
     return jax.lax.all_gather(array, spec.axis_names, tiled=True) if array.shape[0] else array
 
 
-def rows_there(spec: OpSpec, x: jax.Array, plan: Plan) -> jax.Array:
+def dispatch_rows(spec: OpSpec, x: jax.Array, plan: Plan) -> jax.Array:
     if not spec.fp8_wire:
         return take_rows(gather(spec, x), plan.row_source, 0)
     quantized, scales = fp8.quantize(x)
@@ -39,11 +39,11 @@ def _row_topk(plan: Plan) -> jax.Array:
     return plan.row_topk_idx
 
 
-def row_scalars(spec: OpSpec, gathered: jax.Array, plan: Plan) -> jax.Array:
+def dispatch_scalars(spec: OpSpec, gathered: jax.Array, plan: Plan) -> jax.Array:
     """Scalars of the received rows, from all ranks' `[R * T, K]`."""
     if spec.layout == "rank":
-        taken = take_rows(gathered, plan.row_source, 0.0)
-        return jnp.where(_row_topk(plan) >= 0, taken, 0.0)
+        gathered_rows = take_rows(gathered, plan.row_source, 0.0)
+        return jnp.where(_row_topk(plan) >= 0, gathered_rows, 0.0)
     slot, topk = _arrived(plan)
     by_source = gathered.reshape(spec.num_ranks, -1, spec.num_topk)
     arrived = jnp.take_along_axis(by_source, topk, axis=2)
@@ -51,7 +51,7 @@ def row_scalars(spec: OpSpec, gathered: jax.Array, plan: Plan) -> jax.Array:
     return empty.at[or_past_end(spec, slot)].set(arrived, mode="drop")
 
 
-def token_scalars(spec: OpSpec, row_scalars: jax.Array, plan: Plan) -> jax.Array:
+def combine_scalars(spec: OpSpec, row_scalars: jax.Array, plan: Plan) -> jax.Array:
     """Scalars of received rows back at their selections, `[T, K]`."""
     slot, topk = _arrived(plan)
     flat = row_scalars.reshape(-1)
@@ -64,7 +64,7 @@ def token_scalars(spec: OpSpec, row_scalars: jax.Array, plan: Plan) -> jax.Array
 
 
 def _return_to_sources(spec: OpSpec, partial: jax.Array) -> jax.Array:
-    """`[R, T, ...]` by source rank here -> `[R, T, ...]` by the rank that it came from, there."""
+    """`[R, T, ...]` by source rank -> on each of those `[R, T, ...]` by the rank that sends it."""
     return jax.lax.all_to_all(partial, spec.axis_names, 0, 0, tiled=True)
 
 

@@ -16,6 +16,6 @@ def take_rows(source: jax.Array, index: jax.Array, fill: float) -> jax.Array:
     """`source[index]`, or `fill` where the index is negative."""
     if source.shape[0] == 0:
         source = jnp.full((1, *source.shape[1:]), fill, source.dtype)
-    taken = jnp.take(source, jnp.maximum(index, 0), axis=0)
-    has = (index >= 0).reshape((-1,) + (1,) * (source.ndim - 1))
-    return jnp.where(has, taken, jnp.asarray(fill, source.dtype))
+    rows = jnp.take(source, jnp.maximum(index, 0), axis=0)
+    is_valid = (index >= 0).reshape((-1,) + (1,) * (source.ndim - 1))
+    return jnp.where(is_valid, rows, jnp.asarray(fill, source.dtype))

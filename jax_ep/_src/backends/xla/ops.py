@@ -41,19 +41,19 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
 def dispatch(
     spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, plan: Plan
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Gathers all ranks' rows and keeps those that come here."""
+    """Gathers all ranks' rows and keeps those of this rank."""
     operands = _varying(spec, ExchangeOperands(x, token_scalars, plan))
-    rows, row_scalars = exchange(spec, operands, there=True)
+    rows, row_scalars = exchange(spec, operands, is_dispatch=True)
     assert rows is not None
     return rows, row_scalars
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
-    """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them there."""
+    """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them on those."""
     if weights is not None:
         return primitives.combine(spec, _varying(spec, CombineOperands(y, weights, plan)))
     operands = _varying(spec, ExchangeOperands(y, None, plan))
-    out = exchange(spec, operands, there=False).rows
+    out = exchange(spec, operands, is_dispatch=False).rows
     assert out is not None
     return out

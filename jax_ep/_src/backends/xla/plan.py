@@ -20,17 +20,17 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
     )
     slot = jnp.where(slot < spec.recv_capacity, slot, -1)
 
-    mine = owner == rank
-    my_slot = jnp.where(mine, slot, -1)
-    row_source = _row_source(spec, my_slot)
-    arrival_slot, arrival_topk = _arrivals(spec, experts, my_slot, mine)
-    local = jnp.where(mine, experts - rank * spec.num_local_experts, spec.num_local_experts)
+    is_local = owner == rank
+    local_slot = jnp.where(is_local, slot, -1)
+    row_source = _row_source(spec, local_slot)
+    arrival_slot, arrival_topk = _arrivals(spec, experts, local_slot, is_local)
+    local = jnp.where(is_local, experts - rank * spec.num_local_experts, spec.num_local_experts)
     tokens_per_expert = jnp.bincount(local.reshape(-1), length=spec.num_local_experts + 1)[:-1]
     plan = Plan(
         topk_idx=topk_idx,
         slot=slot[rank],
         row_source=row_source,
-        row_topk_idx=_row_topk_idx(spec, experts, mine, row_source, rank),
+        row_topk_idx=_row_topk_idx(spec, experts, is_local, row_source, rank),
         arrival_slot=arrival_slot,
         arrival_topk=arrival_topk,
     )
@@ -74,38 +74,38 @@ def _rank_slots(
     """Each token once per destination rank, sorted by (source rank, source token)."""
     num_sources, num_tokens, _ = experts.shape
     # one_hot has no 1 for an owner of -1.
-    goes = jnp.any(jax.nn.one_hot(owner, spec.num_ranks, dtype=jnp.bool_), axis=2)  # [R, T, R]
-    goes = goes.astype(jnp.int32)
-    row = _exclusive_cumsum(goes.reshape(-1, spec.num_ranks), 0).reshape(goes.shape)
+    is_sent = jnp.any(jax.nn.one_hot(owner, spec.num_ranks, dtype=jnp.bool_), axis=2)  # [R, T, R]
+    is_sent = is_sent.astype(jnp.int32)
+    row = _exclusive_cumsum(is_sent.reshape(-1, spec.num_ranks), 0).reshape(is_sent.shape)
     slot = jnp.take_along_axis(row, jnp.maximum(owner, 0), axis=2)
     slot = jnp.where(experts >= 0, slot, spec.recv_capacity)
-    here = (goes[..., rank] > 0) & (row[..., rank] < spec.recv_capacity)
-    group_sizes = jnp.sum(here.reshape(num_sources, num_tokens), axis=1)
-    return slot, group_sizes, jnp.sum(goes[..., rank])
+    is_received = (is_sent[..., rank] > 0) & (row[..., rank] < spec.recv_capacity)
+    group_sizes = jnp.sum(is_received.reshape(num_sources, num_tokens), axis=1)
+    return slot, group_sizes, jnp.sum(is_sent[..., rank])
 
 
-def _row_source(spec: OpSpec, my_slot: jax.Array) -> jax.Array:
-    num_sources, num_tokens, _ = my_slot.shape
+def _row_source(spec: OpSpec, local_slot: jax.Array) -> jax.Array:
+    num_sources, num_tokens, _ = local_slot.shape
     source = jnp.arange(num_sources * num_tokens, dtype=jnp.int32)
-    source = jnp.broadcast_to(source.reshape(num_sources, num_tokens, 1), my_slot.shape)
+    source = jnp.broadcast_to(source.reshape(num_sources, num_tokens, 1), local_slot.shape)
     empty = jnp.full((spec.recv_capacity,), -1, jnp.int32)
-    return empty.at[or_past_end(spec, my_slot)].set(source, mode="drop")
+    return empty.at[or_past_end(spec, local_slot)].set(source, mode="drop")
 
 
 def _arrivals(
-    spec: OpSpec, experts: jax.Array, my_slot: jax.Array, mine: jax.Array
+    spec: OpSpec, experts: jax.Array, local_slot: jax.Array, is_local: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """This rank's rows of every token in ascending order of experts, and their place in top-k."""
+    """This rank's rows of every token, ascending by expert, and their positions in the top-k."""
     num_arrivals = min(spec.num_topk, spec.num_local_experts)
-    order = jnp.argsort(jnp.where(mine, experts, spec.num_experts), axis=2, stable=True)
+    order = jnp.argsort(jnp.where(is_local, experts, spec.num_experts), axis=2, stable=True)
     order = order[..., :num_arrivals].astype(jnp.int32)
-    return jnp.take_along_axis(my_slot, order, axis=2), order
+    return jnp.take_along_axis(local_slot, order, axis=2), order
 
 
 def _row_topk_idx(
-    spec: OpSpec, experts: jax.Array, mine: jax.Array, row_source: jax.Array, rank: jax.Array
+    spec: OpSpec, experts: jax.Array, is_local: jax.Array, row_source: jax.Array, rank: jax.Array
 ) -> jax.Array | None:
     if spec.layout == "expert":
         return None
-    local = jnp.where(mine, experts - rank * spec.num_local_experts, -1)
+    local = jnp.where(is_local, experts - rank * spec.num_local_experts, -1)
     return take_rows(local.reshape(-1, spec.num_topk), row_source, -1)

@@ -18,16 +18,18 @@ from jax_ep._src import compat
 from jax_ep._src.backends.plan import Plan
 from jax_ep._src.backends.xla.exchange import (
     combine_rows,
+    combine_scalars,
+    dispatch_rows,
+    dispatch_scalars,
     gather,
-    row_scalars,
-    rows_there,
-    token_scalars,
 )
 from jax_ep._src.batching import one_by_one
 from jax_ep._src.spec import OpSpec
 
-exchange_p = Primitive("jax_ep_xla_exchange")  # linear: rows, scalars or both, there or back
-combine_p = Primitive("jax_ep_xla_combine")  # with weights
+# Linear: rows, scalars or both, of a dispatch or of an unweighted combine.
+exchange_p = Primitive("jax_ep_xla_exchange")
+# With weights.
+combine_p = Primitive("jax_ep_xla_combine")
 for _primitive in (exchange_p, combine_p):
     _primitive.multiple_results = True
 
@@ -55,10 +57,10 @@ class CombineOperands(NamedTuple):
     plan: Plan
 
 
-def exchange(spec: OpSpec, operands: ExchangeOperands, *, there: bool) -> ExchangeResults:
-    """Rows and scalars from tokens to received rows (`there`), or back to be summed."""
+def exchange(spec: OpSpec, operands: ExchangeOperands, *, is_dispatch: bool) -> ExchangeResults:
+    """Rows and scalars from tokens to received rows (`is_dispatch`), or back to be summed."""
     leaves, tree = jax.tree.flatten(operands)
-    results = exchange_p.bind(*leaves, tree=tree, spec=spec, there=there)
+    results = exchange_p.bind(*leaves, tree=tree, spec=spec, is_dispatch=is_dispatch)
     given = jax.tree.structure(ExchangeResults(operands.rows, operands.scalars))
     return jax.tree.unflatten(given, results)
 
@@ -74,16 +76,18 @@ def combine(spec: OpSpec, operands: CombineOperands) -> jax.Array:
 
 
 def _exchange_program(
-    *operands: jax.Array, tree: Any, spec: OpSpec, there: bool
+    *operands: jax.Array, tree: Any, spec: OpSpec, is_dispatch: bool
 ) -> list[jax.Array]:
     rows, scalars, plan = jax.tree.unflatten(tree, operands)
     outs = []
     if rows is not None:
-        outs.append(rows_there(spec, rows, plan) if there else combine_rows(spec, rows, None, plan))
-    if scalars is not None and there:
-        outs.append(row_scalars(spec, gather(spec, scalars), plan))
+        outs.append(
+            dispatch_rows(spec, rows, plan) if is_dispatch else combine_rows(spec, rows, None, plan)
+        )
+    if scalars is not None and is_dispatch:
+        outs.append(dispatch_scalars(spec, gather(spec, scalars), plan))
     elif scalars is not None:
-        outs.append(token_scalars(spec, scalars, plan))
+        outs.append(combine_scalars(spec, scalars, plan))
     # Without tokens nothing that varies went into them.
     return list(compat.as_varying(compat.varying_axes(plan.row_source), *outs))
 
@@ -96,15 +100,15 @@ def _combine_program(*operands: jax.Array, tree: Any, spec: OpSpec) -> list[jax.
 # --- shapes ------------------------------------------------------------------------------------
 
 
-def _exchange_abstract(*avals: Any, tree: Any, spec: OpSpec, there: bool) -> list[Any]:
+def _exchange_abstract(*avals: Any, tree: Any, spec: OpSpec, is_dispatch: bool) -> list[Any]:
     rows, scalars, plan = jax.tree.unflatten(tree, avals)
     num_tokens, num_topk = plan.slot.shape
     outs = []
     if rows is not None:
-        num_rows = spec.recv_capacity if there else num_tokens
+        num_rows = spec.recv_capacity if is_dispatch else num_tokens
         outs.append(compat.like(rows, (num_rows, rows.shape[1]), rows.dtype))
     if scalars is not None:
-        shape = spec.row_scalars_shape if there else (num_tokens, num_topk)
+        shape = spec.row_scalars_shape if is_dispatch else (num_tokens, num_topk)
         outs.append(compat.like(scalars, shape, jnp.float32.dtype))
     return outs
 
