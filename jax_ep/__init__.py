@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from jax_ep._src.config import EpConfig as EpConfig
     from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
-    from jax_ep._src.group import EpGroup as EpGroup
-    from jax_ep._src.health import EpHealth as EpHealth
+    from jax_ep._src.groups.group import EpGroup as EpGroup
+    from jax_ep._src.groups.health import EpHealth as EpHealth
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
-    from jax_ep._src.moe import moe_with_stats as moe_with_stats
     from jax_ep._src.routing import load_balance_loss as load_balance_loss
     from jax_ep._src.routing import route as route
     from jax_ep._src.routing import router_z_loss as router_z_loss
@@ -30,46 +29,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
-_EXPORTS = {
-    "EpConfig": "jax_ep._src.config",
-    "EpGroup": "jax_ep._src.group",
-    "EpGroupClosed": "jax_ep._src.errors",
-    "EpHealth": "jax_ep._src.health",
-    "EpUnavailable": "jax_ep._src.errors",
-    "DispatchHandle": "jax_ep._src.types",
-    "Dispatched": "jax_ep._src.types",
-    "combine": "jax_ep._src.api",
-    "dispatch": "jax_ep._src.api",
-    "load_balance_loss": "jax_ep._src.routing",
-    "MoeStats": "jax_ep._src.moe",
-    "moe": "jax_ep._src.moe",
-    "moe_with_stats": "jax_ep._src.moe",
-    "route": "jax_ep._src.routing",
-    "router_z_loss": "jax_ep._src.routing",
-    "update_bias": "jax_ep._src.routing",
+# Module -> the public names that it defines. Type checkers need them above, too.
+_NAMES = {
+    "api": ("combine", "dispatch"),
+    "config": ("EpConfig",),
+    "errors": ("EpGroupClosed", "EpUnavailable"),
+    "groups.group": ("EpGroup",),
+    "groups.health": ("EpHealth",),
+    "moe": ("MoeStats", "moe"),
+    "routing": ("load_balance_loss", "route", "router_z_loss", "update_bias"),
+    "types": ("DispatchHandle", "Dispatched"),
 }
+_EXPORTS = {name: f"jax_ep._src.{module}" for module, names in _NAMES.items() for name in names}
 _SUBMODULES = ("flax", "reference")
+# A name that is gone -> what takes its place.
+_REPLACED = {"moe_with_stats": "jax_ep.moe(..., with_stats=True)"}
 
-__all__ = [
-    "DispatchHandle",
-    "Dispatched",
-    "EpConfig",
-    "EpGroup",
-    "EpGroupClosed",
-    "EpHealth",
-    "EpUnavailable",
-    "MoeStats",
-    "combine",
-    "dispatch",
-    "load_balance_loss",
-    "moe",
-    "moe_with_stats",
-    "reference",
-    "route",
-    "router_z_loss",
-    "update_bias",
-]
+__all__ = [*_EXPORTS, "reference"]  # noqa: PLE0604  all of them are strings
 
 
 def __getattr__(name: str) -> Any:
@@ -78,7 +54,8 @@ def __getattr__(name: str) -> Any:
     elif name in _SUBMODULES:
         value = importlib.import_module(f"jax_ep.{name}")
     else:
-        raise AttributeError(f"module 'jax_ep' has no attribute {name!r}")
+        instead = f"; {_REPLACED[name]} takes its place" if name in _REPLACED else ""
+        raise AttributeError(f"module 'jax_ep' has no attribute {name!r}{instead}")
     globals()[name] = value
     return value
 

@@ -12,8 +12,10 @@ import math
 import jax
 import pytest
 
-from jax_ep._src import cuda_group, cuda_watch, native
-from jax_ep._src import group as group_module
+from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import native
+from jax_ep._src.groups import watch as cuda_watch
 
 REGIONS = ("rows", "bytes [R, max_tokens, row_stride]", "rows on their way")
 
@@ -60,12 +62,12 @@ class FakeCuda:
         nonce,
         warn_after_s,
         timeout_s,
-        num_sms,
+        max_num_sms,
         ranks,
         num_ranks,
         **shape,
     ) -> list[bytes]:
-        self._called("create", num_sms)
+        self._called("create", max_num_sms)
         self.heap_bytes(num_ranks=num_ranks, **shape)
         assert group_id not in self.groups
         self.groups[group_id] = {

@@ -20,8 +20,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from jax_ep._src import cuda_group, cuda_watch, native
-from jax_ep._src import group as group_module
+from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import native
+from jax_ep._src.groups import watch as cuda_watch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 UNKNOWN = 999  # cudaErrorUnknown

@@ -9,8 +9,8 @@ import re
 
 import pytest
 
-from jax_ep._src.bootstrap import Bootstrap
 from jax_ep._src.errors import EpUnavailable
+from jax_ep._src.groups.bootstrap import Bootstrap
 from processes import run_processes
 
 pytestmark = pytest.mark.multiprocess
@@ -130,7 +130,7 @@ import dataclasses
 other = dataclasses.replace(config, hidden=32) if process else config
 refused("process . made it with another config: .*hidden=", config=other)
 
-from jax_ep._src import cuda_group
+from jax_ep._src.groups import cuda as cuda_group
 real, cuda_group._host = cuda_group._host, lambda: f"host {process}"
 refused("its ranks are on several hosts .processes 0 and 1, group_index 0.", axis="data",
         backend="ffi")
@@ -244,7 +244,7 @@ print("ids", ids)
 def test_all_processes_choose_the_same_backend():
     outputs = _run(
         """
-from jax_ep._src import native
+from jax_ep._src.groups import native
 if process == 1:
     native._try_load_cuda = lambda: (None, "the module is not there")
     native.why_no_cuda = lambda: "the module is not there"
@@ -277,7 +277,7 @@ with jax_ep.EpGroup(mesh, "expert", config, warn_after=0.5, timeout=60.0):
 def test_a_process_whose_attempt_failed_waits_for_the_next_one_and_says_so():
     outputs = _run(
         """
-import jax_ep._src.bootstrap as bootstrap
+import jax_ep._src.groups.bootstrap as bootstrap
 if process == 1:
     begin = bootstrap.Bootstrap.begin
     def interrupted(self):

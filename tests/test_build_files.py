@@ -9,7 +9,7 @@ import pytest
 import bazel_files
 import cmake_files
 import jax_ep
-from jax_ep._src.capabilities import serves
+from jax_ep._src.groups.capabilities import serves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CC_RULES = "tools/bazel/cc.bzl"

@@ -10,8 +10,9 @@ import pytest
 
 import fake_cuda
 import jax_ep
-from jax_ep._src import capabilities, group, info
-from jax_ep._src.capabilities import serves
+from jax_ep._src import info
+from jax_ep._src.groups import capabilities, group
+from jax_ep._src.groups.capabilities import serves
 from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)

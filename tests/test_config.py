@@ -37,7 +37,7 @@ def test_defaults():
     assert config.recv_capacity is None
     assert config.expert_alignment == 1
     assert config.zero_fill is True
-    assert config.num_sms is None
+    assert config.max_num_sms is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,15 @@ def test_wire_dtypes_may_be_given_in_any_form(wire):
     assert make(wire_dtype=wire).wire_dtype == np.dtype(ml_dtypes.float8_e4m3fn)
 
 
+def test_an_old_name_is_refused_with_the_new_one():
+    with pytest.raises(TypeError, match=r"EpConfig has no 'num_sms' .*'max_num_sms'"):
+        make(num_sms=8)
+    with pytest.raises(TypeError, match="'max_num_sms'"):
+        dataclasses.replace(make(), num_sms=8)
+    with pytest.raises(TypeError, match="no_such_field"):
+        make(no_such_field=8)
+
+
 _INT = f"an int from 1 to {INT32_MAX}"
 _DTYPES = "allowed: float32, bfloat16, float16"
 
@@ -84,8 +93,8 @@ _DTYPES = "allowed: float32, bfloat16, float16"
             )
             for value in (0, -1, 2.5, False, INT32_MAX + 1)
         ],
-        ({"num_sms": 0}, f"EpConfig.num_sms is 0; allowed: None or {_INT}"),
-        ({"num_sms": 1.5}, f"EpConfig.num_sms is 1.5; allowed: None or {_INT}"),
+        ({"max_num_sms": 0}, f"EpConfig.max_num_sms is 0; allowed: None or {_INT}"),
+        ({"max_num_sms": 1.5}, f"EpConfig.max_num_sms is 1.5; allowed: None or {_INT}"),
         (
             {"num_topk": 9},
             "EpConfig.num_topk is 9; it must be at most num_experts (8), because a token's "

@@ -13,8 +13,9 @@ import pytest
 
 import fake_cuda
 import jax_ep
-from jax_ep._src import cuda_group, group, info, native
-from jax_ep._src.placements import placements
+from jax_ep._src import info, limits, ranges
+from jax_ep._src.groups import group, native
+from jax_ep._src.groups.placements import placements
 from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -71,9 +72,9 @@ def test_groups_have_nonces_of_their_own(mesh, fake):
         assert fake.groups[one.group_id]["nonce"] != fake.groups[other.group_id]["nonce"]
 
 
-@pytest.mark.parametrize(("num_sms", "passed"), [(None, 0), (24, 24)])
-def test_num_sms_reaches_the_kernels(num_sms, passed, mesh, fake):
-    jax_ep.EpGroup(mesh, "expert", _config(num_sms=num_sms)).close()
+@pytest.mark.parametrize(("max_num_sms", "passed"), [(None, 0), (24, 24)])
+def test_max_num_sms_reaches_the_kernels(max_num_sms, passed, mesh, fake):
+    jax_ep.EpGroup(mesh, "expert", _config(max_num_sms=max_num_sms)).close()
     assert ("create", passed) in fake.log
 
 
@@ -134,11 +135,11 @@ def test_limits_are_those_of_the_kernels():
         value = re.search(rf"constexpr int\w+ {name} = ([^;]+);", text)[1]
         return eval(value.replace("int64_t{1}", "1"))
 
-    assert constant("kMaxRanks") == cuda_group._MAX_RANKS
-    assert constant("kMaxTopk") == cuda_group._MAX_TOPK
-    assert constant("kMaxExperts") == cuda_group._MAX_EXPERTS
-    assert constant("kMaxTokens") == cuda_group._MAX_TOKENS
-    why = cuda_group.why_too_large(_config(num_experts=128), 128)
+    assert constant("kMaxRanks") == limits.MAX_RANKS
+    assert constant("kMaxTopk") == limits.MAX_TOPK
+    assert constant("kMaxExperts") == limits.MAX_EXPERTS
+    assert constant("kMaxTokens") == limits.MAX_TOKENS_PER_RANK
+    why = ranges.why_too_large(_config(num_experts=128), 128)
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
 
 

@@ -13,7 +13,7 @@ import fake_cudart
 import jax_ep
 from cuda_calls import OPERATIONS, Sizes, buffers, call
 from fake_cudart import XlaError
-from jax_ep._src import cuda_group
+from jax_ep._src.groups import cuda as cuda_group
 from programs import make_mesh
 
 SIZES = Sizes()
@@ -44,7 +44,7 @@ def make_group(fake):
     made = []
 
     def make(num_sms=None, timeout=60.0, **config):
-        config = jax_ep.EpConfig(**{**CONFIG, "num_sms": num_sms, **config})
+        config = jax_ep.EpConfig(**{**CONFIG, "max_num_sms": num_sms, **config})
         made.append(jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, timeout=timeout))
         return made[-1]
 

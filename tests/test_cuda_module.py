@@ -12,7 +12,7 @@ import pytest
 import fake_cudart
 import jax_ep
 from cuda_calls import Sizes, buffers, call
-from jax_ep._src import cuda_group
+from jax_ep._src.groups import cuda as cuda_group
 from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(
@@ -205,7 +205,7 @@ def test_python_runs_on_while_a_groups_memory_is_freed(mesh, fake):
     fake.tell("run_kernels 0")
     fake.tell("finish_kernels_after 2000")
     # As close(), which would wait for these kernels before it frees.
-    cuda_group._open_groups.remove(group._cuda)
+    cuda_group._open_groups.remove(group._backend_group)
     closing = threading.Thread(
         target=fake.module.close_group, kwargs={"group_id": group.group_id, "leave_heaps": False}
     )
@@ -226,7 +226,7 @@ def test_a_process_that_ends_does_not_wait_for_kernels_that_run_on(mesh, fake, c
     for device in range(4):
         fake.tell(f"run_kernels {device}")
     begin = time.monotonic()
-    group._cuda.close(limit=0.2, kernels_limit=0.2)
+    group._backend_group.close(limit=0.2, kernels_limit=0.2)
     assert time.monotonic() - begin < 5
     assert len(fake.leaks()) == 4, "its heaps, which the kernels use"
     assert fake.module.num_groups() == 0

@@ -21,7 +21,7 @@ import fake_cudart
 import jax_ep
 from cuda_calls import Sizes, buffers, call
 from jax_ep._src import compat
-from jax_ep._src.bootstrap import mesh_digest, next_group_id
+from jax_ep._src.groups.bootstrap import mesh_digest, next_group_id
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 here = jax.local_device_count()
@@ -169,7 +169,7 @@ wait_for_all()
 if process == 1:
     fake.tell("run_kernels 0")
     begin = time.monotonic()
-    group._cuda.close(limit=0.3, kernels_limit=0.3)
+    group._backend_group.close(limit=0.3, kernels_limit=0.3)
     assert time.monotonic() - begin < 5
     assert fake.violations() == []
     assert len(fake.leaks()) == 2, "its heap and the peer's"

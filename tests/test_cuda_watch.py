@@ -9,8 +9,8 @@ import pytest
 
 import fake_cuda
 import jax_ep
-from jax_ep._src import cuda_watch
-from jax_ep._src.cuda_watch import GroupWatch, RankWait
+from jax_ep._src.groups import watch as cuda_watch
+from jax_ep._src.groups.watch import GroupWatch, RankWait
 from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)

@@ -21,8 +21,11 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep._src import cuda_group, native
-from jax_ep._src import group as group_module
+from jax_ep._src import ranges
+from jax_ep._src.groups import cpu as cpu_group
+from jax_ep._src.groups import cuda as cuda_group
+from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import native
 from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -183,16 +186,20 @@ def _mesh_of(**device):
     return types.SimpleNamespace(devices=devices)
 
 
+def _parameters(mesh, config):
+    return types.SimpleNamespace(mesh=mesh, config=config, num_ranks=2)
+
+
 def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
     page = _normal((ROOT / "docs" / "guide" / "errors.md").read_text())
     config = jax_ep.EpConfig(num_experts=2, num_topk=1, hidden=1, max_tokens_per_rank=1)
     on_tpu = _mesh_of(platform="tpu", process_index=0)
-    assert group_module._why_not_ffi(on_tpu, config, 2) in page
+    assert group_module._offer("tpu", _parameters(on_tpu, config)).why_not in page
     two_processes = _mesh_of(platform="cpu", process_index=0)
     two_processes.devices[1].process_index = 1
-    assert group_module._why_not_ffi(two_processes, config, 2) in page
+    assert cpu_group.why_not(_parameters(two_processes, config)) in page
     large = jax_ep.EpConfig(num_experts=64, num_topk=33, hidden=1, max_tokens_per_rank=1)
-    assert cuda_group.why_too_large(large, 2) in page
+    assert ranges.why_too_large(large, 2) in page
 
     def import_nothing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
@@ -202,7 +209,7 @@ def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
     for loader in ("_try_load", "_try_load_cuda"):  # not the cached ones
         monkeypatch.setattr(native, loader, getattr(native, loader).__wrapped__)
     on_gpu = _mesh_of(platform="gpu", process_index=0)
-    assert group_module._why_not_ffi(on_gpu, config, 2) in page
+    assert cuda_group.why_not(_parameters(on_gpu, config)) in page
     with pytest.raises(jax_ep.EpUnavailable) as caught:
         jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, backend="ffi")
     assert _normal(str(caught.value)) in page

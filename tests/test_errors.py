@@ -239,23 +239,27 @@ def test_inside_shard_map_over_another_mesh(group):
 
 
 def test_the_primitives_refuse_operands_that_vary_over_different_axes():
-    from jax_ep._src.backends.primitives import plan_p
+    from jax_ep._src.backends.ffi.primitives import bind, plan_p
+    from jax_ep._src.backends.operands import PlanOperands
     from jax_ep._src.spec import OpSpec
 
     with make_group(PROBLEM, "ffi") as group:
 
         def on_rank(idx):
-            return plan_p.bind(jnp.zeros(2, jnp.int32), idx, spec=OpSpec.of(group))[0]
+            operands = PlanOperands(jnp.zeros(2, jnp.int32), idx)
+            return bind(plan_p, operands, spec=OpSpec.of(group)).plan.slot
 
         with pytest.raises(ValueError, match="jax_ep_plan: operands vary over different mesh axes"):
             over_ranks(group, on_rank)(PROBLEM.topk_idx)
 
 
 def test_the_primitives_say_that_they_run_inside_shard_map_only():
-    from jax_ep._src.backends.primitives import plan_p
+    from jax_ep._src.backends.ffi.primitives import bind, plan_p
+    from jax_ep._src.backends.operands import PlanOperands
     from jax_ep._src.spec import OpSpec
 
     with make_group(PROBLEM, "ffi") as group:
         spec = dataclasses.replace(OpSpec.of(group))
+        operands = PlanOperands(jnp.zeros(2, jnp.int32), jnp.zeros((4, 2), jnp.int32))
         with pytest.raises(NotImplementedError, match=r"runs inside jax\.shard_map only"):
-            plan_p.bind(jnp.zeros(2, jnp.int32), jnp.zeros((4, 2), jnp.int32), spec=spec)
+            bind(plan_p, operands, spec=spec)

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jax_ep import EpHealth, combine, dispatch
-from jax_ep._src import native
+from jax_ep._src.groups import native
 from problems import EpProblem
 from programs import make_group, make_mesh
 
@@ -152,11 +152,13 @@ def test_the_deadline_error_names_the_missing_rank():
     problem = PROBLEM.replace(num_ranks=2, num_experts=2, num_topk=1)
     half = make_mesh((1,), ("expert",))
     with make_group(problem, "ffi", timeout=0.5) as group:
-        from jax_ep._src.backends.primitives import plan_p
+        from jax_ep._src.backends.ffi.primitives import bind, plan_p
+        from jax_ep._src.backends.operands import PlanOperands
         from jax_ep._src.spec import OpSpec
 
         def alone(idx):
-            return plan_p.bind(jnp.zeros(1, jnp.int32), idx, spec=OpSpec.of(group))[0]
+            operands = PlanOperands(jnp.zeros(1, jnp.int32), idx)
+            return bind(plan_p, operands, spec=OpSpec.of(group)).plan.slot
 
         mapped = jax.shard_map(
             alone, mesh=half, in_specs=P("expert"), out_specs=P("expert"), check_vma=False

@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import group as group_module
-from jax_ep._src import native
+from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import native
 from problems import PROBLEMS, EpProblem
 from processes import run_processes
 from programs import exchange, make_group, make_mesh, over_ranks

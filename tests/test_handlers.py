@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ep._src import native
+from jax_ep._src.groups import native
 
 T, K, H, C, E = 3, 2, 4, 6, 4
 _GROUP_IDS = itertools.count(1)

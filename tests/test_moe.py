@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 import jax_ep._src.moe as moe_module
 from jax_ep import reference
-from jax_ep._src.moe import moe_with_stats
 from problems import PROBLEMS, EpProblem
 from programs import make_group, make_mesh, over_ranks
 
@@ -62,7 +61,7 @@ def test_values_and_statistics_are_the_oracles(name, backend):
     problem = PROBLEMS[name]
     weights, x = weights_of(problem), inputs(problem)
     with make_group(problem, backend) as group:
-        run = over_ranks(group, functools.partial(moe_with_stats, group=group))
+        run = over_ranks(group, functools.partial(jax_ep.moe, group=group, with_stats=True))
         out, stats = run(x, problem.topk_idx, problem.topk_weights, *by_rank(problem, weights))
     want = reference.moe(
         x,

@@ -111,7 +111,7 @@ def test_without_the_compiled_module_the_xla_backend_works_and_ffi_says_why_not(
 
 
 def test_the_binary_is_built_for_the_oldest_supported_jaxlib():
-    from jax_ep._src import native
+    from jax_ep._src.groups import native
 
     assert native.load().ffi_api_version == (0, 3)
 
@@ -120,6 +120,12 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'jax_ep' has no attribute 'no_such_name'"):
         _ = jax_ep.no_such_name
     assert set(jax_ep.__all__) <= set(dir(jax_ep))
+
+
+def test_a_name_that_is_gone_is_an_error_that_gives_the_new_spelling():
+    new = r"'moe_with_stats'; jax_ep\.moe\(\.\.\., with_stats=True\) takes its place"
+    with pytest.raises(AttributeError, match=new):
+        _ = jax_ep.moe_with_stats
 
 
 def test_info_prints_the_table():

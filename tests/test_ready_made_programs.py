@@ -18,7 +18,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import native
+from jax_ep._src.groups import native
 from programs import make_mesh
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "ready_made_programs.md"

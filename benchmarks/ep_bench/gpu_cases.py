@@ -159,7 +159,7 @@ class GpuCase:
             "layout": self.layout,
             "recv_capacity": self.recv_capacity,
             "zero_fill": self.zero_fill,
-            "num_sms": self.num_sms,
+            "max_num_sms": self.num_sms,
         }
 
 

@@ -14,7 +14,7 @@ std::string seconds_text(double seconds) {
 
 std::string advice(const ErrorRecord& record) {
   if (static_cast<WaitTag>(record.tag) == WaitTag::kGridBarrier) {
-    return "do all of them fit on the device beside what else runs on it? (lower num_sms)";
+    return "do all of them fit on the device beside what else runs on it? (lower max_num_sms)";
   }
   return "is rank " + std::to_string(record.peer) +
          " alive, and does it run the same operations in the same order?";

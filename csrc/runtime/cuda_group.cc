@@ -68,7 +68,7 @@ Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& gro
                           .rank = with.ranks[i].rank,
                           .warn_after_s = with.warn_after_s,
                           .timeout_s = with.timeout_s,
-                          .num_sms = with.num_sms};
+                          .max_num_sms = with.max_num_sms};
     JAX_EP_RETURN_IF_ERROR(RankContext::create(rank, made->ranks_[i]));
   }
   group = std::move(made);

@@ -29,7 +29,7 @@ struct CudaGroupConfig {
   GroupNonce nonce;
   double warn_after_s = 10;
   double timeout_s = 1800;
-  int32_t num_sms = 0;  // 0: the default of each operation
+  int32_t max_num_sms = 0;  // 0: the default of each operation
   HeapShape heap;
   std::vector<LocalRank> ranks;  // at most one on a device
 };

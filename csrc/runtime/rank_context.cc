@@ -104,7 +104,7 @@ Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing
   // Ranks that share a device wait for each other, or hold what others of them need: the blocks of
   // all must fit on it at once.
   budget_ = {.available = std::max(device_sms_ / std::max(sharing, 1), 1),
-             .requested = config_.num_sms};
+             .requested = config_.max_num_sms};
   words_.publish();
   peers_ = std::move(peers);
   view_ = view;

@@ -27,7 +27,7 @@ struct RankConfig {
   int32_t rank = 0;         // in the EP group
   double warn_after_s = 10;
   double timeout_s = 1800;
-  int32_t num_sms = 0;  // 0: the default of each operation
+  int32_t max_num_sms = 0;  // 0: the default of each operation
 };
 
 // One rank of an EP group on a device of this process: its heap, its view of all heaps, and the

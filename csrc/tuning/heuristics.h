@@ -14,7 +14,7 @@ namespace jax_ep {
 // What a launch may use.
 struct SmBudget {
   int32_t available;  // SMs of the device that this rank can have
-  int32_t requested;  // EpConfig.num_sms; 0: the default of each operation
+  int32_t requested;  // EpConfig.max_num_sms; 0: the default of each operation
 };
 
 // Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel). As many

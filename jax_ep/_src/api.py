@@ -2,14 +2,16 @@
 """`dispatch` and `combine`: checks of what the user passes, then the group's backend."""
 
 from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
 
-from jax_ep._src.backends import ffi, xla
+from jax_ep._src.backends.ffi import ops as ffi
+from jax_ep._src.backends.plan import Plan
+from jax_ep._src.backends.xla import ops as xla
+from jax_ep._src.checks import check_array, check_call
 from jax_ep._src.compat import as_array
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import Dispatched, DispatchHandle
 
@@ -48,45 +50,36 @@ def dispatch(
             `shard_map` over the group's axes.
         EpGroupClosed: the group has been closed.
     """
-    _check_group("dispatch", group)
+    check_call("dispatch", group)
     x, topk_idx, topk_weights = as_array(x), as_array(topk_idx), as_array(topk_weights)
     config = group.config
-    _check_array("x", x, ("T", config.hidden), config.dtype)
+    check_array("x", x, ("T", config.hidden), config.dtype)
     num_tokens = x.shape[0]
     if num_tokens > config.max_tokens_per_rank:
         raise ValueError(
             f"x has {num_tokens} tokens; allowed: up to config.max_tokens_per_rank, which is "
             f"{config.max_tokens_per_rank}"
         )
-    _check_array("topk_idx", topk_idx, (num_tokens, config.num_topk), _INT32)
+    check_array("topk_idx", topk_idx, (num_tokens, config.num_topk), _INT32)
     if topk_weights is not None:
-        _check_array("topk_weights", topk_weights, (num_tokens, config.num_topk), _FLOAT32)
+        check_array("topk_weights", topk_weights, (num_tokens, config.num_topk), _FLOAT32)
 
     spec = OpSpec.of(group)
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
-        plan = backend.plan(spec, topk_idx)
-        handle = DispatchHandle(
-            topk_idx=topk_idx,
-            slot=plan.slot,
-            row_source=plan.row_source,
-            row_topk_idx=plan.row_topk_idx,
-            source_slot=plan.source_slot,
-            arrival_slot=plan.arrival_slot,
-            arrival_topk=plan.arrival_topk,
-            config=config,
-            num_ranks=group.num_ranks,
-            axis_names=group.axis_names,
-        )
-        rows, weights = backend.dispatch(spec, x, topk_weights, handle)
+        plan, counts = backend.plan(spec, topk_idx)
+        rows, weights = backend.dispatch(spec, x, topk_weights, plan)
     return Dispatched(
         x=rows,
         weights=weights,
         topk_idx=plan.row_topk_idx,
-        group_sizes=plan.group_sizes,
-        tokens_per_expert=plan.tokens_per_expert,
-        num_dropped=plan.num_dropped,
-        handle=handle,
+        handle=DispatchHandle(
+            **plan._asdict(),
+            config=config,
+            num_ranks=group.num_ranks,
+            axis_names=group.axis_names,
+        ),
+        **counts._asdict(),
     )
 
 
@@ -123,51 +116,18 @@ def combine(
             group, or the call is not inside `shard_map` over the group's axes.
         EpGroupClosed: the group has been closed.
     """
-    _check_group("combine", group)
+    check_call("combine", group)
     y, weights = as_array(y), as_array(weights)
     config = group.config
     spec = OpSpec.of(group)
     if not isinstance(handle, DispatchHandle):
         raise ValueError(f"handle is a {type(handle).__name__}; allowed: Dispatched.handle")
     _check_handle(handle, group)
-    _check_array("y", y, (spec.recv_capacity, config.hidden), config.dtype)
+    check_array("y", y, (spec.recv_capacity, config.hidden), config.dtype)
     if weights is not None:
-        _check_array("weights", weights, spec.row_scalars_shape, _FLOAT32)
+        check_array("weights", weights, spec.row_scalars_shape, _FLOAT32)
     with jax.named_scope("jax_ep.combine"):
-        return _BACKENDS[group.backend].combine(spec, y, weights, handle)
-
-
-def _check_array(name: str, value: Any, shape: tuple[int | str, ...], dtype: np.dtype) -> None:
-    """Raises unless `value` has this dtype and shape; a letter stands for any size."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise ValueError(f"{name} is a {type(value).__name__}; allowed: an array")
-    fits = len(value.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits or value.dtype != dtype:
-        wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(
-            f"{name} is {value.dtype}{list(value.shape)}; allowed: {dtype.name}[{wanted}]"
-        )
-
-
-def _check_group(op: str, group: EpGroup) -> None:
-    if not isinstance(group, EpGroup):
-        raise ValueError(f"group is a {type(group).__name__}; allowed: an EpGroup")
-    group.check_open()
-    mesh = jax.sharding.get_abstract_mesh()
-    missing = [name for name in group.axis_names if name not in mesh.manual_axes]
-    if missing:
-        raise ValueError(
-            f"{op} must be called inside jax.shard_map over the group's axes {group.axis_names}; "
-            f"not manual here: {missing}"
-        )
-    for name in group.axis_names:
-        if mesh.shape[name] != group.mesh.shape[name]:
-            raise ValueError(
-                f"{op}: axis {name!r} has {mesh.shape[name]} devices here, and "
-                f"{group.mesh.shape[name]} in the mesh of the group"
-            )
+        return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
 
 
 def _check_handle(handle: DispatchHandle, group: EpGroup) -> None:

@@ -5,22 +5,42 @@ Imports no JAX, so that sizes can be worked out anywhere.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-_WIRE_DTYPES = {"float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
-_INT32_MAX = 2**31 - 1
+from jax_ep._src import limits
+
+_Class = TypeVar("_Class", bound=type)
 
 
+def _refuse_old_names(**new_names: str) -> Callable[[_Class], _Class]:
+    """Makes a class whose arguments were renamed say so: old name = new name."""
+
+    def decorate(cls: _Class) -> _Class:
+        init: Any = cls.__init__
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            for old in new_names.keys() & kwargs.keys():
+                raise TypeError(
+                    f"{cls.__name__} has no {old!r} any more; allowed: {new_names[old]!r}, its "
+                    "new name"
+                )
+            init(self, *args, **kwargs)
+
+        setattr(cls, "__init__", checked)  # noqa: B010  which type checkers refuse as `=`
+        return cls
+
+    return decorate
+
+
+@_refuse_old_names(num_sms="max_num_sms")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpConfig:
     """Sizes and formats of one EP group. Frozen, hashable, checked when it is made.
@@ -41,12 +61,14 @@ class EpConfig:
         expert_alignment: rows; every expert starts at a multiple of it. Layout "expert" only.
         zero_fill: whether received rows that hold no token are zeros. False leaves them
             unspecified, which saves the time to write them.
-        num_sms: SMs that each of the GPU kernels may take. None: chosen from the sizes. Without
-            effect on the numbers, and on other devices.
+        max_num_sms: SMs that each of the GPU kernels may take at most. None: chosen from the
+            sizes. Without effect on the numbers, and on other devices.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the
             value and what is allowed.
+        TypeError: a name is not one of a field; of a field that has been renamed the message
+            gives the new name.
     """
 
     num_experts: int
@@ -59,7 +81,7 @@ class EpConfig:
     recv_capacity: int | None = None
     expert_alignment: int = 1
     zero_fill: bool = True
-    num_sms: int | None = None
+    max_num_sms: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):
@@ -69,13 +91,13 @@ class EpConfig:
                 f"EpConfig.num_topk is {self.num_topk}; it must be at most num_experts "
                 f"({self.num_experts}), because a token's experts are distinct"
             )
-        object.__setattr__(self, "dtype", self._known_dtype("dtype", self.dtype, _DTYPES))
+        object.__setattr__(self, "dtype", self._known_dtype("dtype", self.dtype, limits.DTYPES))
         if self.wire_dtype is not None:
-            wire = self._known_dtype("wire_dtype", self.wire_dtype, _WIRE_DTYPES, "None")
+            wire = self._known_dtype("wire_dtype", self.wire_dtype, limits.WIRE_DTYPES, "None")
             object.__setattr__(self, "wire_dtype", wire)
-        if self.layout not in ("expert", "rank"):
+        if self.layout not in limits.LAYOUTS:
             raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
-        for field in ("recv_capacity", "num_sms"):
+        for field in ("recv_capacity", "max_num_sms"):
             if getattr(self, field) is not None:
                 self._check_positive_int(field)
         self._check_positive_int("expert_alignment")
@@ -90,11 +112,10 @@ class EpConfig:
 
     def _check_positive_int(self, field: str) -> None:
         value = getattr(self, field)
-        ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not ok or not 1 <= value <= _INT32_MAX:
-            none = "None or " if field in ("recv_capacity", "num_sms") else ""
+        if not limits.is_int(value):
+            none = "None or " if field in ("recv_capacity", "max_num_sms") else ""
             raise ValueError(
-                f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {_INT32_MAX}"
+                f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {limits.INT32_MAX}"
             )
         object.__setattr__(self, field, int(value))
 

@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.lax import RaggedDotDimensionNumbers
 
 from jax_ep._src import compat
-from jax_ep._src.backends.primitives import one_by_one
+from jax_ep._src.batching import one_by_one
 
 # The three are each other's transposes, so that a gradient of any order is made of them. Their
 # operands are rows `[C, ...]` first, then matrices or rows; g is the group of row c.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import jax
 
-from jax_ep._src import capabilities, native
+from jax_ep._src.groups import capabilities, native
 
 Row = tuple[str, str, str]  # what, its state, what is missing or what it is for
 

@@ -3,16 +3,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_ep._src.api import combine, dispatch
+from jax_ep._src.checks import check_array, check_group, is_array
 from jax_ep._src.compat import as_array
-from jax_ep._src.group import EpGroup
 from jax_ep._src.grouped_dot import grouped_dot
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -21,7 +21,7 @@ Activation = Callable[[jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeStats:
-    """What one rank's experts were asked for in one call of `moe_with_stats`.
+    """What one rank's experts were asked for in one call of `moe` with `with_stats=True`.
 
     Attributes:
         tokens_per_expert: `[L]` int32, selections of each local expert by the tokens of all ranks
@@ -34,6 +34,36 @@ class MoeStats:
     num_dropped: jax.Array
 
 
+@overload
+def moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    group: EpGroup,
+    activation: Activation = ...,
+    with_stats: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    group: EpGroup,
+    activation: Activation = ...,
+    with_stats: Literal[True],
+) -> tuple[jax.Array, MoeStats]: ...
+
+
 def moe(
     x: jax.Array,
     topk_idx: jax.Array,
@@ -44,7 +74,8 @@ def moe(
     *,
     group: EpGroup,
     activation: Activation = jax.nn.silu,
-) -> jax.Array:
+    with_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, MoeStats]:
     """Sends every token through its experts and returns the weighted sum of their outputs.
 
     Expert `e` computes `(activation(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]`, by
@@ -61,105 +92,50 @@ def moe(
         w_down: `[L, F, H]` of `config.dtype`.
         group: an open `EpGroup` whose config has layout "expert".
         activation: of the gate, elementwise.
+        with_stats: whether to return what this rank's experts were asked for, too.
 
     Returns:
         `[T, H]` of `config.dtype`; 0 for a token with no selection. A row that was dropped for
-        lack of room counts as 0.
+        lack of room counts as 0. With `with_stats`: a tuple of this and a `MoeStats`.
 
     Raises:
         ValueError: an argument does not fit the group's config, the layout is "rank", or the call
             is not inside `shard_map` over the group's axes.
         EpGroupClosed: the group has been closed.
     """
-    out, _ = moe_with_stats(
-        x, topk_idx, topk_weights, w_gate, w_up, w_down, group=group, activation=activation
-    )
-    return out
-
-
-def moe_with_stats(
-    x: jax.Array,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
-    *,
-    group: EpGroup,
-    activation: Activation = jax.nn.silu,
-) -> tuple[jax.Array, MoeStats]:
-    """`moe`, and what this rank's experts were asked for.
-
-    Args:
-        x: as in `moe`, like all the others.
-        topk_idx: see `moe`.
-        topk_weights: see `moe`.
-        w_gate: see `moe`.
-        w_up: see `moe`.
-        w_down: see `moe`.
-        group: see `moe`.
-        activation: see `moe`.
-
-    Returns:
-        What `moe` returns, and a `MoeStats`.
-
-    Raises:
-        ValueError: as `moe` does.
-        EpGroupClosed: as `moe` does.
-    """
-    _check_group(group)
+    check_group(group, expert_layout_for="moe")
     w_gate, w_up, w_down = as_array(w_gate), as_array(w_up), as_array(w_down)
     _check_weights(group, w_gate, w_up, w_down)
     if topk_weights is None:
         raise ValueError("topk_weights is None; allowed: float32[T, K]")
     recv = dispatch(x, topk_idx, topk_weights, group=group)
     with jax.named_scope("jax_ep.experts"):
-        rows = recv.x if group.config.zero_fill else _without_garbage(recv)
+        rows = recv.x if group.config.zero_fill else _zero_empty_rows(recv)
         gate = grouped_dot(rows, w_gate, recv.group_sizes)
         up = grouped_dot(rows, w_up, recv.group_sizes)
         y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
     out = combine(y, recv.handle, recv.weights, group=group)
+    if not with_stats:
+        return out
     stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
     return out, stats
 
 
-def _without_garbage(recv: Dispatched) -> jax.Array:
+def _zero_empty_rows(recv: Dispatched) -> jax.Array:
     """Received rows, zeros where they hold no token.
 
     Rows past the last group need no care: no product over groups reads them, and `combine` and
     its gradient skip them. Alignment padding is inside the groups, though, and the gradient of
     the weights multiplies those rows by zeros, which would not remove a NaN.
     """
-    held = (recv.handle.row_source >= 0)[:, None]
-    return jnp.where(held, recv.x, jnp.zeros((), recv.x.dtype))
-
-
-def _check_group(group: Any) -> None:
-    if not isinstance(group, EpGroup):
-        raise ValueError(f"group is a {type(group).__name__}; allowed: an EpGroup")
-    if group.config.layout != "expert":
-        raise ValueError(
-            f"group has EpConfig.layout {group.config.layout!r}; allowed for moe: 'expert', "
-            "because ragged_dot needs the rows of each expert next to each other"
-        )
+    holds_token = (recv.handle.row_source >= 0)[:, None]
+    return jnp.where(holds_token, recv.x, jnp.zeros((), recv.x.dtype))
 
 
 def _check_weights(group: EpGroup, w_gate: Any, w_up: Any, w_down: Any) -> None:
-    num_local, hidden = group.num_local_experts, group.config.hidden
-    is_sized = isinstance(w_gate, (jax.Array, np.ndarray)) and w_gate.ndim == 3
-    inner = w_gate.shape[2] if is_sized else "F"
-    _check_array("w_gate", w_gate, (num_local, hidden, inner), group)
-    _check_array("w_up", w_up, (num_local, hidden, inner), group)
-    _check_array("w_down", w_down, (num_local, inner, hidden), group)
-
-
-def _check_array(name: str, value: Any, shape: tuple[int | str, ...], group: EpGroup) -> None:
-    dtype = group.config.dtype
-    wanted = f"{dtype.name}[{', '.join(str(size) for size in shape)}]"
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise ValueError(f"{name} is a {type(value).__name__}; allowed: an array, {wanted}")
-    if value.shape != shape or value.dtype != dtype:
-        raise ValueError(
-            f"{name} is {value.dtype}{list(value.shape)}; allowed: {wanted}, of the "
-            f"{group.num_local_experts} experts on each of the group's {group.num_ranks} ranks"
-        )
+    num_local, hidden, dtype = group.num_local_experts, group.config.hidden, group.config.dtype
+    inner = w_gate.shape[2] if is_array(w_gate) and w_gate.ndim == 3 else "F"
+    of = f", of the {num_local} experts on each of the group's {group.num_ranks} ranks"
+    check_array("w_gate", w_gate, (num_local, hidden, inner), dtype, of=of)
+    check_array("w_up", w_up, (num_local, hidden, inner), dtype, of=of)
+    check_array("w_down", w_down, (num_local, inner, hidden), dtype, of=of)

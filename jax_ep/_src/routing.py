@@ -5,7 +5,6 @@ Everything here is computed in float32, whatever the dtype of the logits, and is
 of one rank; what is about all ranks takes `axis_name`.
 """
 
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ep._src.compat import as_varying, varying_axes
+from jax_ep._src.limits import is_int
 
 Score = Literal["softmax", "sigmoid"]
 AxisName = str | Sequence[str] | None
@@ -325,7 +325,7 @@ def _check_route(
     num_topk_groups: int | None,
 ) -> None:
     num_experts = logits.shape[1]
-    if not _is_int(num_topk, num_experts):
+    if not is_int(num_topk, maximum=num_experts):
         raise ValueError(
             f"num_topk is {num_topk!r}; allowed: an int from 1 to {num_experts}, the number of "
             "experts in logits"
@@ -334,24 +334,24 @@ def _check_route(
         raise ValueError(f"bias has shape {jnp.shape(bias)}; allowed: None or ({num_experts},)")
     if num_groups is None and num_topk_groups is None:
         return
-    if num_groups is None or not _is_int(num_groups, num_experts) or num_experts % num_groups:
+    if (
+        num_groups is None
+        or not is_int(num_groups, maximum=num_experts)
+        or num_experts % num_groups
+    ):
         raise ValueError(
             f"num_groups is {num_groups!r} and num_topk_groups is {num_topk_groups!r}; allowed: "
             f"both None, or num_groups a divisor of the number of experts, {num_experts}"
         )
-    if num_topk_groups is None or not _is_int(num_topk_groups, num_groups):
+    if num_topk_groups is None or not is_int(num_topk_groups, maximum=num_groups):
         raise ValueError(
             f"num_topk_groups is {num_topk_groups!r}; allowed: an int from 1 to num_groups, "
             f"{num_groups}"
         )
-    most = num_topk_groups * (num_experts // num_groups)
-    if num_topk > most:
+    max_topk = num_topk_groups * (num_experts // num_groups)
+    if num_topk > max_topk:
         raise ValueError(
-            f"num_topk is {num_topk}; allowed: at most {most}, the experts in num_topk_groups = "
-            f"{num_topk_groups} of num_groups = {num_groups} groups of {num_experts} experts"
+            f"num_topk is {num_topk}; allowed: at most {max_topk}, the experts in "
+            f"num_topk_groups = {num_topk_groups} of num_groups = {num_groups} groups of "
+            f"{num_experts} experts"
         )
-
-
-def _is_int(value: Any, most: int) -> bool:
-    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return is_int and 1 <= int(value) <= most

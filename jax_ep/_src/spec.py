@@ -5,7 +5,8 @@ import dataclasses
 
 import numpy as np
 
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.limits import LAYOUTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class OpSpec:
         layout: "expert" or "rank".
         recv_capacity: `C`.
         zero_fill: whether `dispatch` zeroes rows that hold no token.
+        dtype: of rows.
         fp8_wire: whether rows of `dispatch` travel as float8_e4m3fn.
     """
 
@@ -36,6 +38,7 @@ class OpSpec:
     layout: str
     recv_capacity: int
     zero_fill: bool
+    dtype: np.dtype
     fp8_wire: bool
 
     @classmethod
@@ -53,6 +56,7 @@ class OpSpec:
             layout=config.layout,
             recv_capacity=group.recv_capacity,
             zero_fill=config.zero_fill,
+            dtype=config.dtype,
             fp8_wire=config.wire_dtype is not None,
         )
 
@@ -78,14 +82,14 @@ class OpSpec:
         return (self.recv_capacity, self.num_topk)
 
     @property
-    def row_topk_shape(self) -> tuple[int, ...]:
-        """Shape of the local experts of received rows; absent in layout "expert"."""
-        return (0,) if self.layout == "expert" else (self.recv_capacity, self.num_topk)
+    def row_topk_shape(self) -> tuple[int, ...] | None:
+        """Shape of the local experts of received rows; None in layout "expert"."""
+        return None if self.layout == "expert" else (self.recv_capacity, self.num_topk)
 
-    def source_slot_shape(self, num_tokens: int) -> tuple[int, ...]:
-        """Shape of the rows that a rank holds of each token of each rank; absent but on GPUs."""
+    def source_slot_shape(self, num_tokens: int) -> tuple[int, ...] | None:
+        """Shape of the rows that a rank holds of each token of each rank; None but on GPUs."""
         if not self.gpu:
-            return (0,)
+            return None
         rows_per_token = (
             min(self.num_topk, self.num_local_experts) if self.layout == "expert" else 1
         )
@@ -99,5 +103,5 @@ class OpSpec:
             "num_experts": np.int32(self.num_experts),
             "num_topk": np.int32(self.num_topk),
             "expert_alignment": np.int32(self.expert_alignment),
-            "layout": np.int32(("expert", "rank").index(self.layout)),
+            "layout": np.int32(LAYOUTS.index(self.layout)),
         }

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._src import compat
-from jax_ep._src.group import kept
-from jax_ep._src.moe import moe_with_stats
+from jax_ep._src.checks import is_array
+from jax_ep._src.groups.group import kept
+from jax_ep._src.moe import moe
 from jax_ep._src.routing import load_balance_loss, router_z_loss
 from jax_ep.flax._layer import LayerSpec, LayerStats
 
@@ -81,7 +81,7 @@ def _show_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
 
 def _check_tokens(spec: LayerSpec, x: Any) -> None:
     config = spec.group.config
-    if not isinstance(x, (jax.Array, np.ndarray)):
+    if not is_array(x):
         raise ValueError(f"x is a {type(x).__name__}; allowed: an array")
     is_right = x.ndim > 0 and x.shape[-1] == config.hidden
     if not is_right or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -240,15 +240,14 @@ def _block(
         topk_idx = jnp.where(is_token, topk_idx, -1)
     tokens = tokens.astype(config.dtype)
     weights = {name: w.astype(config.dtype) for name, w in params.items() if name != "router"}
-    out, stats = moe_with_stats(
+    out, stats = moe(
         tokens,
         topk_idx,
         topk_weights,
-        weights["w_gate"],
-        weights["w_up"],
-        weights["w_down"],
+        *(weights[name] for name in ("w_gate", "w_up", "w_down")),
         group=spec.group,
         activation=spec.activation,
+        with_stats=True,
     )
     if spec.num_shared_experts:
         with jax.named_scope("jax_ep.shared_experts"):

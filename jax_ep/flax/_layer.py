@@ -7,7 +7,6 @@ Experts are split over the expert axes; all else that a layer keeps is on every 
 import dataclasses
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_ep._src.group import EpGroup
+from jax_ep._src.checks import check_group
+from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.limits import is_int
 from jax_ep._src.moe import Activation
 from jax_ep._src.routing import Score, route, update_bias
 
@@ -100,12 +101,7 @@ class LayerSpec:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group, EpGroup):
-            raise ValueError(f"group is a {type(self.group).__name__}; allowed: an EpGroup")
-        if self.group.config.layout != "expert":
-            raise ValueError(
-                f"group has EpConfig.layout {self.group.config.layout!r}; allowed for MoE: 'expert'"
-            )
+        check_group(self.group, expert_layout_for="MoE")
         _check_int("ffn", self.ffn, 1)
         _check_int("num_shared_experts", self.num_shared_experts, 0)
         object.__setattr__(self, "ffn", int(self.ffn))
@@ -196,10 +192,9 @@ class LayerSpec:
         }
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_int or value < least:
-        raise ValueError(f"{name} is {value!r}; allowed: an int, at least {least}")
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if not is_int(value, minimum):
+        raise ValueError(f"{name} is {value!r}; allowed: an int, at least {minimum}")
 
 
 def _data_axes(group: EpGroup, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -231,10 +226,10 @@ def zeros(mesh: jax.sharding.Mesh, spec: ArraySpec) -> jax.Array:
 
     Checkpoints are restored to where the arrays of the new model are, and stay there.
     """
-    return place(mesh, jnp.zeros(spec.shape, spec.dtype), spec)
+    return with_sharding(mesh, jnp.zeros(spec.shape, spec.dtype), spec)
 
 
-def place(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Array:
+def with_sharding(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Array:
     """Moves an array, in `jit` or not, to where the layer has it."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec.partition))
     if AxisType.Explicit in mesh.axis_types:

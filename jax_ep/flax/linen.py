@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.moe import Activation
 from jax_ep._src.routing import Score
 from jax_ep.flax import _layer
@@ -140,7 +140,7 @@ class MoE(nn.Module):
         # An entry may name several axes, which Flax's own annotation does not say.
         mesh, partition = self.group.mesh, cast(Any, param.partition)
         return lambda *args: PartitionedOnMesh(
-            _layer.place(mesh, init(*args), param), names=partition, mesh=mesh
+            _layer.with_sharding(mesh, init(*args), param), names=partition, mesh=mesh
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_ep._src.group import EpGroup
+from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.moe import Activation
 from jax_ep._src.routing import Score
 from jax_ep.flax import _layer

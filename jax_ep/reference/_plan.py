@@ -147,14 +147,14 @@ def _plan_rank_rows(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Pl
         row = 0
         for source, token in np.ndindex(num_ranks, num_tokens):
             local = topk_idx[source, token] - rank * num_local
-            here = (local >= 0) & (local < num_local)
-            if not here.any():
+            is_local = (local >= 0) & (local < num_local)
+            if not is_local.any():
                 continue
-            tokens_per_expert[rank, local[here]] += 1
+            tokens_per_expert[rank, local[is_local]] += 1
             if row < capacity:
-                slot[source, token, here] = row
+                slot[source, token, is_local] = row
                 row_source[rank, row] = source * num_tokens + token
-                row_topk_idx[rank, row, here] = local[here]
+                row_topk_idx[rank, row, is_local] = local[is_local]
                 group_sizes[rank, source] += 1
             else:
                 num_dropped[rank] += 1

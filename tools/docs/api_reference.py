@@ -22,8 +22,8 @@ SECTIONS = (
         "jax_ep",
         {
             "jax_ep._src.config": ("EpConfig",),
-            "jax_ep._src.group": ("EpGroup",),
-            "jax_ep._src.health": ("EpHealth",),
+            "jax_ep._src.groups.group": ("EpGroup",),
+            "jax_ep._src.groups.health": ("EpHealth",),
             "jax_ep._src.api": ("dispatch", "combine"),
             "jax_ep._src.types": ("Dispatched", "DispatchHandle"),
             "jax_ep._src.routing": (
@@ -32,7 +32,7 @@ SECTIONS = (
                 "router_z_loss",
                 "update_bias",
             ),
-            "jax_ep._src.moe": ("moe", "moe_with_stats", "MoeStats"),
+            "jax_ep._src.moe": ("moe", "MoeStats"),
             "jax_ep._src.errors": ("EpUnavailable", "EpGroupClosed"),
         },
     ),
@@ -227,7 +227,8 @@ def _describe_constant(prefix: str, name: str, body: list[ast.stmt]) -> Iterator
 
 def _describe(prefix: str, module: str, name: str) -> Iterator[str]:
     body = _source(module).body
-    node = next((n for n in body if getattr(n, "name", None) == name), None)
+    named = [n for n in body if getattr(n, "name", None) == name]
+    node = named[-1] if named else None  # after its overloads, if it has some
     if isinstance(node, ast.ClassDef):
         yield from _describe_class(prefix, node)
     elif isinstance(node, ast.FunctionDef):

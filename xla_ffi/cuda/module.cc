@@ -215,7 +215,7 @@ void define_groups(nb::module_& m) {
          GroupNonce nonce,
          double warn_after_s,
          double timeout_s,
-         int32_t num_sms,
+         int32_t max_num_sms,
          int32_t num_ranks,
          int32_t num_experts,
          int32_t num_topk,
@@ -230,7 +230,7 @@ void define_groups(nb::module_& m) {
             .nonce = nonce,
             .warn_after_s = warn_after_s,
             .timeout_s = timeout_s,
-            .num_sms = num_sms,
+            .max_num_sms = max_num_sms,
             .heap = heap_shape(
                 num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout),
             .ranks = {}};
@@ -245,7 +245,7 @@ void define_groups(nb::module_& m) {
       nb::arg("nonce"),
       nb::arg("warn_after_s"),
       nb::arg("timeout_s"),
-      nb::arg("num_sms"),
+      nb::arg("max_num_sms"),
       nb::arg("num_ranks"),
       nb::arg("num_experts"),
       nb::arg("num_topk"),

@@ -42,7 +42,7 @@ TEST(ErrorRecord, SaysThatBlocksDoNotRunTogether) {
   EXPECT_EQ(
       describe(record(WaitTag::kGridBarrier, OpKind::kPlan), 60),
       "rank 2 waited 120 s in plan for the other blocks of its own kernel: expected generation 7, "
-      "saw 6; do all of them fit on the device beside what else runs on it? (lower num_sms)");
+      "saw 6; do all of them fit on the device beside what else runs on it? (lower max_num_sms)");
 }
 
 TEST(ErrorRecord, SaysThatTheProgramRunsElsewhere) {

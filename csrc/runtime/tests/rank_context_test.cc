@@ -86,7 +86,7 @@ TEST_F(RankContextTest, SharesTheSmsOfADevice) {
   machine.devices[0].num_sms = 5;
   fake_cudart::reset(machine);
   RankConfig config = rank_config(0, 3, 0);
-  config.num_sms = 20;
+  config.max_num_sms = 20;
   RankContext rank = create(config);
   const RankContext here = create(rank_config(1, 3, 0));
   const RankContext elsewhere = create(rank_config(2, 3, 1));

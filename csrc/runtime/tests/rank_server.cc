@@ -42,7 +42,7 @@ class Server {
                            .nonce = std::stoull(words.at(6)),
                            .warn_after_s = 10,
                            .timeout_s = 60,
-                           .num_sms = 0,
+                           .max_num_sms = 0,
                            .heap = small_shape(std::stoi(words.at(3))),
                            .ranks = {{.device = std::stoi(words.at(4)),
                                       .group_index = std::stoi(words.at(5)),

@@ -46,7 +46,7 @@ inline RankConfig rank_config(int32_t rank, int32_t num_ranks, int32_t device) {
           .rank = rank,
           .warn_after_s = 10,
           .timeout_s = 60,
-          .num_sms = 0};
+          .max_num_sms = 0};
 }
 
 // A group of which this process has all ranks, rank r on device r.
@@ -55,7 +55,7 @@ inline CudaGroupConfig group_config(int32_t num_ranks) {
                          .nonce = kNonce,
                          .warn_after_s = 10,
                          .timeout_s = 60,
-                         .num_sms = 0,
+                         .max_num_sms = 0,
                          .heap = small_shape(num_ranks),
                          .ranks = {}};
   for (int32_t rank = 0; rank < num_ranks; ++rank) {

@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Plan`: what a backend works out from the routing, before any row travels."""
+"""What a backend works out from the routing, before any row travels."""
 
-import dataclasses
+from typing import Any, NamedTuple
 
-import jax
+from jax_ep._src.types import DispatchHandle
+
+# An array; in the rules of a primitive its shape, its tangent, or what stands for it in MLIR.
+Value = Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Fields as in `DispatchHandle` and `Dispatched`."""
+class Plan(NamedTuple):
+    """Where every selection's row is. Fields as in `DispatchHandle`."""
 
-    slot: jax.Array
-    row_source: jax.Array
-    row_topk_idx: jax.Array | None
-    group_sizes: jax.Array
-    tokens_per_expert: jax.Array
-    num_dropped: jax.Array
-    source_slot: jax.Array | None = None
-    arrival_slot: jax.Array | None = None
-    arrival_topk: jax.Array | None = None
+    topk_idx: Value | None
+    slot: Value
+    row_source: Value
+    row_topk_idx: Value | None
+    source_slot: Value | None = None
+    arrival_slot: Value | None = None
+    arrival_topk: Value | None = None
+
+    @classmethod
+    def of(cls, handle: DispatchHandle) -> "Plan":
+        """The plan of the dispatch that made a handle."""
+        return cls(**{name: getattr(handle, name) for name in cls._fields})
+
+    def unweighted(self) -> "Plan":
+        """What is read of it where there are no weights: the exchanges that are linear."""
+        return self._replace(row_topk_idx=None)
+
+
+class Counts(NamedTuple):
+    """How many rows there are. Fields as in `Dispatched`."""
+
+    group_sizes: Value
+    tokens_per_expert: Value
+    num_dropped: Value

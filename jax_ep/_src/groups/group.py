@@ -14,16 +14,17 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jax_ep._src import capabilities, cuda_group, native, notices
-from jax_ep._src.bootstrap import mesh_digest, next_group_id
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed, EpUnavailable
-from jax_ep._src.health import EpHealth
-from jax_ep._src.placements import placements
+from jax_ep._src.groups import cpu, cuda
+from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.groups.interface import BackendGroup, GroupParameters, Offer
+from jax_ep._src.groups.placements import has_local_devices
+from jax_ep._src.groups.xla import XlaGroup
+from jax_ep._src.ranges import check_num_ranks
 
 _logger = logging.getLogger("jax_ep")
 _BACKENDS = ("ffi", "xla")
-_INT32_MAX = 2**31 - 1
 
 
 class EpGroup:
@@ -104,72 +105,27 @@ class EpGroup:
         self.platform = _platform(mesh)
         self.warn_after, self.timeout = _deadlines(self.platform, warn_after, timeout)
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
-        if config.num_experts % self.num_ranks:
-            raise ValueError(
-                f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
-                f"group's {self.num_ranks} ranks (axis {self.axis_name!r} of the mesh)"
-            )
+        check_num_ranks(config, self.num_ranks, self.axis_name)
         self.num_local_experts = config.num_experts // self.num_ranks
         self.recv_capacity = config.capacity(self.num_ranks)
-        if self.recv_capacity > _INT32_MAX:
-            raise ValueError(
-                f"the receive buffer would have {self.recv_capacity} rows; at most {_INT32_MAX} "
-                "are supported: set EpConfig.recv_capacity (see with_capacity_factor) or lower "
-                "max_tokens_per_rank"
-            )
-        self.heap_bytes = 0
-        why_not = None if backend == "xla" else _why_not_ffi(mesh, config, self.num_ranks)
-        agreement = None
-        if backend != "xla" and self.platform == "cuda" and _has_devices_here(mesh):
-            agreement = cuda_group.agree(
-                mesh,
-                self.axis_names,
-                config,
-                warn_after=self.warn_after,
-                timeout=self.timeout,
-                why_not=why_not,
-            )
-            why_not = agreement.why_not
-        self.backend = _choose_backend(backend, why_not)
+        parameters = GroupParameters(
+            mesh=mesh,
+            axis_names=self.axis_names,
+            config=config,
+            num_ranks=self.num_ranks,
+            warn_after=self.warn_after,
+            timeout=self.timeout,
+        )
+        self.backend, make = _choose_backend(backend, self.platform, parameters)
+        self.name = (
+            f"EpGroup {next(_serial_numbers)} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
+        )
         self._closed = False
         self._lock = threading.Lock()
         self._kept: dict[Hashable, Any] = {}
-        self._cuda: cuda_group.CudaGroup | None = None
-        self.group_id = self._register(agreement)
-
-    def _register(self, agreement: cuda_group.Agreement | None) -> int:
-        number = next(_numbers)
-        self.name = f"EpGroup {number} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
-        if self.backend != "ffi":
-            return -1
-        if agreement is not None:
-            self._cuda = cuda_group.CudaGroup(
-                self.name,
-                self.mesh,
-                self.axis_names,
-                self.config,
-                agreement,
-                warn_after=self.warn_after,
-                timeout=self.timeout,
-            )
-            self.heap_bytes = self._cuda.heap_bytes
-            return self._cuda.group_id
-        ext = native.load()
-        native.register_targets()
-        notices.start(ext)
-        number = next_group_id(mesh_digest(self.mesh, self.axis_names))
-        ext.create_group(
-            group_id=number,
-            name=self.name,
-            num_ranks=self.num_ranks,
-            warn_after_s=self.warn_after,
-            timeout_s=self.timeout,
-            ranks=[
-                (place.device_id, place.group_index, place.rank)
-                for place in placements(self.mesh, self.axis_names)
-            ],
-        )
-        return number
+        self._backend_group = make(self.name)
+        self.group_id = self._backend_group.group_id
+        self.heap_bytes = self._backend_group.heap_bytes
 
     def close(self) -> None:
         """Frees what the group holds. Using it afterwards is an error; closing twice is not.
@@ -187,31 +143,14 @@ class EpGroup:
             self._kept.clear()
         if self.group_id >= 0:
             _wait_for_results(set(self.mesh.devices.flat))
-            if self._cuda is None:
-                native.load().close_group(self.group_id)
-            else:
-                self._cuda.close()
+        self._backend_group.close()
 
     def health(self) -> EpHealth:
         """Whom the ranks of this process wait for now, and since when.
 
         Never waits itself, and may be called from any thread. Says nothing of the `xla` backend.
         """
-        if self.group_id < 0 or self._closed:
-            return EpHealth()
-        if self._cuda is not None:
-            return self._cuda.health()
-        waits = native.load().waits_of(self.group_id)
-        if not waits:
-            return EpHealth()
-        group_index, operation, _, missing, seconds, root = waits[0]
-        return EpHealth(
-            waiting_for=tuple(missing),
-            seconds=seconds,
-            operation=operation,
-            group_index=group_index,
-            root=root,
-        )
+        return EpHealth() if self._closed else self._backend_group.health()
 
     @property
     def closed(self) -> bool:
@@ -287,7 +226,7 @@ def _wait_for_results(devices: set[jax.Device]) -> None:
 
 
 # For names in messages; ids of the compiled module count only its own groups.
-_numbers = itertools.count()
+_serial_numbers = itertools.count()
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
@@ -306,32 +245,19 @@ def _platform(mesh: jax.sharding.Mesh) -> str:
     return "/".join(sorted("cuda" if name == "gpu" else name for name in names))
 
 
-def _has_devices_here(mesh: jax.sharding.Mesh) -> bool:
-    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
+# By platform, the kernels of this library.
+_PLATFORMS = {"cpu": cpu, "cuda": cuda}
+_WARN_AFTER_S = 10.0
 
 
-def _why_not_ffi(mesh: jax.sharding.Mesh, config: EpConfig, num_ranks: int) -> str | None:
-    """Why the `ffi` backend cannot serve a mesh; None if it can."""
-    platform = _platform(mesh)
-    if platform in ("cpu", "cuda") and not _has_devices_here(mesh):
-        return "no device of the mesh belongs to this process"
-    if platform == "cpu":
-        if len({device.process_index for device in mesh.devices.flat}) > 1:
-            return "on CPU it serves the devices of one process, and this mesh spans several"
-        return native.why_unavailable()
-    if platform == "cuda":
-        return (
-            native.why_no_cuda()
-            or cuda_group.why_too_large(config, num_ranks)
-            or capabilities.why_not_built_for(mesh.devices.flat)
-        )
-    return f"it has no kernels for platform {platform}"
-
-
-# In seconds, by platform. XLA ends a process that has waited 40 s for a collective of its own on
-# CPU, and the error of ours must come before; on GPUs giving up costs the process.
-_TIMEOUTS = {"cpu": 30.0, "cuda": 1800.0}
-_WARN_AFTER = 10.0
+def _offer(platform: str, parameters: GroupParameters) -> Offer:
+    """Whether the `ffi` backend can serve a mesh."""
+    module = _PLATFORMS.get(platform)
+    if module is None:
+        return Offer.refusal(f"it has no kernels for platform {platform}")
+    if not has_local_devices(parameters.mesh):
+        return Offer.refusal("no device of the mesh belongs to this process")
+    return module.offer(parameters)
 
 
 def _deadlines(
@@ -341,9 +267,11 @@ def _deadlines(
     for name, value in (("warn_after", warn_after), ("timeout", timeout)):
         if value is not None and not _is_above_zero(value):
             raise ValueError(f"{name} is {value!r}; allowed: None, or seconds above 0 (math.inf)")
-    until_given_up = _TIMEOUTS.get(platform, math.inf) if timeout is None else float(timeout)
+    module = _PLATFORMS.get(platform)
+    default = module.DEFAULT_TIMEOUT_S if module else math.inf
+    until_given_up = default if timeout is None else float(timeout)
     if warn_after is None:
-        return min(_WARN_AFTER, until_given_up / 2), until_given_up
+        return min(_WARN_AFTER_S, until_given_up / 2), until_given_up
     if until_given_up <= float(warn_after) < math.inf:
         raise ValueError(
             f"warn_after is {warn_after!r} and timeout is {until_given_up:g}; allowed: a "
@@ -357,14 +285,18 @@ def _is_above_zero(value: Any) -> bool:
     return is_number and float(value) > 0  # false for NaN
 
 
-def _choose_backend(asked: str | None, why_not: str | None) -> str:
+def _choose_backend(
+    asked: str | None, platform: str, parameters: GroupParameters
+) -> tuple[str, Callable[[str], BackendGroup]]:
+    """The backend that serves a group, and what makes what it keeps for a group of a name."""
     if asked == "xla":
-        return "xla"
-    if asked == "ffi" and why_not is not None:
-        raise EpUnavailable(f"backend 'ffi' cannot serve this group: {why_not}")
-    backend = "ffi" if why_not is None else "xla"
-    _log_choice_once(backend, why_not)
-    return backend
+        return "xla", XlaGroup
+    offer = _offer(platform, parameters)
+    if asked == "ffi" and offer.why_not is not None:
+        raise EpUnavailable(f"backend 'ffi' cannot serve this group: {offer.why_not}")
+    backend = "ffi" if offer.why_not is None else "xla"
+    _log_choice_once(backend, offer.why_not)
+    return backend, offer.make if offer.why_not is None else XlaGroup
 
 
 _logged: set[tuple[str, str | None]] = set()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A group's memory on GPUs: made in every process, mapped by its peers, and given back."""
+"""A group's memory on GPUs: made in every process, mapped by its peers, and given back.
+
+All processes of a mesh agree on the backend before any memory is allocated.
+"""
 
 import atexit
 import contextlib
@@ -14,44 +17,24 @@ from collections.abc import Sequence
 
 import jax
 
-from jax_ep._src import native
-from jax_ep._src.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.config import EpConfig
-from jax_ep._src.cuda_watch import GroupWatch, Watch
 from jax_ep._src.errors import EpUnavailable
-from jax_ep._src.health import EpHealth
-from jax_ep._src.placements import Placement, placements
+from jax_ep._src.groups import capabilities, native
+from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
+from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.groups.interface import GroupParameters, Offer
+from jax_ep._src.groups.placements import Placement, placements
+from jax_ep._src.groups.watch import GroupWatch, Watch
+from jax_ep._src.limits import DTYPES, LAYOUTS
+from jax_ep._src.ranges import why_too_large
 
 _logger = logging.getLogger("jax_ep")
 
-# As in csrc/core/heap_layout.h.
-_MAX_RANKS = 64
-_MAX_TOPK = 32
-_MAX_EXPERTS = 4096
-_MAX_TOKENS = 2**20
-
-# As the compiled module numbers them, see csrc/core/dtype.h and csrc/core/ep_shape.h.
-_DTYPES = ("float32", "bfloat16", "float16")
-_LAYOUTS = ("expert", "rank")
-
+# A rank that gives up costs its process.
+DEFAULT_TIMEOUT_S = 1800.0
 # How long close() waits for other processes, at most: what they may still map is then left.
 _CLOSE_S = 60.0
 _EXIT_S = 10.0
-
-
-def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
-    """Which size the kernels cannot serve; None if they can serve all."""
-    for field, most in (
-        ("num_topk", _MAX_TOPK),
-        ("num_experts", _MAX_EXPERTS),
-        ("max_tokens_per_rank", _MAX_TOKENS),
-    ):
-        value = getattr(config, field)
-        if value > most:
-            return f"EpConfig.{field} is {value}; on GPUs it may be at most {most}"
-    if num_ranks > _MAX_RANKS:
-        return f"the group has {num_ranks} ranks; on GPUs it may have at most {_MAX_RANKS}"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,49 +56,57 @@ class Agreement:
     hosts: dict[int, str]
 
 
-def agree(
-    mesh: jax.sharding.Mesh,
-    axis_names: Sequence[str],
-    config: EpConfig,
-    *,
-    warn_after: float,
-    timeout: float,
-    why_not: str | None,
-) -> Agreement:
+def offer(parameters: GroupParameters) -> Offer:
     """Meets the other processes of a mesh of GPUs, so that all of them choose the same backend.
-
-    Args:
-        mesh: of GPUs, one of them at least of this process.
-        axis_names: the group's axes.
-        config: sizes and formats.
-        warn_after: seconds after which a process that does not come is logged.
-        timeout: seconds that processes wait for each other.
-        why_not: why the kernels cannot serve here; None if they can.
 
     Raises:
         EpUnavailable: a process did not come, or makes a group with another config.
     """
+    agreement = agree(parameters, why_not(parameters))
+    return Offer(
+        why_not=agreement.why_not,
+        make=functools.partial(CudaGroup, parameters=parameters, agreement=agreement),
+    )
+
+
+def why_not(parameters: GroupParameters) -> str | None:
+    """Why the kernels cannot serve the group in this process; None if they can."""
+    return (
+        native.why_no_cuda()
+        or why_too_large(parameters.config, parameters.num_ranks)
+        or capabilities.why_not_built_for(parameters.mesh.devices.flat)
+    )
+
+
+def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
+    """What all processes of the mesh say; `local_why_not` is what this one does.
+
+    Raises:
+        EpUnavailable: a process did not come, or makes a group with another config.
+    """
+    mesh, axis_names = parameters.mesh, parameters.axis_names
+    warn_after, timeout = parameters.warn_after, parameters.timeout
     ranks = placements(mesh, axis_names)
-    processes = sorted({place.process for place in ranks})
-    me = jax.process_index()
+    processes = sorted({rank.process for rank in ranks})
+    process_index = jax.process_index()
     digest = mesh_digest(mesh, axis_names)
-    boot = Bootstrap(digest, processes, me, warn_after=warn_after, timeout=timeout)
-    mine = {
+    boot = Bootstrap(digest, processes, process_index, warn_after=warn_after, timeout=timeout)
+    own = {
         "made": num_made(digest),
         "host": _host(),
-        "where": f"process {me} (pid {os.getpid()} on {platform.node()})",
-        "config": f"{config}, warn_after={warn_after:g}, timeout={timeout:g}",
-        "why_not": why_not,
+        "where": f"process {process_index} (pid {os.getpid()} on {platform.node()})",
+        "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}",
+        "why_not": local_why_not,
     }
     with boot.telling_failures("join"):
         nonce = boot.begin()
-        messages = boot.gather("join", mine)
+        messages = boot.gather("join", own)
         boot.all_have_begun()
     for process, message in sorted(messages.items()):
-        if message["config"] != mine["config"]:
+        if message["config"] != own["config"]:
             raise EpUnavailable(
                 f"process {process} made it with another config: {message['config']}; here it is "
-                f"{mine['config']}"
+                f"{own['config']}"
             )
     return Agreement(
         bootstrap=boot,
@@ -136,9 +127,9 @@ def _why_not_all(messages: dict[int, Message]) -> str | None:
 
 def _why_not_one_host(messages: dict[int, Message], ranks: Sequence[Placement]) -> str | None:
     hosts: dict[int, dict[str, int]] = {}  # group_index -> host -> one of its processes
-    for place in ranks:
-        host = messages[place.process]["host"]
-        hosts.setdefault(place.group_index, {}).setdefault(host, place.process)
+    for rank in ranks:
+        host = messages[rank.process]["host"]
+        hosts.setdefault(rank.group_index, {}).setdefault(host, rank.process)
     for group_index, processes in hosts.items():
         if len(processes) > 1:
             where = " and ".join(map(str, processes.values()))
@@ -150,48 +141,32 @@ def _why_not_one_host(messages: dict[int, Message], ranks: Sequence[Placement]) 
 
 
 class CudaGroup:
-    """A group in the compiled module, with the heaps of the ranks on this process's GPUs.
+    """A `BackendGroup` in the compiled module, with the heaps of the ranks on this process's GPUs.
 
     Attributes:
         group_id: the group's id in the compiled module.
         heap_bytes: bytes of each rank's heap.
     """
 
-    def __init__(
-        self,
-        name: str,
-        mesh: jax.sharding.Mesh,
-        axis_names: Sequence[str],
-        config: EpConfig,
-        agreement: Agreement,
-        *,
-        warn_after: float,
-        timeout: float,
-    ) -> None:
+    def __init__(self, name: str, parameters: GroupParameters, agreement: Agreement) -> None:
         """Allocates the heaps, and returns when all ranks of the mesh have mapped their peers'.
 
         Args:
             name: for messages.
-            mesh: of GPUs, one of them at least of this process.
-            axis_names: the group's axes.
-            config: sizes and formats.
+            parameters: of the group; at least one of the mesh's GPUs is of this process.
             agreement: from `agree`.
-            warn_after: seconds after which a kernel's wait for a peer is logged.
-            timeout: seconds after which a kernel that waits for a peer gives up.
 
         Raises:
             EpUnavailable: a heap does not fit, a peer's cannot be mapped, or a process failed or
                 did not come. Nothing is left behind but what a peer may still map.
         """
         self._name = name
+        self._parameters = parameters
         self._module = native.load_cuda()
         native.register_cuda_targets()
-        everywhere = placements(mesh, axis_names)
-        self._here = [place for place in everywhere if place.process == jax.process_index()]
-        self._config = config
-        self._warn_after = warn_after
-        self._timeout = timeout
-        shape = _heap_shape(config, math.prod(mesh.shape[axis] for axis in axis_names))
+        ranks = placements(parameters.mesh, parameters.axis_names)
+        self._local_ranks = [rank for rank in ranks if rank.process == jax.process_index()]
+        shape = _heap_shape(parameters.config, parameters.num_ranks)
         self.heap_bytes: int = self._module.heap_bytes(**shape)
         self.group_id = agreement.group_id
         self._bootstrap = agreement.bootstrap
@@ -204,9 +179,9 @@ class CudaGroup:
         self._watch.add(
             GroupWatch(
                 name,
-                warn_after=warn_after,
-                timeout=timeout,
-                places={(p.group_index, p.rank): agreement.hosts[p.process] for p in everywhere},
+                warn_after=parameters.warn_after,
+                timeout=parameters.timeout,
+                places={(r.group_index, r.rank): agreement.hosts[r.process] for r in ranks},
                 store=self._bootstrap.store,
                 prefix=self._bootstrap.prefix,
             )
@@ -235,24 +210,24 @@ class CudaGroup:
                 group_id=self.group_id,
                 name=self._name,
                 nonce=nonce,
-                warn_after_s=self._warn_after,
-                timeout_s=self._timeout,
-                num_sms=self._config.num_sms or 0,
+                warn_after_s=self._parameters.warn_after,
+                timeout_s=self._parameters.timeout,
+                max_num_sms=self._parameters.config.max_num_sms or 0,
                 **shape,
-                ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._here],
+                ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
         except (RuntimeError, MemoryError) as e:
             raise EpUnavailable(str(e)) from e
 
     def _connect(self, messages: dict[int, Message]) -> None:
         handles = [bytes.fromhex(h) for m in messages.values() for h in m["handles"]]
-        for place in self._here:
+        for local in self._local_ranks:
             try:
-                self._module.connect_group(self.group_id, place.group_index, place.rank, handles)
+                self._module.connect_group(self.group_id, local.group_index, local.rank, handles)
             except (RuntimeError, ValueError) as e:
                 raise EpUnavailable(
-                    f"rank {place.rank} (group_index {place.group_index}, GPU "
-                    f"{place.device_ordinal}) cannot map its peers' memory: {e}"
+                    f"rank {local.rank} (group_index {local.group_index}, GPU "
+                    f"{local.device_ordinal}) cannot map its peers' memory: {e}"
                 ) from e
 
     def _disconnect(self, limit: float, kernels_limit: float = math.inf) -> None:
@@ -264,7 +239,7 @@ class CudaGroup:
             return
         except RuntimeError as e:  # after a kernel gave up, CUDA refuses everything
             _logger.error("%s: cannot unmap its peers' memory: %s", self._name, e)
-        limit = min(limit, self._timeout)
+        limit = min(limit, self._parameters.timeout)
         missing = self._bootstrap.leave("disconnected", limit)
         if missing:
             _logger.warning(
@@ -325,9 +300,9 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
         "num_topk": config.num_topk,
         "max_tokens": config.max_tokens_per_rank,
         "hidden": config.hidden,
-        "dtype": _DTYPES.index(config.dtype.name),
+        "dtype": list(DTYPES).index(config.dtype.name),
         "wire": int(config.wire_dtype is not None),
-        "layout": _LAYOUTS.index(config.layout),
+        "layout": LAYOUTS.index(config.layout),
     }
 
 

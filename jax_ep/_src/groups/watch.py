@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_ep._src.health import EpHealth
+from jax_ep._src.groups.health import EpHealth
 
 _logger = logging.getLogger("jax_ep")
 _PERIOD_S = 0.1

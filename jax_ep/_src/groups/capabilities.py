@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import jax
 
-from jax_ep._src import native
+from jax_ep._src.groups import native
 
 Capability = tuple[int, int]  # major, minor
 
 # Of the bulk copies and of what the kernels do at the scope of a cluster or the system.
-_LEAST: Capability = (9, 0)
+_MIN_CAPABILITY: Capability = (9, 0)
 # KiB of shared memory that a block can have at most, by major number, where that is little. All
 # others from 9.0 on have 227.
 _SHARED_KIB = {12: 99}
@@ -69,20 +69,22 @@ def why_not_built_for(devices: Iterable[jax.Device]) -> str | None:
 def _why_not(capability: Capability | None) -> str | None:
     if capability is None:
         return "there are no kernels: they are for NVIDIA GPUs"
-    if capability < _LEAST:
-        return f"the kernels cannot run: they need {_LEAST[0]}.{_LEAST[1]} or newer"
-    needed = native.load_cuda().build_info()["shared_memory"] / 1024
-    most = _SHARED_KIB.get(capability[0], needed)
-    if most < needed:
+    if capability < _MIN_CAPABILITY:
         return (
-            f"the kernels cannot run: a block has at most {most} KiB of shared memory there, and "
-            f"they need {needed:.0f}"
+            f"the kernels cannot run: they need {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} or newer"
+        )
+    needed = native.load_cuda().build_info()["shared_memory"] / 1024
+    max_kib = _SHARED_KIB.get(capability[0], needed)
+    if max_kib < needed:
+        return (
+            f"the kernels cannot run: a block has at most {max_kib} KiB of shared memory there, "
+            f"and they need {needed:.0f}"
         )
     built = architectures()
     if any(serves(architecture, capability) for architecture in built):
         return None
-    wanted = f"{capability[0]}{capability[1]}-real"
+    architecture = f"{capability[0]}{capability[1]}-real"
     return (
         f"the kernels do not run, which were built for {', '.join(built)}: install again with "
-        f"pip install . -C cmake.define.JAX_EP_CUDA_ARCHS={wanted}"
+        f"pip install . -C cmake.define.JAX_EP_CUDA_ARCHS={architecture}"
     )

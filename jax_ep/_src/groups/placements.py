@@ -29,3 +29,8 @@ def placements(mesh: jax.sharding.Mesh, axis_names: Sequence[str]) -> list[Place
         Placement(device.process_index, device.id, device.local_hardware_id, group_index, rank)
         for (group_index, rank), device in np.ndenumerate(by_group)
     ]
+
+
+def has_local_devices(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a device of the mesh belongs to this process."""
+    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)

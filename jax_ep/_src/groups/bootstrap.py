@@ -124,7 +124,7 @@ class Bootstrap:
         return f"jax_ep/{self._digest}/{self._attempt}"
 
     @property
-    def _leads(self) -> bool:
+    def _is_leader(self) -> bool:
         return self._process == self._processes[0]
 
     def begin(self) -> int:
@@ -133,7 +133,7 @@ class Bootstrap:
         Raises:
             MissingProcesses: the first process has not begun one in time.
         """
-        if self._leads:
+        if self._is_leader:
             self._attempt = secrets.randbits(63)
             self._set(self._attempt_path, str(self._attempt), replace=True)
             return self._attempt
@@ -142,12 +142,12 @@ class Bootstrap:
             text = self._get(self._attempt_path, deadline, self._processes[0], "begin")
             if text is None:
                 raise self._missing([self._processes[0]], "begin")
-            number = int(text)
+            attempt = int(text)
             with _lock:
-                if number not in _seen[self._digest]:
-                    _seen[self._digest].add(number)
-                    self._attempt = number
-                    return number
+                if attempt not in _seen[self._digest]:
+                    _seen[self._digest].add(attempt)
+                    self._attempt = attempt
+                    return attempt
             # It is an attempt that has failed; the first process has not begun another one.
             if deadline.passed:
                 raise self._missing([self._processes[0]], "begin")
@@ -156,7 +156,7 @@ class Bootstrap:
 
     def all_have_begun(self) -> None:
         """Takes back the attempt's number; once all processes take part in it."""
-        if self._leads and self._client is not None:
+        if self._is_leader and self._client is not None:
             self._delete(self._attempt_path)
 
     def gather(self, phase: str, message: Message) -> dict[int, Message]:
@@ -181,10 +181,10 @@ class Bootstrap:
         others = [p for p in self._processes if p != self._process]
         try:
             self._post(phase, {})
-            there = self._collect(phase, others, _Deadline(self._warn_after, timeout))
+            arrived = self._collect(phase, others, _Deadline(self._warn_after, timeout))
         except EpUnavailable:  # the service has gone, and the processes with it
-            there = {}
-        return [p for p in others if p not in there]
+            arrived = {}
+        return [p for p in others if p not in arrived]
 
     @contextlib.contextmanager
     def telling_failures(self, *phases: str) -> Iterator[None]:

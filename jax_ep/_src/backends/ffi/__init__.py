@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `ffi`: this library's own handlers, as JAX primitives."""

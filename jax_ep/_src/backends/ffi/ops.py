@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `ffi`: this library's own handlers, through the primitives of `primitives.py`.
+
+The functions are jitted so that `shard_map` without `jit` compiles each of them as one program:
+the primitives have no other way to run.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src import compat
+from jax_ep._src.backends.ffi.differentiation import dispatch_fp8
+from jax_ep._src.backends.ffi.primitives import bind, combine_p, dispatch_p, plan_p
+from jax_ep._src.backends.operands import CombineOperands, DispatchOperands, PlanOperands
+from jax_ep._src.backends.plan import Counts, Plan
+from jax_ep._src.spec import OpSpec
+
+
+def _varying_alike(operands: Any) -> Any:
+    """The operands, all varying over the same mesh axes."""
+    leaves, tree = jax.tree.flatten(operands)
+    return jax.tree.unflatten(tree, compat.varying_alike(*leaves))
+
+
+def _program_rank(spec: OpSpec) -> jax.Array:
+    return jax.lax.axis_index(spec.axis_names).astype(jnp.int32)[None]
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
+    """Works out every selection's row, exchanging the routing of all ranks."""
+    operands = _varying_alike(PlanOperands(_program_rank(spec), topk_idx))
+    results = bind(plan_p, operands, spec=spec)
+    return results.plan._replace(topk_idx=topk_idx), results.counts
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def dispatch(
+    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, jax.Array | None]:
+    """Sends rows and, where given, one scalar per selection."""
+    operands = _varying_alike(
+        DispatchOperands(_program_rank(spec), x, token_scalars, plan.unweighted())
+    )
+    if spec.fp8_wire:
+        return dispatch_fp8(spec, operands)
+    return bind(dispatch_p, operands, spec=spec)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
+    """Sums every token's rows, times their weights where given."""
+    operands = _varying_alike(
+        CombineOperands(_program_rank(spec), y, weights, row_scalars=None, plan=plan)
+    )
+    return bind(combine_p, operands, spec=spec).out

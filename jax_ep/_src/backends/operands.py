@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operands and results of the primitives, by name.
+
+An operand or a result that does not take part is None, and nothing else stands for it: it is no
+input of a program, no residual, and no tangent. Only the compiled handlers, which take all of their
+operands, get an array of size 0 in its place; `ffi/primitives.py` makes it.
+"""
+
+from typing import Any, NamedTuple
+
+from jax_ep._src.backends.plan import Counts, Plan, Value
+
+
+class PlanOperands(NamedTuple):
+    """The routing.
+
+    Attributes:
+        program_rank: int32[1], the rank that the program takes its device for. Who meets whom is
+            not for a program to say: the device says it, see docs/design/ordering.md.
+        topk_idx: as `dispatch` takes it.
+    """
+
+    program_rank: Value
+    topk_idx: Value
+
+
+class DispatchOperands(NamedTuple):
+    """What goes from tokens to received rows: rows, scalars or both.
+
+    Attributes:
+        program_rank: as in `PlanOperands`.
+        x: `[T, H]`.
+        token_scalars: `[T, K]` float32.
+        plan: where the rows go.
+    """
+
+    program_rank: Value
+    x: Value | None
+    token_scalars: Value | None
+    plan: Plan
+
+
+class CombineOperands(NamedTuple):
+    """What goes from received rows to tokens: rows, scalars or both.
+
+    Attributes:
+        program_rank: as in `PlanOperands`.
+        y: `[C, H]`.
+        weights: float32, factors of the rows.
+        row_scalars: float32, like `weights`; not factors, they travel.
+        plan: where the rows come from.
+    """
+
+    program_rank: Value
+    y: Value | None
+    weights: Value | None
+    row_scalars: Value | None
+    plan: Plan
+
+
+class PlanResults(NamedTuple):
+    """Of the plan all but `topk_idx`, which is an operand."""
+
+    plan: Plan
+    counts: Counts
+
+
+class DispatchResults(NamedTuple):
+    """`rows` `[C, H]` where there is an `x`, `row_scalars` where there are `token_scalars`."""
+
+    rows: Value | None
+    row_scalars: Value | None
+
+
+class CombineResults(NamedTuple):
+    """`out` `[T, H]` where there is a `y`, `token_scalars` where there are `row_scalars`."""
+
+    out: Value | None
+    token_scalars: Value | None
+
+
+NO_PLAN = Plan(*[None] * len(Plan._fields))
+
+
+def by_name(values: Any) -> dict[str, Any]:
+    """Operands or results as a dictionary, those of a plan or of counts among them."""
+    flat: dict[str, Any] = {}
+    for name, value in values._asdict().items():
+        flat |= value._asdict() if isinstance(value, (Plan, Counts)) else {name: value}
+    return flat

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `xla`: the same operations from collectives of `jax.lax` alone.
+
+It runs wherever JAX runs, over any number of processes, and is the fallback and a baseline; it is
+not fast: rows are gathered from all ranks. Sums are taken in the defined order with the defined
+roundings; whether XLA fuses a multiplication and an addition is up to XLA, so a weighted combine
+may differ from the other backends in the last bit of the float32 accumulator.
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+from jax_ep._src import compat
+from jax_ep._src.backends.plan import Counts, Plan
+from jax_ep._src.backends.xla import (
+    differentiation,  # noqa: F401  its rules
+    primitives,
+)
+from jax_ep._src.backends.xla import plan as plans
+from jax_ep._src.backends.xla.primitives import CombineOperands, ExchangeOperands, exchange
+from jax_ep._src.spec import OpSpec
+
+
+def _varying(spec: OpSpec, operands: Any) -> Any:
+    """The operands, all varying over the group's axes, and over others if one of them does."""
+    leaves, tree = jax.tree.flatten(operands)
+    axes = compat.varying_axes(jax.lax.axis_index(spec.axis_names), *leaves)
+    return jax.tree.unflatten(tree, compat.as_varying(axes, *leaves))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
+    """Gathers the routing of all ranks; every rank works out all rows."""
+    made, counts = plans.plan(spec, _varying(spec, topk_idx))
+    return made._replace(topk_idx=topk_idx), counts
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dispatch(
+    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, jax.Array | None]:
+    """Gathers all ranks' rows and keeps those of this rank."""
+    operands = _varying(spec, ExchangeOperands(x, token_scalars, plan))
+    rows, row_scalars = exchange(spec, operands, is_dispatch=True)
+    assert rows is not None
+    return rows, row_scalars
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
+    """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them on those."""
+    if weights is not None:
+        return primitives.combine(spec, _varying(spec, CombineOperands(y, weights, plan)))
+    operands = _varying(spec, ExchangeOperands(y, None, plan))
+    out = exchange(spec, operands, is_dispatch=False).rows
+    assert out is not None
+    return out

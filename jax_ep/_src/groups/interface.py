@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `EpGroup` needs of the kinds of groups: `cpu.py`, `cuda.py` and `xla.py` are siblings here.
+
+A module of a platform has `offer(parameters) -> Offer` and `DEFAULT_TIMEOUT_S`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+from jax_ep._src.config import EpConfig
+from jax_ep._src.groups.health import EpHealth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupParameters:
+    """What a group is made from. Fields as in `EpGroup`."""
+
+    mesh: jax.sharding.Mesh
+    axis_names: tuple[str, ...]
+    config: EpConfig
+    num_ranks: int
+    warn_after: float
+    timeout: float
+
+
+class BackendGroup(Protocol):
+    """What a backend keeps for an `EpGroup` while that is open.
+
+    Attributes:
+        group_id: by which the compiled module knows it; -1 where there is none.
+        heap_bytes: bytes of GPU memory that each rank holds for its peers' rows.
+    """
+
+    group_id: int
+    heap_bytes: int
+
+    def health(self) -> EpHealth:
+        """Whom the ranks of this process wait for."""
+        ...
+
+    def close(self) -> None:
+        """Frees it; called once, when no program that is running needs it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Offer:
+    """Whether a platform's own kernels can serve a group, and how.
+
+    Attributes:
+        why_not: why they cannot; None if they can.
+        make: makes the group of this name.
+    """
+
+    why_not: str | None
+    make: Callable[[str], BackendGroup]
+
+    @classmethod
+    def refusal(cls, why_not: str) -> "Offer":
+        """Says that they cannot."""
+
+        def make(name: str) -> BackendGroup:
+            raise AssertionError(f"{name} cannot be made: {why_not}")
+
+        return cls(why_not=why_not, make=make)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group that collectives of XLA serve: it keeps nothing."""
+
+from jax_ep._src.groups.health import EpHealth
+
+
+class XlaGroup:
+    """A `BackendGroup` of no compiled module; attributes as there."""
+
+    group_id = -1
+    heap_bytes = 0
+
+    def __init__(self, name: str) -> None:
+        """Takes the name that others use for messages."""
+        del name
+
+    def health(self) -> EpHealth:
+        """Nothing is known."""
+        return EpHealth()
+
+    def close(self) -> None:
+        """Has nothing to free."""

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sizes a group of so many ranks can have."""
+
+from jax_ep._src import limits
+from jax_ep._src.config import EpConfig
+
+
+def check_num_ranks(config: EpConfig, num_ranks: int, axis_name: str | tuple[str, ...]) -> None:
+    """Raises unless a config fits a number of ranks, on any backend.
+
+    Raises:
+        ValueError: it does not; the message names what is too large, and what to change.
+    """
+    if config.num_experts % num_ranks:
+        raise ValueError(
+            f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
+            f"group's {num_ranks} ranks (axis {axis_name!r} of the mesh)"
+        )
+    recv_capacity = config.capacity(num_ranks)
+    if recv_capacity > limits.INT32_MAX:
+        raise ValueError(
+            f"the receive buffer would have {recv_capacity} rows; at most {limits.INT32_MAX} "
+            "are supported: set EpConfig.recv_capacity (see with_capacity_factor) or lower "
+            "max_tokens_per_rank"
+        )
+
+
+def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
+    """Which size the kernels for GPUs cannot serve; None if they can serve all."""
+    for field, maximum in (
+        ("num_topk", limits.MAX_TOPK),
+        ("num_experts", limits.MAX_EXPERTS),
+        ("max_tokens_per_rank", limits.MAX_TOKENS_PER_RANK),
+    ):
+        value = getattr(config, field)
+        if value > maximum:
+            return f"EpConfig.{field} is {value}; on GPUs it may be at most {maximum}"
+    if num_ranks > limits.MAX_RANKS:
+        return f"the group has {num_ranks} ranks; on GPUs it may have at most {limits.MAX_RANKS}"
+    return None
