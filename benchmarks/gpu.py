@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures plan, dispatch, combine and their backward passes with all ranks on one GPU.
 
-Ranks are processes under MPS, as in the tests of tests/gpu, whose launcher is used here. So this
-exercises the GPU's memory, and no NVLink. docs/benchmarks.md says what is measured, and how.
+Ranks are processes under MPS, as in the tests of tests/gpu. So this exercises the GPU's memory, and
+no NVLink. docs/benchmarks.md says what is measured, and how.
 """
 
 import argparse
@@ -13,19 +13,12 @@ import sys
 import time
 from typing import Any
 
-from ep_bench import gpu_environment, gpu_kernels, gpu_plot, gpu_report
+from ep_bench import gpu_environment, gpu_kernels, gpu_plot, gpu_programs, gpu_ranks, gpu_report
 from ep_bench.gpu_cases import SMOKE_CASES, GpuCase, all_cases, some_cases
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The tests' package `gpu` is to be found, and not this file.
-sys.path[0] = str(ROOT / "tests")
-sys.path.insert(1, str(ROOT / "tools" / "docs"))
-import marked_part  # noqa: E402
-
-from ep_bench import gpu_programs, gpu_ranks  # noqa: E402
-from gpu.mps import MpsDaemon  # noqa: E402
-from gpu.placement import Placement  # noqa: E402
-from gpu.ranks import Case  # noqa: E402
+from ep_launch.mps import MpsDaemon
+from ep_launch.placement import Placement
+from ep_launch.ranks import Case
+from marked_part import replaced
 
 # Of the GPU, for the XLA of each rank: large enough for 2 GB of rows in each of several arrays.
 MEMORY_FRACTION = ".1"
@@ -125,7 +118,7 @@ def main() -> None:
     found = json.loads(args.report.read_text()) if args.report else measure(args)
     print(gpu_report.to_text(found))
     if args.markdown:
-        page = marked_part.replaced(
+        page = replaced(
             args.markdown.read_text(), "benchmarks/gpu.py", gpu_report.to_markdown(found)
         )
         args.markdown.write_text(page)

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ep_bench import gpu_environment, nvlink_cases, nvlink_plot, nvlink_report
+from ep_bench import (
+    gpu_environment,
+    gpu_programs,
+    gpu_ranks,
+    nvlink_cases,
+    nvlink_plot,
+    nvlink_programs,
+    nvlink_report,
+)
 from ep_bench.gpu_cases import GpuCase
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The tests' package `gpu` is to be found, and not gpu.py.
-sys.path[0] = str(ROOT / "tests")
-sys.path.insert(1, str(ROOT / "tools" / "docs"))
-import marked_part  # noqa: E402
-
-from ep_bench import gpu_programs, gpu_ranks, nvlink_programs  # noqa: E402
-from gpu.placement import Placement, count_gpus  # noqa: E402
-from gpu.ranks import Case  # noqa: E402
+from ep_launch.placement import Placement, count_gpus
+from ep_launch.ranks import Case
+from marked_part import replaced
 
 NUM_SAMPLES = 50
 LINK_BYTES = 2**28
@@ -242,7 +243,7 @@ def main() -> None:
         args.json.write_text(json.dumps(found, indent=1) + os.linesep)
     if args.markdown:
         text = nvlink_report.to_markdown(found)
-        page = marked_part.replaced(args.markdown.read_text(), "benchmarks/nvlink.py", text)
+        page = replaced(args.markdown.read_text(), "benchmarks/nvlink.py", text)
         args.markdown.write_text(page)
     if args.plot:
         nvlink_plot.draw(found, args.plot)

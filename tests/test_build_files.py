@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-import bazel_files
-import cmake_files
 import jax_ep
+from ep_testing import bazel_files, cmake_files
 from jax_ep._src.capabilities import serves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,7 +48,7 @@ def test_bazel_has_every_module_of_the_package():
 
 
 def test_bazel_has_every_program_and_every_test():
-    tops = ("benchmarks", "examples", "tests")
+    tops = ("benchmarks", "examples", "testing", "tests")
     programs = {name for name in _in_bazel(".py") if name.startswith(tops)}
     consumer = _in_folders(".py", tops=("tests/bazel_consumer",))
     assert programs == _in_folders(".py", tops=tops) - consumer

@@ -8,11 +8,11 @@ import re
 import jax
 import pytest
 
-import fake_cuda
 import jax_ep
+from ep_testing import fake_cuda
+from ep_testing.programs import make_mesh
 from jax_ep._src import capabilities, group, info
 from jax_ep._src.capabilities import serves
-from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
 # Hopper, Blackwell, Blackwell Ultra, Thor, RTX of Blackwell, and one that does not exist yet.

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 import jax_ep
+from ep_testing import program_files
+from ep_testing.programs import make_mesh
 from jax_ep._src import cuda_group, native
 from jax_ep._src import group as group_module
-from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -154,10 +155,7 @@ def test_the_index_names_every_page():
 
 def _generator() -> types.ModuleType:
     path = ROOT / "tools" / "docs" / "api_reference.py"
-    spec = importlib.util.spec_from_file_location("api_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program_files.load(path)
 
 
 def test_the_api_reference_is_up_to_date():

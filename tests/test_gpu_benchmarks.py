@@ -19,7 +19,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from ep_bench import gpu_bytes, gpu_kernels, gpu_plot, gpu_report
 from ep_bench.gpu_cases import FP8, OPERATIONS, SIZES, GpuCase, Rows, all_cases, some_cases
-from programs import make_mesh, over_ranks
+from ep_testing.programs import make_mesh, over_ranks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "benchmarks" / "gpu.py"

@@ -23,9 +23,9 @@ from ep_bench.cases import Case as CpuCase
 from ep_bench.checks import Expected, WrongResultError
 from ep_bench.gpu_cases import FP8, GpuCase
 from ep_bench.variants import as_numpy, ep_config, open_variant, put
-from gpu.placement import Placement
-from gpu.ranks import Case
-from programs import make_mesh
+from ep_launch.placement import Placement
+from ep_launch.ranks import Case
+from ep_testing.programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "benchmarks" / "nvlink.py"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that runs all that needs several GPUs: its pieces, and what it says of their ends."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,20 +12,14 @@ import time
 
 import pytest
 
-from gpu.run import parse_args as parse_tests
+from ep_testing import program_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tools" / "run_nvlink.py"
 
 
-def _load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load(PROGRAM)
+tool = program_files.load(PROGRAM)
+parse_tests = program_files.load(ROOT / "tests" / "gpu" / "run.py").parse_args
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4, 5, 8])
@@ -196,10 +189,10 @@ def test_at_the_limit_each_rank_says_where_it_stands(tmp_path, monkeypatch, caps
     ranks_folder.mkdir()
     program.write_text(
         "import pathlib, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "from gpu.placement import Placement\n"
-        "from gpu.ranks import Case, run_ranks\n"
-        "from placed_programs import stall\n"
+        f"sys.path.insert(0, {str(ROOT / 'testing')!r})\n"
+        "from ep_launch.placement import Placement\n"
+        "from ep_launch.ranks import Case, run_ranks\n"
+        "from ep_testing.placed_programs import stall\n"
         f"folder = pathlib.Path({str(ranks_folder)!r})\n"
         "run_ranks([Case('stalling', stall, {'folder': folder})], num_ranks=2, folder=folder,\n"
         "          environment={'JAX_PLATFORMS': 'cpu'}, placement=Placement.OWN)\n"

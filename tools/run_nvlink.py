@@ -22,9 +22,9 @@ import time
 from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from gpu import standing  # noqa: E402
-from gpu.placement import count_gpus  # noqa: E402
+sys.path.insert(0, str(ROOT / "testing"))
+from ep_launch import standing  # noqa: E402
+from ep_launch.placement import count_gpus  # noqa: E402
 
 # What every piece needs: the modules, compiled for this machine's GPUs into the source tree.
 BUILD = ["tests/gpu/run.py", "--build-only"]

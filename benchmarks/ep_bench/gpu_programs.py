@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax_ep
 from ep_bench.gpu_bytes import chain_length
 from ep_bench.gpu_cases import HIDDEN, GpuCase
-from programs import over_ranks
+from ep_testing.programs import over_ranks
 
 NUM_SAMPLES = 50
 NUM_BASELINE_SAMPLES = 20

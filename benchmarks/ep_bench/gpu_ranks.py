@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the work of a benchmark on ranks, by the launcher of tests/gpu."""
+"""Runs the work of a benchmark on ranks, by the launcher of the GPU tests."""
 
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ep_bench
-from gpu.placement import Placement
-from gpu.ranks import Case, failure_report, run_ranks
+from ep_launch.placement import Placement
+from ep_launch.ranks import Case, failure_report, run_ranks
 
 # Of one set of processes. Less than a piece of `make nvlink` may take, so that what was measured by
 # then is reported.
@@ -37,16 +35,11 @@ def values_by_rank(
         RuntimeError: a rank failed; the message has the first one's traceback first.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        # Ranks find this folder's package, but not the programs beside it.
-        (folder / "ep_bench").symlink_to(pathlib.Path(ep_bench.__file__).parent)
-        path = [str(folder), *filter(None, sys.path)]
         runs = run_ranks(
             work,
             num_ranks=num_ranks,
-            folder=folder,
+            folder=pathlib.Path(name),
             environment={
-                "PYTHONPATH": os.pathsep.join(path),
                 "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
                 **environment,
             },

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOLDERS = ("benchmarks", "csrc", "examples", "jax_ep", "tests", "tools", "xla_ffi")
+FOLDERS = ("benchmarks", "csrc", "examples", "jax_ep", "testing", "tests", "tools", "xla_ffi")
 SUFFIXES = {".bazel", ".bzl", ".cc", ".cu", ".cuh", ".h", ".py", ".pyi"}
 MAX_LINES = 450
 # A name that fits everything hides everything.

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gpu.rank_programs import layer, place
+from ep_testing.problems import EpProblem
+from ep_testing.programs import make_group, over_ranks
+from ep_testing.rank_programs import layer, place
 from jax_ep._src import compat
-from problems import EpProblem
-from programs import make_group, over_ranks
 
 # By then XLA replays its graphs without asking the handlers.
 _CALLS = 30

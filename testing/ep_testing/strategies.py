@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import hypothesis.strategies as st
 
-from problems import EpProblem, Table
+from ep_testing.problems import EpProblem, Table
 
 RANKS = (1, 2, 3, 4, 6, 8)
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from fake_cudart import FakeCudart
+from ep_testing.fake_cudart import FakeCudart
 
 # Results of each handler; what else it takes is an operand.
 RESULTS = {

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from problems import EpProblem
+from ep_testing.problems import EpProblem
 
 
 def make_mesh(shape: Sequence[int], names: Sequence[str], *, order: Any = None) -> Mesh:

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpu import standing
-from gpu.placement import Placement
-from processes import free_port
+from ep_launch import standing
+from ep_launch.placement import Placement
+from ep_launch.processes import free_port
 
 # After a rank has failed, the others may still be waiting for it, each until its own deadline.
 _GRACE_S = 30.0
@@ -146,9 +146,9 @@ def run_ranks(
 def _start(
     args: list[str], log_path: pathlib.Path, environment: dict[str, str]
 ) -> subprocess.Popen:
-    tests = pathlib.Path(__file__).parents[1]
+    testing = pathlib.Path(__file__).parents[1]
     variables = {
-        "PYTHONPATH": os.pathsep.join([str(tests), *filter(None, sys.path)]),
+        "PYTHONPATH": os.pathsep.join([str(testing), *filter(None, sys.path)]),
         "JAX_PLATFORMS": "cuda",
         "XLA_FLAGS": "",
         "TF_CPP_MIN_LOG_LEVEL": "1",
@@ -156,7 +156,7 @@ def _start(
     }
     with open(log_path, "w") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "gpu.rank_main", *args],
+            [sys.executable, "-P", "-m", "ep_launch.rank_main", *args],
             env=os.environ | variables | environment,
             stdin=subprocess.PIPE,
             stdout=log,

@@ -5,10 +5,10 @@ import itertools
 
 import numpy as np
 
+from ep_testing.problems import EpProblem
 from jax_ep import reference
-from problems import EpProblem
 
-_MOST_LINES = 8
+_MAX_LINES = 8
 
 
 def bits(a: np.ndarray) -> np.ndarray:
@@ -17,7 +17,7 @@ def bits(a: np.ndarray) -> np.ndarray:
     return a.view(f"u{a.dtype.itemsize}")
 
 
-def explain_row(row: np.ndarray, problem: EpProblem) -> str:
+def describe_row(row: np.ndarray, problem: EpProblem) -> str:
     """Says whose row this is: `token 3 of rank 1`, or what it is pieced together from."""
     row = np.asarray(row)
     if not row.astype(np.float32).any():
@@ -40,7 +40,7 @@ def explain_row(row: np.ndarray, problem: EpProblem) -> str:
         name = "no token's values" if number < 0 else _token_name(number, problem)
         parts.append(f"{name} in columns {column} to {last}")
         column = last + 1
-    shown = parts[:_MOST_LINES] + ["..."] * (len(parts) > _MOST_LINES)
+    shown = parts[:_MAX_LINES] + ["..."] * (len(parts) > _MAX_LINES)
     return "; ".join(shown)
 
 
@@ -61,19 +61,19 @@ def _expected_row(rank: int, row: int, problem: EpProblem) -> str:
     return f"{_token_name(source, problem)} ({chosen})"
 
 
-def explain_mismatch(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> str:
+def describe_differing_rows(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> str:
     """Lists the rows `[R, C, H]` that differ: whose row is there, and whose should be."""
     lines = []
     differs = (bits(got) != bits(want)).any(axis=-1)
     for rank, row in np.argwhere(differs):
         lines.append(
-            f"rank {rank}, row {row}: holds {explain_row(got[rank, row], problem)}; "
+            f"rank {rank}, row {row}: holds {describe_row(got[rank, row], problem)}; "
             f"expected {_expected_row(rank, row, problem)}"
         )
     return _shorten(lines, f"{problem.name}: {len(lines)} rows differ")
 
 
-def explain_output_mismatch(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> str:
+def describe_differing_sums(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> str:
     """Lists the tokens `[R, T, H]` whose sums differ, with the rows that they come from."""
     lines = []
     for rank, token in np.argwhere((bits(got) != bits(want)).any(axis=-1)):
@@ -94,25 +94,25 @@ def explain_output_mismatch(got: np.ndarray, want: np.ndarray, problem: EpProble
 
 
 def _shorten(lines: list[str], title: str) -> str:
-    rest = len(lines) - _MOST_LINES
-    return "\n  ".join([title, *lines[:_MOST_LINES], *([f"and {rest} more"] if rest > 0 else [])])
+    rest = len(lines) - _MAX_LINES
+    return "\n  ".join([title, *lines[:_MAX_LINES], *([f"and {rest} more"] if rest > 0 else [])])
 
 
-def _assert_same_type(got: np.ndarray, want: np.ndarray) -> None:
+def _assert_same_shape_and_dtype(got: np.ndarray, want: np.ndarray) -> None:
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
-def assert_same_rows(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> None:
+def assert_rows_equal(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> None:
     """Rows `[R, C, H]` agree bit by bit; without zero_fill, only where they hold a token."""
     got, want = np.asarray(got), np.asarray(want)
-    _assert_same_type(got, want)
+    _assert_same_shape_and_dtype(got, want)
     if not problem.zero_fill:
         got = np.where(problem.plan.row_source[..., None] >= 0, got, want)
-    assert np.array_equal(bits(got), bits(want)), explain_mismatch(got, want, problem)
+    assert np.array_equal(bits(got), bits(want)), describe_differing_rows(got, want, problem)
 
 
-def assert_same_output(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> None:
+def assert_sums_equal(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> None:
     """Sums `[R, T, H]` agree bit by bit."""
     got, want = np.asarray(got), np.asarray(want)
-    _assert_same_type(got, want)
-    assert np.array_equal(bits(got), bits(want)), explain_output_mismatch(got, want, problem)
+    _assert_same_shape_and_dtype(got, want)
+    assert np.array_equal(bits(got), bits(want)), describe_differing_sums(got, want, problem)

@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-import explain
 import jax_ep
-from gpu.rank_programs import place
+from ep_testing import assertions
+from ep_testing.programs import over_ranks
+from ep_testing.rank_programs import place
 from jax_ep import reference
-from programs import over_ranks
 
 TOKENS, HIDDEN, TOPK, EXPERTS = 4096, 7168, 8, 256
 # The first and the last 128: whole blocks of the FP8 wire.
@@ -108,8 +108,8 @@ def check(got: dict[str, np.ndarray], layout: str, wire_dtype: str | None) -> No
         np.testing.assert_array_equal(got[name], values, name)
     if wire_dtype is None:
         np.testing.assert_array_equal(got["wrong"], 0, "elements of rows")
-    np.testing.assert_array_equal(explain.bits(got["rows"]), explain.bits(want.x), "rows")
+    np.testing.assert_array_equal(assertions.bits(got["rows"]), assertions.bits(want.x), "rows")
     some = {f: getattr(want.plan, f)[:, ::_EVERY] for f in ("topk_idx", "slot")}
     plan = dataclasses.replace(want.plan, **some)
     sums = reference.combine(want.x, plan, want.weights, dtype=ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(explain.bits(got["out"]), explain.bits(sums), "sums")
+    np.testing.assert_array_equal(assertions.bits(got["out"]), assertions.bits(sums), "sums")

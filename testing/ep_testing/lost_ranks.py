@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpu.rank_programs import place, turns_program
+from ep_testing.problems import EpProblem
+from ep_testing.programs import make_group
+from ep_testing.rank_programs import place, turns_program
 from jax_ep._src import compat
-from problems import EpProblem
-from programs import make_group
 
 # Programs in a row, and turns of each: enough for a rank to be lost in the middle.
 _PROGRAMS, _TURNS = 3000, 100

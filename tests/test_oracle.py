@@ -6,23 +6,22 @@ import functools
 import hypothesis
 import pytest
 
-import explain
-import strategies
-from agreement import check_exchange
-from problems import PROBLEMS, EpProblem, params
-from programs import exchange, exchange_program, make_group, run_exchange
+from ep_testing import assertions, strategies
+from ep_testing.oracle_checks import assert_matches_oracle
+from ep_testing.problems import PROBLEMS, EpProblem, params
+from ep_testing.programs import exchange, exchange_program, make_group, run_exchange
 
 
 @pytest.mark.parametrize("problem", params())
 def test_a_backend_gives_the_oracles_bits(problem, backend):
-    check_exchange(problem, exchange(problem, backend), backend)
+    assert_matches_oracle(problem, exchange(problem, backend), backend)
 
 
 @hypothesis.given(problem=strategies.problems())
 @hypothesis.settings(max_examples=6)
 def test_random_sizes_agree(problem):
     for backend in ("ffi", "xla"):
-        check_exchange(problem, exchange(problem, backend), backend)
+        assert_matches_oracle(problem, exchange(problem, backend), backend)
 
 
 @functools.cache
@@ -37,7 +36,7 @@ def test_random_routings_of_one_size_agree(name, data):
     base = PROBLEMS[name]
     problem = data.draw(strategies.reroutings(base))
     for backend in ("ffi", "xla"):
-        check_exchange(problem, run_exchange(_program(base, backend), problem), backend)
+        assert_matches_oracle(problem, run_exchange(_program(base, backend), problem), backend)
 
 
 @pytest.mark.parametrize("problem", params("eight_ranks", "deepseek_by_rank", "fp8"))
@@ -47,5 +46,5 @@ def test_the_same_inputs_give_the_same_bits_on_every_run(problem, backend):
         first = run_exchange(program, problem)
         for _ in range(5):
             again = run_exchange(program, problem)
-            explain.assert_same_output(again.weighted, first.weighted, problem)
-            explain.assert_same_rows(again.received.x, first.received.x, problem)
+            assertions.assert_sums_equal(again.weighted, first.weighted, problem)
+            assertions.assert_rows_equal(again.received.x, first.received.x, problem)

@@ -23,7 +23,7 @@ import pytest
 from jax_ep._src import cuda_group, cuda_watch, native
 from jax_ep._src import group as group_module
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 UNKNOWN = 999  # cudaErrorUnknown
 OUT_OF_MEMORY = 2
 _WORDS = "cudaMalloc: 32768 bytes"  # kWordsAtOnce times kControlBytes

@@ -9,18 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 
-import explain
-from agreement import check_exchange
-from gpu import rank_programs
-from gpu.ranks import Case, RankRun, failure_report, stacked
-from problems import EpProblem
-from programs import Exchanged, make_mesh
+from ep_launch.ranks import Case, RankRun, failure_report, stacked
+from ep_testing import assertions, rank_programs
+from ep_testing.oracle_checks import assert_matches_oracle
+from ep_testing.problems import EpProblem
+from ep_testing.programs import Exchanged, make_mesh
 
 
 def case_of(function: Callable[..., Any], problem: EpProblem, **kwargs: Any) -> Case:
     """A case of `rank_programs` for a problem."""
     name = f"{function.__name__}[{problem.name}]"
     return Case(name, function, {"problem": problem, **kwargs})
+
+
+def collective_cases(num_ranks: int, backend: str = "ffi") -> list[Case]:
+    """XLA's collectives beside our calls: small tokens, and rows as long as a model's."""
+    small = EpProblem(
+        name="psum", num_ranks=num_ranks, num_tokens=7, hidden=24, num_topk=3, num_experts=16
+    )
+    large = small.replace(name="psum_large", num_tokens=64, hidden=2048, routing="zipf")
+    return [case_of(rank_programs.beside_collectives, p, backend=backend) for p in (small, large)]
 
 
 def check_cases(run: Callable[..., list[RankRun]], cases: Sequence[Case], num_ranks: int) -> None:
@@ -57,19 +65,19 @@ def _compare(case: Case, got: Any, num_ranks: int) -> None:
 
 
 def _compare_exchanges(problem: EpProblem, got: Exchanged, want: Exchanged) -> None:
-    check_exchange(problem, got, "ffi")
-    explain.assert_same_rows(got.received.x, want.received.x, problem)
+    assert_matches_oracle(problem, got, "ffi")
+    assertions.assert_rows_equal(got.received.x, want.received.x, problem)
     for name in ("weights", "topk_idx", "group_sizes", "tokens_per_expert", "num_dropped"):
         _assert_same_bits(getattr(got.received, name), getattr(want.received, name))
-    explain.assert_same_output(got.weighted, want.weighted, problem)
-    explain.assert_same_output(got.unweighted, want.unweighted, problem)
+    assertions.assert_sums_equal(got.weighted, want.weighted, problem)
+    assertions.assert_sums_equal(got.unweighted, want.unweighted, problem)
 
 
 def _assert_same_bits(got: Any, want: Any) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
-        np.testing.assert_array_equal(explain.bits(g), explain.bits(w))
+        np.testing.assert_array_equal(assertions.bits(g), assertions.bits(w))
 
 
 def _assert_close(got: np.ndarray, want: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the processes of a run stand, for whoever has to end it: announced by each of them.
 
-    python tests/gpu/standing.py PROGRAM [ARGUMENTS...]
+    python testing/ep_launch/standing.py PROGRAM [ARGUMENTS...]
 
 runs a program that knows nothing of this as one that has announced itself.
 """

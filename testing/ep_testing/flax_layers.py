@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 import jax_ep
+from ep_testing.programs import make_mesh
 from jax_ep import reference
 from jax_ep.flax import linen as ep_linen
 from jax_ep.flax import nnx as ep_nnx
-from programs import make_mesh
 
 HIDDEN, EXPERTS, TOPK, FFN = 16, 8, 2, 12
 DEEPSEEK = {

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpu.rank_programs import place
+from ep_testing.rank_programs import place
 
 
 def where(mesh: Mesh) -> dict[str, Any]:

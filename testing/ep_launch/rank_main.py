@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process with ranks: `python -m gpu.rank_main FOLDER ADDRESS NUM_RANKS PLACEMENT PROCESS`.
+"""A process with ranks: `python -m ep_launch.rank_main FOLDER ADDRESS NUM_RANKS PLACEMENT PROCESS`.
 
 Started by `ranks.run_ranks`.
 """
@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from gpu import standing
-from gpu.placement import Placement
-from gpu.ranks import Case, Outcome
+from ep_launch import standing
+from ep_launch.placement import Placement
+from ep_launch.ranks import Case, Outcome
 
 
 def _of_rank(value: Any, rank: int) -> Any:

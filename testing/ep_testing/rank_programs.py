@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from problems import EpProblem
-from programs import exchange_program, make_group, over_ranks
-from test_moe import by_rank, inputs, weights_of
+from ep_testing.moe_layers import by_rank, inputs, weights_of
+from ep_testing.problems import EpProblem
+from ep_testing.programs import exchange_program, make_group, over_ranks
 
 # Longer than other ranks may take to compile.
 _TIMEOUT_S = 60.0

@@ -27,11 +27,11 @@ def run_processes(code: str, *, num_processes: int, devices_each: int) -> list[s
 
     In `code`, `process` is the index of the process. Fails the test if one of them fails.
     """
-    here = pathlib.Path(__file__).parent
+    testing = pathlib.Path(__file__).parents[1]
     preamble = PREAMBLE.format(
         devices=devices_each, processes=num_processes, address=f"127.0.0.1:{free_port()}"
     )
-    path = os.pathsep.join(p for p in [str(here), *sys.path] if p)
+    path = os.pathsep.join(p for p in [str(testing), *sys.path] if p)
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
