@@ -169,7 +169,7 @@ lint-layers: $(INSTALLED)-dev
 lint-spelling: $(INSTALLED)-dev
 	$(BIN)/typos
 
-lint-project: $(READY)
+lint-project: $(INSTALLED)-dev
 	$(BIN)/python tools/lint/check_includes.py
 	$(BIN)/python tools/lint/check_memory_order.py
 	$(BIN)/python tools/lint/check_size.py

@@ -247,10 +247,12 @@ def _in_both_layouts(name: str, **fields: Any) -> list[EpProblem]:
     ]
 
 
-def _all_problems() -> list[EpProblem]:
-    both = _in_both_layouts
-    fp8 = "float8_e4m3fn"
-    wide = {"num_ranks": 4, "num_experts": 8, "num_tokens": 8}
+_WIDE = {"num_ranks": 4, "num_experts": 8, "num_tokens": 8}
+
+
+def _problems_of_sizes() -> list[EpProblem]:
+    """Ranks, tokens, experts, and who selects what."""
+    both, wide = _in_both_layouts, _WIDE
     return [
         *both("tiny"),
         *both("no_tokens", num_tokens=0, max_tokens_per_rank=4),
@@ -269,6 +271,13 @@ def _all_problems() -> list[EpProblem]:
         *both("last_expert_only", routing="last_expert_only", **wide),
         *both("all_masked", routing="all_masked", **wide),
         *both("masked_half", num_topk=4, routing="masked_half", **wide),
+    ]
+
+
+def _problems_of_capacity() -> list[EpProblem]:
+    """Rows of the receive buffer, and alignment."""
+    both, wide = _in_both_layouts, _WIDE
+    return [
         *both("capacity_exact", recv_capacity="exact", routing="zipf", **wide),
         *both("capacity_one_short", recv_capacity="one_short", routing="zipf", **wide),
         *both("capacity_1", recv_capacity=1, **wide),
@@ -283,6 +292,14 @@ def _all_problems() -> list[EpProblem]:
         EpProblem(
             name="alignment_8_drops", expert_alignment=8, recv_capacity=13, num_topk=4, **wide
         ),
+    ]
+
+
+def _problems_of_rows() -> list[EpProblem]:
+    """Length of a row, dtypes, and the wire; then models' proportions."""
+    both, wide = _in_both_layouts, _WIDE
+    fp8 = "float8_e4m3fn"
+    return [
         *both("hidden_1", hidden=1, dtype="bfloat16"),
         *both("hidden_7", hidden=7, dtype="bfloat16", **wide),
         *both("hidden_20", hidden=20, dtype="float16"),
@@ -309,7 +326,10 @@ def _all_problems() -> list[EpProblem]:
     ]
 
 
-PROBLEMS = {problem.name: problem for problem in _all_problems()}
+PROBLEMS = {
+    problem.name: problem
+    for problem in (*_problems_of_sizes(), *_problems_of_capacity(), *_problems_of_rows())
+}
 
 
 def params(*names: str) -> list[Any]:
