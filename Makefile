@@ -63,7 +63,7 @@ fake-cuda: $(READY)
 	@$(BIN)/cmake --build build/fake_cuda-$(PY_TAG) --parallel $(JOBS) --target _cuda_on_fake
 
 bench: $(INSTALLED)-bench ## Measure dispatch and combine against baselines of lax collectives
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 # Library and tests of csrc alone, without Python or JAX.
 comma := ,

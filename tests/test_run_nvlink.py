@@ -35,7 +35,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         if program.endswith("train_moe_lm.py"):
             options = example_args(args)
             assert (options.platform, options.num_devices) == ("cuda", ranks)
-        elif program.endswith("run.py"):
+        elif program.startswith("tests"):
             options = parse_tests(args)
             tested += [(options.placement, piece) for piece in options.pieces]
         else:
@@ -52,7 +52,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
 
 
 def _benchmark_parses(args):
-    code = f"import sys; sys.path.insert(0, 'benchmarks'); import nvlink; nvlink.parse_args({args})"
+    code = f"import sys; sys.path.insert(0, 'benchmarks'); import run; run.parse_args({args})"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -225,7 +225,8 @@ def test_at_the_limit_each_rank_says_where_it_stands(tmp_path, monkeypatch, caps
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_real_program_finds_its_modules_and_the_library(tmp_path):
-    assert tool.run(["benchmarks/nvlink.py", "--smoke"], tmp_path / "log") == "passed"
+    smoke = ["benchmarks/run.py", "--placement", "one_process", "--smoke"]
+    assert tool.run(smoke, tmp_path / "log") == "passed"
     train = ["examples/train_moe_lm.py", "--help"]
     assert tool.run(train, tmp_path / "log").startswith("FAILED: it learned nothing")
     assert "--platform" in (tmp_path / "log").read_text()

@@ -57,7 +57,7 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
 
     def bench(placement: str, tokens: int) -> list[str]:
         sizes = ["--ranks", str(ranks), "--tokens", str(tokens), "--placement", placement]
-        return ["benchmarks/nvlink.py", *sizes, "--json", str(bench_json(placement, tokens))]
+        return ["benchmarks/run.py", *sizes, "--json", str(bench_json(placement, tokens))]
 
     def bench_json(placement: str, tokens: int) -> pathlib.Path:
         return out / f"{placement}_{tokens}.json"
@@ -179,7 +179,7 @@ def _run_all(names: Iterable[str], every: Pieces, out: pathlib.Path) -> Results:
     for name in names:
         one(name, every[name])
     if numbers := sorted(str(p) for p in out.glob("*.json") if p.name != SUMMARY):
-        one("report", ["benchmarks/nvlink.py", "--report", *numbers])
+        one("report", ["benchmarks/run.py", "--report", *numbers])
     return results
 
 

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the comparison: check, time in turns, then memory in processes of their own."""
+"""Measures dispatch + combine on 8 CPU devices against what users write with lax collectives.
 
+Every variant is checked against the oracle first. Times are taken in turns, in random order;
+memory in a process for each variant.
+"""
+
+import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ep_bench import memory
-from ep_bench.cases import Case
+from ep_bench import environment, memory
+from ep_bench.cases import DEFAULT_CASES, DTYPES, NUM_RANKS, SMOKE_CASES, Case
 from ep_bench.checks import Expected
 from ep_bench.timing import Spread, paired_ratio, time_in_turns
 from ep_bench.variants import (
@@ -25,6 +32,8 @@ from ep_bench.variants import (
     put,
 )
 
+NUM_PAIRS = 30
+NUM_SMOKE_PAIRS = 3
 # The slow fallback is no baseline: a few samples must do.
 ROUNDS_PER_SAMPLE = {"xla": 6}
 
@@ -180,3 +189,52 @@ def _add_memory(
                 for field in ("peak_rss_bytes", "planned_bytes"):
                     result["variants"][key][field] = measured[field]
         step(f"{case.name} memory of {key}")
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fills in cases, dtypes and pairs.
+
+    Raises:
+        ValueError: something is wrong with them; the message has the option.
+    """
+    default = SMOKE_CASES if args.smoke else DEFAULT_CASES
+    args.cases = [Case.parse(c) for c in args.cases.split(",")] if args.cases else default
+    args.dtypes = args.dtypes.split(",") if args.dtypes else list(DTYPES)
+    if unknown := set(args.dtypes) - set(DTYPES):
+        raise ValueError(f"unknown dtypes {sorted(unknown)}; allowed: {', '.join(DTYPES)}")
+    if args.pairs is None:
+        args.pairs = NUM_SMOKE_PAIRS if args.smoke else NUM_PAIRS
+    if args.pairs < 1:
+        raise ValueError(f"--pairs is {args.pairs}; it must be at least 1")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs everything, with a progress bar; the numbers, for the JSON."""
+    environment.use_host_devices()
+    where = environment.describe()
+    console = Console(stderr=True)
+    if where["load_before"] > 0.5:
+        console.print(
+            f"[yellow]The load average is {where['load_before']}: what else runs here will show "
+            "in the spread of the times."
+        )
+    settings = Settings(
+        cases=args.cases,
+        dtypes=args.dtypes,
+        num_pairs=args.pairs,
+        backend=args.backend,
+        with_memory=not args.no_memory,
+    )
+    columns = (TextColumn("{task.description:48}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=settings.num_steps)
+        results = run(settings, lambda what: progress.update(task, advance=1, description=what))
+    return {
+        "environment": where,
+        "num_ranks": NUM_RANKS,
+        "num_pairs": args.pairs,
+        "results": results,
+    }

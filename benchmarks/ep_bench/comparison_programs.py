@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks on GPUs of their own run and time beside `gpu_programs`: all with XLA's collectives.
+"""What ranks on GPUs of their own run and time beside our operations: all with XLA's collectives.
 
 Every process runs every program equally often, or a collective would wait for ever: how often is
 decided by sizes alone, never by a clock.
@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_ep
+from ep_bench.bytes_moved import chain_length
+from ep_bench.cases import FP8, HIDDEN, NUM_TOPK, GpuCase
 from ep_bench.checks import Expected
-from ep_bench.gpu_bytes import chain_length
-from ep_bench.gpu_cases import FP8, HIDDEN, NUM_TOPK, GpuCase
-from ep_bench.gpu_programs import last_of, samples_of
+from ep_bench.operation_programs import last_of, samples_of
 from ep_bench.variants import AXIS, open_variant
 
 COPIES = 10  # of one sample
@@ -144,7 +144,7 @@ def compare(
     Args:
         mesh: of the ranks.
         case: sizes and routing.
-        keys: of `nvlink_cases.COMPARED`.
+        keys: of `variants.COMPARED`.
         num_samples: of each.
         num_calls: of a sample, started without waiting; None: about 10 ms of them. CPU devices come
             to a standstill with hundreds.

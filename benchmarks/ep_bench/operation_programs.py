@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_ep
-from ep_bench.gpu_bytes import chain_length
-from ep_bench.gpu_cases import HIDDEN, GpuCase
+from ep_bench.bytes_moved import chain_length
+from ep_bench.cases import HIDDEN, GpuCase
 from ep_testing.programs import over_ranks
 
 NUM_SAMPLES = 50

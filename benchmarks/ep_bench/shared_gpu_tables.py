@@ -1,36 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks measured on a GPU, put together, and as tables."""
+"""What ranks measured on one GPU, put together, and as tables."""
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
-from ep_bench.gpu_bytes import floor
-from ep_bench.gpu_cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, OPERATIONS, GpuCase
-from ep_bench.timing import Spread
+from ep_bench import cells
+from ep_bench.bytes_moved import floor
+from ep_bench.cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, OPERATIONS, GpuCase
+from ep_bench.cells import (
+    WHAT,
+    ByRank,
+    Found,
+    Result,
+    label,
+    microseconds,
+    slowest,
+    table,
+    time_cell,
+)
 
 # Of the copy bandwidth, at the first size with 16 SMs a rank; and of one token, in seconds.
 GOAL_SHARE = 0.6
 GOAL_OVERHEAD_S = 15e-6
-
-ByRank = Sequence[Mapping[str, np.ndarray]]
-Result = Mapping[str, Any]
-
-
-def slowest(values: ByRank) -> dict[str, Any]:
-    """Spread and samples of the slowest rank in each sample, by name."""
-    found = {}
-    for name in values[0]:
-        samples = np.max([of_rank[name] for of_rank in values], axis=0)
-        found[name] = {
-            **dataclasses.asdict(Spread.of(samples)),
-            "samples": [float(f"{s:.5g}") for s in samples],
-        }
-    return found
 
 
 def result(case: GpuCase, values: ByRank) -> dict[str, Any]:
@@ -57,7 +52,7 @@ def copy_bandwidths(values: ByRank) -> dict[str, float]:
     return {"all": float(np.median(together)), "one": float(np.median(values[0]["one"]))}
 
 
-def copy_bandwidth(found: Mapping[str, Any]) -> float:
+def copy_bandwidth(found: Found) -> float:
     """What ratios refer to: the largest of all medians."""
     return max(max(of_ranks.values()) for of_ranks in found["copy"].values())
 
@@ -68,37 +63,10 @@ def share(entry: Result, operation: str, of: str, bandwidth: float) -> float:
     return entry["bytes"][operation][of] / seconds / bandwidth
 
 
-def microseconds(seconds: float) -> str:
-    """For a cell of a table."""
-    value = 1e6 * seconds
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def time_cell(spread: Mapping[str, float]) -> str:
-    """Median and percentiles, in microseconds."""
-    median, low, high = (microseconds(spread[name]) for name in ("median", "p10", "p90"))
-    return f"{median} ({low}-{high})"
-
-
-def label(case: Mapping[str, Any]) -> list[str]:
-    """The cells that say what was measured; what is not the default is said."""
-    wire = "FP8" if case["wire_dtype"] else "BF16"
-    words = [case["layout"]]
-    words += [case["routing"]] if case["routing"] != "uniform" else []
-    words += ["zeros filled"] if case["zero_fill"] else []
-    return [f"{case['num_tokens']}, {case['num_ranks']}", wire, ", ".join(words), case["num_sms"]]
-
-
 _KERNELS = ("plan", "dispatch", "combine")
-WHAT = ["T, R", "wire", "layout", "SMs"]
 
 
-def table(headers: list[str], rows: list[list[Any]], tablefmt: str) -> str:
-    """In the format that tabulate calls so."""
-    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
-
-
-def time_table(found: Mapping[str, Any], tablefmt: str) -> str:
+def time_table(found: Found, tablefmt: str) -> str:
     """Microseconds of each operation."""
     rows = [
         [
@@ -110,7 +78,7 @@ def time_table(found: Mapping[str, Any], tablefmt: str) -> str:
     return table([*WHAT, *OPERATIONS.values()], rows, tablefmt)
 
 
-def share_table(found: Mapping[str, Any], tablefmt: str) -> str:
+def share_table(found: Found, tablefmt: str) -> str:
     """GB moved, and the shares of the copy bandwidth by both floors."""
     bandwidth = copy_bandwidth(found)
 
@@ -137,7 +105,7 @@ def overheads(r: Result) -> dict[str, float]:
     return {name: medians[name] - alone[name] for name in _KERNELS if name in medians}
 
 
-def kernel_table(found: Mapping[str, Any], tablefmt: str) -> str:
+def kernel_table(found: Found, tablefmt: str) -> str:
     """Kernels alone beside what they take under jit. Empty if they were not measured."""
 
     def cells(r: Result) -> list[str]:
@@ -152,7 +120,7 @@ def kernel_table(found: Mapping[str, Any], tablefmt: str) -> str:
     return table([*WHAT, *headers], rows, tablefmt) if rows else ""
 
 
-def baseline_table(found: Mapping[str, Any], tablefmt: str) -> str:
+def baseline_table(found: Found, tablefmt: str) -> str:
     """What XLA takes to move as many rows within each rank."""
     rows = []
     for r in found["baselines"]:
@@ -178,7 +146,7 @@ def _by_operation(seconds: Mapping[str, float]) -> str:
     )
 
 
-def summary(found: Mapping[str, Any]) -> str:
+def summary(found: Found) -> str:
     """How the goals were met."""
     bandwidth = copy_bandwidth(found)
     first = next(
@@ -214,9 +182,9 @@ def summary(found: Mapping[str, Any]) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _where(found: Mapping[str, Any]) -> str:
+def head(found: Found) -> str:
+    """Where the numbers were taken, and how fast copies are there."""
     where = found["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     copies = "; ".join(
         f"{ranks} ranks at once {of['all'] / 1e12:.2f}, one of them {of['one'] / 1e12:.2f}"
         for ranks, of in found["copy"].items()
@@ -224,17 +192,12 @@ def _where(found: Mapping[str, Any]) -> str:
     samples = statistics.mode(
         len(s["samples"]) for r in found["results"] for s in r["seconds"].values()
     )
-    return (
-        f"* GPU: one {where['gpu']}, driver {where['driver']}; {where['machine']}\n"
-        f"* Versions: {versions}; XLA_FLAGS: `{where['xla_flags'] or '(none)'}`\n"
-        f"* Commit: {where['commit']}\n"
-        f"* Command: `{where['command']}`, {where['date']}, {samples} samples\n"
-        f"* Copies, TB/s: {copies}"
-    )
+    machine = f"GPU: one {where['gpu']}, driver {where['driver']}; {where['machine']}"
+    return cells.head(found, machine, f", {samples} samples\n* Copies, TB/s: {copies}")
 
 
-def _parts(found: Mapping[str, Any], tablefmt: str) -> list[tuple[str, str]]:
-    kernels = kernel_table(found, tablefmt)
+def parts(found: Found, tablefmt: str) -> list[tuple[str, str]]:
+    """Titles and tables."""
     return [
         (
             f"Microseconds of one operation under jit, the slowest rank, median (10th-90th "
@@ -248,16 +211,10 @@ def _parts(found: Mapping[str, Any], tablefmt: str) -> list[tuple[str, str]]:
             "kernels' time):",
             share_table(found, tablefmt),
         ),
-        *(
-            [
-                (
-                    "Microseconds of the kernels alone, from CUDA graphs of one process, and how "
-                    "much longer (+) or shorter (-) the same takes under jit:",
-                    kernels,
-                )
-            ]
-            if kernels
-            else []
+        (
+            "Microseconds of the kernels alone, from CUDA graphs of one process, and how "
+            "much longer (+) or shorter (-) the same takes under jit:",
+            kernel_table(found, tablefmt),
         ),
         (
             "Microseconds of XLA's own operations, all ranks at once, each on its own data, "
@@ -265,15 +222,3 @@ def _parts(found: Mapping[str, Any], tablefmt: str) -> list[tuple[str, str]]:
             baseline_table(found, tablefmt),
         ),
     ]
-
-
-def to_text(found: Mapping[str, Any]) -> str:
-    """Everything, for the terminal."""
-    parts = [f"{title}\n{table}" for title, table in _parts(found, "simple")]
-    return "\n\n".join([_where(found), summary(found), *parts])
-
-
-def to_markdown(found: Mapping[str, Any]) -> str:
-    """Everything, for docs/benchmarks.md."""
-    parts = [f"{title}\n\n{table}" for title, table in _parts(found, "github")]
-    return "\n\n".join([_where(found), summary(found), *parts])

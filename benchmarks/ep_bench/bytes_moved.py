@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from ep_bench.gpu_cases import HIDDEN, GpuCase, Rows
+from ep_bench.cases import HIDDEN, GpuCase, Rows
 
 ROW = 2 * HIDDEN
 FP8_ROW = HIDDEN + 4 * math.ceil(HIDDEN / 128)
@@ -32,7 +32,7 @@ def floor(operation: str, rows: Rows, *, fp8_wire: bool = False) -> Floor | None
     """The bytes of an operation; None for the plan, which moves no rows.
 
     Args:
-        operation: a key of `gpu_cases.OPERATIONS`.
+        operation: a key of `cases.OPERATIONS`.
         rows: what the routing moves.
         fp8_wire: whether dispatch sends FP8. Backward passes send bfloat16 in any case.
     """

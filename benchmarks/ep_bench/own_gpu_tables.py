@@ -7,11 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from ep_bench import gpu_report
-from ep_bench.gpu_bytes import traffic
-from ep_bench.gpu_cases import FP8, OPERATIONS, GpuCase
-from ep_bench.gpu_report import Result, label, microseconds, slowest, table, time_cell
-from ep_bench.nvlink_cases import BASELINES, COMPARED, MEASURED, OURS
+from ep_bench import cells, shared_gpu_tables
+from ep_bench.bytes_moved import traffic
+from ep_bench.cases import FP8, MEASURED, OPERATIONS, GpuCase
+from ep_bench.cells import (
+    WHAT,
+    ByRank,
+    Found,
+    Result,
+    label,
+    microseconds,
+    slowest,
+    table,
+    time_cell,
+)
+from ep_bench.variants import COMPARED, GPU_BASELINES, OURS
 
 # At R 8, T 4096, uniform, with at most this many SMs: seconds of one operation, and how many times
 # as long each baseline takes, there and back.
@@ -19,14 +29,12 @@ GOAL_SMS = 24
 GOALS_S = {("dispatch", FP8): 420e-6, ("combine", None): 830e-6}
 GOAL_RATIO = 2.0
 
-Found = Mapping[str, Any]
 
-
-def result(case: GpuCase, values: gpu_report.ByRank, placement: str) -> dict[str, Any]:
+def result(case: GpuCase, values: ByRank, placement: str) -> dict[str, Any]:
     """A case's entry in the JSON, from the seconds that each rank saw."""
     sizes = {name: traffic(name, case) for name in values[0]}
     return {
-        **gpu_report.result(case, values),
+        **shared_gpu_tables.result(case, values),
         "placement": placement,
         "traffic": {name: dataclasses.asdict(size) for name, size in sizes.items() if size},
     }
@@ -35,7 +43,7 @@ def result(case: GpuCase, values: gpu_report.ByRank, placement: str) -> dict[str
 def comparison(
     case: GpuCase, values: Sequence[Mapping[str, Any]], placement: str
 ) -> dict[str, Any]:
-    """Likewise, of ways to dispatch and combine, from what `nvlink_programs.compare` returned."""
+    """Likewise, of ways to dispatch and combine, from what `compare` returned."""
     errors = [of_rank["error_of_allowed"] for of_rank in values]
     return {
         "case": dataclasses.asdict(case),
@@ -45,7 +53,7 @@ def comparison(
     }
 
 
-def links(values: gpu_report.ByRank) -> dict[str, float]:
+def links(values: ByRank) -> dict[str, float]:
     """Bytes per second of the slowest rank: medians."""
     return {
         name: float(np.median(np.min([of_rank[name] for of_rank in values], axis=0)))
@@ -96,14 +104,14 @@ def operation_table(found: Found, tablefmt: str) -> str:
                 cells.append("")
         rows.append([*label(r["case"]), r["placement"], *cells])
     names = [OPERATIONS[op] for op in MEASURED]
-    headers = [*gpu_report.WHAT, "placement", *names, *(f"{name}, GB/s" for name in names[1:])]
+    headers = [*WHAT, "placement", *names, *(f"{name}, GB/s" for name in names[1:])]
     return table(headers, rows, tablefmt)
 
 
 def ratios(entry: Mapping[str, Any]) -> dict[str, float]:
     """How many times as long as ours, on the same wire, each baseline takes; by key."""
     medians = {key: spread["median"] for key, spread in entry["seconds"].items()}
-    return {key: medians[key] / medians["ours"] for key in BASELINES if key in medians}
+    return {key: medians[key] / medians["ours"] for key in GPU_BASELINES if key in medians}
 
 
 def comparison_table(found: Found, tablefmt: str) -> str:
@@ -160,41 +168,34 @@ def summary(found: Found) -> str:
             met = "met" if by_key[key] >= GOAL_RATIO else "missed"
             lines.append(
                 f"There and back, T 4096, R 8, {entry['placement']}: the fastest baseline, "
-                f"{BASELINES[key]}, takes {by_key[key]:.2f} times as long as {OURS['ours']}; the "
-                f"goal, {GOAL_RATIO:g}, is {met}."
+                f"{GPU_BASELINES[key]}, takes {by_key[key]:.2f} times as long as {OURS['ours']}; "
+                f"the goal, {GOAL_RATIO:g}, is {met}."
             )
     lines += [f"Did not run: {failure}" for failure in found["failures"]]
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _parts(found: Found, tablefmt: str) -> list[str]:
+def head(found: Found) -> str:
+    """Where the numbers were taken."""
     where = found["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    head = (
-        f"* GPU: {where['gpu']}, driver {where['driver']}; {where['machine']}\n"
-        f"* Versions: {versions}; XLA_FLAGS: `{where['xla_flags'] or '(none)'}`\n"
-        f"* Commit: {where['commit']}\n"
-        f"* Command: `{where['command']}`, {where['date']}"
-    )
+    return cells.head(found, f"GPU: {where['gpu']}, driver {where['driver']}; {where['machine']}")
+
+
+def parts(found: Found, tablefmt: str) -> list[tuple[str, str]]:
+    """Titles and tables."""
     return [
-        head,
-        summary(found),
-        "GB/s from one rank to another, of the slowest rank:",
-        link_table(found, tablefmt),
-        "Microseconds of one operation under jit, the slowest rank, median (10th-90th percentile); "
-        "and GB/s that a rank gets, logical and on the wire, with the latter's share of the "
-        "fastest copies between ranks:",
-        operation_table(found, tablefmt),
-        "Microseconds of dispatch, experts that return what they get, and combine, likewise:",
-        comparison_table(found, tablefmt),
+        (
+            "GB/s from one rank to another, of the slowest rank:",
+            link_table(found, tablefmt),
+        ),
+        (
+            "Microseconds of one operation under jit, the slowest rank, median (10th-90th "
+            "percentile); and GB/s that a rank gets, logical and on the wire, with the latter's "
+            "share of the fastest copies between ranks:",
+            operation_table(found, tablefmt),
+        ),
+        (
+            "Microseconds of dispatch, experts that return what they get, and combine, likewise:",
+            comparison_table(found, tablefmt),
+        ),
     ]
-
-
-def to_text(found: Found) -> str:
-    """Everything, for the terminal."""
-    return "\n\n".join(_parts(found, "simple"))
-
-
-def to_markdown(found: Found) -> str:
-    """Everything, for docs/benchmarks.md."""
-    return "\n\n".join(_parts(found, "github"))

@@ -15,7 +15,7 @@ from ep_launch.ranks import Case, failure_report, run_ranks
 DEADLINE_S = 480.0
 
 
-def values_by_rank(
+def run_on_ranks(
     work: Sequence[Case],
     num_ranks: int,
     placement: Placement,

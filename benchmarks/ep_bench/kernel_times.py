@@ -6,7 +6,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from ep_bench.gpu_cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, GpuCase
+from ep_bench.cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, GpuCase
 
 _LINE = re.compile(r"^\s+(plan|dispatch|combine)\s+([\d.]+) us$", re.MULTILINE)
 
