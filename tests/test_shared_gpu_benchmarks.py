@@ -4,18 +4,20 @@
 Nothing here looks at how long anything takes.
 """
 
+import argparse
 import importlib
 import json
 import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
-from ep_bench import bytes_moved, kernel_times, plot, report, shared_gpu_tables
+from ep_bench import bytes_moved, kernel_times, on_shared_gpu, plot, report, shared_gpu_tables
 from ep_bench.cases import (
     FP8,
     OPERATIONS,
@@ -159,6 +161,33 @@ def _canned():
         "results": results,
         "baselines": [shared_gpu_tables.baseline(cases[0], [xla])],
     }
+
+
+def test_each_number_of_ranks_runs_once_and_mps_is_removed(tmp_path, monkeypatch):
+    """What ranks return is made up; what becomes of it is written after each number of ranks."""
+    daemon, started = mock.Mock(environment={"PIPE": "a pipe"}), []
+
+    def run_on_ranks(work, num_ranks, placement, variables):
+        started.append((num_ranks, placement, variables["PIPE"]))
+        written = json.loads(out.read_text())["results"] if out.exists() else []
+        assert {r["case"]["num_ranks"] for r in written} == {ranks for ranks, *_ in started[:-1]}
+        values = {name: np.full(3, 1e-3) for name in (*OPERATIONS, "chain", "all", "one")}
+        values |= {name: np.full(3, 1e-3) for name in ("gather", "segment_sum", "gather_back")}
+        return [[values] * num_ranks for _ in work]
+
+    monkeypatch.setattr(on_shared_gpu, "MpsDaemon", lambda: daemon)
+    monkeypatch.setattr(on_shared_gpu.on_ranks, "run_on_ranks", run_on_ranks)
+    out = tmp_path / "numbers.json"
+    args = argparse.Namespace(smoke=False, full=False, commit="abc", virtual_ranks=None, json=out)
+    found = on_shared_gpu.measure(args)
+    assert started == [(8, "shared", "a pipe"), (4, "shared", "a pipe")]
+    assert [GpuCase(**r["case"]) for r in found["results"]] == sorted(
+        some_shared_cases(), key=lambda case: -case.num_ranks
+    )
+    assert found["copy"].keys() == {"8", "4"}
+    assert len(found["baselines"]) == 3
+    assert json.loads(out.read_text()) == json.loads(json.dumps(found))
+    assert daemon.method_calls == [mock.call.start(), mock.call.remove()]
 
 
 def test_the_slowest_rank_counts_and_shares_are_of_the_fastest_copy():
