@@ -64,7 +64,7 @@ fake-cuda: $(READY)
 	@$(BIN)/cmake --build build/fake_cuda-$(PY_TAG) --parallel $(JOBS) --target _cuda_on_fake
 
 bench: $(INSTALLED)-bench ## Measure dispatch and combine against baselines of lax collectives
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 # Library and tests of csrc alone, without Python or JAX.
 comma := ,
@@ -170,7 +170,7 @@ lint-layers: $(INSTALLED)-dev
 lint-spelling: $(INSTALLED)-dev
 	$(BIN)/typos
 
-lint-project: $(READY)
+lint-project: $(INSTALLED)-dev
 	$(BIN)/python tools/lint/check_includes.py
 	$(BIN)/python tools/lint/check_memory_order.py
 	$(BIN)/python tools/lint/check_size.py

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from flax_layers import FFN, HIDDEN, make_group, make_nnx, to_linen
+from ep_testing.flax_layers import FFN, HIDDEN, make_group, make_nnx, to_linen
+from ep_testing.programs import make_mesh
 from jax_ep._src.grouped_dot import grouped_dot
 from jax_ep.flax import linen as ep_linen
-from programs import make_mesh
 
 BATCH, TOKENS = 3, 16
 FLOAT32 = 2.0**-24

@@ -13,9 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from ep_bench import report, timing
+from ep_bench import on_host, report, timing
 from ep_bench.cases import NUM_RANKS, Case
 from ep_bench.checks import Expected, WrongResultError
 from ep_bench.variants import (
@@ -28,7 +26,7 @@ from ep_bench.variants import (
     put,
 )
 
-PROGRAM = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "cpu.py"
+PROGRAM = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
 # Sizes that no other size divides, so that a mixed-up axis shows.
 CASE = Case.parse("13x40x24x3")
 
@@ -104,19 +102,51 @@ def test_turns_pair_the_samples_of_a_round():
     assert ratio.median == pytest.approx(1.25)
 
 
+def _found():
+    """The smallest results that can be reported, in made-up numbers."""
+    spread = {"median": 2e-3, "p10": 1e-3, "p90": 3e-3}
+    ratio = {"median": 0.5, "p10": 0.4, "p90": 0.6}
+    timing_of = {key: {"label": name, "seconds": spread} for key, name in VARIANTS.items()}
+    return {
+        "environment": {
+            "machine": "a CPU, 2 cores",
+            "versions": {"jax": "9.9"},
+            "commit": "abc",
+            "command": "python benchmarks/run.py",
+            "date": "today",
+            "load_before": 0.1,
+        },
+        "num_pairs": 3,
+        "results": [
+            {
+                **on_host._description(CASE, "float32", "forward"),
+                "variants": timing_of,
+                "ratios": dict.fromkeys(BASELINES, ratio),
+                "ratio": ratio,
+            }
+        ],
+    }
+
+
+FOUND = _found()
+
+
 def test_markdown_goes_between_the_markers_and_nowhere_else(tmp_path):
     path = tmp_path / "benchmarks.md"
-    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write_markdown(path, "new\n")
+    begin, end = (
+        f"<!-- {word}: written by {report.marked_by(FOUND)} -->" for word in ("begin", "end")
+    )
+    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    report.write_markdown(path, FOUND)
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "new" in text
+    assert "CPU, 2 cores" in text
     assert "old" not in text
 
     path.write_text("a page without markers")
-    with pytest.raises(ValueError, match="does not have"):
-        report.write_markdown(path, "new\n")
+    with pytest.raises(ValueError, match="must have"):
+        report.write_markdown(path, FOUND)
     assert path.read_text() == "a page without markers"
 
 
@@ -154,11 +184,34 @@ def test_smoke_run_writes_every_number(tmp_path):
     for text in (done.stdout, page.read_text()):
         assert "all-gather + reduce-scatter" in text
         assert "times as long as the faster baseline" in text
-    assert report.BEGIN in page.read_text()
+    assert "begin: written by benchmarks/run.py, placement cpu -->" in page.read_text()
 
 
-def test_a_bad_option_is_refused_before_anything_runs():
-    command = [sys.executable, str(PROGRAM), "--dtypes", "int8"]
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--dtypes", "int8"], "unknown dtypes ['int8']; allowed: bfloat16, float32"),
+        (["--cases", "64x32"], "case '64x32' is not TxHxExK"),
+        (["--pairs", "0"], "--pairs is 0; it must be at least 1"),
+        (["--placement", "shared", "--plot", "x.pdf"], "allowed: a name that ends in .svg or .png"),
+        (["--report", "nothing.json"], "nothing.json is not a file"),
+        (["--full", "--smoke"], "not allowed with argument"),
+        (["--ranks", "2"], "--ranks is not for placement cpu"),
+        (["--plot", "x.svg"], "--plot is not for placement cpu"),
+        (["--placement", "shared", "--no-memory"], "--no-memory is not for placement shared"),
+        (["--placement", "own", "--virtual-ranks", str(PROGRAM)], "is not for placement own"),
+        (["--placement", "own", "--smoke"], "placement one_process"),
+        (["--placement", "one_process", "--smoke", "--ranks", "4"], "--smoke has its own ranks"),
+        (["--placement", "own", "--ranks", "3"], "3 ranks; allowed"),
+        (["--placement", "own", "--ranks", "1"], "1 ranks; allowed"),
+        (
+            ["--placement", "own", "--ranks", "2", "--tokens", "some"],
+            "--tokens is some; allowed: numbers",
+        ),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_runs(args, message):
+    command = [sys.executable, str(PROGRAM), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "unknown dtypes ['int8']; allowed: bfloat16, float32" in done.stderr
+    assert message in done.stderr

@@ -9,9 +9,9 @@ import re
 
 import pytest
 
+from ep_launch.processes import run_processes
 from jax_ep._src.errors import EpUnavailable
 from jax_ep._src.groups.bootstrap import Bootstrap
-from processes import run_processes
 
 pytestmark = pytest.mark.multiprocess
 
@@ -20,7 +20,7 @@ import logging, re, time
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-import fake_cuda
+from ep_testing import fake_cuda
 import jax_ep
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")

@@ -8,12 +8,12 @@ import re
 import jax
 import pytest
 
-import fake_cuda
 import jax_ep
+from ep_testing import fake_cuda
+from ep_testing.programs import make_mesh
 from jax_ep._src import info
 from jax_ep._src.groups import capabilities, group
 from jax_ep._src.groups.capabilities import serves
-from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
 # Hopper, Blackwell, Blackwell Ultra, Thor, RTX of Blackwell, and one that does not exist yet.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' PTX orders memory as a table says; and what is no longer so is noticed."""
 
-import importlib.util
 import pathlib
 
 import pytest
+
+from ep_testing import program_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -54,14 +55,7 @@ plan.cu: give_up_as
 """
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("check_ptx", ROOT / "tools" / "check_ptx.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load()
+tool = program_files.load(ROOT / "tools" / "check_ptx.py")
 
 
 def _render(ptx: str, release: str = "13.0") -> str:

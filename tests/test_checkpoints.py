@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_layers import EXPERTS, FFN, HIDDEN, make_group
+from ep_testing.flax_layers import EXPERTS, FFN, HIDDEN, make_group
 from jax_ep.flax import linen as ep_linen
 from jax_ep.flax import nnx as ep_nnx
 

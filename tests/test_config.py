@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-import problems
-import strategies
+from ep_testing import problems, strategies
 from jax_ep import EpConfig, reference
 
 SIZES = {"num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4}

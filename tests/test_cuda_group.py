@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-import fake_cuda
 import jax_ep
+from ep_testing import fake_cuda
+from ep_testing.programs import make_mesh
 from jax_ep._src import info, limits, ranges
 from jax_ep._src.groups import group, native
 from jax_ep._src.groups.placements import placements
-from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 needs_sources = pytest.mark.skipif(

@@ -9,12 +9,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-import fake_cudart
 import jax_ep
-from cuda_calls import OPERATIONS, Sizes, buffers, call
-from fake_cudart import XlaError
+from ep_testing import fake_cudart
+from ep_testing.cuda_calls import OPERATIONS, Sizes, buffers, call
+from ep_testing.fake_cudart import XlaError
+from ep_testing.programs import make_mesh
 from jax_ep._src.groups import cuda as cuda_group
-from programs import make_mesh
 
 SIZES = Sizes()
 VARIANTS = {

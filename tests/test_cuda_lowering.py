@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import fake_cuda
 import jax_ep
-from problems import PROBLEMS
-from programs import make_group, make_mesh
+from ep_testing import fake_cuda
+from ep_testing.problems import PROBLEMS
+from ep_testing.programs import make_group, make_mesh
 
 XLA_FFI = pathlib.Path(__file__).resolve().parents[1] / "xla_ffi"
 TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")

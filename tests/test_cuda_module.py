@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-import fake_cudart
 import jax_ep
-from cuda_calls import Sizes, buffers, call
+from ep_testing import fake_cudart
+from ep_testing.cuda_calls import Sizes, buffers, call
+from ep_testing.programs import make_mesh
 from jax_ep._src.groups import cuda as cuda_group
-from programs import make_mesh
 
 CONFIG = jax_ep.EpConfig(
     num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4, dtype="float32"

@@ -7,8 +7,8 @@ Every process has GPUs of its own, which the other does not see, unless a test s
 
 import pytest
 
-import fake_cudart
-from processes import run_processes
+from ep_launch.processes import run_processes
+from ep_testing import fake_cudart
 
 pytestmark = pytest.mark.multiprocess
 
@@ -17,9 +17,9 @@ import ctypes, itertools, logging, os, threading, time
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-import fake_cudart
+from ep_testing import fake_cudart
 import jax_ep
-from cuda_calls import Sizes, buffers, call
+from ep_testing.cuda_calls import Sizes, buffers, call
 from jax_ep._src import compat
 from jax_ep._src.groups.bootstrap import mesh_digest, next_group_id
 

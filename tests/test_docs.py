@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 
 import jax_ep
+from ep_testing import program_files
+from ep_testing.programs import make_mesh
 from jax_ep._src import ranges
 from jax_ep._src.groups import cpu as cpu_group
 from jax_ep._src.groups import cuda as cuda_group
 from jax_ep._src.groups import group as group_module
 from jax_ep._src.groups import native
-from programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -157,10 +158,7 @@ def test_words_that_are_not_said_are_found():
 
 def _generator() -> types.ModuleType:
     path = ROOT / "tools" / "docs" / "api_reference.py"
-    spec = importlib.util.spec_from_file_location("api_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program_files.load(path)
 
 
 def test_the_api_reference_is_up_to_date():

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import fake_cuda
 import jax_ep
-from problems import EpProblem
-from programs import make_group, make_mesh, over_ranks
+from ep_testing import fake_cuda
+from ep_testing.problems import EpProblem
+from ep_testing.programs import make_group, make_mesh, over_ranks
 
 PROBLEM = EpProblem(
     name="errors", num_ranks=2, num_tokens=4, num_topk=2, num_experts=4, hidden=8,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from flax_layers import EXPERTS, FFN, HIDDEN, TOPK, make_group, make_nnx, to_linen
+from ep_testing.flax_layers import EXPERTS, FFN, HIDDEN, TOPK, make_group, make_nnx, to_linen
 from jax_ep import load_balance_loss, reference, route, router_z_loss
 from jax_ep.flax import linen as ep_linen
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from ep_testing.problems import EpProblem
+from ep_testing.programs import make_group, make_mesh
 from jax_ep import EpHealth, combine, dispatch
 from jax_ep._src.groups import native
-from problems import EpProblem
-from programs import make_group, make_mesh
 
 PROBLEM = EpProblem(name="failures", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
 
@@ -177,7 +177,7 @@ import conftest, functools, jax, numpy as np, sys
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import test_failures as t
-from programs import make_group, make_mesh
+from ep_testing.programs import make_group, make_mesh
 
 mesh = make_mesh((2, 4), ("data", "expert"))
 group = make_group(t.PROBLEM, "ffi", mesh=mesh, timeout=2.0)

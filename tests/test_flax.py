@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from flax_layers import (
+from ep_testing.flax_layers import (
     DEEPSEEK,
     EXPERTS,
     FFN,
@@ -28,10 +28,10 @@ from flax_layers import (
     run_nnx,
     to_linen,
 )
+from ep_testing.programs import make_mesh
 from jax_ep import reference
 from jax_ep.flax import linen as ep_linen
 from jax_ep.flax import nnx as ep_nnx
-from programs import make_mesh
 
 
 @pytest.fixture(scope="module")

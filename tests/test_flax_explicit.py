@@ -12,7 +12,16 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_layers import EXPERTS, FFN, HIDDEN, TOPK, dense, make_group, make_nnx, routing_of
+from ep_testing.flax_layers import (
+    EXPERTS,
+    FFN,
+    HIDDEN,
+    TOPK,
+    dense,
+    make_group,
+    make_nnx,
+    routing_of,
+)
 from jax_ep import reference
 from jax_ep.flax import linen as ep_linen
 

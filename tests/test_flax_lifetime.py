@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jax_ep
-from flax_layers import FFN, HIDDEN, make_group, make_nnx, run_linen, to_linen
+from ep_testing.flax_layers import FFN, HIDDEN, make_group, make_nnx, run_linen, to_linen
 from jax_ep.flax import linen as ep_linen
 
 

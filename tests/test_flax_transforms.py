@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from flax_layers import (
+from ep_testing.flax_layers import (
     EXPERTS,
     FFN,
     HIDDEN,
@@ -23,9 +23,9 @@ from flax_layers import (
     run_linen,
     to_linen,
 )
+from ep_testing.programs import make_mesh
 from jax_ep.flax import linen as ep_linen
 from jax_ep.flax import nnx as ep_nnx
-from programs import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -71,28 +71,44 @@ class LinenStack(nn.Module):
         return stack(self.group, name="blocks")(x, None)[0]
 
 
+UNPARTITIONED = {nnx.PARTITION_NAME: None}
+
+
+def _stacked_nnx_blocks(group):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=UNPARTITIONED)
+    def make_blocks(rngs):
+        return NnxBlock(group, rngs)
+
+    return make_blocks(nnx.Rngs(0))
+
+
+@nnx.jit
+@nnx.value_and_grad
+def _gradient_of_nnx_scan(blocks, x):
+    body = nnx.remat(lambda block, x: block(x))
+    axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+    out = nnx.scan(body, transform_metadata=UNPARTITIONED, **axes)(blocks, x)
+    return jnp.square(out).mean() + blocks.moe.load_balance_loss[...].sum()
+
+
+def _loss_one_by_one(group, stacked, x):
+    """Of three Linen layers with the stacked parameters, each called by itself."""
+    losses = []
+    for i in range(3):
+        variables = {"params": {name: value[i] for name, value in stacked.items()}}
+        out, stat = run_linen(ep_linen.MoE(group, FFN), variables, x)
+        x = x + out
+        losses.append(stat["load_balance_loss"])
+    return jnp.square(x).mean() + sum(losses)
+
+
 def test_scan_and_remat_over_stacked_layers(x, backend):
     """Three layers in one scan, rematerialized, in both flavors; against the same one by one."""
-    metadata = {nnx.PARTITION_NAME: None}
     with make_group(backend=backend) as group:
-
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=metadata)
-        def make_blocks(rngs):
-            return NnxBlock(group, rngs)
-
-        blocks = make_blocks(nnx.Rngs(0))
+        blocks = _stacked_nnx_blocks(group)
         assert blocks.moe.w_up[...].sharding.spec == P(None, "expert")
-
-        @nnx.jit
-        @nnx.value_and_grad
-        def gradient(blocks, x):
-            body = nnx.remat(lambda block, x: block(x))
-            axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
-            out = nnx.scan(body, transform_metadata=metadata, **axes)(blocks, x)
-            return jnp.square(out).mean() + blocks.moe.load_balance_loss[...].sum()
-
-        value, grads = gradient(blocks, x)
+        value, grads = _gradient_of_nnx_scan(blocks, x)
         assert blocks.moe.tokens_per_expert[...].sum(axis=1).tolist() == [TOPK * 48] * 3
 
         stacked = {p[-1]: v[...] for p, v in nnx.to_flat_state(nnx.state(blocks, nnx.Param))}
@@ -109,15 +125,7 @@ def test_scan_and_remat_over_stacked_layers(x, backend):
         (linen_value, stats), linen_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             stacked, x
         )
-        one_by_one, sizes = x, []
-        for i in range(3):
-            moe = ep_linen.MoE(group, FFN)
-            out, stat = run_linen(
-                moe, {"params": {k: v[i] for k, v in stacked.items()}}, one_by_one
-            )
-            one_by_one = one_by_one + out
-            sizes.append(stat["load_balance_loss"])
-    want = jnp.square(one_by_one).mean() + sum(sizes)
+        want = _loss_one_by_one(group, stacked, x)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     np.testing.assert_allclose(linen_value, want, rtol=1e-5)
     for name, got in linen_grads.items():

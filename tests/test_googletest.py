@@ -2,7 +2,6 @@
 """Where the C++ tests get GoogleTest from. No test here needs a network: pip is given a folder."""
 
 import hashlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -12,18 +11,13 @@ import zipfile
 
 import pytest
 
+from ep_testing import program_files
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tools" / "googletest.py"
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("googletest", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load()
+tool = program_files.load(PROGRAM)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ With `ffi` in one process, whose kernels are the CPU's there; with `xla` in seve
 """
 
 import functools
+import pathlib
 import re
 import signal
 
@@ -12,19 +13,20 @@ import jax
 import numpy as np
 import pytest
 
-from gpu import ranks, test_collectives
-from gpu.comparison import case_of, check_cases
-from gpu.placement import VARIABLE, Placement
-from gpu.rank_programs import chosen, exchange, gradients, turns
-from gpu.ranks import Case, failure_report, run_ranks, stacked
-from gpu.run import PIECES, PIECES_OF, parse_args
-from placed_programs import fail_on, stall_but_on, where
-from problems import PROBLEMS, EpProblem
-from programs import make_mesh
+from ep_launch import ranks
+from ep_launch.placement import VARIABLE, Placement
+from ep_launch.ranks import Case, failure_report, run_ranks, stacked
+from ep_testing import program_files
+from ep_testing.placed_programs import fail_on, stall_but_on, where
+from ep_testing.problems import PROBLEMS, EpProblem
+from ep_testing.programs import make_mesh
+from ep_testing.rank_cases import case_of, check_cases, collective_cases
+from ep_testing.rank_programs import chosen, exchange, gradients, turns
 
 pytestmark = pytest.mark.multiprocess
 
 CPU = {"JAX_PLATFORMS": "cpu"}
+gpu_tests = program_files.load(pathlib.Path(__file__).parent / "gpu" / "run.py")
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_turns_of_one_process_are_checked_where_they_ran(run):
     ("placement", "backend"), [(Placement.ONE_PROCESS, "ffi"), (Placement.OWN, "xla")]
 )
 def test_gradients_are_summed_beside_exchanges(placement, backend, run):
-    cases = test_collectives.cases(2, backend)[:1]
+    cases = collective_cases(2, backend)[:1]
     check_cases(functools.partial(run, placement=placement), cases, 2)
 
 
@@ -189,14 +191,16 @@ def test_the_environment_chooses(monkeypatch):
 
 
 def test_every_placement_has_pieces_and_every_piece_a_placement():
-    assert list(PIECES_OF) == list(Placement)
-    assert {piece for pieces in PIECES_OF.values() for piece in pieces} == set(PIECES)
+    assert list(gpu_tests.PIECES_OF) == list(Placement)
+    assert {piece for pieces in gpu_tests.PIECES_OF.values() for piece in pieces} == set(
+        gpu_tests.PIECES
+    )
 
 
 def test_pieces_are_those_of_the_placement(capsys):
-    assert parse_args([]).pieces == PIECES_OF["shared"]
-    args = parse_args(["--placement", "own", "soak"])
+    assert gpu_tests.parse_args([]).pieces == gpu_tests.PIECES_OF["shared"]
+    args = gpu_tests.parse_args(["--placement", "own", "soak"])
     assert (args.placement, args.pieces) == ("own", ["soak"])
     with pytest.raises(SystemExit):
-        parse_args(["--placement", "one_process", "failures"])
+        gpu_tests.parse_args(["--placement", "one_process", "failures"])
     assert "unknown: failures; with placement one_process there are" in capsys.readouterr().err

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import jax_ep
-import strategies
+from ep_testing import strategies
+from ep_testing.problems import PROBLEMS, EpProblem
+from ep_testing.programs import make_group, over_ranks
 from jax_ep import reference
-from problems import PROBLEMS, EpProblem
-from programs import make_group, over_ranks
 
 GRADIENT_PROBLEMS = [
     name

@@ -18,11 +18,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from ep_launch.processes import run_processes
+from ep_testing.problems import PROBLEMS, EpProblem
+from ep_testing.programs import exchange, make_group, make_mesh, over_ranks
 from jax_ep._src.groups import group as group_module
 from jax_ep._src.groups import native
-from problems import PROBLEMS, EpProblem
-from processes import run_processes
-from programs import exchange, make_group, make_mesh, over_ranks
 
 PROBLEM = EpProblem(name="group", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
 CONFIG = jax_ep.EpConfig(**PROBLEM.config_kwargs())
@@ -244,10 +244,11 @@ def test_a_mesh_of_devices_of_another_process(mesh, caplog, monkeypatch):
 @pytest.mark.multiprocess
 def test_each_process_serves_meshes_of_its_own_devices_only():
     outputs = run_processes(
+        f"sys.path.append({str(pathlib.Path(__file__).parent)!r})"
         """
 import numpy as np
 import jax_ep
-from programs import over_ranks
+from ep_testing.programs import over_ranks
 from test_group import CONFIG, PROBLEM
 
 for owner in range(2):

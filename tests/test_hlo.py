@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from problems import PROBLEMS
-from programs import make_group
+from ep_testing.problems import PROBLEMS
+from ep_testing.programs import make_group
 
 PROBLEM = PROBLEMS["eight_ranks"]
 COLLECTIVES = (

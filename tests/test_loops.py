@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from problems import EpProblem
-from programs import make_group, make_mesh
+from ep_testing.problems import EpProblem
+from ep_testing.programs import make_group, make_mesh
 
 HIDDEN, TOKENS, VISITS = 8, 3, 100
 

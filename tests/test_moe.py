@@ -13,29 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import jax_ep._src.moe as moe_module
+from ep_testing.moe_layers import FFN, by_rank, inputs, weights_of
+from ep_testing.problems import PROBLEMS
+from ep_testing.programs import make_group, make_mesh, over_ranks
 from jax_ep import reference
-from problems import PROBLEMS, EpProblem
-from programs import make_group, make_mesh, over_ranks
 
-FFN = 6
 RTOL = {"float32": 1e-4, "bfloat16": 0.04, "float16": 4e-3}
-
-
-def weights_of(problem: EpProblem) -> tuple[np.ndarray, ...]:
-    """`w_gate`, `w_up`, `w_down` of all experts, scaled so that outputs are about 1."""
-    experts, hidden = problem.num_experts, problem.hidden
-    sizes = (experts, hidden, FFN), (experts, hidden, FFN), (experts, FFN, hidden)
-    values = [problem.random(size, salt=20 + i) / size[1] ** 0.5 for i, size in enumerate(sizes)]
-    return tuple(w.astype(problem.np_dtype) for w in values)
-
-
-def by_rank(problem: EpProblem, weights: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """`[R, L, ...]`."""
-    return [w.reshape(problem.num_ranks, -1, *w.shape[1:]) for w in weights]
-
-
-def inputs(problem: EpProblem) -> np.ndarray:
-    return problem.random(problem.x.shape, salt=11)
 
 
 def assert_close(got, want, rtol):

@@ -3,7 +3,7 @@
 
 import pytest
 
-from processes import run_processes
+from ep_launch.processes import run_processes
 
 NUM_PROCESSES = 2
 DEVICES_EACH = 4
@@ -12,7 +12,7 @@ WORKER = """
 import numpy as np
 import jax_ep
 from jax.sharding import NamedSharding, PartitionSpec as P
-from problems import PROBLEMS
+from ep_testing.problems import PROBLEMS
 from jax_ep import reference
 
 problem = PROBLEMS["eight_ranks"]

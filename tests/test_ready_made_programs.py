@@ -18,8 +18,8 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from ep_testing.programs import make_mesh
 from jax_ep._src.groups import native
-from programs import make_mesh
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "ready_made_programs.md"
 TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-import problems
+from ep_testing import problems
 from jax_ep import reference
 
 

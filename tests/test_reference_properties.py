@@ -5,8 +5,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-import problems
-import strategies
+from ep_testing import problems, strategies
 from jax_ep import reference
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that runs all that needs several GPUs: its pieces, and what it says of their ends."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,20 +12,14 @@ import time
 
 import pytest
 
-from gpu.run import parse_args as parse_tests
+from ep_testing import program_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tools" / "run_nvlink.py"
 
 
-def _load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load(PROGRAM)
+tool = program_files.load(PROGRAM)
+parse_tests = program_files.load(ROOT / "tests" / "gpu" / "run.py").parse_args
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4, 5, 8])
@@ -42,7 +35,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         if program.endswith("train_moe_lm.py"):
             options = example_args(args)
             assert (options.platform, options.num_devices) == ("cuda", ranks)
-        elif program.endswith("run.py"):
+        elif program.startswith("tests"):
             options = parse_tests(args)
             tested += [(options.placement, piece) for piece in options.pieces]
         else:
@@ -59,7 +52,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
 
 
 def _benchmark_parses(args):
-    code = f"import sys; sys.path.insert(0, 'benchmarks'); import nvlink; nvlink.parse_args({args})"
+    code = f"import sys; sys.path.insert(0, 'benchmarks'); import run; run.parse_args({args})"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -196,10 +189,10 @@ def test_at_the_limit_each_rank_says_where_it_stands(tmp_path, monkeypatch, caps
     ranks_folder.mkdir()
     program.write_text(
         "import pathlib, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "from gpu.placement import Placement\n"
-        "from gpu.ranks import Case, run_ranks\n"
-        "from placed_programs import stall\n"
+        f"sys.path.insert(0, {str(ROOT / 'testing')!r})\n"
+        "from ep_launch.placement import Placement\n"
+        "from ep_launch.ranks import Case, run_ranks\n"
+        "from ep_testing.placed_programs import stall\n"
         f"folder = pathlib.Path({str(ranks_folder)!r})\n"
         "run_ranks([Case('stalling', stall, {'folder': folder})], num_ranks=2, folder=folder,\n"
         "          environment={'JAX_PLATFORMS': 'cpu'}, placement=Placement.OWN)\n"
@@ -232,7 +225,8 @@ def test_at_the_limit_each_rank_says_where_it_stands(tmp_path, monkeypatch, caps
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_real_program_finds_its_modules_and_the_library(tmp_path):
-    assert tool.run(["benchmarks/nvlink.py", "--smoke"], tmp_path / "log") == "passed"
+    smoke = ["benchmarks/run.py", "--placement", "one_process", "--smoke"]
+    assert tool.run(smoke, tmp_path / "log") == "passed"
     train = ["examples/train_moe_lm.py", "--help"]
     assert tool.run(train, tmp_path / "log").startswith("FAILED: it learned nothing")
     assert "--platform" in (tmp_path / "log").read_text()

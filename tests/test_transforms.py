@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from problems import PROBLEMS
-from programs import make_group, make_mesh
+from ep_testing.problems import PROBLEMS
+from ep_testing.programs import make_group, make_mesh
 
 PROBLEM = PROBLEMS["deepseek"].replace(dtype="float32", num_tokens=4, hidden=8)
 FOUR = PROBLEM.replace(num_ranks=4)

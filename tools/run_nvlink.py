@@ -22,9 +22,9 @@ import time
 from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from gpu import standing  # noqa: E402
-from gpu.placement import count_gpus  # noqa: E402
+sys.path.insert(0, str(ROOT / "testing"))
+from ep_launch import standing  # noqa: E402
+from ep_launch.placement import count_gpus  # noqa: E402
 
 # What every piece needs: the modules, compiled for this machine's GPUs into the source tree.
 BUILD = ["tests/gpu/run.py", "--build-only"]
@@ -57,7 +57,7 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
 
     def bench(placement: str, tokens: int) -> list[str]:
         sizes = ["--ranks", str(ranks), "--tokens", str(tokens), "--placement", placement]
-        return ["benchmarks/nvlink.py", *sizes, "--json", str(bench_json(placement, tokens))]
+        return ["benchmarks/run.py", *sizes, "--json", str(bench_json(placement, tokens))]
 
     def bench_json(placement: str, tokens: int) -> pathlib.Path:
         return out / f"{placement}_{tokens}.json"
@@ -179,7 +179,7 @@ def _run_all(names: Iterable[str], every: Pieces, out: pathlib.Path) -> Results:
     for name in names:
         one(name, every[name])
     if numbers := sorted(str(p) for p in out.glob("*.json") if p.name != SUMMARY):
-        one("report", ["benchmarks/nvlink.py", "--report", *numbers])
+        one("report", ["benchmarks/run.py", "--report", *numbers])
     return results
 
 

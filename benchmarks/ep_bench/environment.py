@@ -76,6 +76,31 @@ def describe() -> dict[str, Any]:
     }
 
 
+def _gpu(field: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def describe_gpu(commit: str | None) -> dict[str, Any]:
+    """What `describe` says, and the GPU, its driver and XLA's flags.
+
+    Args:
+        commit: to be shown instead of what git says.
+    """
+    where = describe()
+    return {
+        **where,
+        "commit": commit or where["commit"],
+        "gpu": _gpu("name"),
+        "driver": _gpu("driver_version"),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
 def _shown_arguments() -> list[str]:
     program = pathlib.Path(sys.argv[0]).resolve()
     if program.is_relative_to(ROOT):

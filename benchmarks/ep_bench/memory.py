@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of a call: what the kernel saw, and what XLA planned."""
+"""Peak memory of a call: what the kernel saw, and what XLA planned.
 
+As a program, it prints that of one variant, as a line of JSON, e.g. `python -m ep_bench.memory ours
+256x512x32x4`. The benchmark runs it so in processes of their own.
+"""
+
+import argparse
 import ctypes
 import functools
 import gc
@@ -15,10 +20,10 @@ from typing import Any
 
 import jax
 
-from ep_bench.cases import NUM_RANKS, Case
-from ep_bench.variants import DIRECTIONS, ep_config, make_mesh, open_variant, put
+from ep_bench.cases import DTYPES, NUM_RANKS, Case
+from ep_bench.environment import use_host_devices
+from ep_bench.variants import DIRECTIONS, VARIANTS, ep_config, make_mesh, open_variant, put
 
-PROBE = pathlib.Path(__file__).resolve().parents[1] / "peak_memory.py"
 _NUM_CALLS = 3
 _RESET_PEAK = "5"  # see clear_refs in proc(5)
 # What is freed goes back to the kernel at once, so that the next use of it is seen; see mallopt(3).
@@ -87,10 +92,28 @@ def probe_in_subprocess(
     Raises:
         RuntimeError: it failed; the message has what it wrote.
     """
-    command = [sys.executable, str(PROBE), key, case.name, "--dtypes", ",".join(dtypes)]
+    command = [sys.executable, "-P", "-m", "ep_bench.memory", key, case.name]
+    command += ["--dtypes", ",".join(dtypes)]
     command += ["--backend", backend] if backend else []
-    environment = {**os.environ, **_EXACT_MALLOC}
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, **_EXACT_MALLOC, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {key} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("case", type=Case.parse, help="TxHxExK")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated")
+    parser.add_argument("--backend", choices=("ffi", "xla"), help="of variant `ours`")
+    args = parser.parse_args()
+    use_host_devices()
+    print(json.dumps(probe(args.variant, args.case, args.dtypes.split(","), args.backend)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,169 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results as tables: on the terminal, and in Markdown."""
+"""The results of any placement as text: on the terminal, and in Markdown."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-from tabulate import tabulate
-
-from ep_bench.cases import CAPACITY_FACTOR
-from ep_bench.variants import BASELINES, VARIANTS
-
-GOAL = 0.8
-BEGIN = "<!-- begin: written by benchmarks/cpu.py -->"
-END = "<!-- end: written by benchmarks/cpu.py -->"
-
-Result = Mapping[str, Any]
+from ep_bench import host_tables, own_gpu_tables, shared_gpu_tables
+from ep_bench.cells import Found
+from marked_part import replaced
 
 
-def _labels(results: Sequence[Result]) -> dict[str, str]:
-    """Variants that were measured, in the order of the tables, with their names."""
-    measured = results[0]["variants"]
-    return {key: measured[key]["label"] for key in VARIANTS if key in measured}
+def _kind(found: Found) -> tuple[str, ModuleType]:
+    """The placement that a JSON's keys are those of, and its tables; "own": or one process."""
+    if "links" in found:
+        return "own", own_gpu_tables
+    if "copy" in found:
+        return "shared", shared_gpu_tables
+    return "cpu", host_tables
 
 
-def _milliseconds(seconds: float) -> str:
-    value = 1e3 * seconds
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def marked_by(found: Found) -> str:
+    """What the comments around the tables in a page say."""
+    return f"benchmarks/run.py, placement {_kind(found)[0]}"
 
 
-def _time(spread: Mapping[str, float]) -> str:
-    low, high = _milliseconds(spread["p10"]), _milliseconds(spread["p90"])
-    return f"{_milliseconds(spread['median'])} ({low}-{high})"
-
-
-def _ratio(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['p10']:.2f}-{spread['p90']:.2f})"
-
-
-def _mebibytes(num_bytes: int | None) -> str:
-    if num_bytes is None:
-        return "?"
-    value = num_bytes / 2**20
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
-
-
-def _what(result: Result) -> list[str]:
-    sizes = (result[f] for f in ("num_tokens", "hidden", "num_experts", "num_topk"))
-    return [", ".join(map(str, sizes)), result["dtype"], result["direction"]]
-
-
-def time_table(results: Sequence[Result], tablefmt: str) -> str:
-    """Milliseconds of each variant, and the ratios that count."""
-    labels = _labels(results)
-    rows = [
-        [
-            *_what(result),
-            *(_time(result["variants"][key]["seconds"]) for key in labels),
-            *(_ratio(result["ratios"][key]) for key in BASELINES),
-        ]
-        for result in results
-    ]
-    ratios = [f"÷ {VARIANTS[key]}" for key in BASELINES]
-    headers = ["T, H, E, K", "dtype", "measured", *labels.values(), *ratios]
-    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
-
-
-def memory_table(results: Sequence[Result], tablefmt: str) -> str:
-    """MiB of each variant: seen by the kernel / planned by XLA. Empty if it was not measured."""
-    labels = _labels(results)
-    if "planned_bytes" not in results[0]["variants"]["ours"]:
-        return ""
-    rows = []
-    for result in results:
-        measured = [result["variants"][key] for key in labels]
-        rows.append(
-            [
-                *_what(result),
-                *(
-                    f"{_mebibytes(m['peak_rss_bytes'])} / {_mebibytes(m['planned_bytes'])}"
-                    for m in measured
-                ),
-            ]
-        )
-    headers = ["T, H, E, K", "dtype", "measured", *labels.values()]
-    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
-
-
-def summary(results: Sequence[Result]) -> str:
-    """How many lines meet the goal, and the largest and smallest ratio."""
-    ratios = [result["ratio"]["median"] for result in results]
-    met = sum(ratio <= GOAL for ratio in ratios)
-    return (
-        f"{_labels(results)['ours']} takes at most {GOAL} times as long as the faster baseline in "
-        f"{met} of {len(ratios)} lines; the ratios are {min(ratios):.2f} to {max(ratios):.2f}."
-    )
-
-
-def sizes_table(results: Sequence[Result], tablefmt: str) -> str:
-    """Rows and bytes of each case."""
-    of_case: dict[str, list[Result]] = {}
-    for result in results:
-        of_case.setdefault(result["case"], []).append(result)
-    rows = []
-    for lines in of_case.values():
-        first = lines[0]
-        logical = {line["dtype"]: _mebibytes(line["logical_bytes"]) for line in lines}
-        in_buckets = first["bucket_capacity"] * first["num_experts"]
-        rows.append(
-            [
-                _what(first)[0],
-                ", ".join(f"{mebibytes} ({dtype})" for dtype, mebibytes in logical.items()),
-                first["max_received"],
-                first["recv_capacity"],
-                first["bucket_capacity"],
-                in_buckets,
-            ]
-        )
-    headers = [
-        "T, H, E, K",
-        "logical MiB of a dispatch",
-        "rows of the busiest rank",
-        f"C (factor {CAPACITY_FACTOR})",
-        "rows of a bucket",
-        "rows of a rank's buckets",
-    ]
-    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
-
-
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """Everything, for `docs/measurements/benchmarks.md`."""
-    where, results = report["environment"], report["results"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    memory = memory_table(results, "github")
-    parts = [
-        f"* Machine: {where['machine']}; load average before the run {where['load_before']}\n"
-        f"* Versions: {versions}\n"
-        f"* Commit: {where['commit']}\n"
-        f"* Command: `{where['command']}`, {where['date']}, {report['num_pairs']} pairs",
-        summary(results),
-        "Milliseconds of one call, median (10th-90th percentile), and our time divided by each "
-        "baseline's in the same round, likewise:",
-        time_table(results, "github"),
-    ]
-    if memory:
-        parts += [
-            "Peak memory in MiB, of all 8 devices together: rise of the process's resident memory "
-            "/ temporaries and outputs that XLA planned:",
-            memory,
-        ]
-    parts += ["Sizes:", sizes_table(results, "github")]
-    return "\n\n".join(parts) + "\n"
-
-
-def write_markdown(path: pathlib.Path, text: str) -> None:
-    """Puts the text between the markers of a file, or into a new file.
+def merged(parts: Sequence[Found]) -> Found:
+    """The numbers of several runs together.
 
     Raises:
-        ValueError: the file exists and has no markers, so writing would destroy what it holds.
+        ValueError: they are not of ranks with a GPU each.
     """
-    block = f"{BEGIN}\n\n{text}\n{END}"
-    if not path.exists():
-        path.write_text(block + "\n")
-        return
-    old = path.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{path} exists and does not have, once each, {BEGIN!r} and {END!r}")
-    before, rest = old.split(BEGIN)
-    path.write_text(before + block + rest.split(END)[1])
+    if len(parts) == 1:
+        return parts[0]
+    if any("links" not in part for part in parts):
+        raise ValueError("only runs with a GPU for each rank can be reported together")
+    return own_gpu_tables.merged(parts)
+
+
+def _text(found: Found, tablefmt: str) -> str:
+    tables: Any = _kind(found)[1]
+    shown = (f"{title}\n\n{table}" for title, table in tables.parts(found, tablefmt) if table)
+    return "\n\n".join([tables.head(found), tables.summary(found), *shown])
+
+
+def to_text(found: Found) -> str:
+    """Everything, for the terminal."""
+    return _text(found, "simple")
+
+
+def to_markdown(found: Found) -> str:
+    """Everything, for docs/measurements/benchmarks.md."""
+    return _text(found, "github")
+
+
+def write_markdown(path: pathlib.Path, found: Found) -> None:
+    """Puts the tables between the comments of a page that are for them, or into a new file.
+
+    Raises:
+        ValueError: the file exists and has no such comments, so nothing may be replaced.
+    """
+    marks = (f"<!-- {word}: written by {marked_by(found)} -->" for word in ("begin", "end"))
+    page = path.read_text() if path.exists() else "\n".join([*marks, ""])
+    path.write_text(replaced(page, marked_by(found), to_markdown(found)))

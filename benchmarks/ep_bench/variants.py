@@ -19,8 +19,7 @@ from ep_bench.baselines import (
     identity_experts,
     ragged_all_to_all,
 )
-from ep_bench.cases import DTYPES, NUM_RANKS, Case, Inputs
-from ep_bench.gpu_cases import GpuCase
+from ep_bench.cases import DTYPES, NUM_RANKS, Case, GpuCase, Inputs
 
 AXIS = "expert"
 # Key on the command line and in the JSON -> name in tables.
@@ -34,6 +33,13 @@ VARIANTS = {
 RAGGED = {"ragged_all_to_all": "lax.ragged_all_to_all"}
 # What users write without this library; the faster one is what `ours` is compared with.
 BASELINES = ("gather_scatter", "all_to_all")
+# Ways to dispatch and combine that are compared on GPUs -> how tables call them.
+OURS = {"ours": VARIANTS["ours"], "ours_fp8": "jax_ep, FP8 wire"}
+GPU_BASELINES = {key: VARIANTS[key] for key in BASELINES} | {
+    "ragged_all_to_all": "ragged_all_to_all",
+    "ragged_with_flags": "ragged_all_to_all, with flags",
+}
+COMPARED = OURS | GPU_BASELINES
 # Direction -> whether the gradient is taken too.
 DIRECTIONS = {"forward": False, "forward + backward": True}
 

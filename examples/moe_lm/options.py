@@ -96,33 +96,45 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    positive, count = _number(int, 1), _number(int, 0)
+    for add_group in (_add_size, _add_training, _add_expert_parallelism, _add_files):
+        add_group(parser)
+    return parser
 
-    def add(group: Any, name: str, kind: Any, default: Any, text: str, **more: Any) -> None:
-        group.add_argument(name, type=kind, default=default, help=text, **more)
 
+_POSITIVE, _COUNT = _number(int, 1), _number(int, 0)
+
+
+def _add(group: Any, name: str, kind: Any, default: Any, text: str, **more: Any) -> None:
+    group.add_argument(name, type=kind, default=default, help=text, **more)
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size of the model")
-    add(size, "--layers", positive, 2, "transformer blocks")
-    add(size, "--hidden", positive, 128, "channels of a token")
-    add(size, "--heads", positive, 4, "attention heads")
-    add(size, "--ffn", positive, 128, "inner channels of one expert")
-    add(size, "--experts", positive, 8, "experts of a layer")
-    add(size, "--shared-experts", count, 1, "experts that every token uses besides")
-    add(size, "--topk", positive, 2, "experts that a token chooses")
-    add(size, "--seq-len", positive, 128, "bytes of a sequence")
+    _add(size, "--layers", _POSITIVE, 2, "transformer blocks")
+    _add(size, "--hidden", _POSITIVE, 128, "channels of a token")
+    _add(size, "--heads", _POSITIVE, 4, "attention heads")
+    _add(size, "--ffn", _POSITIVE, 128, "inner channels of one expert")
+    _add(size, "--experts", _POSITIVE, 8, "experts of a layer")
+    _add(size, "--shared-experts", _COUNT, 1, "experts that every token uses besides")
+    _add(size, "--topk", _POSITIVE, 2, "experts that a token chooses")
+    _add(size, "--seq-len", _POSITIVE, 128, "bytes of a sequence")
 
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("training")
-    add(run, "--batch", positive, 16, "sequences per step, over all devices")
-    add(run, "--steps", positive, 200, "training steps")
-    add(run, "--lr", _number(float, 0, above=True), 4e-3, "highest learning rate")
-    add(run, "--warmup", count, 50, "steps until the learning rate is at its highest")
-    add(run, "--balance-loss", _number(float, 0), 0.01, "factor of the load-balance loss")
-    add(run, "--z-loss", _number(float, 0), 1e-3, "factor of the router z-loss")
-    add(run, "--seed", count, 0, "of initial parameters and of the order of the data")
+    _add(run, "--batch", _POSITIVE, 16, "sequences per step, over all devices")
+    _add(run, "--steps", _POSITIVE, 200, "training steps")
+    _add(run, "--lr", _number(float, 0, above=True), 4e-3, "highest learning rate")
+    _add(run, "--warmup", _COUNT, 50, "steps until the learning rate is at its highest")
+    _add(run, "--balance-loss", _number(float, 0), 0.01, "factor of the load-balance loss")
+    _add(run, "--z-loss", _number(float, 0), 1e-3, "factor of the router z-loss")
+    _add(run, "--seed", _COUNT, 0, "of initial parameters and of the order of the data")
 
+
+def _add_expert_parallelism(parser: argparse.ArgumentParser) -> None:
     ep = parser.add_argument_group("expert parallelism")
-    add(ep, "--mesh", _mesh, "2x4", "devices, as DATAxEXPERT", metavar="DATAxEXPERT")
-    add(
+    _add(ep, "--mesh", _mesh, "2x4", "devices, as DATAxEXPERT", metavar="DATAxEXPERT")
+    _add(
         ep,
         "--platform",
         str,
@@ -130,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "of the devices; auto: that of JAX_PLATFORMS, or else cpu",
         choices=("auto", "cpu", "cuda"),
     )
-    add(ep, "--backend", str, "auto", "of dispatch and combine", choices=("auto", "ffi", "xla"))
-    add(
+    _add(ep, "--backend", str, "auto", "of dispatch and combine", choices=("auto", "ffi", "xla"))
+    _add(
         ep,
         "--capacity-factor",
         _capacity_factor,
@@ -141,23 +153,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="{none,FACTOR}",
     )
     ep.add_argument("--fp8-wire", action="store_true", help="send tokens to experts in float8")
-    add(ep, "--flavor", str, "nnx", "of Flax", choices=("nnx", "linen"))
+    _add(ep, "--flavor", str, "nnx", "of Flax", choices=("nnx", "linen"))
     ep.add_argument(
         "--dense",
         action="store_true",
         help="the same model on one device without dispatch and combine, to compare with",
     )
 
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files and reports")
-    add(files, "--out", pathlib.Path, pathlib.Path("runs/moe_lm"), "folder for what is written")
+    _add(files, "--out", pathlib.Path, pathlib.Path("runs/moe_lm"), "folder for what is written")
     files.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out, if any"
     )
-    add(files, "--checkpoint-every", count, 100, "steps; 0: only at the end")
-    add(files, "--eval-every", count, 50, "steps between held-out losses; 0: only at the end")
-    add(files, "--eval-batches", positive, 8, "batches of held-out text")
-    add(files, "--sample-bytes", count, 400, "bytes that the model writes at the end")
-    return parser
+    _add(files, "--checkpoint-every", _COUNT, 100, "steps; 0: only at the end")
+    _add(files, "--eval-every", _COUNT, 50, "steps between held-out losses; 0: only at the end")
+    _add(files, "--eval-batches", _POSITIVE, 8, "batches of held-out text")
+    _add(files, "--sample-bytes", _COUNT, 400, "bytes that the model writes at the end")
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:

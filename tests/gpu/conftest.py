@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gpu import standing
-from gpu.mps import MpsDaemon
-from gpu.placement import Placement, count_gpus
-from gpu.ranks import Case, RankRun, run_ranks
+from ep_launch import standing
+from ep_launch.mps import MpsDaemon
+from ep_launch.placement import Placement, count_gpus
+from ep_launch.ranks import Case, RankRun, run_ranks
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

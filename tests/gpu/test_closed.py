@@ -4,12 +4,12 @@
 import numpy as np
 import pytest
 
-from gpu.closed_groups import called_after_close, late_but_in_time
-from gpu.comparison import case_of
-from gpu.placement import Placement, count_gpus
-from gpu.ranks import failure_report
-from gpu.test_programs import FLAGS
-from problems import EpProblem
+from ep_launch.placement import Placement, count_gpus
+from ep_launch.ranks import failure_report
+from ep_testing.closed_groups import called_after_close, late_but_in_time
+from ep_testing.graph_flags import FLAGS
+from ep_testing.problems import EpProblem
+from ep_testing.rank_cases import case_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 

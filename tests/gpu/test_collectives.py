@@ -3,11 +3,8 @@
 
 import pytest
 
-from gpu.comparison import case_of, check_cases
-from gpu.placement import Placement
-from gpu.rank_programs import beside_collectives
-from gpu.ranks import Case
-from problems import EpProblem
+from ep_launch.placement import Placement
+from ep_testing.rank_cases import check_cases, collective_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,19 +16,10 @@ pytestmark = [
 GRAPHS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,COLLECTIVES"
 
 
-def cases(num_ranks: int, backend: str = "ffi") -> list[Case]:
-    """Small tokens, and rows as long as a model's."""
-    small = EpProblem(
-        name="psum", num_ranks=num_ranks, num_tokens=7, hidden=24, num_topk=3, num_experts=16
-    )
-    large = small.replace(name="psum_large", num_tokens=64, hidden=2048, routing="zipf")
-    return [case_of(beside_collectives, p, backend=backend) for p in (small, large)]
-
-
 @pytest.mark.parametrize("flags", ["", GRAPHS], ids=["default", "graphs"])
 @pytest.mark.parametrize("num_ranks", Placement.chosen().numbers_of_ranks())
 def test_gradients_are_summed_beside_exchanges(num_ranks, flags, on_ranks):
     def run(cases, **kwargs):
         return on_ranks(cases, environment={"XLA_FLAGS": flags}, **kwargs)
 
-    check_cases(run, cases(num_ranks), num_ranks)
+    check_cases(run, collective_cases(num_ranks), num_ranks)

@@ -13,12 +13,12 @@ import signal
 
 import pytest
 
-from gpu.comparison import case_of, check_cases
-from gpu.lost_ranks import lost
-from gpu.placement import Placement, count_gpus
-from gpu.rank_programs import exchange
-from gpu.ranks import run_ranks
-from problems import PROBLEMS, EpProblem
+from ep_launch.placement import Placement, count_gpus
+from ep_launch.ranks import run_ranks
+from ep_testing.lost_ranks import lost
+from ep_testing.problems import PROBLEMS, EpProblem
+from ep_testing.rank_cases import case_of, check_cases
+from ep_testing.rank_programs import exchange
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 

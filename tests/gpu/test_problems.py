@@ -3,12 +3,12 @@
 
 import pytest
 
-from gpu import large_shape
-from gpu.comparison import case_of, check_cases
-from gpu.placement import Placement
-from gpu.rank_programs import exchange, gradients, moe
-from gpu.ranks import Case, failure_report, stacked
-from problems import PROBLEMS, EpProblem
+from ep_launch.placement import Placement
+from ep_launch.ranks import Case, failure_report, stacked
+from ep_testing import large_shape
+from ep_testing.problems import PROBLEMS, EpProblem
+from ep_testing.rank_cases import case_of, check_cases
+from ep_testing.rank_programs import exchange, gradients, moe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 

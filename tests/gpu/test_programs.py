@@ -7,9 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from gpu.comparison import case_of, check_cases
-from gpu.placement import Placement
-from gpu.rank_programs import (
+from ep_launch.placement import Placement
+from ep_launch.ranks import failure_report, stacked
+from ep_testing.graph_flags import FLAGS, GRAPHS, SHORT
+from ep_testing.problems import PROBLEMS, EpProblem
+from ep_testing.rank_cases import case_of, check_cases
+from ep_testing.rank_programs import (
     chosen,
     jitted,
     launches,
@@ -20,9 +23,7 @@ from gpu.rank_programs import (
     turns,
     two_groups,
 )
-from gpu.ranks import failure_report, stacked
 from jax_ep import reference
-from problems import PROBLEMS, EpProblem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,13 +35,6 @@ LAYER = PROBLEMS["eight_ranks"].replace(num_tokens=40, hidden=48)
 TURNS = EpProblem(
     name="turns", num_ranks=8, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
 )
-# What is in graphs: as users have it, conditionals too; the same, however short a graph; only the
-# kinds that are named; nothing.
-DEFAULT = ""
-SHORT = "--xla_gpu_graph_min_graph_size=1"
-GRAPHS = f"{SHORT} --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
-NO_GRAPHS = "--xla_gpu_enable_command_buffer="
-FLAGS = {"default": DEFAULT, "short": SHORT, "graphs": GRAPHS, "no_graphs": NO_GRAPHS}
 
 
 def _check_turns(problem: EpProblem, runs, index: int, turns_each: int) -> int:

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import explain
-from agreement import check_exchange
+from ep_testing import assertions
+from ep_testing.oracle_checks import assert_matches_oracle
+from ep_testing.problems import PROBLEMS, EpProblem, params
 from jax_ep import reference
-from problems import PROBLEMS, EpProblem, params
 
 LIBRARY = os.environ.get("JAX_EP_SIMULATED_EXCHANGE")
 
@@ -166,10 +166,10 @@ def test_the_kernels_give_the_oracles_bits(problem):
     returned = reference.combine_scalars(plan, problem.dispatched.weights)
     for seed in SEEDS:
         for got in run(problem, seed):
-            check_exchange(problem, as_exchanged(problem, got), "ffi")
+            assert_matches_oracle(problem, as_exchanged(problem, got), "ffi")
             np.testing.assert_array_equal(got.returned_weights, returned, "returned_weights")
             if not problem.zero_fill:  # as they were before: all bits set
-                assert (explain.bits(got.rows[plan.row_source < 0]) + 1 == 0).all()
+                assert (assertions.bits(got.rows[plan.row_source < 0]) + 1 == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_rows_come_and_go_quantized(problem, x_format, rows_format):
     source = problem.plan.row_source
     for got in run(problem, 1, x_format, rows_format):
         if rows_format == "dtype":
-            explain.assert_same_rows(got.rows, problem.dispatched.x, problem)
+            assertions.assert_rows_equal(got.rows, problem.dispatched.x, problem)
             continue
         for result, sent in ((got.rows, values), (got.rows_scales, scales)):
             want = sent.reshape(-1, sent.shape[-1])[source]
             want[source < 0] = 0
-            np.testing.assert_array_equal(explain.bits(result), explain.bits(want))
+            np.testing.assert_array_equal(assertions.bits(result), assertions.bits(want))

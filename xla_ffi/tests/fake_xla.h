@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Calls a handler as XLA does, without XLA: for handlers of platform CUDA, which XLA calls only
-// where there is a GPU. A C interface; tests/fake_cudart.py has the same in Python.
+// where there is a GPU. A C interface; testing/ep_testing/fake_cudart.py has the same in Python.
 #ifndef JAX_EP_XLA_FFI_TESTS_FAKE_XLA_H_
 #define JAX_EP_XLA_FFI_TESTS_FAKE_XLA_H_
 

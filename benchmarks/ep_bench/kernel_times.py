@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of the kernels alone, which csrc/kernels/tests/virtual_ranks.cu takes from CUDA graphs."""
+
+import pathlib
+import re
+import subprocess
+from collections.abc import Sequence
+
+from ep_bench.cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, GpuCase
+
+_LINE = re.compile(r"^\s+(plan|dispatch|combine)\s+([\d.]+) us$", re.MULTILINE)
+
+
+def _arguments(case: GpuCase) -> list[str]:
+    sizes = (case.num_ranks, case.num_tokens, HIDDEN, NUM_TOPK, NUM_EXPERTS, case.num_sms)
+    words = (["fp8"] if case.wire_dtype == FP8 else []) + (
+        ["rank"] if case.layout == "rank" else []
+    )
+    return ["time", *map(str, sizes), *words]
+
+
+def parse(text: str) -> dict[str, float]:
+    """Seconds of each kernel, by name, from what the program prints.
+
+    Raises:
+        ValueError: it is not all there.
+    """
+    found = {name: float(us) * 1e-6 for name, us in _LINE.findall(text)}
+    if found.keys() != {"plan", "dispatch", "combine"}:
+        raise ValueError(f"no times of three kernels in: {text!r}")
+    return found
+
+
+def times(program: pathlib.Path, cases: Sequence[GpuCase]) -> dict[GpuCase, dict[str, float]]:
+    """Seconds of each kernel, for the cases that the program knows: uniform, without zeros."""
+    found = {}
+    for case in cases:
+        if case.routing != "uniform" or case.zero_fill:
+            continue
+        command = [str(program), *_arguments(case)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        found[case] = parse(done.stdout)
+    return found

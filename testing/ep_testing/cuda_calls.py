@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Well-formed calls of the handlers for platform CUDA, by one rank, on arrays of NumPy."""
+
+import dataclasses
+
+import numpy as np
+
+from ep_testing.fake_cudart import FakeCudart
+
+# Results of each handler; what else it takes is an operand.
+RESULTS = {
+    "plan": (
+        *("slot", "row_source", "row_topk_idx", "source_slot"),
+        *("group_sizes", "tokens_per_expert", "num_dropped"),
+    ),
+    "dispatch": ("rows", "row_scalars"),
+    "combine": ("out", "token_scalars"),
+}
+OPERATIONS = tuple(RESULTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a call; its letters are those of the documentation."""
+
+    num_ranks: int = 2
+    num_experts: int = 8
+    num_topk: int = 2
+    num_tokens: int = 3
+    hidden: int = 16
+    recv_capacity: int = 10
+    layout: str = "expert"
+    dtype: str = "float32"
+    scalars: bool = True
+    weighted: bool = True
+
+    def attributes(self, group_id: int) -> dict[str, np.generic]:
+        """The dictionary that every call has."""
+        return {
+            "ep.group_id": np.int64(group_id),
+            "ep.num_ranks": np.int32(self.num_ranks),
+            "ep.num_experts": np.int32(self.num_experts),
+            "ep.num_topk": np.int32(self.num_topk),
+            "ep.expert_alignment": np.int32(1),
+            "ep.layout": np.int32(("expert", "rank").index(self.layout)),
+        }
+
+
+def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
+    """The arrays of a call, by name, in the order in which the handler takes them."""
+    T, K, C, H = sizes.num_tokens, sizes.num_topk, sizes.recv_capacity, sizes.hidden
+    local = sizes.num_experts // sizes.num_ranks
+    by_rank = sizes.layout == "rank"
+    rows_per_token = 1 if by_rank else min(K, local)
+    per_row = (C, K) if by_rank else (C,)
+
+    def ints(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    def floats(there: bool, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape if there else (0,), np.float32)
+
+    def rows(count: int) -> np.ndarray:
+        return np.zeros((count, H), sizes.dtype)
+
+    program_rank, topk_idx, slot = ints(1), ints(T, K), ints(T, K)
+    row_source, source_slot = ints(C), ints(sizes.num_ranks * T, rows_per_token)
+    row_topk_idx = ints(C, K) if by_rank else ints(0)
+    if operation == "plan":
+        return {
+            "program_rank": program_rank, "topk_idx": topk_idx,
+            "slot": slot, "row_source": row_source, "row_topk_idx": row_topk_idx,
+            "source_slot": source_slot, "group_sizes": ints(sizes.num_ranks if by_rank else local),
+            "tokens_per_expert": ints(local), "num_dropped": ints(),
+        }  # fmt: skip
+    if operation == "dispatch":
+        return {
+            "program_rank": program_rank, "x": rows(T),
+            "token_scalars": floats(sizes.scalars, (T, K)), "topk_idx": topk_idx, "slot": slot,
+            "row_source": row_source, "source_slot": source_slot,
+            "rows": rows(C), "row_scalars": floats(sizes.scalars, per_row),
+        }  # fmt: skip
+    return {
+        "program_rank": program_rank, "y": rows(C), "weights": floats(sizes.weighted, per_row),
+        "row_scalars": floats(sizes.scalars, per_row), "topk_idx": topk_idx, "slot": slot,
+        "row_topk_idx": row_topk_idx, "source_slot": source_slot,
+        "out": rows(T), "token_scalars": floats(sizes.scalars, (T, K)),
+    }  # fmt: skip
+
+
+def call(
+    fake: FakeCudart,
+    operation: str,
+    group_id: int,
+    arrays: dict[str, np.ndarray],
+    sizes: Sizes,
+    *,
+    device: int = 0,
+    stream: int = 0,
+    **attributes: np.generic,
+) -> None:
+    """Calls a handler; `attributes` replace some of the call's, "ep_..." one of the dictionary."""
+    all_attributes = {**sizes.attributes(group_id), "place": np.int32(0)}
+    if operation == "dispatch":
+        all_attributes |= {"wire": np.int32(0), "zero_fill": np.bool_(True)}
+    all_attributes |= {
+        name.replace("ep_", "ep.", 1) if name.startswith("ep_") else name: value
+        for name, value in attributes.items()
+    }
+    results = RESULTS[operation]
+    fake.call(
+        f"jax_ep_{operation}",
+        [array for name, array in arrays.items() if name not in results],
+        [arrays[name] for name in results],
+        all_attributes,
+        device=device,
+        stream=stream,
+    )
