@@ -129,7 +129,7 @@ def test_a_size_past_the_kernels_limits_is_named(changes, message, mesh, fake):
 
 @needs_sources
 def test_limits_are_those_of_the_kernels():
-    text = (ROOT / "csrc" / "core" / "heap_layout.h").read_text()
+    text = (ROOT / "csrc" / "core" / "limits.h").read_text()
 
     def constant(name):
         value = re.search(rf"constexpr int\w+ {name} = ([^;]+);", text)[1]
@@ -145,15 +145,15 @@ def test_limits_are_those_of_the_kernels():
 
 @needs_sources
 def test_the_stand_in_takes_what_the_compiled_module_takes():
-    text = (ROOT / "xla_ffi" / "cuda_module.cc").read_text()
+    text = (ROOT / "xla_ffi" / "cuda" / "module.cc").read_text()
 
     def names(function):
         start = text.index(f'"{function}",')
-        return set(re.findall(r'nb::arg\("(\w+)"\)', text[start : text.index('"\n', start)]))
+        return set(re.findall(r'nb::arg\("(\w+)"\)', text[start : text.index("\n  m.", start)]))
 
     parameters = inspect.signature(fake_cuda.FakeCuda.create_group).parameters
-    shape = inspect.signature(fake_cuda.FakeCuda.heap_bytes).parameters
-    assert names("create_group") == (set(parameters) | set(shape)) - {"self", "shape"}
+    assert names("create_group") == set(parameters) - {"self"}
+    assert names("__init__") == set(inspect.signature(fake_cuda.FakeCuda.HeapShape).parameters)
     for function in ("connect_group", "disconnect_group", "close_group"):
         taken = inspect.signature(getattr(fake_cuda.FakeCuda, function)).parameters
         assert names(function) == set(taken) - {"self"}, function

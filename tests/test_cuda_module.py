@@ -63,8 +63,10 @@ def _refused(mesh, config=CONFIG) -> str:
 def test_a_group_holds_a_heap_on_each_device_until_it_is_closed(mesh, fake):
     with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
         assert group.heap_bytes == fake.module.heap_bytes(
-            num_ranks=2, num_experts=8, num_topk=2, max_tokens=4, hidden=16, dtype=0, wire=0,
-            layout=0,
+            fake.module.HeapShape(
+                num_ranks=2, num_experts=8, num_topk=2, max_tokens=4, hidden=16, dtype=0, wire=0,
+                layout=0,
+            )
         )  # fmt: skip
         heaps = [leak for leak in fake.leaks() if leak.startswith("cudaMalloc")]
         assert [heap.rpartition(" ")[2] for heap in heaps] == ["0", "1", "2", "3"]

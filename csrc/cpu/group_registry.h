@@ -28,8 +28,8 @@ struct GroupInfo {
   int64_t id = 0;
   std::string name = {};  // for messages, e.g. "EpGroup 3 (axis 'expert')"
   int32_t num_ranks = 1;
-  std::chrono::milliseconds warn_after{10'000};
-  std::chrono::milliseconds timeout{30'000};
+  std::chrono::milliseconds warn_after{};
+  std::chrono::milliseconds timeout{};
   // By device ordinal. This, and nothing that a program computes, says who meets whom: what an
   // operand says of a rank's group may be the same on devices that hold other data.
   std::unordered_map<int32_t, RankPlace> places = {};

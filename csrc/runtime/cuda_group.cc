@@ -13,10 +13,10 @@ constexpr double kLeastWaitS = 0.1;
 
 Status check_ranks(const CudaGroupConfig& config) {
   for (const LocalRank& local : config.ranks) {
-    if (local.rank < 0 || local.rank >= config.heap.num_ranks) {
+    if (local.rank < 0 || local.rank >= config.group.heap.num_ranks) {
       return Status::invalid_argument(
           "rank is " + std::to_string(local.rank) +
-          "; allowed: 0 to num_ranks - 1 = " + std::to_string(config.heap.num_ranks - 1));
+          "; allowed: 0 to num_ranks - 1 = " + std::to_string(config.group.heap.num_ranks - 1));
     }
     const auto on_device =
         std::count_if(config.ranks.begin(), config.ranks.end(), [&](const LocalRank& other) {
@@ -36,7 +36,7 @@ Status choose_peers(const CudaGroupConfig& config,
                     int32_t group_index,
                     std::span<const HeapHandle> handles,
                     std::vector<HeapHandle>& peers) {
-  const auto num_ranks = static_cast<size_t>(config.heap.num_ranks);
+  const auto num_ranks = static_cast<size_t>(config.group.heap.num_ranks);
   std::vector<bool> there(num_ranks);
   peers.resize(num_ranks);
   for (const HeapHandle& handle : handles) {
@@ -60,15 +60,7 @@ Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& gro
   const CudaGroupConfig& with = made->config_;
   made->ranks_.resize(with.ranks.size());
   for (size_t i = 0; i < with.ranks.size(); ++i) {
-    const RankConfig rank{.group_name = with.name,
-                          .heap = with.heap,
-                          .nonce = with.nonce,
-                          .device = with.ranks[i].device,
-                          .group_index = with.ranks[i].group_index,
-                          .rank = with.ranks[i].rank,
-                          .warn_after_s = with.warn_after_s,
-                          .timeout_s = with.timeout_s,
-                          .max_num_sms = with.max_num_sms};
+    const RankConfig rank{.group = with.group, .local = with.ranks[i]};
     JAX_EP_RETURN_IF_ERROR(RankContext::create(rank, made->ranks_[i]));
   }
   group = std::move(made);
@@ -77,7 +69,7 @@ Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& gro
 
 Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles) {
   const auto it = std::find_if(ranks_.begin(), ranks_.end(), [&](const RankContext& context) {
-    return context.config().group_index == group_index && context.config().rank == rank;
+    return context.config().local.group_index == group_index && context.config().local.rank == rank;
   });
   if (it == ranks_.end()) {
     return Status::invalid_argument("connect: rank " + std::to_string(rank) + " of group " +
@@ -140,15 +132,15 @@ void CudaGroup::leave_heaps() {
 
 Status CudaGroup::find(int32_t device, const RankContext*& context) const {
   if (!ready_.load(std::memory_order_acquire)) {
-    return {StatusCode::kFailedPrecondition, config_.name + " is not connected to its peers"};
+    return {StatusCode::kFailedPrecondition, config_.group.name + " is not connected to its peers"};
   }
   for (const RankContext& candidate : ranks_) {
-    if (candidate.config().device != device) continue;
+    if (candidate.config().local.device != device) continue;
     context = &candidate;
     return {};
   }
   return {StatusCode::kFailedPrecondition,
-          config_.name + " has no rank on CUDA device " + std::to_string(device) +
+          config_.group.name + " has no rank on CUDA device " + std::to_string(device) +
               "; run the program on the mesh that the group was made for"};
 }
 

@@ -17,20 +17,8 @@
 
 namespace jax_ep {
 
-// A rank of this process.
-struct LocalRank {
-  int32_t device;       // ordinal
-  int32_t group_index;  // of the EP group among the mesh's other axes
-  int32_t rank;         // in the EP group
-};
-
 struct CudaGroupConfig {
-  std::string name;  // for messages
-  GroupNonce nonce;
-  double warn_after_s = 10;
-  double timeout_s = 1800;
-  int32_t max_num_sms = 0;  // 0: the default of each operation
-  HeapShape heap;
+  GroupSettings group;
   std::vector<LocalRank> ranks;  // at most one on a device
 };
 

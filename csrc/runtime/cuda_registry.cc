@@ -24,7 +24,7 @@ bool CudaGroupRegistry::close(int64_t id) {
   const auto it = groups_.find(id);
   if (it == groups_.end()) return false;
   group = std::move(it->second);
-  closed_.insert_or_assign(id, group->config().name);
+  closed_.insert_or_assign(id, group->config().group.name);
   groups_.erase(it);
   return true;
 }

@@ -37,44 +37,46 @@ Status bad_handle(const std::string& what) { return {StatusCode::kFailedPrecondi
 }  // namespace
 
 Status RankContext::create(const RankConfig& config, RankContext& context) {
-  const DeviceGuard guard(config.device);
+  const DeviceGuard guard(config.local.device);
   JAX_EP_RETURN_IF_ERROR(guard.status());
   RankContext made;
   made.config_ = config;
   // First: on a GPU that the kernels were not compiled for, nothing is to be allocated.
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_kernels()));
-  JAX_EP_RETURN_IF_ERROR(SymmetricHeap::allocate(config.heap, config.device, made.heap_));
-  const double report_s = first_report_s(config.warn_after_s);
-  JAX_EP_RETURN_IF_ERROR(RankWords::allocate({.group_name = config.group_name,
-                                              .device = config.device,
-                                              .group_index = config.group_index,
-                                              .rank = config.rank,
-                                              .num_ranks = config.heap.num_ranks,
-                                              .timeout_s = config.timeout_s,
+  JAX_EP_RETURN_IF_ERROR(
+      SymmetricHeap::allocate(config.group.heap, config.local.device, made.heap_));
+  const double report_s = first_report_s(config.group.warn_after_s);
+  JAX_EP_RETURN_IF_ERROR(RankWords::allocate({.group_name = config.group.name,
+                                              .device = config.local.device,
+                                              .group_index = config.local.group_index,
+                                              .rank = config.local.rank,
+                                              .num_ranks = config.group.heap.num_ranks,
+                                              .timeout_s = config.group.timeout_s,
                                               .report_s = report_s},
                                              made.words_));
-  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(
-      cudaDeviceGetAttribute(&made.device_sms_, cudaDevAttrMultiProcessorCount, config.device)));
-  const HeapOwner owner{
-      .nonce = config.nonce, .group_index = config.group_index, .rank = config.rank};
+  JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(cudaDeviceGetAttribute(
+      &made.device_sms_, cudaDevAttrMultiProcessorCount, config.local.device)));
+  const HeapOwner owner{.nonce = config.group.nonce,
+                        .group_index = config.local.group_index,
+                        .rank = config.local.rank};
   JAX_EP_RETURN_IF_ERROR(made.heap_.export_handle(owner, made.handle_));
   made.view_.layout = made.heap_.layout();
   made.view_.control = made.words_.control();
   made.view_.error = made.words_.error_on_device();
   made.view_.long_waits = made.words_.long_waits_on_device();
   made.view_.report_ns = to_wait_ns(report_s);
-  made.view_.timeout_ns = to_wait_ns(config.timeout_s);
-  made.view_.rank = config.rank;
-  made.view_.num_ranks = config.heap.num_ranks;
+  made.view_.timeout_ns = to_wait_ns(config.group.timeout_s);
+  made.view_.rank = config.local.rank;
+  made.view_.num_ranks = config.group.heap.num_ranks;
   context = std::move(made);
   return {};
 }
 
 Status RankContext::check_handle(const HeapHandle& handle, int32_t rank) const {
   const std::string who = "the handle of rank " + std::to_string(rank);
-  if (handle.owner.nonce != config_.nonce) return bad_handle(who + " is of another EpGroup");
-  if (handle.owner.group_index != config_.group_index || handle.owner.rank != rank) {
-    return bad_handle(who + " of group " + std::to_string(config_.group_index) +
+  if (handle.owner.nonce != config_.group.nonce) return bad_handle(who + " is of another EpGroup");
+  if (handle.owner.group_index != config_.local.group_index || handle.owner.rank != rank) {
+    return bad_handle(who + " of group " + std::to_string(config_.local.group_index) +
                       " is that of rank " + std::to_string(handle.owner.rank) + " of group " +
                       std::to_string(handle.owner.group_index));
   }
@@ -82,7 +84,7 @@ Status RankContext::check_handle(const HeapHandle& handle, int32_t rank) const {
     return bad_handle("the heap of rank " + std::to_string(rank) + " has " +
                       bytes_text(handle.layout.total_bytes) + ", laid out otherwise than the " +
                       bytes_text(view_.layout.total_bytes) + " of rank " +
-                      std::to_string(config_.rank) +
+                      std::to_string(config_.local.rank) +
                       "; every process must make the EpGroup with the same EpConfig");
   }
   return {};
@@ -98,13 +100,13 @@ Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing
   for (int32_t rank = 0; rank < view.num_ranks; ++rank) {
     const auto index = static_cast<size_t>(rank);
     JAX_EP_RETURN_IF_ERROR(check_handle(handles[index], rank));
-    JAX_EP_RETURN_IF_ERROR(PeerMapping::map(handles[index], config_.device, peers[index]));
+    JAX_EP_RETURN_IF_ERROR(PeerMapping::map(handles[index], config_.local.device, peers[index]));
     view.heap[rank] = peers[index].base();
   }
   // Ranks that share a device wait for each other, or hold what others of them need: the blocks of
   // all must fit on it at once.
   budget_ = {.available = std::max(device_sms_ / std::max(sharing, 1), 1),
-             .requested = config_.max_num_sms};
+             .requested = config_.group.max_num_sms};
   words_.publish();
   peers_ = std::move(peers);
   view_ = view;
@@ -112,7 +114,7 @@ Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing
 }
 
 Status RankContext::wait_for_kernels(double limit_s) const {
-  const auto synchronize = [device = config_.device]() -> Status {
+  const auto synchronize = [device = config_.local.device]() -> Status {
     const DeviceGuard guard(device);
     JAX_EP_RETURN_IF_ERROR(guard.status());
     return JAX_EP_CUDA_STATUS(cudaDeviceSynchronize());
@@ -127,7 +129,7 @@ Status RankContext::wait_for_kernels(double limit_s) const {
     return done.get();
   }
   return {StatusCode::kDeadlineExceeded,
-          "kernels still run on CUDA device " + std::to_string(config_.device)};
+          "kernels still run on CUDA device " + std::to_string(config_.local.device)};
 }
 
 void RankContext::disconnect() { peers_.clear(); }
@@ -139,7 +141,7 @@ void RankContext::leave_peers() {
 Status RankContext::error() const {
   const std::optional<ErrorRecord> record = words_.error();
   if (!record.has_value()) return {};
-  return {code_of(static_cast<WaitTag>(record->tag)), describe(*record, config_.timeout_s)};
+  return {code_of(static_cast<WaitTag>(record->tag)), describe(*record, config_.group.timeout_s)};
 }
 
 }  // namespace jax_ep

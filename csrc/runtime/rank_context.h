@@ -17,17 +17,27 @@
 
 namespace jax_ep {
 
+// What the ranks of a group have in common.
+struct GroupSettings {
+  std::string name;  // for messages
+  GroupNonce nonce;
+  double warn_after_s;
+  double timeout_s;
+  int32_t max_num_sms;  // 0: the default of each operation
+  HeapShape heap;
+};
+
+// A rank of this process.
+struct LocalRank {
+  int32_t device;       // ordinal in this process
+  int32_t group_index;  // of the EP group among the mesh's other axes
+  int32_t rank;         // in the EP group
+};
+
 // What a rank's CUDA side is made from.
 struct RankConfig {
-  std::string group_name;  // for messages
-  HeapShape heap;
-  GroupNonce nonce;
-  int32_t device = 0;       // ordinal in this process
-  int32_t group_index = 0;  // of the EP group among the mesh's other axes
-  int32_t rank = 0;         // in the EP group
-  double warn_after_s = 10;
-  double timeout_s = 1800;
-  int32_t max_num_sms = 0;  // 0: the default of each operation
+  GroupSettings group;
+  LocalRank local;
 };
 
 // One rank of an EP group on a device of this process: its heap, its view of all heaps, and the

@@ -5,6 +5,7 @@ It keeps the books that the real one keeps: which groups hold memory, who has ma
 are made on a mesh of CPU devices, and take themselves for groups on GPUs.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -45,14 +46,23 @@ class FakeCuda:
             "shared_memory": 226 * 1024,
         }
 
-    def heap_bytes(
-        self, *, num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout
-    ) -> int:
-        del num_experts, num_topk, wire, layout
-        return math.prod((num_ranks, max_tokens, hidden, 4 if dtype == 0 else 2))
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class HeapShape:
+        num_ranks: int
+        num_experts: int
+        num_topk: int
+        max_tokens: int
+        hidden: int
+        dtype: int
+        wire: int
+        layout: int
 
-    def heap_regions(self, **shape) -> list[tuple]:
-        return [(*REGIONS, 0, self.heap_bytes(**shape))]
+    def heap_bytes(self, shape: HeapShape) -> int:
+        element = 4 if shape.dtype == 0 else 2
+        return math.prod((shape.num_ranks, shape.max_tokens, shape.hidden, element))
+
+    def heap_regions(self, shape: HeapShape) -> list[tuple]:
+        return [(*REGIONS, 0, self.heap_bytes(shape))]
 
     def create_group(
         self,
@@ -63,19 +73,17 @@ class FakeCuda:
         warn_after_s,
         timeout_s,
         max_num_sms,
+        heap,
         ranks,
-        num_ranks,
-        **shape,
     ) -> list[bytes]:
         self._called("create", max_num_sms)
-        self.heap_bytes(num_ranks=num_ranks, **shape)
         assert group_id not in self.groups
         self.groups[group_id] = {
             "nonce": nonce,
             "name": name,
             "deadlines": (warn_after_s, timeout_s),
             "ranks": ranks,
-            "num_ranks": num_ranks,
+            "num_ranks": heap.num_ranks,
             "mapped": {},
         }
         return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]

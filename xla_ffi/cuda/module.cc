@@ -20,6 +20,7 @@
 
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_regions.h"
+#include "csrc/core/shape_check.h"
 #include "csrc/core/wait_times.h"
 #include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_registry.h"
@@ -49,7 +50,9 @@ void raise_if_error(const Status& status) {
   throw nb::python_error();
 }
 
-HeapShape heap_shape(int32_t num_ranks,
+// Sets `shape` to what Python gives by name. ValueError if no heap can be of this shape.
+void init_heap_shape(HeapShape* shape,
+                     int32_t num_ranks,
                      int32_t num_experts,
                      int32_t num_topk,
                      int64_t max_tokens,
@@ -59,22 +62,21 @@ HeapShape heap_shape(int32_t num_ranks,
                      int32_t layout) {
   const auto check_enum = [](const char* name, int32_t value, int32_t largest) {
     if (value >= 0 && value <= largest) return;
-    raise_if_error(Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +
-                                            "; allowed: 0 to " + std::to_string(largest)));
+    raise_if_error(out_of_range(name, value, "0 to " + std::to_string(largest)));
   };
   check_enum("dtype", dtype, static_cast<int32_t>(DType::kFloat16));
   check_enum("wire", wire, static_cast<int32_t>(Wire::kFloat8E4M3));
   check_enum("layout", layout, static_cast<int32_t>(Layout::kRank));
-  const HeapShape shape{.num_ranks = num_ranks,
-                        .num_experts = num_experts,
-                        .num_topk = num_topk,
-                        .max_tokens = max_tokens,
-                        .hidden = hidden,
-                        .dtype = static_cast<DType>(dtype),
-                        .wire = static_cast<Wire>(wire),
-                        .layout = static_cast<Layout>(layout)};
-  raise_if_error(check_heap_shape(shape));
-  return shape;
+  const HeapShape given{num_ranks,
+                        num_experts,
+                        num_topk,
+                        max_tokens,
+                        hidden,
+                        static_cast<DType>(dtype),
+                        static_cast<Wire>(wire),
+                        static_cast<Layout>(layout)};
+  raise_if_error(check_heap_shape(given));
+  new (shape) HeapShape(given);
 }
 
 std::shared_ptr<CudaGroup> find_group(int64_t id) {
@@ -179,32 +181,28 @@ std::vector<Region> regions_of(const HeapShape& shape) {
   return regions;
 }
 
-// A function of a HeapShape, which Python gives as keyword arguments.
-template <typename Body>
-void define_of_shape(nb::module_& m, const char* name, Body body, const char* doc) {
+void define_heap_shape(nb::module_& m) {
+  nb::class_<HeapShape>(m, "HeapShape", "What the size of a group's heaps depends on.")
+      .def("__init__",
+           &init_heap_shape,
+           nb::kw_only(),
+           nb::arg("num_ranks"),
+           nb::arg("num_experts"),
+           nb::arg("num_topk"),
+           nb::arg("max_tokens"),
+           nb::arg("hidden"),
+           nb::arg("dtype"),
+           nb::arg("wire"),
+           nb::arg("layout"));
   m.def(
-      name,
-      [body](int32_t num_ranks,
-             int32_t num_experts,
-             int32_t num_topk,
-             int64_t max_tokens,
-             int64_t hidden,
-             int32_t dtype,
-             int32_t wire,
-             int32_t layout) {
-        return body(
-            heap_shape(num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout));
-      },
-      nb::kw_only(),
-      nb::arg("num_ranks"),
-      nb::arg("num_experts"),
-      nb::arg("num_topk"),
-      nb::arg("max_tokens"),
-      nb::arg("hidden"),
-      nb::arg("dtype"),
-      nb::arg("wire"),
-      nb::arg("layout"),
-      doc);
+      "heap_bytes",
+      [](const HeapShape& shape) { return make_heap_layout(shape).total_bytes; },
+      nb::arg("shape"),
+      "Bytes of symmetric heap that each rank needs. Needs no GPU.");
+  m.def("heap_regions",
+        &regions_of,
+        nb::arg("shape"),
+        "(name, shape, holds, offset, bytes) of each region of the heap. Needs no GPU.");
 }
 
 void define_groups(nb::module_& m) {
@@ -216,24 +214,15 @@ void define_groups(nb::module_& m) {
          double warn_after_s,
          double timeout_s,
          int32_t max_num_sms,
-         int32_t num_ranks,
-         int32_t num_experts,
-         int32_t num_topk,
-         int64_t max_tokens,
-         int64_t hidden,
-         int32_t dtype,
-         int32_t wire,
-         int32_t layout,
+         const HeapShape& heap,
          const std::vector<std::tuple<int32_t, int32_t, int32_t>>& ranks) {
-        CudaGroupConfig config{
-            .name = std::move(name),
-            .nonce = nonce,
-            .warn_after_s = warn_after_s,
-            .timeout_s = timeout_s,
-            .max_num_sms = max_num_sms,
-            .heap = heap_shape(
-                num_ranks, num_experts, num_topk, max_tokens, hidden, dtype, wire, layout),
-            .ranks = {}};
+        CudaGroupConfig config{.group = {.name = std::move(name),
+                                         .nonce = nonce,
+                                         .warn_after_s = warn_after_s,
+                                         .timeout_s = timeout_s,
+                                         .max_num_sms = max_num_sms,
+                                         .heap = heap},
+                               .ranks = {}};
         for (const auto& [device, group_index, rank] : ranks) {
           config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
         }
@@ -246,14 +235,7 @@ void define_groups(nb::module_& m) {
       nb::arg("warn_after_s"),
       nb::arg("timeout_s"),
       nb::arg("max_num_sms"),
-      nb::arg("num_ranks"),
-      nb::arg("num_experts"),
-      nb::arg("num_topk"),
-      nb::arg("max_tokens"),
-      nb::arg("hidden"),
-      nb::arg("dtype"),
-      nb::arg("wire"),
-      nb::arg("layout"),
+      nb::arg("heap"),
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
       "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's "
@@ -320,15 +302,7 @@ NB_MODULE(_cuda, m) {
       },
       "What the kernels were compiled for (architectures, as CMake names them), with which CUDA,\n"
       "and how many bytes of shared memory a block takes at most. Needs no GPU.");
-  define_of_shape(
-      m,
-      "heap_bytes",
-      [](const HeapShape& shape) { return make_heap_layout(shape).total_bytes; },
-      "Bytes of symmetric heap that each rank needs. Needs no GPU.");
-  define_of_shape(m,
-                  "heap_regions",
-                  regions_of,
-                  "(name, shape, holds, offset, bytes) of each region of the heap. Needs no GPU.");
+  define_heap_shape(m);
   define_groups(m);
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

@@ -27,7 +27,7 @@ struct RankCall {
   std::shared_ptr<CudaGroup> group = nullptr;
   const RankContext* rank = nullptr;
 
-  [[nodiscard]] const HeapShape& heap() const { return group->config().heap; }
+  [[nodiscard]] const HeapShape& heap() const { return group->config().group.heap; }
 };
 
 // Finds the rank of a call on its device. FailedPrecondition if the group has been closed or has no

@@ -77,7 +77,7 @@ TEST_F(CudaGroupTest, ServesCallsFromTheLastConnectToTheDisconnect) {
   for (int32_t device = 0; device < 2; ++device) {
     const RankContext* rank = nullptr;
     ASSERT_TRUE(is_ok(group->find(device, rank)));
-    EXPECT_EQ(rank->config().rank, device);
+    EXPECT_EQ(rank->config().local.rank, device);
   }
   EXPECT_TRUE(contains(find(*group, 2).message(), "EpGroup 0 has no rank on CUDA device 2"));
   EXPECT_TRUE(is_ok(group->disconnect(kNoLimit)));
@@ -258,7 +258,7 @@ TEST_F(CudaGroupTest, GroupsAreClosedInAnyOrder) {
     std::vector<std::unique_ptr<CudaGroup>> groups;
     for (GroupNonce nonce = 1; nonce <= 3; ++nonce) {
       CudaGroupConfig config = group_config(2);
-      config.nonce = nonce;
+      config.group.nonce = nonce;
       groups.push_back(connected(config));
     }
     for (const size_t index : order) EXPECT_TRUE(is_ok(groups[index]->disconnect(kNoLimit)));

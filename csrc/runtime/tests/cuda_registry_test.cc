@@ -19,7 +19,7 @@ class CudaRegistryTest : public RuntimeTest {
  protected:
   static std::shared_ptr<CudaGroup> make(const std::string& name = "EpGroup 0") {
     CudaGroupConfig config = group_config(1);
-    config.name = name;
+    config.group.name = name;
     std::unique_ptr<CudaGroup> group;
     EXPECT_TRUE(is_ok(CudaGroup::create(std::move(config), group)));
     EXPECT_TRUE(is_ok(connect_all(*group)));
@@ -34,8 +34,8 @@ TEST_F(CudaRegistryTest, KeepsAGroupUntilItIsClosed) {
   EXPECT_TRUE(registry_.add(7, make("seven")));
   EXPECT_TRUE(registry_.add(-8, make("eight")));
   EXPECT_EQ(registry_.size(), 2);
-  EXPECT_EQ(registry_.find(7)->config().name, "seven");
-  EXPECT_EQ(registry_.find(-8)->config().name, "eight");
+  EXPECT_EQ(registry_.find(7)->config().group.name, "seven");
+  EXPECT_EQ(registry_.find(-8)->config().group.name, "eight");
   EXPECT_TRUE(registry_.close(7));
   EXPECT_FALSE(registry_.close(7));
   EXPECT_EQ(registry_.find(7), nullptr);
@@ -46,7 +46,7 @@ TEST_F(CudaRegistryTest, KeepsAGroupUntilItIsClosed) {
 TEST_F(CudaRegistryTest, AnIdIsOfOneGroup) {
   EXPECT_TRUE(registry_.add(7, make("first")));
   EXPECT_FALSE(registry_.add(7, make("second")));
-  EXPECT_EQ(registry_.find(7)->config().name, "first");
+  EXPECT_EQ(registry_.find(7)->config().group.name, "first");
   EXPECT_EQ(left_behind().size(), 1U) << "the second holds nothing";
   EXPECT_TRUE(registry_.close(7));
 }
@@ -67,7 +67,7 @@ TEST_F(CudaRegistryTest, ACallIsToldOfWhatGroupItIs) {
   EXPECT_TRUE(registry_.add(7, make("seven")));
   std::shared_ptr<CudaGroup> group;
   EXPECT_TRUE(is_ok(registry_.find_open(7, "plan", group)));
-  EXPECT_EQ(group->config().name, "seven");
+  EXPECT_EQ(group->config().group.name, "seven");
   group.reset();
   EXPECT_TRUE(registry_.close(7));
   const Status closed = registry_.find_open(7, "plan", group);
@@ -88,7 +88,7 @@ TEST_F(CudaRegistryTest, OtherGroupsAreFoundWhileOneIsFreed) {
   std::thread closing([&] { EXPECT_TRUE(registry_.close(1)); });
   while (fake_cudart::num_waiting() == 0) std::this_thread::yield();
   EXPECT_EQ(registry_.find(1), nullptr);
-  EXPECT_EQ(registry_.find(2)->config().name, "two");
+  EXPECT_EQ(registry_.find(2)->config().group.name, "two");
   fake_cudart::finish_kernels();
   closing.join();
   EXPECT_TRUE(registry_.close(2));

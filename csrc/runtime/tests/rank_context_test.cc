@@ -26,14 +26,14 @@ class RankContextTest : public RuntimeTest {
 
 TEST_F(RankContextTest, ShowsKernelsWhatTheyNeed) {
   RankConfig config = rank_config(1, 2, 3);
-  config.timeout_s = 0.5;
+  config.group.timeout_s = 0.5;
   const RankContext rank = create(config);
   const RankView& view = rank.view();
   EXPECT_EQ(view.rank, 1);
   EXPECT_EQ(view.num_ranks, 2);
   EXPECT_EQ(view.timeout_ns, 500'000'000U);
   EXPECT_EQ(view.chunk_target, kChunkTarget);
-  EXPECT_EQ(view.layout.total_bytes, make_heap_layout(config.heap).total_bytes);
+  EXPECT_EQ(view.layout.total_bytes, make_heap_layout(config.group.heap).total_bytes);
   ASSERT_NE(view.error, nullptr);
   EXPECT_EQ(view.error->written, 0U);
   EXPECT_EQ(view.long_waits[1], 0U);
@@ -49,16 +49,16 @@ TEST_F(RankContextTest, ShowsKernelsWhatTheyNeed) {
 
 TEST_F(RankContextTest, TimesOutNoEarlierThanAsked) {
   RankConfig config = rank_config(0, 1, 0);
-  config.timeout_s = 1e-9 * 0.25;
+  config.group.timeout_s = 1e-9 * 0.25;
   EXPECT_EQ(create(config).view().timeout_ns, 1U);
 }
 
 TEST_F(RankContextTest, ReportsAWaitSoonAndExactlyWhenItIsToBeWarnedOf) {
   RankConfig config = rank_config(0, 1, 0);
-  config.warn_after_s = 10;
+  config.group.warn_after_s = 10;
   EXPECT_EQ(create(config).view().report_ns, 625'000'000U) << "10 s after four doublings";
-  config.warn_after_s = kNoLimit;
-  config.timeout_s = kNoLimit;
+  config.group.warn_after_s = kNoLimit;
+  config.group.timeout_s = kNoLimit;
   const RankContext rank = create(config);
   EXPECT_EQ(rank.view().report_ns, 1'000'000'000U);
   EXPECT_EQ(rank.view().timeout_ns, uint64_t{1} << 61);
@@ -86,7 +86,7 @@ TEST_F(RankContextTest, SharesTheSmsOfADevice) {
   machine.devices[0].num_sms = 5;
   fake_cudart::reset(machine);
   RankConfig config = rank_config(0, 3, 0);
-  config.max_num_sms = 20;
+  config.group.max_num_sms = 20;
   RankContext rank = create(config);
   const RankContext here = create(rank_config(1, 3, 0));
   const RankContext elsewhere = create(rank_config(2, 3, 1));
@@ -111,13 +111,13 @@ TEST_F(RankContextTest, RefusesHandlesOfOthers) {
   RankContext rank = create(rank_config(0, 2, 0));
   const RankContext peer = create(rank_config(1, 2, 1));
   RankConfig other = rank_config(1, 2, 2);
-  other.heap.max_tokens = 8;
+  other.group.heap.max_tokens = 8;
   const RankContext larger = create(other);
   other = rank_config(1, 2, 2);
-  other.group_index = 1;
+  other.local.group_index = 1;
   const RankContext of_other_group = create(other);
   other = rank_config(1, 2, 2);
-  other.nonce = kNonce + 1;
+  other.group.nonce = kNonce + 1;
   const RankContext stranger = create(other);
 
   const auto refusal = [&](std::vector<HeapHandle> handles, StatusCode code) {

@@ -38,16 +38,13 @@ class Server {
 
  private:
   std::string create(const Words& words) {
-    CudaGroupConfig config{.name = "EpGroup " + words.at(1),
-                           .nonce = std::stoull(words.at(6)),
-                           .warn_after_s = 10,
-                           .timeout_s = 60,
-                           .max_num_sms = 0,
-                           .heap = small_shape(std::stoi(words.at(3))),
+    CudaGroupConfig config{.group = group_settings(std::stoi(words.at(3))),
                            .ranks = {{.device = std::stoi(words.at(4)),
                                       .group_index = std::stoi(words.at(5)),
                                       .rank = std::stoi(words.at(2))}}};
-    config.heap.max_tokens = std::stoll(words.at(7));
+    config.group.name = "EpGroup " + words.at(1);
+    config.group.nonce = std::stoull(words.at(6));
+    config.group.heap.max_tokens = std::stoll(words.at(7));
     return text_of(CudaGroup::create(std::move(config), groups_[words.at(1)]));
   }
 

@@ -37,27 +37,23 @@ inline HeapShape small_shape(int32_t num_ranks) {
           .layout = Layout::kExpert};
 }
 
-inline RankConfig rank_config(int32_t rank, int32_t num_ranks, int32_t device) {
-  return {.group_name = "EpGroup 0",
-          .heap = small_shape(num_ranks),
+inline GroupSettings group_settings(int32_t num_ranks) {
+  return {.name = "EpGroup 0",
           .nonce = kNonce,
-          .device = device,
-          .group_index = 0,
-          .rank = rank,
           .warn_after_s = 10,
           .timeout_s = 60,
-          .max_num_sms = 0};
+          .max_num_sms = 0,
+          .heap = small_shape(num_ranks)};
+}
+
+inline RankConfig rank_config(int32_t rank, int32_t num_ranks, int32_t device) {
+  return {.group = group_settings(num_ranks),
+          .local = {.device = device, .group_index = 0, .rank = rank}};
 }
 
 // A group of which this process has all ranks, rank r on device r.
 inline CudaGroupConfig group_config(int32_t num_ranks) {
-  CudaGroupConfig config{.name = "EpGroup 0",
-                         .nonce = kNonce,
-                         .warn_after_s = 10,
-                         .timeout_s = 60,
-                         .max_num_sms = 0,
-                         .heap = small_shape(num_ranks),
-                         .ranks = {}};
+  CudaGroupConfig config{.group = group_settings(num_ranks), .ranks = {}};
   for (int32_t rank = 0; rank < num_ranks; ++rank) {
     config.ranks.push_back({.device = rank, .group_index = 0, .rank = rank});
   }
@@ -85,7 +81,7 @@ inline void give_up(const RankContext& rank, WaitTag tag) {
   ASSERT_NE(memory, nullptr) << "the record has to be where devices reach it";
   ErrorRecord& record = *static_cast<ErrorRecord*>(memory);
   record.tag = static_cast<uint32_t>(tag);
-  record.rank = static_cast<uint32_t>(rank.config().rank);
+  record.rank = static_cast<uint32_t>(rank.config().local.rank);
   record.peer = 1;
   // RELEASE(error): read by RankWords::error.
   std::atomic_ref<uint32_t>(record.written).store(1, std::memory_order_release);

@@ -166,13 +166,13 @@ class CudaGroup:
         native.register_cuda_targets()
         ranks = placements(parameters.mesh, parameters.axis_names)
         self._local_ranks = [rank for rank in ranks if rank.process == jax.process_index()]
-        shape = _heap_shape(parameters.config, parameters.num_ranks)
-        self.heap_bytes: int = self._module.heap_bytes(**shape)
+        heap = self._module.HeapShape(**_heap_shape(parameters.config, parameters.num_ranks))
+        self.heap_bytes: int = self._module.heap_bytes(heap)
         self.group_id = agreement.group_id
         self._bootstrap = agreement.bootstrap
         self._mapped_by_peers = False
         try:
-            self._open(agreement.nonce, shape)
+            self._open(agreement.nonce, heap)
         except EpUnavailable as e:
             raise EpUnavailable(f"backend 'ffi' cannot serve {name}: {e}") from e
         self._watch = _watch()
@@ -188,11 +188,11 @@ class CudaGroup:
         )
         _open_groups.add(self)
 
-    def _open(self, nonce: int, shape: dict[str, int]) -> None:
+    def _open(self, nonce: int, heap: object) -> None:
         boot = self._bootstrap
         with contextlib.ExitStack() as undo:
             with boot.telling_failures("handles", "connected", "disconnected"):
-                handles = self._create(nonce, shape)
+                handles = self._create(nonce, heap)
                 undo.callback(self._forget)
             with boot.telling_failures("handles", "connected"):
                 # Who has the handles may map the heaps, also where this process fails meanwhile.
@@ -204,7 +204,7 @@ class CudaGroup:
             undo.pop_all()
         boot.forget("join", "handles")
 
-    def _create(self, nonce: int, shape: dict[str, int]) -> list[bytes]:
+    def _create(self, nonce: int, heap: object) -> list[bytes]:
         try:
             return self._module.create_group(
                 group_id=self.group_id,
@@ -213,7 +213,7 @@ class CudaGroup:
                 warn_after_s=self._parameters.warn_after,
                 timeout_s=self._parameters.timeout,
                 max_num_sms=self._parameters.config.max_num_sms or 0,
-                **shape,
+                heap=heap,
                 ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
         except (RuntimeError, MemoryError) as e:
