@@ -136,14 +136,17 @@ nvlink: ## Test, train and measure with a GPU for each rank: needs 2, 4 or 8 GPU
 BAZEL_PYTHON ?= $(VENV)/bazel/bin/python
 # With startup options, if need be.
 BAZEL ?= bazel
-BAZEL_TEST = PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL) test --jobs=$(JOBS)
+# All is built; what of it is run.
+BAZEL_TESTS ?= //...
+BAZEL_RUN = PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL)
 
 bazel: $(BAZEL_PYTHON) ## Build and test with Bazel, and a monorepo that uses jax_ep (docs/guide/bazel.md)
 	@command -v $(firstword $(BAZEL)) >/dev/null || { echo 'jax_ep: there is no Bazel. Debian:' \
 	  'apt-get install bazel-bootstrap bazel-platforms bazel-rules-java bazel-rules-proto' >&2; exit 1; }
-	$(BAZEL_TEST) $(ARGS) //...
+	$(BAZEL_RUN) build --jobs=$(JOBS) $(ARGS) //...
+	$(BAZEL_RUN) test --jobs=$(JOBS) $(ARGS) $(BAZEL_TESTS)
 	PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL_PYTHON) tools/bazel/check_layers.py $(BAZEL)
-	cd tests/bazel_consumer && $(BAZEL_TEST) --@jax_ep//:cuda=false //...
+	cd tests/bazel_consumer && $(BAZEL_RUN) test --jobs=$(JOBS) --@jax_ep//:cuda=false //...
 
 $(VENV)/bazel/bin/python:
 	@echo '==> $(VENV)/bazel: a virtual environment with what tests need, without jax_ep'
