@@ -13,7 +13,7 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // How a row travels from its source rank to its destination rank.
 enum class Wire : int32_t {
   kSame = 0,        // in the rows' own dtype
-  kFloat8E4M3 = 1,  // float8_e4m3fn with one float32 scale per kScaleBlock channels
+  kFloat8E4M3 = 1,  // float8_e4m3fn with one float32 scale per kScaleBlock elements
 };
 
 // Channels that share one scale on the FP8 wire; the last block of a row may be shorter.

@@ -12,6 +12,7 @@
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/limits.h"
+#include "csrc/core/protocol.h"
 #include "csrc/core/work_partition.h"
 
 namespace jax_ep {
@@ -30,12 +31,12 @@ struct HeapShape {
 
 // The regions, in the order in which they lie in the heap.
 enum class Region : int32_t {
-  kAcknowledged,  // u32 [R]: by peer, the last epoch whose rows of ours it has read
+  kAcknowledged,  // u32 [channels, R]: by peer, the last epoch whose rows of ours it has read
   kAborted,       // u32 [1]: an Aborted, once a peer has given up
-  kArrived,       // u64 [R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
-  kRouting,       // i32 [R, max_tokens, K]: topk_idx of every rank
-  kScalars,       // f32 [R, max_tokens, K]: scalars that travel with rows
-  kRows,          // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
+  kArrived,  // u64 [channels, R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
+  kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
+  kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
+  kRows,     // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
   // From here on the rank's own.
   kCounts,  // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
   kTotals,  // u32 [bins]: selections per bin
@@ -65,6 +66,7 @@ struct HeapLayout {
 
 constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   constexpr int64_t kRegionAlignment = 256;
+  constexpr int64_t channels = kNumChannels;
   const int64_t ranks = shape.num_ranks;
   const int64_t tokens = shape.max_tokens;
   const int64_t topk = shape.num_topk;
@@ -74,9 +76,9 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   layout.row_stride = align_up(shape.hidden * size_bytes(shape.dtype), 16);
   layout.max_tokens = tokens;
   const int64_t bytes[kNumRegions] = {
-      4 * ranks,
+      4 * channels * ranks,
       4,
-      8 * ranks * kMaxChunks,
+      8 * channels * ranks * kMaxChunks,
       4 * ranks * tokens * topk,
       4 * ranks * tokens * topk,
       ranks * tokens * layout.row_stride,

@@ -9,8 +9,12 @@
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_layout.h"
 #include "csrc/core/ops.h"
+#include "csrc/core/topology.h"
 
 namespace jax_ep {
+
+inline constexpr uint64_t kAllRanks = ~uint64_t{0};
+static_assert(kMaxRanks <= 64, "a mask of ranks has 64 bits");
 
 // A rank of a group, as its kernels see it. Constant while the group lives.
 struct RankView {
@@ -23,6 +27,9 @@ struct RankView {
   uint64_t timeout_ns;         // at most 2^61
   int32_t rank;
   int32_t num_ranks;
+  // Bit r: rank r takes part. Of the others nothing is expected, and nothing is sent to them: a
+  // selection of one of their experts counts as none. The same on all ranks that take part.
+  uint64_t active_ranks = kAllRanks;
   int32_t chunk_target = kChunkTarget;  // see chunk_tokens; the same on all ranks
 };
 

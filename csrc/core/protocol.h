@@ -23,7 +23,14 @@ constexpr std::string_view name(OpKind op) {
   }
   return "an unknown operation";
 }
+inline constexpr uint32_t kNumOps = 3;
 inline constexpr uint32_t kMaxOps = 255;  // a flag has a byte for operation + 1
+static_assert(kNumOps < kMaxOps, "the words of this header have a byte for an operation");
+
+// Exchanges of one channel follow each other; those of different channels may be in flight at once.
+// Each channel has its own epoch, flags and acknowledgments.
+enum class Channel : uint32_t { kHighThroughput = 0 };
+inline constexpr uint32_t kNumChannels = 1;
 
 // --- which call it is ----------------------------------------------------------------------------
 
@@ -137,17 +144,26 @@ constexpr LongWait unpack_long_wait(uint64_t word) {
 // Words of a rank that its kernels alone read and write, but for the first. They lie apart from the
 // heap and are never freed: a recorded graph may run when the group has long been closed.
 enum class Control : int32_t {
-  kClosed,             // the host stores 1 when the group is closed: kernels touch no heap
+  kClosed,  // the host stores 1 when the group is closed: kernels touch no heap
+  kFailed,  // threads that gave up
+};
+inline constexpr int32_t kNumControlWords = 2;
+// Those of each channel, which follow.
+enum class ChannelControl : int32_t {
   kEpoch,              // exchanges that this rank has finished
   kRunning,            // of the running kernel, see Exchange; 0 between kernels
   kBlocksDone,         // blocks of the running kernel that are done; 0 between kernels
   kBarrierCount,       // blocks that have come to the grid barrier; 0 between barriers
   kBarrierGeneration,  // grid barriers so far
-  kFailed,             // threads that gave up
 };
-inline constexpr int32_t kNumControlWords = 7;
-inline constexpr int64_t kControlBytes = 256;  // of a rank: a cache line of its own
-static_assert(4 * kNumControlWords <= kControlBytes);
+inline constexpr int32_t kNumChannelControlWords = 5;
+inline constexpr int64_t kControlBytes = 256;  // of a rank: cache lines of its own
+static_assert(4 * (kNumControlWords + kNumChannelControlWords * kNumChannels) <= kControlBytes);
+constexpr int32_t control_index(Control word) { return static_cast<int32_t>(word); }
+constexpr int32_t control_index(Channel channel, ChannelControl word) {
+  return kNumControlWords + static_cast<int32_t>(channel) * kNumChannelControlWords +
+         static_cast<int32_t>(word);
+}
 
 }  // namespace jax_ep
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/core/topology.h"
 #include "csrc/cpu/calls.h"
 #include "csrc/cpu/check_selections.h"
 #include "csrc/cpu/chunks.h"
@@ -107,7 +108,7 @@ class Combiner {
       if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
       if (first_.num_scalars > 0) {
         source.token_scalars[first + k] =
-            slot < 0 ? 0.0F : row_scalar(call(expert / num_local_).row_scalars, slot, k);
+            slot < 0 ? 0.0F : row_scalar(call(owner_of(expert, num_local_)).row_scalars, slot, k);
       }
     }
     if (row_bytes_ == 0) return true;
@@ -138,8 +139,9 @@ class Combiner {
                        std::vector<Term>& terms) const {
     size_t num_terms = 0;
     for (size_t i = 0; i < keys.size(); ++i) {
-      const int32_t rank = keys[i].expert() / num_local_;
-      const bool ends_rank = i + 1 == keys.size() || keys[i + 1].expert() / num_local_ != rank;
+      const int32_t rank = owner_of(keys[i].expert(), num_local_);
+      const bool ends_rank =
+          i + 1 == keys.size() || owner_of(keys[i + 1].expert(), num_local_) != rank;
       // Without weights a row of the rank layout, which holds the sum of its experts, counts once.
       if (!first_.weighted && shape_.layout == Layout::kRank && !ends_rank) continue;
       const CombineOp& dest = call(rank);

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/core/topology.h"
 #include "csrc/cpu/calls.h"
 #include "csrc/cpu/check_selections.h"
 #include "csrc/cpu/chunks.h"
@@ -76,7 +77,7 @@ class Dispatcher {
         const int32_t slot = source.slot[first + k];
         if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
         if (slot < 0) continue;
-        const int32_t dest = expert / num_local_;
+        const int32_t dest = owner_of(expert, num_local_);
         if (row == nullptr) row = traveling_row(source, token, received.data());
         std::byte* const to = static_cast<std::byte*>(call(dest).rows) + slot * row_bytes_;
         if (once_per_rank) {

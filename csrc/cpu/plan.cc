@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/core/topology.h"
 #include "csrc/cpu/calls.h"
 #include "csrc/cpu/check_selections.h"
 #include "csrc/cpu/chunks.h"
@@ -100,7 +101,7 @@ class Planner {
         last = token;
         ++experts[expert];
         if (rank_token.empty()) continue;
-        const int32_t dest = expert / num_local_;
+        const int32_t dest = owner_of(expert, num_local_);
         if (rank_token[static_cast<size_t>(dest)] == token) continue;
         rank_token[static_cast<size_t>(dest)] = token;
         ++rank_cursor(source, dest);
@@ -190,7 +191,7 @@ class Planner {
         const int64_t row = cursors[expert]++;
         if (row >= capacity_) continue;
         *slot = static_cast<int32_t>(row);
-        call(expert / num_local_).row_source[row] =
+        call(owner_of(expert, num_local_)).row_source[row] =
             static_cast<int32_t>(source * num_tokens + token);
       }
     }
@@ -206,7 +207,7 @@ class Planner {
         const int32_t expert = *topk_idx;
         *slot = -1;
         if (expert < 0) continue;
-        const int32_t dest = expert / num_local_;
+        const int32_t dest = owner_of(expert, num_local_);
         int64_t& cursor = rank_cursor(source, dest);
         int32_t& last = rank_token[static_cast<size_t>(dest)];
         const bool is_new = last != token;

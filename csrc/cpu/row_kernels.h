@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic over the channels of rows, compiled for several instruction sets.
+// The arithmetic over the elements of rows, compiled for several instruction sets.
 #ifndef JAX_EP_CSRC_CPU_ROW_KERNELS_H_
 #define JAX_EP_CSRC_CPU_ROW_KERNELS_H_
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The protocol of an exchange among the ranks of a group; docs/design/protocol.md explains it.
 //
-// Exchange e of a group is its e-th plan, dispatch or combine, counted on every rank in device
+// Exchange e of a channel is its e-th plan, dispatch or combine, counted on every rank in device
 // memory, so that a captured graph can be replayed. An arrival flag also holds the operation and
 // which call it is, so that ranks that run different ones notice. What a rank sends in exchange e
 // it may overwrite in exchange e + 1, once the receiver has acknowledged e. Flags only grow;
@@ -16,12 +16,14 @@ namespace jax_ep::dev {
 class Exchange {
  public:
   // All threads, first thing in the kernel.
-  JAX_EP_DEVICE Exchange(const RankView& view, OpKind op, u32 call_tag, const i32* program_rank)
+  JAX_EP_DEVICE Exchange(
+      const RankView& view, Channel channel, OpKind op, u32 call_tag, const i32* program_rank)
       : view_(view),
+        channel_(channel),
         op_(op),
         call_tag_(call_tag),
         closed_(ld(control(view, Control::kClosed)) != 0),
-        epoch_(ld(control(view, Control::kEpoch)) + 1) {
+        epoch_(ld(control(view, channel, ChannelControl::kEpoch)) + 1) {
     if (closed_) return;
     // By every thread: none stores to a peer as another rank.
     const i32 rank = ld(Ptr<const i32>{program_rank});
@@ -56,48 +58,46 @@ class Exchange {
   // All lanes of a warp, before it first stores to a peer: until all peers have read what this
   // rank sent in the exchange before.
   JAX_EP_DEVICE void wait_until_writable() const {
-    for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
+    share_out_peers(view_, [this](i32 peer) {
       // ACQUIRE(acknowledged): the peer's reads come before this warp's stores.
       wait_until_reached<Scope::kSys>(view_,
-                                      acknowledged(view_, view_.rank, peer),
+                                      acknowledged(view_, channel_, view_.rank, peer),
                                       {WaitTag::kAcknowledged, op_, peer, epoch_ - 1, 0},
                                       "acknowledged");
-    }
+    });
     warp_sync();
   }
 
   // All lanes of a warp, after its last store of a chunk to any peer; every lane has waited for
   // its own bulk stores.
-  JAX_EP_DEVICE void signal_arrived(i32 flag) const {
+  JAX_EP_DEVICE void signal_arrived(i32 flag_idx) const {
     warp_sync();
-    for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
-      // RELEASE(arrived): publishes the warp's rows, scalars or routing of the chunk
-      // (ordered by the warp_sync above).
-      st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), own_flag());
-    }
+    share_out_peers(view_, [this, flag_idx](i32 peer) {
+      put_arrived(view_, channel_, peer, flag_idx, own_flag());
+    });
   }
   // The same for a chunk that goes to one peer alone.
-  JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 flag) const {
+  JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 flag_idx) const {
     warp_sync();
-    // RELEASE(arrived): as above.
-    if (lane_id() == 0) st_release<Scope::kSys>(arrived(view_, peer, view_.rank, flag), own_flag());
+    if (lane_id() == 0) put_arrived(view_, channel_, peer, flag_idx, own_flag());
   }
 
   // One lane; follow it with a warp_sync.
-  JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag) const {
-    const WaitContext context = {WaitTag::kArrived, op_, source, epoch_, static_cast<u32>(flag)};
+  JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag_idx) const {
+    const WaitContext context = {
+        WaitTag::kArrived, op_, source, epoch_, static_cast<u32>(flag_idx)};
     const u32 epoch = epoch_;
     // ACQUIRE(arrived): what the source stored of the chunk can be read. The flag may be very old,
     // because small batches don't use it; it is never ahead, because the source needs our
     // acknowledgment first. So only this exchange's flags end the wait.
     const u64 seen = wait_until<Scope::kSys>(
         view_,
-        arrived(view_, view_.rank, source, flag),
+        arrived(view_, channel_, view_.rank, source, flag_idx),
         [epoch](u64 word) { return word != 0 && epoch_of(word) == epoch; },
         context,
         "arrived");
     if (seen != own_flag()) {
-      give_up_with_other(view_, op_, source, static_cast<u32>(flag), own_flag(), seen);
+      give_up_with_other(view_, op_, source, static_cast<u32>(flag_idx), own_flag(), seen);
     }
   }
 
@@ -105,8 +105,8 @@ class Exchange {
   JAX_EP_DEVICE void grid_barrier() const {
     block_sync();
     if (thread_id() == 0 && num_blocks() > 1) {
-      const Ptr<u32> count = control(view_, Control::kBarrierCount);
-      const Ptr<u32> generation = control(view_, Control::kBarrierGeneration);
+      const Ptr<u32> count = control(view_, channel_, ChannelControl::kBarrierCount);
+      const Ptr<u32> generation = control(view_, channel_, ChannelControl::kBarrierGeneration);
       const u32 next = ld_relaxed<Scope::kGpu>(generation) + 1;
       // RELEASE(grid): what this block stored. ACQUIRE(grid) by the last block, which passes all
       // of it on with the generation.
@@ -129,21 +129,20 @@ class Exchange {
     if (lane_id() == 0) {
       // RELEASE(blocks_done): this block's reads of staged data, and of the epoch.
       // ACQUIRE(blocks_done) by the last block.
-      blocks_before = fetch_add_acq_rel<Scope::kGpu>(control(view_, Control::kBlocksDone), 1);
+      blocks_before =
+          fetch_add_acq_rel<Scope::kGpu>(control(view_, channel_, ChannelControl::kBlocksDone), 1);
     }
     blocks_before = warp_shfl(blocks_before, 0);
     if (blocks_before + 1 != num_blocks()) return;
     warp_sync();
-    for (i32 peer = static_cast<i32>(lane_id()); peer < view_.num_ranks; peer += kWarpSize) {
-      // RELEASE(acknowledged): this rank has read all that the peer sent; the peer may overwrite.
-      st_release<Scope::kSys>(acknowledged(view_, peer, view_.rank), epoch_);
-    }
+    share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
     if (lane_id() != 0) return;
     // Two kernels that overlap by less than the first one's look at kRunning.
-    if (ld(control(view_, Control::kEpoch)) + 1 != epoch_) give_up_overlapping(kMaxOps);
-    st(control(view_, Control::kBlocksDone), 0);
-    st(control(view_, Control::kEpoch), epoch_);
-    st(control(view_, Control::kRunning), 0);
+    if (ld(control(view_, channel_, ChannelControl::kEpoch)) + 1 != epoch_)
+      give_up_overlapping(kMaxOps);
+    st(control(view_, channel_, ChannelControl::kBlocksDone), 0);
+    st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
+    st(control(view_, channel_, ChannelControl::kRunning), 0);
   }
 
  private:
@@ -153,8 +152,8 @@ class Exchange {
   // operations of the group run at the same time, in the same exchange.
   JAX_EP_DEVICE void check_alone() const {
     constexpr u32 kUnit = kMaxOps + 1;
-    const u32 running = fetch_add_acq_rel<Scope::kGpu>(control(view_, Control::kRunning),
-                                                       kUnit + static_cast<u32>(op_));
+    const u32 running = fetch_add_acq_rel<Scope::kGpu>(
+        control(view_, channel_, ChannelControl::kRunning), kUnit + static_cast<u32>(op_));
     if (running != 0) give_up_overlapping(running % kUnit);
   }
   [[noreturn]] JAX_EP_DEVICE void give_up_overlapping(u32 other_op) const {
@@ -178,6 +177,7 @@ class Exchange {
   }
 
   const RankView& view_;
+  const Channel channel_;
   const OpKind op_;
   const u32 call_tag_;
   const bool closed_;

@@ -18,12 +18,16 @@ JAX_EP_DEVICE Ptr<T> region(const RankView& view, i32 holder, Region which) {
 }
 
 JAX_EP_DEVICE Ptr<u32> control(const RankView& view, Control word) {
-  return Ptr<u32>{view.control} + static_cast<i32>(word);
+  return Ptr<u32>{view.control} + control_index(word);
+}
+JAX_EP_DEVICE Ptr<u32> control(const RankView& view, Channel channel, ChannelControl word) {
+  return Ptr<u32>{view.control} + control_index(channel, word);
 }
 
 // Where `reader` tells `holder` which epoch it has read.
-JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, i32 holder, i32 reader) {
-  return region<u32>(view, holder, Region::kAcknowledged) + reader;
+JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, Channel channel, i32 holder, i32 reader) {
+  return region<u32>(view, holder, Region::kAcknowledged) +
+         (static_cast<i32>(channel) * view.num_ranks + reader);
 }
 
 // Where any peer tells `holder` that it has given up.
@@ -32,8 +36,10 @@ JAX_EP_DEVICE Ptr<u32> aborted(const RankView& view, i32 holder) {
 }
 
 // Where `source` tells `holder` that a chunk, or a part of one, has arrived.
-JAX_EP_DEVICE Ptr<u64> arrived(const RankView& view, i32 holder, i32 source, i32 flag) {
-  return region<u64>(view, holder, Region::kArrived) + (i64{source} * kMaxChunks + flag);
+JAX_EP_DEVICE Ptr<u64> arrived(
+    const RankView& view, Channel channel, i32 holder, i32 source, i32 flag_idx) {
+  const i64 source_of_channel = i64{static_cast<i32>(channel)} * view.num_ranks + source;
+  return region<u64>(view, holder, Region::kArrived) + (source_of_channel * kMaxChunks + flag_idx);
 }
 
 // What `holder` keeps of a token that `source` sent (dispatch, plan), or of a token of its own

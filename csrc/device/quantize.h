@@ -20,19 +20,20 @@ JAX_EP_DEVICE float largest_of_lanes(u32 magnitude) {
   return as_float(magnitude);
 }
 
-// A segment on the FP8 wire: a byte for each channel, then the scales of its blocks, filled up to a
+// A segment on the FP8 wire: a byte for each element, then the scales of its blocks, filled up to a
 // multiple of four.
-JAX_EP_DEVICE u32 num_staged_scales(i32 channels) {
-  return static_cast<u32>(align_up(ceil_div(channels, kScaleBlock), 4));
+JAX_EP_DEVICE u32 num_staged_scales(i32 num_elements) {
+  return static_cast<u32>(align_up(ceil_div(num_elements, kScaleBlock), 4));
 }
-JAX_EP_DEVICE Ptr<float> scales_in(Ptr<u32> stage, i32 channels) {
-  return as<float>(stage + channels / 4);
+JAX_EP_DEVICE Ptr<float> scales_in(Ptr<u32> stage, i32 num_elements) {
+  return as<float>(stage + num_elements / 4);
 }
 
 // All lanes: lane b puts down the scale of block b. Then the segment may be bulk stored by any of
 // them, as may what they stored before.
-JAX_EP_DEVICE void complete_segment(Ptr<u32> stage, i32 channels, float scale) {
-  if (lane_id() < num_staged_scales(channels)) st(scales_in(stage, channels) + lane_id(), scale);
+JAX_EP_DEVICE void complete_segment(Ptr<u32> stage, i32 num_elements, float scale) {
+  if (lane_id() < num_staged_scales(num_elements))
+    st(scales_in(stage, num_elements) + lane_id(), scale);
   fence_proxy_async();  // the copy engines see what the lanes wrote
   warp_sync();
 }
@@ -44,16 +45,16 @@ inline constexpr int kPerVector = 4 * RowType::kPerWord;
 template <typename RowType>
 using Fp8Vector = std::conditional_t<kPerVector<RowType> == 8, u64, u32>;
 
-// Quantizes `channels` elements, a multiple of 16, in place. All lanes.
+// Quantizes `num_elements` elements, a multiple of 16, in place. All lanes.
 //
 // A loop that is not unrolled: each rank's process has a copy of the code, and ranks that share a
 // GPU share its instruction caches.
 template <typename RowType>
-JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 channels) {
+JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 num_elements) {
   constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<RowType>;
   constexpr u32 kBlocksPerVector = kWarpSize / kLanesPerBlock;
   const u32 lane = lane_id();
-  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<RowType>;
+  const u32 num_vectors = static_cast<u32>(num_elements) / kPerVector<RowType>;
   const auto load = [stage, num_vectors](u32 v) {
     return v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
   };
@@ -83,20 +84,20 @@ JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 channels) {
     }
     st(as<Fp8Vector<RowType>>(stage) + v, out);
   }
-  complete_segment(stage, channels, scale_of_lane);
+  complete_segment(stage, num_elements, scale_of_lane);
 }
 
 // The inverse, in place, from the end to the beginning.
 template <typename RowType>
-JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels) {
+JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 num_elements) {
   constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<RowType>;
   const u32 lane = lane_id();
-  const u32 num_vectors = static_cast<u32>(channels) / kPerVector<RowType>;
+  const u32 num_vectors = static_cast<u32>(num_elements) / kPerVector<RowType>;
   const auto load = [stage, num_vectors](u32 v) {
     return v < num_vectors ? ld(as<Fp8Vector<RowType>>(stage) + v) : 0;
   };
   const float scale_of_lane =
-      lane < num_staged_scales(channels) ? ld(scales_in(stage, channels) + lane) : 0.0F;
+      lane < num_staged_scales(num_elements) ? ld(scales_in(stage, num_elements) + lane) : 0.0F;
   auto end = static_cast<u32>(align_up(num_vectors, kWarpSize));
   Fp8Vector<RowType> ahead = load(end - kWarpSize + lane);
   JAX_EP_NO_UNROLL
@@ -120,21 +121,21 @@ JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 channels) {
   warp_sync();
 }
 
-// Block `block` of a row of any size, element by element: lane l holds channels l, l + 32, ...
+// Block `block` of a row of any size, element by element: lane l holds elements l, l + 32, ...
 template <typename RowType>
 struct BlockOfElements {
   static constexpr int kPerLane = kScaleBlock / kWarpSize;
   float value[kPerLane];
   float scale;
 
-  JAX_EP_DEVICE static i64 channel(i64 block, int i) {
+  JAX_EP_DEVICE static i64 element(i64 block, int i) {
     return block * kScaleBlock + i * i64{kWarpSize} + lane_id();
   }
   // All lanes.
   JAX_EP_DEVICE BlockOfElements(Ptr<const typename RowType::Element> row, i64 block, i64 hidden) {
     u32 largest = 0;
     for (int i = 0; i < kPerLane; ++i) {
-      const i64 c = channel(block, i);
+      const i64 c = element(block, i);
       value[i] = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
       largest = larger_magnitude(as_bits(value[i]) & 0x7FFF'FFFF, largest);
     }

@@ -74,22 +74,23 @@ class SegmentRing {
   u32 uses_ = 0;
 };
 
-// How a row is cut into segments, in channels.
+// How a row is cut into segments, in elements.
 struct Segments {
   i32 count;
-  i32 channels;  // of every segment but the last, which may have fewer
+  i32 num_elements;  // of every segment but the last, which may have fewer
 
-  // Segments of at most `max_channels` channels, in multiples of `granule`, of about the same size.
-  JAX_EP_DEVICE Segments(i64 hidden, i32 max_channels, i32 granule)
-      : count(static_cast<i32>(ceil_div(hidden, max_channels / granule * granule))),
-        channels(count == 0 ? 0 : static_cast<i32>(align_up(ceil_div(hidden, count), granule))) {
+  // Segments of at most `max_elements` elements, in multiples of `granule`, of about the same size.
+  JAX_EP_DEVICE Segments(i64 hidden, i32 max_elements, i32 granule)
+      : count(static_cast<i32>(ceil_div(hidden, max_elements / granule * granule))),
+        num_elements(count == 0 ? 0
+                                : static_cast<i32>(align_up(ceil_div(hidden, count), granule))) {
     // Rounding up may have left nothing for the last.
-    if (count != 0) count = static_cast<i32>(ceil_div(hidden, channels));
+    if (count != 0) count = static_cast<i32>(ceil_div(hidden, num_elements));
   }
-  JAX_EP_DEVICE i64 first(i32 segment) const { return i64{segment} * channels; }
+  JAX_EP_DEVICE i64 first(i32 segment) const { return i64{segment} * num_elements; }
   JAX_EP_DEVICE i32 size(i32 segment, i64 hidden) const {
     const i64 left = hidden - first(segment);
-    return left < channels ? static_cast<i32>(left) : channels;
+    return left < num_elements ? static_cast<i32>(left) : num_elements;
   }
 };
 

@@ -40,7 +40,7 @@ class Selections {
     // A handle from elsewhere must not lead out of any buffer.
     live_ =
         expert_ >= 0 && expert_ < shape.num_experts && slot_ >= 0 && slot_ < shape.recv_capacity;
-    dest_ = live_ ? expert_ / shape.num_local_experts() : -1;
+    dest_ = live_ ? owner_of(expert_, shape.num_local_experts()) : -1;
     same_dest_ = warp_match(static_cast<u32>(dest_));
   }
 

@@ -6,6 +6,7 @@
 #define JAX_EP_CSRC_DEVICE_WAIT_H_
 
 #include "csrc/device/heap.h"
+#include "csrc/device/peers.h"
 #include "csrc/device/primitives.h"
 
 namespace jax_ep::dev {
@@ -55,13 +56,12 @@ JAX_EP_DEVICE void write_record(
   // The first of the threads that give up writes; the others give it time to.
   if (fetch_add_acq_rel<Scope::kGpu>(control(view, Control::kFailed), 1) == 0) {
     // Who was told by a peer need not tell the others: they have been told too.
-    for (i32 other = 0; other < view.num_ranks && tag != WaitTag::kPeerGaveUp; ++other) {
-      // One word says all: nothing is published with it.
-      st_relaxed<Scope::kSys>(aborted(view, other),
-                              pack(Aborted{.by = static_cast<u32>(view.rank),
-                                           .blamed = static_cast<u32>(peer),
-                                           .tag = static_cast<u32>(tag),
-                                           .op = static_cast<u32>(op)}));
+    if (tag != WaitTag::kPeerGaveUp) {
+      const u32 word = pack(Aborted{.by = static_cast<u32>(view.rank),
+                                    .blamed = static_cast<u32>(peer),
+                                    .tag = static_cast<u32>(tag),
+                                    .op = static_cast<u32>(op)});
+      for_each_peer(view, [&view, word](i32 other) { put_aborted(view, other, word); });
     }
     write_record(view, {tag, op, peer, expected, chunk}, seen, other_op, detail);
     fence_acq_rel<Scope::kSys>();

@@ -123,7 +123,7 @@ Status RankWords::close() {
   if (slot_ == nullptr) return {};
   const DeviceGuard guard(slot_->owner.device);
   JAX_EP_RETURN_IF_ERROR(guard.status());
-  uint32_t* const closed = slot_->control + static_cast<int32_t>(Control::kClosed);
+  uint32_t* const closed = slot_->control + control_index(Control::kClosed);
   return on_own_stream([closed](cudaStream_t stream) {
     return JAX_EP_CUDA_STATUS(cudaMemsetAsync(closed, 1, sizeof *closed, stream));
   });

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "csrc/core/float_formats.h"
+#include "csrc/core/topology.h"
 
 namespace jax_ep {
 namespace {
@@ -27,6 +28,7 @@ std::string describe(const ClusterOptions& options) {
   if (options.wire == Wire::kFloat8E4M3) text += "_fp8";
   if (!options.zero_fill) text += "_nofill";
   if (!options.scalars) text += "_noscalars";
+  if (options.absent_rank >= 0) text += "_absent" + std::to_string(options.absent_rank);
   if (!options.weighted) text += "_unweighted";
   return text;
 }
@@ -72,11 +74,15 @@ void Cluster::choose_experts(RankBuffers& rank) {
   std::vector<int32_t> experts(at(shape.num_experts));
   std::iota(experts.begin(), experts.end(), 0);
   std::uniform_int_distribution<int> percent(0, 99);
+  const RankBuffers* const absent =
+      options_.absent_rank < 0 ? nullptr : &ranks_[at(options_.absent_rank)];
   for (int64_t token = 0; token < shape.num_tokens; ++token) {
     std::shuffle(experts.begin(), experts.end(), random_);
     const bool none = percent(random_) < 10;
     for (int32_t k = 0; k < shape.num_topk; ++k) {
-      const bool skipped = none || percent(random_) < 15;
+      const bool skipped =
+          none || percent(random_) < 15 || &rank == absent ||
+          owner_of(experts[at(k)], shape.num_local_experts()) == options_.absent_rank;
       rank.topk_idx.push_back(skipped ? -1 : experts[at(k)]);
     }
   }

@@ -28,6 +28,8 @@ struct ClusterOptions {
   bool scalars = true;
   bool weighted = true;
   uint32_t seed = 1;
+  // A rank without tokens, whose experts nobody selects; -1: none.
+  int32_t absent_rank = -1;
 };
 
 // For test names and messages: "R3_E6_K2_T5_C40_a4_expert_H7_bfloat16".

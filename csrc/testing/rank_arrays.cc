@@ -74,10 +74,17 @@ std::string first_of(std::initializer_list<std::string> errors) {
   return {};
 }
 
-// A plan takes much as -1: here are experts that do not exist, and repetitions of an earlier
-// selection of the token. The CPU backend, which refuses both, has the -1.
-std::vector<int32_t> with_bad_experts(std::vector<int32_t> topk_idx, const EpShape& shape) {
-  const int32_t bad[] = {-1, shape.num_experts, -7, std::numeric_limits<int32_t>::max()};
+// A plan takes much as -1: here are experts that do not exist, those of a rank that takes no part,
+// and repetitions of an earlier selection of the token. The CPU backend, which refuses them, has
+// the -1.
+std::vector<int32_t> with_bad_experts(std::vector<int32_t> topk_idx,
+                                      const ClusterOptions& options) {
+  const EpShape& shape = options.shape;
+  const int32_t absent = options.absent_rank * shape.num_local_experts();
+  const int32_t bad[] = {options.absent_rank < 0 ? -1 : absent,
+                         shape.num_experts,
+                         -7,
+                         std::numeric_limits<int32_t>::max()};
   for (size_t i = 0; i < topk_idx.size(); ++i) {
     if (topk_idx[i] != -1) continue;
     const size_t k = i % as_size(shape.num_topk);
@@ -171,7 +178,7 @@ void RankArrays::upload(DeviceMemory& memory) const {
     put(to, fill.data(), bytes);
   };
   put(program_rank_on_device_, &rank_, sizeof rank_);
-  put_all(topk_idx_, with_bad_experts(mine.topk_idx, options().shape));
+  put_all(topk_idx_, with_bad_experts(mine.topk_idx, options()));
   put_all(x_on_device_, x_);
   put_all(x_scales_on_device_, x_scales_);
   put_all(token_scalars_, mine.token_scalars);

@@ -62,6 +62,8 @@ class GroupRun {
 
  private:
   void append(size_t step, int32_t rank) {
+    const int32_t absent = mine_.steps[step].options.absent_rank;
+    if (rank == absent) return;
     const auto r = static_cast<uint32_t>(rank);
     std::byte* const memory = machine_.memory(r) + arrays_offset_;
     arrays_.push_back(std::make_unique<RankArrays>(*problems_[step], rank, memory));
@@ -76,7 +78,9 @@ class GroupRun {
     for (size_t i = 0; i < ops.size(); ++i) {
       const bool last = step + 1 == problems_.size() && i + 1 == ops.size();
       if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
-      append_op(ops[i], group_.view(rank), *arrays, {stream_, scenario_.blocks});
+      RankView view = group_.view(rank);
+      if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
+      append_op(ops[i], view, *arrays, {stream_, scenario_.blocks});
       append_check(
           rank, "step " + std::to_string(step), ops[i], [op = ops[i], arrays](auto& device) {
             return check(op, *arrays, device);

@@ -118,6 +118,14 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
     scenario.groups.push_back(random_group(draw, num_ranks, sizes));
   }
   scenario.blocks = std::min(draw.one_of<uint32_t>({1, 2, 2, 3}), kMaxBlocks / num_ranks);
+  // Drawn apart, so that the rest of a seed's scenario stays as it is.
+  Draw others(seed ^ 0x9e3779b97f4a7c15);
+  if (num_ranks > 1 && others.one_in(5)) {
+    const auto absent = static_cast<int32_t>(others.below(num_ranks));
+    for (GroupScenario& group : scenario.groups) {
+      for (ScenarioStep& step : group.steps) step.options.absent_rank = absent;
+    }
+  }
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   return scenario;

@@ -25,7 +25,7 @@ struct ScenarioStep {
 struct GroupScenario {
   int64_t max_tokens = 1;
   int32_t chunk_target = kChunkTarget;  // few: chunks of several tokens, though batches are small
-  std::vector<ScenarioStep> steps;
+  std::vector<ScenarioStep> steps;      // all with the same rank absent, if one is
 };
 
 // What goes wrong in a scenario, with its last operation.

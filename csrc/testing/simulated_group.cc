@@ -76,7 +76,10 @@ SimulatedGroup::SimulatedGroup(sim::Machine& machine,
 void SimulatedGroup::set_epoch(uint32_t epoch) {
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
     const auto r = static_cast<uint32_t>(rank);
-    machine_.write(r, control(rank, Control::kEpoch), &epoch, sizeof epoch);
+    machine_.write(r,
+                   control(rank, control_index(Channel::kHighThroughput, ChannelControl::kEpoch)),
+                   &epoch,
+                   sizeof epoch);
     for (int32_t peer = 0; peer < num_ranks_; ++peer) {
       machine_.write(
           r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * peer, &epoch, sizeof epoch);
@@ -86,8 +89,10 @@ void SimulatedGroup::set_epoch(uint32_t epoch) {
 
 void SimulatedGroup::close(int32_t rank) {
   const uint32_t closed = 1;
-  machine_.write(
-      static_cast<uint32_t>(rank), control(rank, Control::kClosed), &closed, sizeof closed);
+  machine_.write(static_cast<uint32_t>(rank),
+                 control(rank, control_index(Control::kClosed)),
+                 &closed,
+                 sizeof closed);
 }
 
 void SimulatedGroup::fill_staging(int32_t rank) {
@@ -101,8 +106,8 @@ void SimulatedGroup::fill_staging(int32_t rank) {
 
 std::byte* SimulatedGroup::words(int32_t rank) const { return heap(rank) + layout_.total_bytes; }
 
-uint32_t* SimulatedGroup::control(int32_t rank, Control word) const {
-  return reinterpret_cast<uint32_t*>(words(rank)) + static_cast<int32_t>(word);
+uint32_t* SimulatedGroup::control(int32_t rank, int32_t index) const {
+  return reinterpret_cast<uint32_t*>(words(rank)) + index;
 }
 
 std::byte* SimulatedGroup::heap(int32_t rank) const {
@@ -113,7 +118,7 @@ RankView SimulatedGroup::view(int32_t rank) const {
   RankView view{};
   view.layout = layout_;
   for (int32_t peer = 0; peer < num_ranks_; ++peer) view.heap[peer] = heap(peer);
-  view.control = control(rank, Control::kClosed);
+  view.control = control(rank, 0);
   view.error = reinterpret_cast<ErrorRecord*>(words(rank) + kErrorAt);
   view.long_waits = reinterpret_cast<uint64_t*>(words(rank) + kLongWaitsAt);
   // Expires when only time can help: time then leaps by 2^40, which is less than two of these.

@@ -80,7 +80,7 @@ class SimulatedGroup {
  private:
   [[nodiscard]] std::byte* heap(int32_t rank) const;
   [[nodiscard]] std::byte* words(int32_t rank) const;
-  [[nodiscard]] uint32_t* control(int32_t rank, Control word) const;
+  [[nodiscard]] uint32_t* control(int32_t rank, int32_t index) const;
 
   sim::Machine& machine_;
   HeapLayout layout_;

@@ -9,7 +9,7 @@ SimulatedKernel simulated_wait(const RankView& view, int32_t peer) {
     using namespace dev;  // NOLINT(google-build-using-namespace)
     if (thread_id() != 0) return;
     const u64 start = now_ns();
-    const Ptr<u32> word = acknowledged(view, view.rank, peer);
+    const Ptr<u32> word = acknowledged(view, Channel::kHighThroughput, view.rank, peer);
     const auto done = [&](u32 seen) {
       if (seen != 0) return true;
       while (now_ns() <= start + view.timeout_ns) spin_pause("the deadline to pass");

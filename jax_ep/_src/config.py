@@ -53,7 +53,7 @@ class EpConfig:
         max_tokens_per_rank: the most tokens that one rank may pass to one `dispatch`.
         dtype: of token rows: float32, bfloat16 or float16.
         wire_dtype: None (rows travel in `dtype`), or float8_e4m3fn: `dispatch` sends rows in
-            FP8 with one float32 scale per 128 channels. Combine and gradients travel in `dtype`.
+            FP8 with one float32 scale per 128 elements. Combine and gradients travel in `dtype`.
         layout: "expert" (one row per selection, grouped by local expert) or "rank" (one row per
             token and destination rank).
         recv_capacity: `C`, rows of a rank's receive buffer. None: the worst case of the group,

@@ -56,7 +56,7 @@ def dispatch(
         topk_weights: `[R, T, K]` float32, or None.
         num_experts: see `reference.plan`.
         dtype: of the received rows; may be float64.
-        wire_dtype: None, or float8_e4m3fn for scaled blocks of 128 channels on the way.
+        wire_dtype: None, or float8_e4m3fn for scaled blocks of 128 elements on the way.
         layout: see `reference.plan`.
         recv_capacity: see `reference.plan`.
         max_tokens_per_rank: see `reference.plan`.

@@ -48,7 +48,7 @@ def fma32(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> np.ndarray:
 
 
 def quantize_fp8(x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Scales every 128 channels of a row into the range of float8_e4m3fn, and rounds to it.
+    """Scales every 128 elements of a row into the range of float8_e4m3fn, and rounds to it.
 
     Args:
         x: rows, `[..., H]`, of a type whose values are float32 values.

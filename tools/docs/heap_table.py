@@ -16,11 +16,12 @@ import marked_part
 
 HEADER = marked_part.ROOT / "csrc" / "core" / "heap_layout.h"
 PARTITION = marked_part.ROOT / "csrc" / "core" / "work_partition.h"
+PROTOCOL = marked_part.ROOT / "csrc" / "core" / "protocol.h"
 PAGE = marked_part.ROOT / "docs" / "design" / "protocol.md"
 SCRIPT = "tools/docs/heap_table.py"
 
 _REGION = re.compile(r"^  k(\w+), +// (\w+(?: \[[^\]]*\])?): (.*)$", re.MULTILINE)
-_CONSTANT = re.compile(r"^inline constexpr int\d+_t (k\w+) = (\d+);", re.MULTILINE)
+_CONSTANT = re.compile(r"^inline constexpr u?int\d+_t (k\w+) = (\d+);", re.MULTILINE)
 _FIRST_OWN = re.compile(r"kFirstOwnRegion = static_cast<int32_t>\(Region::k(\w+)\);")
 # Names of the header's formulas -> those of the page.
 _LETTERS = {
@@ -79,7 +80,7 @@ def align_up(value: int, alignment: int) -> int:
 @functools.cache
 def constants() -> dict[str, int]:
     """Returns the integer constants of the headers by name."""
-    text = HEADER.read_text() + PARTITION.read_text()
+    text = "".join(header.read_text() for header in (HEADER, PARTITION, PROTOCOL))
     return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
@@ -153,6 +154,7 @@ def _letters(formula: str) -> str:
 def region_bytes(shape: HeapShape) -> dict[str, int]:
     """Returns the bytes of each region by name."""
     values = {
+        "channels": constants()["kNumChannels"],
         "R": shape.num_ranks,
         "K": shape.num_topk,
         "max_tokens": shape.max_tokens,

@@ -101,5 +101,17 @@ TEST(WaitTimes, OneOfTheReportsComesAfterTheTimeThatWasAskedFor) {
   EXPECT_EQ(first_report_s(std::numeric_limits<double>::infinity()), 1.0);
 }
 
+TEST(Control, WordsOfChannelsLieApart) {
+  std::set<int32_t> indices = {control_index(Control::kClosed), control_index(Control::kFailed)};
+  for (uint32_t channel = 0; channel < 3; ++channel) {
+    for (int32_t word = 0; word < kNumChannelControlWords; ++word) {
+      indices.insert(
+          control_index(static_cast<Channel>(channel), static_cast<ChannelControl>(word)));
+    }
+  }
+  EXPECT_EQ(indices.size(), 2U + 3 * kNumChannelControlWords);
+  EXPECT_EQ(*indices.rbegin(), static_cast<int32_t>(indices.size()) - 1);
+}
+
 }  // namespace
 }  // namespace jax_ep

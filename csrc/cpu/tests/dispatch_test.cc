@@ -108,8 +108,8 @@ std::vector<ClusterOptions> problems() {
     const auto capacity = [](int64_t rows) {
       return [=](ClusterOptions& o) { o.shape.recv_capacity = rows; };
     };
-    const auto hidden = [](int64_t channels) {
-      return [=](ClusterOptions& o) { o.hidden = channels; };
+    const auto hidden = [](int64_t elements) {
+      return [=](ClusterOptions& o) { o.hidden = elements; };
     };
     const auto dtype = [](DType type) { return [=](ClusterOptions& o) { o.dtype = type; }; };
     const auto no_fill = [](ClusterOptions& o) { o.zero_fill = false; };
@@ -119,7 +119,7 @@ std::vector<ClusterOptions> problems() {
 
     add();
     for (const DType type : {DType::kBFloat16, DType::kFloat16}) add(dtype(type));
-    for (const int64_t channels : {0, 1, 33, 128}) add(hidden(channels), dtype(DType::kBFloat16));
+    for (const int64_t elements : {0, 1, 33, 128}) add(hidden(elements), dtype(DType::kBFloat16));
     add(hidden(5));
     add(ranks(1, 4, 2), hidden(7));
     add(ranks(1, 1, 1));
@@ -135,8 +135,8 @@ std::vector<ClusterOptions> problems() {
     add(no_tokens);
     add(no_tokens, capacity(0));
     for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-      for (const int64_t channels : {1, 127, 128, 300}) {
-        add(fp8, dtype(type), hidden(channels));
+      for (const int64_t elements : {1, 127, 128, 300}) {
+        add(fp8, dtype(type), hidden(elements));
       }
     }
     add(fp8, capacity(6));

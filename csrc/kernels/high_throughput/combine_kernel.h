@@ -31,7 +31,11 @@ class CombineKernel {
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
       : params_(params),
         shape_(params.op.shape),
-        exchange_(params.view, OpKind::kCombine, params.call_tag, params.program_rank),
+        exchange_(params.view,
+                  Channel::kHighThroughput,
+                  OpKind::kCombine,
+                  params.call_tag,
+                  params.program_rank),
         terms_(shared<typename Config::SharedStorage>().terms[warp_id()]),
         hidden_(params.op.hidden),
         row_bytes_(hidden_ * static_cast<i64>(sizeof(typename RowType::Element))),
@@ -83,10 +87,11 @@ class CombineKernel {
     const i64 num_items = i64{num_chunks_} * num_parts_ * num_ranks_;
     if (warp >= num_items) return;
     exchange_.wait_until_writable();
-    // Chunk by chunk; each rank begins with another owner, so that no link is crowded.
+    // Chunk by chunk; each rank begins with another owner.
     for (i64 item = warp; item < num_items; item += num_warps) {
       const auto flag_idx = static_cast<i32>(item / num_ranks_);
-      const i32 owner = static_cast<i32>(item % num_ranks_ + rank_) % num_ranks_;
+      const i32 owner = peer_at_turn(exchange_.view(), static_cast<i32>(item % num_ranks_));
+      if (owner < 0) continue;
       const i64 last = last_token(flag_idx / num_parts_);
       for (i64 token = first_token(flag_idx / num_parts_); token < last; ++token) {
         send_token(owner, token, flag_idx % num_parts_);
@@ -117,7 +122,7 @@ class CombineKernel {
           return Ptr<const std::byte>{static_cast<const std::byte*>(params_.op.y)} +
                  term * row_bytes_;
         },
-        staged_row(exchange_.view(), owner, rank_, token));
+        peer_row(exchange_.view(), owner, token));
     warp_sync();  // the terms are read before the next token's are written
   }
 
@@ -157,14 +162,16 @@ class CombineKernel {
   JAX_EP_DEVICE void send_scalars(i32 owner, i64 token, i32 row) {
     if (params_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
-    const Ptr<float> to = staged_scalars(exchange_.view(), owner, rank_, token, num_topk_) + lane;
     if (!is_rank_major()) {
-      if (row >= 0) st(to, ld(Ptr<const float>{params_.op.row_scalars} + row));
-      return;
+      if (row < 0) return;
+      const float scalar = ld(Ptr<const float>{params_.op.row_scalars} + row);
+      return put_scalar(exchange_.view(), owner, token, num_topk_, lane, scalar);
     }
     const auto from = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
     if (lane >= static_cast<u32>(num_topk_)) return;
-    st(to, ld(Ptr<const float>{params_.op.row_scalars} + (i64{from} * num_topk_ + lane)));
+    const float scalar =
+        ld(Ptr<const float>{params_.op.row_scalars} + (i64{from} * num_topk_ + lane));
+    put_scalar(exchange_.view(), owner, token, num_topk_, lane, scalar);
   }
 
   // --- the receivers ---------------------------------------------------------------------------
@@ -176,9 +183,8 @@ class CombineKernel {
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     for (i32 flag_idx = warp; flag_idx < num_chunks_ * num_parts_; flag_idx += num_warps) {
-      for (i32 source = static_cast<i32>(lane_id()); source < num_ranks_; source += kWarpSize) {
-        exchange_.wait_arrived(source, flag_idx);
-      }
+      share_out_peers(exchange_.view(),
+                      [this, flag_idx](i32 source) { exchange_.wait_arrived(source, flag_idx); });
       warp_sync();
       const i64 last = last_token(flag_idx / num_parts_);
       for (i64 token = first_token(flag_idx / num_parts_); token < last; ++token) {

@@ -22,7 +22,11 @@ class DispatchKernel {
   JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
       : params_(params),
         shape_(params.op.shape),
-        exchange_(params.view, OpKind::kDispatch, params.call_tag, params.program_rank),
+        exchange_(params.view,
+                  Channel::kHighThroughput,
+                  OpKind::kDispatch,
+                  params.call_tag,
+                  params.program_rank),
         ring_(shared<typename Config::SharedStorage>().stages[warp_id()]),
         hidden_(params.op.hidden),
         x_bytes_(element_bytes(params.op.x_format == RowFormat::kFloat8E4M3)),
@@ -140,29 +144,32 @@ class DispatchKernel {
                                   i64 token,
                                   i32 segment,
                                   Ptr<u32> stage) {
-    const i32 channels = segments_.size(segment, hidden_);
+    const i32 num_elements = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
     if (quantizes()) {
-      quantize_segment<RowType>(stage, channels);
+      quantize_segment<RowType>(stage, num_elements);
     } else if (fp8_wire()) {
       const i64 block = first / kScaleBlock + lane_id();
-      const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < channels;
+      const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < num_elements;
       const auto scales = Ptr<const float>{params_.op.x_scales} + token * num_blocks_;
-      complete_segment(stage, channels, is_block ? ld(scales + block) : 0.0F);
+      complete_segment(stage, num_elements, is_block ? ld(scales + block) : 0.0F);
     }
     if (!selections.leads() || selections.dest() == unstaged_rank_) return;
-    bulk_store(staged_row(exchange_.view(), selections.dest(), rank_, token) + staged_at(first),
-               stage,
-               staged_bytes(channels));
+    put_segment(exchange_.view(),
+                selections.dest(),
+                token,
+                staged_at(first),
+                stage,
+                staged_bytes(num_elements));
   }
 
   // Where a segment lies in a staged row, and how long it is.
   JAX_EP_DEVICE i64 staged_at(i64 first) const {
     return first * wire_bytes_ + (fp8_wire() ? first / kScaleBlock * 4 : 0);
   }
-  JAX_EP_DEVICE u32 staged_bytes(i32 channels) const {
-    return static_cast<u32>(channels * wire_bytes_) +
-           (fp8_wire() ? 4 * num_staged_scales(channels) : 0);
+  JAX_EP_DEVICE u32 staged_bytes(i32 num_elements) const {
+    return static_cast<u32>(num_elements * wire_bytes_) +
+           (fp8_wire() ? 4 * num_staged_scales(num_elements) : 0);
   }
 
   JAX_EP_DEVICE void send_scalars(const Selections& selections, i64 token) {
@@ -175,8 +182,7 @@ class DispatchKernel {
     if (!is_rank_major()) {
       const u32 position = selections.position(num_topk_);
       if (!selections.live()) return;
-      st(staged_scalars(exchange_.view(), selections.dest(), rank_, token, num_topk_) + position,
-         scalar);
+      put_scalar(exchange_.view(), selections.dest(), token, num_topk_, position, scalar);
       return;
     }
     u32 leaders = warp_ballot(selections.leads());
@@ -184,8 +190,12 @@ class DispatchKernel {
       const auto dest =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
       if (!is_selection) continue;
-      st(staged_scalars(exchange_.view(), dest, rank_, token, num_topk_) + lane,
-         selections.dest() == dest ? scalar : 0.0F);
+      put_scalar(exchange_.view(),
+                 dest,
+                 token,
+                 num_topk_,
+                 lane,
+                 selections.dest() == dest ? scalar : 0.0F);
     }
   }
 
@@ -194,7 +204,7 @@ class DispatchKernel {
     for (; leaders != 0; leaders &= leaders - 1) {
       const auto dest =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
-      const Ptr<std::byte> to = staged_row(exchange_.view(), dest, rank_, token);
+      const Ptr<std::byte> to = peer_row(exchange_.view(), dest, token);
       if (quantizes()) {
         quantize_elements(token, to);
       } else if (fp8_wire()) {
@@ -225,9 +235,9 @@ class DispatchKernel {
       const BlockOfElements<RowType> elements(as<const Element>(x_row(token)), block, hidden_);
       const Divider scaled(elements.scale);
       for (int i = 0; i < elements.kPerLane; ++i) {
-        const i64 channel = elements.channel(block, i);
-        if (channel >= hidden_) continue;
-        st(as<u8>(to) + channel, to_fp8(scaled(elements.value[i])));
+        const i64 element = elements.element(block, i);
+        if (element >= hidden_) continue;
+        st(as<u8>(to) + element, to_fp8(scaled(elements.value[i])));
       }
       if (lane_id() == 0) st(scales_behind(to) + block, elements.scale);
     }
@@ -247,7 +257,8 @@ class DispatchKernel {
     const i64 num_items = i64{num_chunks_} * num_parts_ * num_ranks_;
     for (i64 item = warp; item < num_items; item += num_warps) {
       const auto flag_idx = static_cast<i32>(item / num_ranks_);
-      const i32 source = static_cast<i32>(item % num_ranks_ + rank_) % num_ranks_;
+      const i32 source = peer_at_turn(exchange_.view(), static_cast<i32>(item % num_ranks_));
+      if (source < 0) continue;
       if (lane_id() == 0) exchange_.wait_arrived(source, flag_idx);
       warp_sync();
       // The copy engine, too, sees what has arrived.
@@ -305,16 +316,19 @@ class DispatchKernel {
   }
 
   JAX_EP_DEVICE void expand_segment(i32 row, i32 segment, Ptr<u32> stage) {
-    const i32 channels = segments_.size(segment, hidden_);
+    const i32 num_elements = segments_.size(segment, hidden_);
     const i64 first = segments_.first(segment);
     if (restores()) {
-      restore_segment<RowType>(stage, channels);
+      restore_segment<RowType>(stage, num_elements);
     } else if (fp8_wire()) {
-      expand_scales(
-          scales_in(stage, channels), first / kScaleBlock, ceil_div(channels, kScaleBlock), row);
+      expand_scales(scales_in(stage, num_elements),
+                    first / kScaleBlock,
+                    ceil_div(num_elements, kScaleBlock),
+                    row);
     }
     if (row < 0) return;
-    bulk_store(out_row(row) + first * rows_bytes_, stage, static_cast<u32>(channels * rows_bytes_));
+    bulk_store(
+        out_row(row) + first * rows_bytes_, stage, static_cast<u32>(num_elements * rows_bytes_));
   }
 
   // Copies the scales of some blocks of a row to every row that holds the token.
@@ -430,7 +444,7 @@ class DispatchKernel {
   const i32 rows_bytes_;
   const bool bulk_;
   const Segments segments_;
-  const i64 num_blocks_;     // of channels that share a scale
+  const i64 num_blocks_;     // of elements that share a scale
   const i32 unstaged_rank_;  // the rank whose rows are not staged; -1: none
   const i32 rank_;
   const i32 num_ranks_;

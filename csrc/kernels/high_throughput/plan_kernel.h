@@ -25,7 +25,11 @@ class PlanKernel {
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
       : params_(params),
         shape_(params.op.shape),
-        exchange_(params.view, OpKind::kPlan, params.call_tag, params.program_rank),
+        exchange_(params.view,
+                  Channel::kHighThroughput,
+                  OpKind::kPlan,
+                  params.call_tag,
+                  params.program_rank),
         memory_(shared<typename Config::SharedStorage>()),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
@@ -66,7 +70,9 @@ class PlanKernel {
   JAX_EP_DEVICE bool is_rank_major() const { return shape_.layout == Layout::kRank; }
   JAX_EP_DEVICE i32 rank_bin(i32 rank) const { return shape_.num_experts + rank; }
   JAX_EP_DEVICE bool is_expert(i32 expert) const {
-    return expert >= 0 && expert < shape_.num_experts;
+    if (expert < 0 || expert >= shape_.num_experts) return false;
+    return all_active(exchange_.view()) ||
+           is_active(exchange_.view(), owner_of(expert, num_local_));
   }
 
   // --- 1. send -------------------------------------------------------------------------------
@@ -83,9 +89,9 @@ class PlanKernel {
       const auto from = Ptr<const i32>{params_.op.topk_idx} + first * num_topk_;
       for (i64 i = lane_id(); i < elements; i += kWarpSize) {
         const i32 expert = ld(from + i);
-        for (i32 peer = 0; peer < num_ranks_; ++peer) {
-          st(staged_routing(exchange_.view(), peer, rank_, first, num_topk_) + i, expert);
-        }
+        for_each_peer(exchange_.view(), [this, first, i, expert](i32 peer) {
+          put_expert(exchange_.view(), peer, first, num_topk_, i, expert);
+        });
       }
       exchange_.signal_arrived(chunk);
     }
@@ -99,11 +105,16 @@ class PlanKernel {
     i32 source;
     i32 first;  // token
     i32 last;
+    bool active;  // or the source takes no part: its tokens have no selections
   };
   JAX_EP_DEVICE TokenTile tile_of(i32 item) const {
     const i32 first = item % num_tiles_ * tile_tokens_;
     const i32 last = first + tile_tokens_;
-    return {item / num_tiles_, first, last < num_tokens_ ? last : num_tokens_};
+    const i32 source = item / num_tiles_;
+    return {.source = source,
+            .first = first,
+            .last = last < num_tokens_ ? last : num_tokens_,
+            .active = is_active(exchange_.view(), source)};
   }
 
   JAX_EP_DEVICE bool has_token(const TokenTile& tile, i32 first) const {
@@ -114,7 +125,8 @@ class PlanKernel {
   template <typename Use>
   JAX_EP_DEVICE void for_each_run(const TokenTile& tile, const Use& use) const {
     const auto load = [this, &tile](i32 first) {
-      return has_token(tile, first) ? ld(routing(tile.source, first) + lane_id()) : -1;
+      const bool has_selection = has_token(tile, first) && tile.active;
+      return has_selection ? ld(routing(tile.source, first) + lane_id()) : -1;
     };
     i32 ahead = load(tile.first);
     for (i32 first = tile.first; first < tile.last; first += run_tokens_) {
@@ -130,7 +142,7 @@ class PlanKernel {
 
   // The bin whose count gives a selection its row.
   JAX_EP_DEVICE i32 row_bin(i32 expert) const {
-    return is_rank_major() ? rank_bin(expert / num_local_) : expert;
+    return is_rank_major() ? rank_bin(owner_of(expert, num_local_)) : expert;
   }
 
   struct CountedSelection {
@@ -181,7 +193,8 @@ class PlanKernel {
     const TokenTile tile = tile_of(item);
     const i32 tokens = chunk_tokens(num_tokens_, params_.view.chunk_target);
     const i32 last_chunk = (tile.last - 1) / tokens;
-    for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id()); chunk <= last_chunk;
+    for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id());
+         chunk <= last_chunk && tile.active;
          chunk += kWarpSize) {
       exchange_.wait_arrived(tile.source, chunk);
     }
@@ -315,7 +328,9 @@ class PlanKernel {
     }
   }
 
-  JAX_EP_DEVICE bool is_local_expert(i32 expert) const { return expert / num_local_ == rank_; }
+  JAX_EP_DEVICE bool is_local_expert(i32 expert) const {
+    return owner_of(expert, num_local_) == rank_;
+  }
   JAX_EP_DEVICE i32 slot_of(u32 row) const { return row < capacity_ ? static_cast<i32>(row) : -1; }
 
   // All lanes. `global_token` is the number of the lane's token among those of all ranks, -1 if it

@@ -56,6 +56,7 @@ def _removed(name: str, path: str, old: str, after: str = "", **more: int) -> Mu
 
 
 _EXCHANGE = DEVICE + "exchange.h"
+_PEERS = DEVICE + "peers.h"
 _WAIT = DEVICE + "wait.h"
 _RING = DEVICE + "segment_ring.h"
 _QUANTIZE = DEVICE + "quantize.h"
@@ -65,16 +66,14 @@ _COMBINE = KERNELS + "combine_kernel.h"
 
 MUTANTS = [
     # --- flags -----------------------------------------------------------------------------------
-    Mutant("arrived: release -> relaxed", _EXCHANGE, "st_release", "st_relaxed", "RELEASE(arrived): pub"),
-    Mutant("arrived: sys -> gpu", _EXCHANGE, "st_release<Scope::kSys>", "st_release<Scope::kGpu>",
+    Mutant("arrived: release -> relaxed", _PEERS, "st_release", "st_relaxed", "RELEASE(arrived): pub"),
+    Mutant("arrived: sys -> gpu", _PEERS, "st_release<Scope::kSys>", "st_release<Scope::kGpu>",
            "RELEASE(arrived): pub"),
-    Mutant("arrived at owner: release -> relaxed", _EXCHANGE, "st_release", "st_relaxed",
-           "RELEASE(arrived): as above"),
     Mutant("every wait: acquire -> relaxed", _WAIT, "ld_acquire<kScope>(word)",
            "ld_relaxed<kScope>(word)"),
     Mutant("arrived: acquire of gpu scope", _EXCHANGE, "wait_until<Scope::kSys>",
            "wait_until<Scope::kGpu>", "ACQUIRE(arrived)"),
-    Mutant("acknowledged: release -> relaxed", _EXCHANGE, "st_release", "st_relaxed",
+    Mutant("acknowledged: release -> relaxed", _PEERS, "st_release", "st_relaxed",
            "RELEASE(acknowledged)"),
     Mutant("acknowledged: acquire of gpu scope", _EXCHANGE, "wait_until_reached<Scope::kSys>",
            "wait_until_reached<Scope::kGpu>", "ACQUIRE(acknowledged)"),
@@ -82,20 +81,33 @@ MUTANTS = [
            "epoch_of(word) + 1 >= epoch;"),
     Mutant("arrived: what is there before the first use counts", _EXCHANGE, "word != 0 && ", ""),
     Mutant("acknowledged: stale epoch", _EXCHANGE, "peer, epoch_ - 1", "peer, epoch_ - 2"),
-    Mutant("acknowledged: waits for no peer", _EXCHANGE, "peer < view_.num_ranks",
-           "peer < 0", "void wait_until_writable"),
-    Mutant("acknowledged: one peer is not waited for", _EXCHANGE, "peer < view_.num_ranks",
-           "peer < view_.num_ranks - 1", "void wait_until_writable"),
-    Mutant("one peer never hears of a chunk", _EXCHANGE, "peer < view_.num_ranks",
-           "peer < view_.num_ranks - 1", "void signal_arrived("),
-    Mutant("epoch not advanced", _EXCHANGE, "st(control(view_, Control::kEpoch), epoch_);", ""),
-    Mutant("blocks_done not set back", _EXCHANGE, "st(control(view_, Control::kBlocksDone), 0);", ""),
+    Mutant("acknowledged: waits for no peer", _EXCHANGE, "[this](i32 peer) {",
+           "[this](i32 peer) { return;", "void wait_until_writable"),
+    Mutant("acknowledged: one peer is not waited for", _EXCHANGE, "[this](i32 peer) {",
+           "[this](i32 peer) { if (peer + 1 == view_.num_ranks) return;", "void wait_until_writable"),
+    Mutant("one peer never hears of a chunk", _EXCHANGE, "[this, flag_idx](i32 peer) {",
+           "[this, flag_idx](i32 peer) { if (peer + 1 == view_.num_ranks) return;",
+           "void signal_arrived("),
+    # --- ranks that take no part -----------------------------------------------------------------
+    Mutant("an inactive rank is waited for", _PEERS, "if (is_active(view, peer)) use(peer);", "use(peer);",
+           "void share_out_peers", seeds=120),
+    Mutant("a work item may be of an inactive rank", _PEERS, "return is_active(view, peer) ? peer : -1;",
+           "return peer;", seeds=120),
+    Mutant("tokens of an inactive rank count", _PLAN,
+           "has_token(tile, first) && tile.active;", "has_token(tile, first);", seeds=120),
+    Mutant("routing of an inactive rank is waited for", _PLAN, "chunk <= last_chunk && tile.active;",
+           "chunk <= last_chunk;", seeds=120),
+    Mutant("experts of an inactive rank are selected", _PLAN, "return all_active(exchange_.view()) ||",
+           "return true ||", seeds=120),
+    Mutant("epoch not advanced", _EXCHANGE, "st(control(view_, channel_, ChannelControl::kEpoch), epoch_);", ""),
+    Mutant("blocks_done not set back", _EXCHANGE, "st(control(view_, channel_, ChannelControl::kBlocksDone), 0);", ""),
     Mutant("first block to finish acknowledges", _EXCHANGE, "blocks_before + 1 != num_blocks()",
            "blocks_before != 0"),
     Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Config::kSenders) send();",
            "if (thread_id() == 0 && block_id() == 0) "
-           "for (i32 p = 0; p < num_ranks_; ++p) st_release<Scope::kSys>(acknowledged("
-           "exchange_.view(), p, rank_), ld(control(exchange_.view(), Control::kEpoch)) + 1); "
+           "for (i32 p = 0; p < num_ranks_; ++p) put_acknowledged("
+           "exchange_.view(), Channel::kHighThroughput, p, ld(control(exchange_.view(), "
+           "Channel::kHighThroughput, ChannelControl::kEpoch)) + 1); "
            "if (warp_id() < Config::kSenders) send();"),
     # --- barriers of the exchange ------------------------------------------------------------------
     _removed("warp_sync after waiting to write", _EXCHANGE, "warp_sync();", '"acknowledged");'),
@@ -112,10 +124,10 @@ MUTANTS = [
            "fetch_add_acq_rel<Scope::kGpu>(count, 1) + 1 == num_blocks()",
            "fetch_add_acq_rel<Scope::kGpu>(count, 1) + 2 >= num_blocks()"),
     # --- what goes wrong -----------------------------------------------------------------------------
-    Mutant("peers are not told", _WAIT, "other < view.num_ranks && tag", "false && tag",
+    Mutant("peers are not told", _WAIT, "if (tag != WaitTag::kPeerGaveUp) {", "if (false) {",
            mishaps=True),
-    Mutant("one peer is not told", _WAIT, "other < view.num_ranks && tag",
-           "other + 1 < view.num_ranks && tag", mishaps=True),
+    Mutant("one peer is not told", _WAIT, "put_aborted(view, other, word);",
+           "if (other + 1 < view.num_ranks) put_aborted(view, other, word);", mishaps=True),
     Mutant("nobody looks whether a peer gave up", _WAIT, "if (word != 0) {", "if (false) {",
            mishaps=True),
     Mutant("another rank is blamed", _WAIT, ".blamed = static_cast<u32>(peer)",
@@ -211,9 +223,8 @@ MUTANTS = [
     Mutant("early flag (dispatch)", _DISPATCH, "const i64 first = first_token(flag_idx / num_parts_);",
            "exchange_.signal_arrived(flag_idx); const i64 first = first_token(flag_idx / num_parts_);",
            "void send()"),
-    Mutant("wrong destination (dispatch)", _DISPATCH,
-           "staged_row(exchange_.view(), selections.dest(), rank_, token)",
-           "staged_row(exchange_.view(), selections.dest(), selections.dest(), token)"),
+    Mutant("wrong destination of rows", _PEERS, "return staged_row(view, peer, view.rank, token);",
+           "return staged_row(view, peer, peer, token);"),
     Mutant("wrong chunk awaited", _DISPATCH, "exchange_.wait_arrived(source, flag_idx)",
            "exchange_.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
     Mutant("wrong slot", DEVICE + "token_selections.h", "(1U << lane) - 1",
@@ -221,7 +232,7 @@ MUTANTS = [
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", _COMBINE, "exchange_.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
-             "exchange_.wait_arrived(source, flag_idx);\n      }"),
+             "exchange_.wait_arrived(source, flag_idx); });"),
     _removed("warp_sync before the terms are read (send)", _COMBINE, "warp_sync();",
              "list_rows(row, holders);"),
     _removed("warp_sync after the terms are read (send)", _COMBINE,
@@ -230,8 +241,8 @@ MUTANTS = [
              "count_bits(warp_ballot(selections.leads())"),
     _removed("warp_sync after the terms are read (receive)", _COMBINE, "warp_sync();",
              "+ token * row_bytes_);"),
-    Mutant("waits for all ranks but one (combine)", _COMBINE, "source < num_ranks_;",
-           "source < num_ranks_ - 1;"),
+    Mutant("waits for all ranks but one (combine)", _COMBINE, "exchange_.wait_arrived(source, flag_idx);",
+           "if (source + 1 < num_ranks_) exchange_.wait_arrived(source, flag_idx);"),
     Mutant("early flag (combine)", _COMBINE, "const i64 last = last_token(flag_idx / num_parts_);",
            "exchange_.signal_arrived_at(owner, flag_idx); "
            "const i64 last = last_token(flag_idx / num_parts_);",
@@ -256,7 +267,7 @@ MUTANTS = [
     _removed("block_sync after the starts", _PLAN, "block_sync();", "start_experts();"),
     # --- what must not be noticed --------------------------------------------------------------------
     Mutant("unchanged", _EXCHANGE, "class Exchange", "class Exchange", harmless=True, seeds=25),
-    Mutant("release as a fence and a relaxed store", _EXCHANGE, "st_release<Scope::kSys>(",
+    Mutant("release as a fence and a relaxed store", _PEERS, "st_release<Scope::kSys>(",
            "fence_acq_rel<Scope::kSys>(), st_relaxed<Scope::kSys>(", "RELEASE(arrived): pub",
            harmless=True, seeds=25),
     Mutant("more barriers", _DISPATCH, "exchange_.signal_arrived(flag_idx);",

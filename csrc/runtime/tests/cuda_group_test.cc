@@ -33,7 +33,7 @@ class CudaGroupTest : public RuntimeTest {
   }
   // What kernels of a rank read first.
   static uint32_t told_closed(const RankContext& rank) {
-    return rank.view().control[static_cast<int>(Control::kClosed)];
+    return rank.view().control[control_index(Control::kClosed)];
   }
   // What was left to kernels is nothing for the next test.
   static void end_of_kernels() {
@@ -185,7 +185,7 @@ TEST_F(CudaGroupTest, WordsOutliveTheGroup) {
   const std::unique_ptr<CudaGroup> next = connected(group_config(1));
   EXPECT_NE(next->ranks()[0].view().control, view.control);
   EXPECT_NE(next->ranks()[0].view().error, view.error);
-  EXPECT_NE(view.control[static_cast<int>(Control::kClosed)], 0U) << "still, and for good";
+  EXPECT_NE(view.control[control_index(Control::kClosed)], 0U) << "still, and for good";
 }
 
 TEST_F(CudaGroupTest, AGroupWhoseKernelsRunOnIsLeftAsItIs) {

@@ -37,8 +37,8 @@ TEST_F(RankContextTest, ShowsKernelsWhatTheyNeed) {
   ASSERT_NE(view.error, nullptr);
   EXPECT_EQ(view.error->written, 0U);
   EXPECT_EQ(view.long_waits[1], 0U);
-  EXPECT_EQ(view.control[static_cast<int>(Control::kClosed)], 0U);
-  EXPECT_EQ(view.control[static_cast<int>(Control::kEpoch)], 0U);
+  EXPECT_EQ(view.control[control_index(Control::kClosed)], 0U);
+  EXPECT_EQ(view.control[control_index(Channel::kHighThroughput, ChannelControl::kEpoch)], 0U);
   EXPECT_FALSE(rank.connected());
   EXPECT_EQ(rank.handle().owner.nonce, kNonce);
   EXPECT_EQ(rank.handle().owner.rank, 1);

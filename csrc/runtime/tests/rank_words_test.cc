@@ -98,8 +98,8 @@ TEST_F(RankWordsTest, CloseIsOfOneRankAndWaitsForNoKernel) {
   fake_cudart::run_kernels(0);
   EXPECT_TRUE(is_ok(words.close()));
   fake_cudart::finish_kernels();
-  EXPECT_NE(words.control()[static_cast<int>(Control::kClosed)], 0U);
-  EXPECT_EQ(words.control()[static_cast<int>(Control::kEpoch)], 0U);
+  EXPECT_NE(words.control()[control_index(Control::kClosed)], 0U);
+  EXPECT_EQ(words.control()[control_index(Channel::kHighThroughput, ChannelControl::kEpoch)], 0U);
   EXPECT_FALSE(any_byte(other));
   EXPECT_TRUE(is_ok(RankWords().close())) << "of no rank";
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FP8 wire format in JAX: float8_e4m3fn with one float32 scale per 128 channels.
+"""The FP8 wire format in JAX: float8_e4m3fn with one float32 scale per 128 elements.
 
 The rounding is that of DeepSeek-V3's activations (arXiv:2412.19437, section 3.3): `scale =
 max(amax, 1e-4) / 448`, values divided by it and rounded to nearest even.

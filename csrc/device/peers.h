@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The peers of a rank: every loop over them, and every store into a peer's heap. A rank that is not
+// in the view's mask is neither stored to nor waited for.
+#ifndef JAX_EP_CSRC_DEVICE_PEERS_H_
+#define JAX_EP_CSRC_DEVICE_PEERS_H_
+
+#include "csrc/device/heap.h"
+#include "csrc/device/primitives.h"
+
+namespace jax_ep::dev {
+
+// --- who they are; a rank is its own peer too ----------------------------------------------------
+
+JAX_EP_DEVICE bool all_active(const RankView& view) { return view.active_ranks == kAllRanks; }
+JAX_EP_DEVICE bool is_active(const RankView& view, i32 peer) {
+  return (view.active_ranks >> peer & 1) != 0;
+}
+
+// `use(peer)` for each, one after another, by the thread that calls.
+template <typename Use>
+JAX_EP_DEVICE void for_each_peer(const RankView& view, const Use& use) {
+  for (i32 peer = 0; peer < view.num_ranks; ++peer) {
+    if (is_active(view, peer)) use(peer);
+  }
+}
+// The same, shared out among the lanes of the warp that calls.
+template <typename Use>
+JAX_EP_DEVICE void share_out_peers(const RankView& view, const Use& use) {
+  for (i32 peer = static_cast<i32>(lane_id()); peer < view.num_ranks; peer += kWarpSize) {
+    if (is_active(view, peer)) use(peer);
+  }
+}
+// The peer whose turn it is, of as many turns as there are ranks: each rank begins with itself, so
+// that no link is crowded. -1: it is not active.
+JAX_EP_DEVICE i32 peer_at_turn(const RankView& view, i32 turn) {
+  const i32 next = turn + view.rank;
+  const i32 peer = next < view.num_ranks ? next : next - view.num_ranks;
+  return is_active(view, peer) ? peer : -1;
+}
+
+// --- staging: what a peer gets of a token of this rank, or of a token of its own (combine)
+// ---------
+
+// The experts of `num_topk` selections of each token, from `first_token` on; `i` counts them.
+JAX_EP_DEVICE void put_expert(
+    const RankView& view, i32 peer, i64 first_token, i32 num_topk, i64 i, i32 expert) {
+  st(staged_routing(view, peer, view.rank, first_token, num_topk) + i, expert);
+}
+JAX_EP_DEVICE void put_scalar(
+    const RankView& view, i32 peer, i64 token, i32 num_topk, u32 position, float scalar) {
+  st(staged_scalars(view, peer, view.rank, token, num_topk) + position, scalar);
+}
+// Where the elements of a row go.
+JAX_EP_DEVICE Ptr<std::byte> peer_row(const RankView& view, i32 peer, i64 token) {
+  return staged_row(view, peer, view.rank, token);
+}
+// A part of a row, from shared memory; complete once the lane has waited for its bulk stores.
+JAX_EP_DEVICE void put_segment(
+    const RankView& view, i32 peer, i64 token, i64 offset, Ptr<u32> stage, u32 bytes) {
+  bulk_store(peer_row(view, peer, token) + offset, stage, bytes);
+}
+
+// --- words ---------------------------------------------------------------------------------------
+
+JAX_EP_DEVICE void put_arrived(
+    const RankView& view, Channel channel, i32 peer, i32 flag_idx, u64 flag) {
+  // RELEASE(arrived): publishes the warp's rows, scalars or routing of the chunk (ordered by the
+  // warp_sync before).
+  st_release<Scope::kSys>(arrived(view, channel, peer, view.rank, flag_idx), flag);
+}
+JAX_EP_DEVICE void put_acknowledged(const RankView& view, Channel channel, i32 peer, u32 epoch) {
+  // RELEASE(acknowledged): this rank has read all that the peer sent; the peer may overwrite.
+  st_release<Scope::kSys>(acknowledged(view, channel, peer, view.rank), epoch);
+}
+JAX_EP_DEVICE void put_aborted(const RankView& view, i32 peer, u32 word) {
+  // One word says all: nothing is published with it.
+  st_relaxed<Scope::kSys>(aborted(view, peer), word);
+}
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_DEVICE_PEERS_H_
