@@ -198,8 +198,8 @@ MUTANTS = [
     # --- the FP8 wire ------------------------------------------------------------------------------
     _removed("warp_sync before quantized values overwrite", _QUANTIZE, "warp_sync();",
              "ahead = load(v + kWarpSize);"),
-    Mutant("scales not filled up to 16 bytes", _QUANTIZE, "align_up(ceil_div(channels, kScaleBlock), 4)",
-           "ceil_div(channels, kScaleBlock)"),
+    Mutant("scales not filled up to 16 bytes", _QUANTIZE, "align_up(ceil_div(num_elements, kScaleBlock), 4)",
+           "ceil_div(num_elements, kScaleBlock)"),
     _removed("proxy fence after quantizing", _QUANTIZE,
              "fence_proxy_async();  // the copy engines see what the lanes wrote"),
     _removed("warp_sync after quantizing", _QUANTIZE, "warp_sync();",
