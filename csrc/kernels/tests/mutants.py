@@ -272,7 +272,7 @@ MUTANTS = [
            harmless=True, seeds=25),
     Mutant("more barriers", _DISPATCH, "exchange_.signal_arrived(flag_idx);",
            "warp_sync(); exchange_.signal_arrived(flag_idx);", harmless=True, seeds=25),
-    Mutant("num_items in reverse order (combine)", _COMBINE,
+    Mutant("work items in reverse order (combine)", _COMBINE,
            "const auto flag_idx = static_cast<i32>(item / num_ranks_);",
            "const auto flag_idx = num_chunks_ * num_parts_ - 1 - static_cast<i32>(item / num_ranks_);",
            harmless=True, seeds=25),
