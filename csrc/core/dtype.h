@@ -16,8 +16,12 @@ enum class Wire : int32_t {
   kFloat8E4M3 = 1,  // float8_e4m3fn with one float32 scale per kScaleBlock elements
 };
 
-// Channels that share one scale on the FP8 wire; the last block of a row may be shorter.
+// The FP8 wire: elements that share one scale, of which a row's last block may have fewer; the
+// largest float8_e4m3fn; and the least magnitude that a block is scaled for. A block's scale is its
+// largest magnitude, at least kMinAmax, over kMaxFloat8.
 inline constexpr int64_t kScaleBlock = 128;
+inline constexpr float kMaxFloat8 = 448.0F;
+inline constexpr float kMinAmax = 1e-4F;
 
 constexpr int64_t size_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

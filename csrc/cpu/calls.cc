@@ -133,14 +133,12 @@ Status check_parameters(const RowsCall& call, size_t num_calls) {
   return check_rows(call.shape, call.hidden, call.num_scalars);
 }
 
-Status run(std::span<const PlanOp> by_rank, WorkerPool& workers) {
-  return run_plan(by_rank, workers);
+Status run(std::span<const PlanOp> ops, WorkerPool& workers) { return run_plan(ops, workers); }
+Status run(std::span<const DispatchOp> ops, WorkerPool& workers) {
+  return run_dispatch(ops, workers);
 }
-Status run(std::span<const DispatchOp> by_rank, WorkerPool& workers) {
-  return run_dispatch(by_rank, workers);
-}
-Status run(std::span<const CombineOp> by_rank, WorkerPool& workers) {
-  return run_combine(by_rank, workers);
+Status run(std::span<const CombineOp> ops, WorkerPool& workers) {
+  return run_combine(ops, workers);
 }
 
 }  // namespace
@@ -155,20 +153,20 @@ std::vector<Property> properties(const Call& call) {
   return result;
 }
 
-Status check_agreement(std::span<const Call> by_rank) {
-  if (by_rank.empty()) return {};
-  const auto num_ranks = static_cast<int32_t>(by_rank.size());
+Status check_agreement(std::span<const Call> calls) {
+  if (calls.empty()) return {};
+  const auto num_ranks = static_cast<int32_t>(calls.size());
   const auto call_of = [&](int32_t rank) -> const Call& {
-    return by_rank[static_cast<size_t>(rank)];
+    return calls[static_cast<size_t>(rank)];
   };
-  for (const Call& call : by_rank) {
-    if (call.index() == by_rank[0].index()) continue;
+  for (const Call& call : calls) {
+    if (call.index() == calls[0].index()) continue;
     return disagreement(
         "op", num_ranks, [&](int32_t rank) { return std::string(op_name(call_of(rank))); });
   }
-  const Fields expected = fields_of(by_rank[0]);
+  const Fields expected = fields_of(calls[0]);
   size_t first = expected.size;  // the first field in which some rank differs
-  for (const Call& call : by_rank.subspan(1)) {
+  for (const Call& call : calls.subspan(1)) {
     const Fields fields = fields_of(call);
     for (size_t i = 0; i < first; ++i) {
       if (fields.items[i].value != expected.items[i].value) first = i;
@@ -180,20 +178,20 @@ Status check_agreement(std::span<const Call> by_rank) {
   });
 }
 
-Status execute(std::span<const Call> by_rank, WorkerPool& workers) {
-  if (by_rank.empty()) return {};
+Status execute(std::span<const Call> calls, WorkerPool& workers) {
+  if (calls.empty()) return {};
   // Results must not depend on which rank's thread runs this; the workers' modes are default.
   const ScopedDefaultFloatEnv float_env;
   return std::visit(
       [&](const auto& first) -> Status {
         using Op = std::decay_t<decltype(first)>;
-        if (Status status = check_parameters(first, by_rank.size()); !status.ok()) return status;
-        std::vector<Op> calls;
-        calls.reserve(by_rank.size());
-        for (const Call& call : by_rank) calls.push_back(std::get<Op>(call));
-        return run(calls, workers);
+        if (Status status = check_parameters(first, calls.size()); !status.ok()) return status;
+        std::vector<Op> ops;
+        ops.reserve(calls.size());
+        for (const Call& call : calls) ops.push_back(std::get<Op>(call));
+        return run(ops, workers);
       },
-      by_rank[0]);
+      calls[0]);
 }
 
 }  // namespace jax_ep

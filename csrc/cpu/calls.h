@@ -33,15 +33,15 @@ std::vector<Property> properties(const Call& call);
 // OK if all ranks brought the same op with the same properties; otherwise InvalidArgument that
 // names the ranks and the first difference, for example
 // "ranks disagree: hidden is 512 on ranks 0,1,3 and 256 on rank 2".
-Status check_agreement(std::span<const Call> by_rank);
+Status check_agreement(std::span<const Call> calls);
 
-// Runs the op for all ranks; `by_rank[r]` is rank r's call and by_rank.size() == num_ranks.
+// Runs the op for all ranks; `calls[r]` is rank r's and calls.size() == num_ranks.
 // All outputs are written, or none is read by anybody: on an error every rank gets it.
-Status execute(std::span<const Call> by_rank, WorkerPool& workers);
+Status execute(std::span<const Call> calls, WorkerPool& workers);
 
-Status run_plan(std::span<const PlanOp> by_rank, WorkerPool& workers);
-Status run_dispatch(std::span<const DispatchOp> by_rank, WorkerPool& workers);
-Status run_combine(std::span<const CombineOp> by_rank, WorkerPool& workers);
+Status run_plan(std::span<const PlanOp> ops, WorkerPool& workers);
+Status run_dispatch(std::span<const DispatchOp> ops, WorkerPool& workers);
+Status run_combine(std::span<const CombineOp> ops, WorkerPool& workers);
 
 }  // namespace jax_ep
 

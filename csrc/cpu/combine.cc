@@ -49,10 +49,10 @@ void sort(std::span<SortKey> keys) {
 
 class Combiner {
  public:
-  Combiner(std::span<const CombineOp> calls, WorkerPool& workers)
-      : calls_(calls),
+  Combiner(std::span<const CombineOp> ops, WorkerPool& workers)
+      : ops_(ops),
         workers_(workers),
-        first_(calls[0]),
+        first_(ops[0]),
         shape_(first_.shape),
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
@@ -68,7 +68,7 @@ class Combiner {
   }
 
  private:
-  const CombineOp& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+  const CombineOp& op_of(int64_t rank) const { return ops_[static_cast<size_t>(rank)]; }
 
   // What a token sums, and where to.
   struct TokenSum {
@@ -95,7 +95,7 @@ class Combiner {
 
   // Brings the token's scalars back, and lists its terms in the order of the sum.
   bool collect(int64_t token, std::vector<SortKey>& keys, TokenSum& result) {
-    const CombineOp& source = call(token / shape_.num_tokens);
+    const CombineOp& source = op_of(token / shape_.num_tokens);
     const int64_t first = token % shape_.num_tokens * num_topk_;
     size_t num_keys = 0;
     for (int32_t k = 0; k < num_topk_; ++k) {
@@ -108,7 +108,7 @@ class Combiner {
       if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
       if (first_.num_scalars > 0) {
         source.token_scalars[first + k] =
-            slot < 0 ? 0.0F : row_scalar(call(owner_of(expert, num_local_)).row_scalars, slot, k);
+            slot < 0 ? 0.0F : row_scalar(op_of(owner_of(expert, num_local_)).row_scalars, slot, k);
       }
     }
     if (row_bytes_ == 0) return true;
@@ -144,7 +144,7 @@ class Combiner {
           i + 1 == keys.size() || owner_of(keys[i + 1].expert(), num_local_) != rank;
       // Without weights a row of the rank layout, which holds the sum of its experts, counts once.
       if (!first_.weighted && shape_.layout == Layout::kRank && !ends_rank) continue;
-      const CombineOp& dest = call(rank);
+      const CombineOp& dest = op_of(rank);
       const int32_t k = keys[i].k();
       const int32_t row = slot[k];
       const float weight = first_.weighted ? row_scalar(dest.weights, row, k) : 1.0F;
@@ -161,7 +161,7 @@ class Combiner {
         invalid_selection(shape_, rank, token % shape_.num_tokens, k, expert, slot));
   }
 
-  const std::span<const CombineOp> calls_;
+  const std::span<const CombineOp> ops_;
   WorkerPool& workers_;
   const CombineOp& first_;  // all ranks have the same parameters
   const EpShape& shape_;
@@ -174,8 +174,8 @@ class Combiner {
 
 }  // namespace
 
-Status run_combine(std::span<const CombineOp> by_rank, WorkerPool& workers) {
-  return Combiner(by_rank, workers).run();
+Status run_combine(std::span<const CombineOp> ops, WorkerPool& workers) {
+  return Combiner(ops, workers).run();
 }
 
 }  // namespace jax_ep

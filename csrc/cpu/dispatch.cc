@@ -23,10 +23,10 @@ namespace {
 
 class Dispatcher {
  public:
-  Dispatcher(std::span<const DispatchOp> calls, WorkerPool& workers)
-      : calls_(calls),
+  Dispatcher(std::span<const DispatchOp> ops, WorkerPool& workers)
+      : ops_(ops),
         workers_(workers),
-        first_(calls[0]),
+        first_(ops[0]),
         shape_(first_.shape),
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
@@ -58,7 +58,7 @@ class Dispatcher {
     return shape_.num_ranks * per_rank * row_bytes_;
   }
 
-  const DispatchOp& call(int64_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+  const DispatchOp& op_of(int64_t rank) const { return ops_[static_cast<size_t>(rank)]; }
 
   // Tokens are numbered through all ranks.
   void copy_tokens(int64_t begin, int64_t end) {
@@ -69,7 +69,7 @@ class Dispatcher {
     std::vector<std::byte> received(first_.wire == Wire::kSame ? 0
                                                                : static_cast<size_t>(row_bytes_));
     for (int64_t token = begin; token < end; ++token) {
-      const DispatchOp& source = call(token / shape_.num_tokens);
+      const DispatchOp& source = op_of(token / shape_.num_tokens);
       const int64_t first = token % shape_.num_tokens * num_topk_;
       const std::byte* row = nullptr;
       for (int32_t k = 0; k < num_topk_; ++k) {
@@ -79,16 +79,16 @@ class Dispatcher {
         if (slot < 0) continue;
         const int32_t dest = owner_of(expert, num_local_);
         if (row == nullptr) row = traveling_row(source, token, received.data());
-        std::byte* const to = static_cast<std::byte*>(call(dest).rows) + slot * row_bytes_;
+        std::byte* const to = static_cast<std::byte*>(op_of(dest).rows) + slot * row_bytes_;
         if (once_per_rank) {
           int64_t& last = copied[static_cast<size_t>(dest)];
           const bool is_new = last != token;
           last = token;
           if (is_new) writer.copy(to, row, row_bytes_);
-          copy_scalar_by_rank(source, first, k, dest, slot, is_new);
+          copy_rank_major_scalar(source, first, k, dest, slot, is_new);
         } else {
           writer.copy(to, row, row_bytes_);
-          if (scalars_per_row_ > 0) call(dest).row_scalars[slot] = source.token_scalars[first + k];
+          if (scalars_per_row_ > 0) op_of(dest).row_scalars[slot] = source.token_scalars[first + k];
         }
       }
     }
@@ -105,14 +105,14 @@ class Dispatcher {
     return scratch;
   }
 
-  void copy_scalar_by_rank(const DispatchOp& source,
-                           int64_t first,
-                           int32_t k,
-                           int32_t dest,
-                           int32_t slot,
-                           bool is_new) const {
+  void copy_rank_major_scalar(const DispatchOp& source,
+                              int64_t first,
+                              int32_t k,
+                              int32_t dest,
+                              int32_t slot,
+                              bool is_new) const {
     if (scalars_per_row_ == 0) return;
-    float* const scalars = call(dest).row_scalars + int64_t{slot} * num_topk_;
+    float* const scalars = op_of(dest).row_scalars + int64_t{slot} * num_topk_;
     if (is_new) std::fill_n(scalars, num_topk_, 0.0F);
     scalars[k] = source.token_scalars[first + k];
   }
@@ -124,12 +124,12 @@ class Dispatcher {
     const int64_t num_sources = shape_.num_ranks * shape_.num_tokens;
     for (int64_t i = begin; i < end;) {
       const int64_t dest = i / capacity;
-      const int32_t* const row_source = call(dest).row_source;
+      const int32_t* const row_source = op_of(dest).row_source;
       const int64_t row = i % capacity;
       const int64_t last_row = std::min(capacity, row + end - i);
       int64_t next = row;
       while (next < last_row && row_source[next] == -1) ++next;
-      clear_rows(call(dest), row, next, writer);
+      clear_rows(op_of(dest), row, next, writer);
       if (next < last_row && !in_range_or_none(row_source[next], num_sources)) {
         return report_row_source(dest, next);
       }
@@ -167,12 +167,12 @@ class Dispatcher {
     first_error_.report(position,
                         Status::invalid_argument(
                             "rank " + std::to_string(rank) + ": row_source[" + std::to_string(row) +
-                            "] is " + std::to_string(call(rank).row_source[row]) +
+                            "] is " + std::to_string(op_of(rank).row_source[row]) +
                             ", but must be -1 (no token) or a token of all ranks in [0, " +
                             std::to_string(shape_.num_ranks * shape_.num_tokens) + ")"));
   }
 
-  const std::span<const DispatchOp> calls_;
+  const std::span<const DispatchOp> ops_;
   WorkerPool& workers_;
   const DispatchOp& first_;  // all ranks have the same parameters
   const EpShape& shape_;
@@ -187,8 +187,8 @@ class Dispatcher {
 
 }  // namespace
 
-Status run_dispatch(std::span<const DispatchOp> by_rank, WorkerPool& workers) {
-  return Dispatcher(by_rank, workers).run();
+Status run_dispatch(std::span<const DispatchOp> ops, WorkerPool& workers) {
+  return Dispatcher(ops, workers).run();
 }
 
 }  // namespace jax_ep

@@ -25,10 +25,10 @@ int32_t saturate(int64_t value) {
 
 class Planner {
  public:
-  Planner(std::span<const PlanOp> calls, WorkerPool& workers)
-      : calls_(calls),
+  Planner(std::span<const PlanOp> ops, WorkerPool& workers)
+      : ops_(ops),
         workers_(workers),
-        shape_(calls[0].shape),
+        shape_(ops[0].shape),
         num_ranks_(shape_.num_ranks),
         num_experts_(shape_.num_experts),
         num_topk_(shape_.num_topk),
@@ -41,7 +41,7 @@ class Planner {
   }
 
   Status run() {
-    const bool by_expert = shape_.layout == Layout::kExpert;
+    const bool is_expert_major = shape_.layout == Layout::kExpert;
     // About what a selection costs, in the bytes that a copy moves in that time.
     constexpr int64_t kBytesPerSelection = 64;
     const int64_t scan_bytes = shape_.num_tokens * num_topk_ * kBytesPerSelection;
@@ -49,13 +49,13 @@ class Planner {
     for_each_rank(scan_grain, [this](int32_t source) { count(source); });
     if (Status error = first_error_.take(); !error.ok()) return error;
 
-    const int64_t row_bytes = by_expert ? 4 : 4 * (1 + num_topk_);
+    const int64_t row_bytes = is_expert_major ? 4 : 4 * (1 + num_topk_);
     const int64_t start_bytes = capacity_ * row_bytes + 16LL * num_ranks_ * num_local_;
-    for_each_rank(items_per_chunk(start_bytes), [this, by_expert](int32_t dest) {
-      by_expert ? start_experts(dest) : start_sources(dest);
+    for_each_rank(items_per_chunk(start_bytes), [this, is_expert_major](int32_t dest) {
+      is_expert_major ? start_experts(dest) : start_sources(dest);
     });
-    for_each_rank(scan_grain, [this, by_expert](int32_t source) {
-      by_expert ? assign_by_expert(source) : assign_by_rank(source);
+    for_each_rank(scan_grain, [this, is_expert_major](int32_t source) {
+      is_expert_major ? assign_expert_major(source) : assign_rank_major(source);
     });
     return {};
   }
@@ -68,7 +68,7 @@ class Planner {
     });
   }
 
-  const PlanOp& call(int32_t rank) const { return calls_[static_cast<size_t>(rank)]; }
+  const PlanOp& op_of(int32_t rank) const { return ops_[static_cast<size_t>(rank)]; }
 
   // Selections of `source` for `expert`; later the row that the next of them gets.
   int64_t& expert_cursor(int32_t source, int32_t expert) {
@@ -87,7 +87,7 @@ class Planner {
     std::vector<int32_t> expert_token(static_cast<size_t>(num_experts_), -1);
     std::vector<int32_t> rank_token(per_rank_.empty() ? 0 : static_cast<size_t>(num_ranks_), -1);
     int64_t* const experts = &expert_cursor(source, 0);
-    const int32_t* topk_idx = call(source).topk_idx;
+    const int32_t* topk_idx = op_of(source).topk_idx;
     const auto num_tokens = static_cast<int32_t>(shape_.num_tokens);
     for (int32_t token = 0; token < num_tokens; ++token, topk_idx += num_topk_) {
       for (int32_t k = 0; k < num_topk_; ++k) {
@@ -114,7 +114,7 @@ class Planner {
   }
 
   Status repeated(int32_t source, int32_t token, int32_t k) const {
-    const int32_t* const topk_idx = call(source).topk_idx + int64_t{token} * num_topk_;
+    const int32_t* const topk_idx = op_of(source).topk_idx + int64_t{token} * num_topk_;
     const int64_t before = std::find(topk_idx, topk_idx + k, topk_idx[k]) - topk_idx;
     const auto element = [token](int64_t position) {
       return "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "]";
@@ -128,9 +128,9 @@ class Planner {
 
   // Marks rows that hold no token.
   void clear_rows(int32_t dest, int64_t begin, int64_t end) {
-    std::fill(call(dest).row_source + clip(begin), call(dest).row_source + clip(end), -1);
+    std::fill(op_of(dest).row_source + clip(begin), op_of(dest).row_source + clip(end), -1);
     if (shape_.layout == Layout::kExpert) return;
-    int32_t* const row_topk_idx = call(dest).row_topk_idx;
+    int32_t* const row_topk_idx = op_of(dest).row_topk_idx;
     std::fill(row_topk_idx + clip(begin) * num_topk_, row_topk_idx + clip(end) * num_topk_, -1);
   }
 
@@ -148,14 +148,14 @@ class Planner {
       }
       const int64_t alignment = shape_.expert_alignment;
       const int64_t end = (row + alignment - 1) / alignment * alignment;
-      call(dest).tokens_per_expert[local] = static_cast<int32_t>(row - start);
-      call(dest).group_sizes[local] = static_cast<int32_t>(clip(end) - clip(start));
+      op_of(dest).tokens_per_expert[local] = static_cast<int32_t>(row - start);
+      op_of(dest).group_sizes[local] = static_cast<int32_t>(clip(end) - clip(start));
       dropped += (row - clip(row)) - (start - clip(start));
       clear_rows(dest, row, end);
       start = end;
     }
     clear_rows(dest, start, capacity_);
-    *call(dest).num_dropped = saturate(dropped);
+    *op_of(dest).num_dropped = saturate(dropped);
   }
 
   void start_sources(int32_t dest) {
@@ -164,25 +164,25 @@ class Planner {
       for (int32_t source = 0; source < num_ranks_; ++source) {
         selections += expert_cursor(source, dest * num_local_ + local);
       }
-      call(dest).tokens_per_expert[local] = static_cast<int32_t>(selections);
+      op_of(dest).tokens_per_expert[local] = static_cast<int32_t>(selections);
     }
     int64_t row = 0;
     for (int32_t source = 0; source < num_ranks_; ++source) {
       int64_t& cursor = rank_cursor(source, dest);
       const int64_t end = row + cursor;
       cursor = row;
-      call(dest).group_sizes[source] = static_cast<int32_t>(clip(end) - clip(row));
+      op_of(dest).group_sizes[source] = static_cast<int32_t>(clip(end) - clip(row));
       row = end;
     }
     clear_rows(dest, row, capacity_);
-    *call(dest).num_dropped = saturate(row - clip(row));
+    *op_of(dest).num_dropped = saturate(row - clip(row));
   }
 
-  void assign_by_expert(int32_t source) {
+  void assign_expert_major(int32_t source) {
     int64_t* const cursors = &expert_cursor(source, 0);
     const int64_t num_tokens = shape_.num_tokens;
-    const int32_t* topk_idx = call(source).topk_idx;
-    int32_t* slot = call(source).slot;
+    const int32_t* topk_idx = op_of(source).topk_idx;
+    int32_t* slot = op_of(source).slot;
     for (int64_t token = 0; token < num_tokens; ++token) {
       for (int32_t k = 0; k < num_topk_; ++k, ++topk_idx, ++slot) {
         const int32_t expert = *topk_idx;
@@ -191,17 +191,17 @@ class Planner {
         const int64_t row = cursors[expert]++;
         if (row >= capacity_) continue;
         *slot = static_cast<int32_t>(row);
-        call(owner_of(expert, num_local_)).row_source[row] =
+        op_of(owner_of(expert, num_local_)).row_source[row] =
             static_cast<int32_t>(source * num_tokens + token);
       }
     }
   }
 
-  void assign_by_rank(int32_t source) {
+  void assign_rank_major(int32_t source) {
     std::vector<int32_t> rank_token(static_cast<size_t>(num_ranks_), -1);
     const auto num_tokens = static_cast<int32_t>(shape_.num_tokens);
-    const int32_t* topk_idx = call(source).topk_idx;
-    int32_t* slot = call(source).slot;
+    const int32_t* topk_idx = op_of(source).topk_idx;
+    int32_t* slot = op_of(source).slot;
     for (int32_t token = 0; token < num_tokens; ++token) {
       for (int32_t k = 0; k < num_topk_; ++k, ++topk_idx, ++slot) {
         const int32_t expert = *topk_idx;
@@ -218,14 +218,14 @@ class Planner {
         *slot = static_cast<int32_t>(row);
         if (is_new) {
           clear_rows(dest, row, row + 1);
-          call(dest).row_source[row] = source * num_tokens + token;
+          op_of(dest).row_source[row] = source * num_tokens + token;
         }
-        call(dest).row_topk_idx[row * num_topk_ + k] = expert - dest * num_local_;
+        op_of(dest).row_topk_idx[row * num_topk_ + k] = expert - dest * num_local_;
       }
     }
   }
 
-  const std::span<const PlanOp> calls_;
+  const std::span<const PlanOp> ops_;
   WorkerPool& workers_;
   const EpShape& shape_;
   const int32_t num_ranks_;
@@ -240,8 +240,8 @@ class Planner {
 
 }  // namespace
 
-Status run_plan(std::span<const PlanOp> by_rank, WorkerPool& workers) {
-  return Planner(by_rank, workers).run();
+Status run_plan(std::span<const PlanOp> ops, WorkerPool& workers) {
+  return Planner(ops, workers).run();
 }
 
 }  // namespace jax_ep

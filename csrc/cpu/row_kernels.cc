@@ -94,7 +94,7 @@ JAX_EP_INLINE_BODY void round_to_fp8_body(const void* x, int64_t hidden, void* o
       max_bits = std::max(max_bits, bits);
     }
     const auto amax = std::bit_cast<float>(max_bits);
-    const float scale = (amax < 1e-4F ? 1e-4F : amax) / 448.0F;
+    const float scale = (amax < kMinAmax ? kMinAmax : amax) / kMaxFloat8;
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t quantized = float_to_float8_e4m3fn(Format::to_float(from[i]) / scale);
       to[i] = Format::from_float(float8_e4m3fn_to_float(quantized) * scale);

@@ -164,16 +164,14 @@ JAX_EP_DEVICE void from_fp8_pair(u32 pair, float* values) {
 #endif
 }
 
-// The scale of a block of channels whose largest magnitude is `amax`; a NaN stays one. From
+// The scale of a block of elements whose largest magnitude is `amax`; a NaN stays one. From
 // DeepSeek-V3 (arXiv:2412.19437, section 3.3).
 JAX_EP_DEVICE float fp8_scale(float amax) {
-  constexpr float kLargest = 448.0F;
-  constexpr float kLeastAmax = 1e-4F;
-  const float clamped = amax < kLeastAmax ? kLeastAmax : amax;
+  const float clamped = amax < kMinAmax ? kMinAmax : amax;
 #ifdef __CUDACC__
-  return __fdiv_rn(clamped, kLargest);
+  return __fdiv_rn(clamped, kMaxFloat8);
 #else
-  return clamped / kLargest;
+  return clamped / kMaxFloat8;
 #endif
 }
 JAX_EP_DEVICE float reciprocal(float value) {
