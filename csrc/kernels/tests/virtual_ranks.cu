@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -206,140 +207,177 @@ void fill_with_normals(void* to, int64_t bytes) {
   }
 }
 
-void run_times(const ClusterOptions& options, int32_t sms) {
-  const EpShape& shape = options.shape;
-  VirtualRanks ranks(
-      heap_shape(GroupScenario{.max_tokens = shape.num_tokens, .steps = {{.options = options}}}));
-  std::vector<DeviceArray> storage;
-  const auto array = [&](int64_t bytes) {
-    storage.push_back(allocate(static_cast<size_t>(bytes)));
-    return storage.back().get();
-  };
-  const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
-  const int64_t selections = shape.num_tokens * shape.num_topk;
-  const int64_t max_rows =
-      max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
-  std::mt19937 random(1);
-  std::vector<PlanParams> plans;
-  std::vector<DispatchParams> dispatches;
-  std::vector<CombineParams> combines;
-  for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
-    std::vector<int32_t> routing;
-    std::vector<int32_t> experts(static_cast<size_t>(shape.num_experts));
-    for (size_t e = 0; e < experts.size(); ++e) experts[e] = static_cast<int32_t>(e);
-    for (int64_t token = 0; token < shape.num_tokens; ++token) {
-      for (int32_t k = 0; k < shape.num_topk; ++k) {
-        const auto other =
-            static_cast<size_t>(k) + random() % (experts.size() - static_cast<size_t>(k));
-        std::swap(experts[static_cast<size_t>(k)], experts[other]);
-        routing.push_back(experts[static_cast<size_t>(k)]);
-      }
+// Distinct experts for each token, drawn alike.
+std::vector<int32_t> random_routing(const EpShape& shape, std::mt19937& random) {
+  std::vector<int32_t> experts(static_cast<size_t>(shape.num_experts));
+  std::iota(experts.begin(), experts.end(), 0);
+  std::vector<int32_t> routing;
+  for (int64_t token = 0; token < shape.num_tokens; ++token) {
+    for (size_t k = 0; k < static_cast<size_t>(shape.num_topk); ++k) {
+      std::swap(experts[k], experts[k + random() % (experts.size() - k)]);
+      routing.push_back(experts[k]);
     }
-    const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(array(count * 4)); };
-    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(array(count * 4)); };
+  }
+  return routing;
+}
+
+// The ops of all ranks of one layer, on arrays that nobody looks at.
+class TimedRanks {
+ public:
+  explicit TimedRanks(const ClusterOptions& options)
+      : options_(options),
+        shape_(options.shape),
+        row_bytes_(options.hidden * size_bytes(options.dtype)),
+        ranks_(heap_shape(
+            GroupScenario{.max_tokens = shape_.num_tokens, .steps = {{.options = options}}})) {
+    std::mt19937 random(1);
+    for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) add(rank, random);
+  }
+
+  void time(int32_t sms) {
+    const auto at = [](int32_t rank) { return static_cast<size_t>(rank); };
+    time("plan", [&](int32_t r) {
+      return launch_plan(plans_[at(r)], launch_of(OpKind::kPlan, options_, sms), ranks_.stream(r));
+    });
+    time("dispatch", [&](int32_t r) {
+      return launch_dispatch(
+          dispatches_[at(r)], launch_of(OpKind::kDispatch, options_, sms), ranks_.stream(r));
+    });
+    time("combine", [&](int32_t r) {
+      return launch_combine(
+          combines_[at(r)], launch_of(OpKind::kCombine, options_, sms), ranks_.stream(r));
+    });
+  }
+
+ private:
+  std::byte* bytes(int64_t count) {
+    storage_.push_back(allocate(static_cast<size_t>(count)));
+    return storage_.back().get();
+  }
+  int32_t* ints(int64_t count) { return reinterpret_cast<int32_t*>(bytes(count * 4)); }
+  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * 4)); }
+
+  void add(int32_t rank, std::mt19937& random) {
+    const int64_t selections = shape_.num_tokens * shape_.num_topk;
+    const std::vector<int32_t> routing = random_routing(shape_, random);
     int32_t* const program_rank = ints(1);
     check(cudaMemcpy(program_rank, &rank, sizeof rank, cudaMemcpyHostToDevice), "copy");
     int32_t* const topk_idx = ints(selections);
     check(cudaMemcpy(topk_idx, routing.data(), routing.size() * 4, cudaMemcpyHostToDevice), "copy");
-    const RankView view = ranks.view(rank);
-    plans.push_back({.view = view,
-                     .call_tag = 0,
-                     .program_rank = program_rank,
-                     .op = {.shape = shape,
-                            .topk_idx = topk_idx,
-                            .slot = ints(selections),
-                            .row_source = ints(shape.recv_capacity),
-                            .row_topk_idx = ints(shape.recv_capacity * shape.num_topk),
-                            .source_slot = ints(shape.num_ranks * shape.num_tokens * max_rows),
-                            .group_sizes = ints(shape.num_row_groups()),
-                            .tokens_per_expert = ints(shape.num_local_experts()),
-                            .num_dropped = ints(1)}});
-    dispatches.push_back(
-        {.view = view,
-         .call_tag = 0,
-         .program_rank = program_rank,
-         .op = {.shape = shape,
-                .hidden = options.hidden,
-                .num_scalars = shape.num_topk,
-                .dtype = options.dtype,
-                .wire = options.wire,
-                .zero_fill = false,
-                .x = array(shape.num_tokens * row_bytes),
-                .token_scalars = floats(selections),
-                .topk_idx = topk_idx,
-                .slot = plans.back().op.slot,
-                .row_source = plans.back().op.row_source,
-                .source_slot = plans.back().op.source_slot,
-                .rows = array(shape.recv_capacity * row_bytes),
-                .row_scalars = floats(shape.recv_capacity * shape.scalars_per_row())}});
-    fill_with_normals(const_cast<void*>(dispatches.back().op.x), shape.num_tokens * row_bytes);
-    combines.push_back({.view = view,
-                        .call_tag = 0,
-                        .program_rank = program_rank,
-                        .op = {.shape = shape,
-                               .hidden = options.hidden,
-                               .weighted = true,
-                               .num_scalars = 0,
-                               .dtype = options.dtype,
-                               .y = dispatches.back().op.rows,
-                               .weights = dispatches.back().op.row_scalars,
-                               .topk_idx = topk_idx,
-                               .slot = plans.back().op.slot,
-                               .row_topk_idx = plans.back().op.row_topk_idx,
-                               .source_slot = plans.back().op.source_slot,
-                               .out = array(shape.num_tokens * row_bytes)}});
+    const RankView view = ranks_.view(rank);
+    const PlanOp plan = plan_of(topk_idx);
+    const DispatchOp dispatch = dispatch_of(plan);
+    fill_with_normals(const_cast<void*>(dispatch.x), shape_.num_tokens * row_bytes_);
+    plans_.push_back({.view = view, .call_tag = 0, .program_rank = program_rank, .op = plan});
+    dispatches_.push_back(
+        {.view = view, .call_tag = 0, .program_rank = program_rank, .op = dispatch});
+    combines_.push_back({.view = view,
+                         .call_tag = 0,
+                         .program_rank = program_rank,
+                         .op = combine_of(plan, dispatch)});
   }
+
+  PlanOp plan_of(const int32_t* topk_idx) {
+    const int64_t max_rows =
+        max_rows_per_token(shape_.layout, shape_.num_topk, shape_.num_local_experts());
+    return {.shape = shape_,
+            .topk_idx = topk_idx,
+            .slot = ints(shape_.num_tokens * shape_.num_topk),
+            .row_source = ints(shape_.recv_capacity),
+            .row_topk_idx = ints(shape_.recv_capacity * shape_.num_topk),
+            .source_slot = ints(shape_.num_ranks * shape_.num_tokens * max_rows),
+            .group_sizes = ints(shape_.num_row_groups()),
+            .tokens_per_expert = ints(shape_.num_local_experts()),
+            .num_dropped = ints(1)};
+  }
+
+  DispatchOp dispatch_of(const PlanOp& plan) {
+    return {.shape = shape_,
+            .hidden = options_.hidden,
+            .num_scalars = shape_.num_topk,
+            .dtype = options_.dtype,
+            .wire = options_.wire,
+            .zero_fill = false,
+            .x = bytes(shape_.num_tokens * row_bytes_),
+            .token_scalars = floats(shape_.num_tokens * shape_.num_topk),
+            .topk_idx = plan.topk_idx,
+            .slot = plan.slot,
+            .row_source = plan.row_source,
+            .source_slot = plan.source_slot,
+            .rows = bytes(shape_.recv_capacity * row_bytes_),
+            .row_scalars = floats(shape_.recv_capacity * shape_.scalars_per_row())};
+  }
+
+  CombineOp combine_of(const PlanOp& plan, const DispatchOp& dispatch) {
+    return {.shape = shape_,
+            .hidden = options_.hidden,
+            .weighted = true,
+            .dtype = options_.dtype,
+            .y = dispatch.rows,
+            .weights = dispatch.row_scalars,
+            .topk_idx = plan.topk_idx,
+            .slot = plan.slot,
+            .row_topk_idx = plan.row_topk_idx,
+            .source_slot = plan.source_slot,
+            .out = bytes(shape_.num_tokens * row_bytes_)};
+  }
+
   // Rounds are replayed from one CUDA graph a rank: the host's launches cost nothing, and the
   // operations prove that they can be captured.
-  const auto measure = [&](const char* name, const auto& launch) {
+  template <typename Launch>
+  void time(const char* name, const Launch& launch) {
     constexpr int kRounds = 50;
     std::vector<cudaGraphExec_t> graphs;
-    std::vector<cudaEvent_t> starts(static_cast<size_t>(shape.num_ranks));
-    std::vector<cudaEvent_t> ends(starts.size());
-    for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
-      cudaStream_t stream = ranks.stream(rank);
+    for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
+      cudaStream_t stream = ranks_.stream(rank);
       cudaGraph_t graph = nullptr;
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
       for (int round = 0; round < kRounds; ++round) check(launch(rank), name);
       check(cudaStreamEndCapture(stream, &graph), "capture");
       check(cudaGraphInstantiate(&graphs.emplace_back(), graph), "instantiate");
       check(cudaGraphDestroy(graph), "destroy");
-      check(cudaEventCreate(&starts[static_cast<size_t>(rank)]), "event");
-      check(cudaEventCreate(&ends[static_cast<size_t>(rank)]), "event");
     }
-    float slowest = 0;
-    for (int repetition = 0; repetition < 2; ++repetition) {
-      for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
-        const auto r = static_cast<size_t>(rank);
-        check(cudaEventRecord(starts[r], ranks.stream(rank)), "record");
-        check(cudaGraphLaunch(graphs[r], ranks.stream(rank)), name);
-        check(cudaEventRecord(ends[r], ranks.stream(rank)), "record");
-      }
-      ranks.synchronize();
-      slowest = 0;
-      for (size_t r = 0; r < starts.size(); ++r) {
-        float ms = 0;
-        check(cudaEventElapsedTime(&ms, starts[r], ends[r]), "elapsed");
-        slowest = std::max(slowest, ms);
-      }
-    }
+    (void)replay(name, graphs);  // warms up
+    const double ms = replay(name, graphs);
     for (cudaGraphExec_t graph : graphs) check(cudaGraphExecDestroy(graph), "destroy");
-    std::printf("  %-9s %8.1f us\n", name, static_cast<double>(slowest) * 1e3 / kRounds);
-  };
-  std::printf("%s, %d SMs a rank\n", describe(options).c_str(), sms);
-  const auto at = [](int32_t rank) { return static_cast<size_t>(rank); };
-  measure("plan", [&](int32_t r) {
-    return launch_plan(plans[at(r)], launch_of(OpKind::kPlan, options, sms), ranks.stream(r));
-  });
-  measure("dispatch", [&](int32_t r) {
-    return launch_dispatch(
-        dispatches[at(r)], launch_of(OpKind::kDispatch, options, sms), ranks.stream(r));
-  });
-  measure("combine", [&](int32_t r) {
-    return launch_combine(
-        combines[at(r)], launch_of(OpKind::kCombine, options, sms), ranks.stream(r));
-  });
-}
+    std::printf("  %-9s %8.1f us\n", name, ms * 1e3 / kRounds);
+  }
+
+  // Milliseconds of the slowest rank.
+  double replay(const char* name, const std::vector<cudaGraphExec_t>& graphs) {
+    std::vector<cudaEvent_t> starts(graphs.size());
+    std::vector<cudaEvent_t> ends(graphs.size());
+    for (size_t r = 0; r < graphs.size(); ++r) {
+      check(cudaEventCreate(&starts[r]), "event");
+      check(cudaEventCreate(&ends[r]), "event");
+    }
+    for (size_t r = 0; r < graphs.size(); ++r) {
+      cudaStream_t stream = ranks_.stream(static_cast<int32_t>(r));
+      check(cudaEventRecord(starts[r], stream), "record");
+      check(cudaGraphLaunch(graphs[r], stream), name);
+      check(cudaEventRecord(ends[r], stream), "record");
+    }
+    ranks_.synchronize();
+    float slowest = 0;
+    for (size_t r = 0; r < graphs.size(); ++r) {
+      float ms = 0;
+      check(cudaEventElapsedTime(&ms, starts[r], ends[r]), "elapsed");
+      slowest = std::max(slowest, ms);
+      check(cudaEventDestroy(starts[r]), "destroy");
+      check(cudaEventDestroy(ends[r]), "destroy");
+    }
+    return static_cast<double>(slowest);
+  }
+
+  const ClusterOptions options_;
+  const EpShape shape_;
+  const int64_t row_bytes_;
+  VirtualRanks ranks_;
+  std::vector<DeviceArray> storage_;
+  std::vector<PlanParams> plans_;
+  std::vector<DispatchParams> dispatches_;
+  std::vector<CombineParams> combines_;
+};
 
 }  // namespace
 }  // namespace jax_ep
@@ -366,6 +404,8 @@ int main(int argc, char** argv) {
   }
   const EpShape& shape = options.shape;
   options.shape.recv_capacity = shape.num_tokens * shape.num_topk * 5 / 4 + 1024;
-  run_times(options, std::atoi(argv[7]));
+  const int sms = std::atoi(argv[7]);
+  std::printf("%s, %d SMs a rank\n", describe(options).c_str(), sms);
+  TimedRanks(options).time(sms);
   return 0;
 }

@@ -88,18 +88,7 @@ class EpGroup:
         """
         self.axis_name = axis_name if isinstance(axis_name, str) else tuple(axis_name)
         self.axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        if not isinstance(mesh, jax.sharding.Mesh):
-            raise ValueError(f"mesh is a {type(mesh).__name__}; allowed: a jax.sharding.Mesh")
-        _check_axes(mesh, self.axis_names)
-        if not isinstance(config, EpConfig):
-            raise ValueError(f"config is a {type(config).__name__}; allowed: an EpConfig")
-        if backend is not None and backend not in _BACKENDS:
-            raise ValueError(f"backend is {backend!r}; allowed: None, 'ffi', 'xla'")
-        if isinstance(jax.numpy.zeros(()), jax.core.Tracer):
-            raise ValueError(
-                "an EpGroup is made inside jit, once for each compilation; allowed: outside of it, "
-                "in a variable that the jitted function closes over"
-            )
+        _check_arguments(mesh, self.axis_names, config, backend)
         self.mesh = mesh
         self.config = config
         self.platform = _platform(mesh)
@@ -227,6 +216,23 @@ def _wait_for_results(devices: set[jax.Device]) -> None:
 
 # For names in messages; ids of the compiled module count only its own groups.
 _serial_numbers = itertools.count()
+
+
+def _check_arguments(
+    mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], config: EpConfig, backend: str | None
+) -> None:
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise ValueError(f"mesh is a {type(mesh).__name__}; allowed: a jax.sharding.Mesh")
+    _check_axes(mesh, axis_names)
+    if not isinstance(config, EpConfig):
+        raise ValueError(f"config is a {type(config).__name__}; allowed: an EpConfig")
+    if backend is not None and backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: None, 'ffi', 'xla'")
+    if isinstance(jax.numpy.zeros(()), jax.core.Tracer):
+        raise ValueError(
+            "an EpGroup is made inside jit, once for each compilation; allowed: outside of it, in "
+            "a variable that the jitted function closes over"
+        )
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
