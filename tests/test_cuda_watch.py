@@ -10,8 +10,8 @@ import pytest
 import jax_ep
 from ep_testing import fake_cuda
 from ep_testing.programs import make_mesh
-from jax_ep._src.groups import watch as cuda_watch
-from jax_ep._src.groups.watch import GroupWatch, RankWait
+from jax_ep._src.groups import kernel_errors as cuda_watch
+from jax_ep._src.groups.kernel_errors import GroupWatch, RankWait
 
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
 PLACES = {(0, rank): f"process {rank} (pid {40 + rank} on host-a)" for rank in range(4)}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The peers of a rank: every loop over them, and every store into a peer's heap. A rank that is not
-// in the view's mask is neither stored to nor waited for.
+// The peers of a rank: every loop over them, and every place in a peer's heap that is stored to. A
+// rank that is not in the view's mask is neither stored to nor waited for.
 #ifndef JAX_EP_CSRC_DEVICE_PEERS_H_
 #define JAX_EP_CSRC_DEVICE_PEERS_H_
 
@@ -38,8 +38,7 @@ JAX_EP_DEVICE i32 peer_at_turn(const RankView& view, i32 turn) {
   return is_active(view, peer) ? peer : -1;
 }
 
-// --- staging: what a peer gets of a token of this rank, or of a token of its own (combine)
-// ---------
+// --- staging: what a peer gets of a token of this rank, or (combine) of its own ------------------
 
 // The experts of `num_topk` selections of each token, from `first_token` on; `i` counts them.
 JAX_EP_DEVICE void put_expert(

@@ -12,7 +12,7 @@
 #include <thread>
 #include <utility>
 
-#include "csrc/core/heap_regions.h"
+#include "csrc/core/heap_description.h"
 #include "csrc/core/wait_times.h"
 #include "csrc/kernels/launch.h"
 #include "csrc/runtime/cuda_status.h"

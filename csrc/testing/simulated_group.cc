@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "csrc/core/heap_regions.h"
+#include "csrc/core/heap_description.h"
 #include "csrc/testing/simulated_kernel.h"
 
 namespace jax_ep {

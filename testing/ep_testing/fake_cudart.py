@@ -22,8 +22,8 @@ import pytest
 
 from jax_ep._src.groups import cuda as cuda_group
 from jax_ep._src.groups import group as group_module
+from jax_ep._src.groups import kernel_errors as cuda_watch
 from jax_ep._src.groups import native
-from jax_ep._src.groups import watch as cuda_watch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 UNKNOWN = 999  # cudaErrorUnknown

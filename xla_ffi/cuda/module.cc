@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "csrc/core/error_record.h"
-#include "csrc/core/heap_regions.h"
+#include "csrc/core/heap_description.h"
 #include "csrc/core/shape_check.h"
 #include "csrc/core/wait_times.h"
 #include "csrc/kernels/launch.h"

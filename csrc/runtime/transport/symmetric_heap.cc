@@ -7,7 +7,7 @@
 #include <random>
 #include <utility>
 
-#include "csrc/core/heap_regions.h"
+#include "csrc/core/heap_description.h"
 #include "csrc/runtime/cuda_status.h"
 #include "csrc/runtime/own_stream.h"
 

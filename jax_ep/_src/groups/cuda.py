@@ -23,8 +23,8 @@ from jax_ep._src.groups import capabilities, native
 from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
+from jax_ep._src.groups.kernel_errors import GroupWatch, Watch
 from jax_ep._src.groups.placements import Placement, placements
-from jax_ep._src.groups.watch import GroupWatch, Watch
 from jax_ep._src.limits import DTYPES, LAYOUTS
 from jax_ep._src.ranges import why_too_large
 

@@ -5,7 +5,6 @@
 So a backward pass is made of the same exchanges, and of no exchange of counts.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def _dispatch_linear(
     return bind(dispatch_p, operands, spec=spec.for_cotangents())
 
 
-def _combine_linear(
+def combine_linear(
     spec: OpSpec, program_rank: jax.Array, y: Any, row_scalars: Any, plan: Plan
 ) -> CombineResults:
     """The transpose of `_dispatch_linear`."""
@@ -92,7 +91,7 @@ def _combine_jvp(
         rows_dot = weighted_rows_tangent(
             operands.y, operands.weights, rows_dot, weights_dot, plan.row_source, plan.row_topk_idx
         )
-    results_dot = _combine_linear(
+    results_dot = combine_linear(
         spec, operands.program_rank, rows_dot, nonzero(dots.row_scalars), plan
     )
     return jax.tree.leaves(results), tangents_of(results, results_dot)
@@ -113,7 +112,7 @@ def _dispatch_transpose(
     """The transpose of a dispatch is an unweighted combine over the same slots."""
     operands: DispatchOperands = jax.tree.unflatten(tree, primals)
     bars = _bars(dispatch_p, tree, primals, cotangents, spec)
-    x_bar, token_scalars_bar = _combine_linear(
+    x_bar, token_scalars_bar = combine_linear(
         spec, operands.program_rank, bars.rows, bars.row_scalars, operands.plan
     )
     operands_bar = DispatchOperands(None, x_bar, token_scalars_bar, NO_PLAN)
@@ -141,27 +140,3 @@ ad.primitive_jvps[dispatch_p] = _dispatch_jvp
 ad.primitive_jvps[combine_p] = _combine_jvp
 ad.primitive_transposes[dispatch_p] = _dispatch_transpose
 ad.primitive_transposes[combine_p] = _combine_transpose
-
-
-# --- the FP8 wire ------------------------------------------------------------------------------
-
-
-# Rows go out in FP8, gradients come back in the rows' own dtype: the derivative of rounding is
-# taken to be 1 (straight through), which no linear rule could say.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dispatch_fp8(spec: OpSpec, operands: DispatchOperands) -> DispatchResults:
-    """A dispatch over the FP8 wire."""
-    return bind(dispatch_p, operands, spec=spec)
-
-
-def _dispatch_fp8_fwd(spec: OpSpec, operands: DispatchOperands) -> tuple:
-    return bind(dispatch_p, operands, spec=spec), (operands.program_rank, operands.plan)
-
-
-def _dispatch_fp8_bwd(spec: OpSpec, residuals: tuple, bars: DispatchResults) -> tuple:
-    program_rank, plan = residuals
-    x_bar, scalars_bar = _combine_linear(spec, program_rank, bars.rows, bars.row_scalars, plan)
-    return (DispatchOperands(None, x_bar, scalars_bar, NO_PLAN),)
-
-
-dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/core/heap_regions.h"
+#include "csrc/core/heap_description.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -17,9 +17,11 @@ struct Words {
 
 // In the order of enum Region.
 constexpr Words kWords[kNumRegions] = {
-    {"acknowledged", "u32 [R]", "by peer, the last epoch whose rows of ours it has read"},
+    {"acknowledged", "u32 [channels, R]", "by peer, the last epoch whose rows of ours it has read"},
     {"aborted", "u32 [1]", "who has given up, and waiting for whom, once a peer has"},
-    {"arrived", "u64 [R, chunks]", "by source and chunk, arrival_flag of what has arrived"},
+    {"arrived",
+     "u64 [channels, R, chunks]",
+     "by source and chunk, arrival_flag of what has arrived"},
     {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
     {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},
     {"rows", "bytes [R, max_tokens, row_stride]", "rows on their way, FP8 rows with their scales"},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/core/heap_regions.h"
+#include "csrc/core/heap_description.h"
 
 #include <gtest/gtest.h>
 

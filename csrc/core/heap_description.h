@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of heap_layout.h in words, for people: messages, introspection and documents.
-#ifndef JAX_EP_CSRC_CORE_HEAP_REGIONS_H_
-#define JAX_EP_CSRC_CORE_HEAP_REGIONS_H_
+#ifndef JAX_EP_CSRC_CORE_HEAP_DESCRIPTION_H_
+#define JAX_EP_CSRC_CORE_HEAP_DESCRIPTION_H_
 
 #include <array>
 #include <cstdint>
@@ -29,4 +29,4 @@ std::string heap_needs(const HeapShape& shape);
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_CSRC_CORE_HEAP_REGIONS_H_
+#endif  // JAX_EP_CSRC_CORE_HEAP_DESCRIPTION_H_
