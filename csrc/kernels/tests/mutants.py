@@ -61,7 +61,12 @@ _WAIT = DEVICE + "wait.h"
 _RING = DEVICE + "segment_ring.h"
 _QUANTIZE = DEVICE + "quantize.h"
 _PLAN = KERNELS + "plan_kernel.h"
+_PLAN_CONTEXT = KERNELS + "plan_context.h"
+_PLAN_COUNT = KERNELS + "plan_count.h"
+_PLAN_ASSIGN = KERNELS + "plan_assign.h"
 _DISPATCH = KERNELS + "dispatch_kernel.h"
+_SENDER = KERNELS + "dispatch_sender.h"
+_RECEIVER = KERNELS + "dispatch_receiver.h"
 _COMBINE = KERNELS + "combine_kernel.h"
 
 MUTANTS = [
@@ -93,22 +98,24 @@ MUTANTS = [
            "void share_out_peers", seeds=120),
     Mutant("a work item may be of an inactive rank", _PEERS, "return is_active(view, peer) ? peer : -1;",
            "return peer;", seeds=120),
-    Mutant("tokens of an inactive rank count", _PLAN,
+    Mutant("tokens of an inactive rank count", _PLAN_CONTEXT,
            "has_token(tile, first) && tile.active;", "has_token(tile, first);", seeds=120),
-    Mutant("routing of an inactive rank is waited for", _PLAN, "chunk <= last_chunk && tile.active;",
+    Mutant("routing of an inactive rank is waited for", _PLAN_COUNT,
+           "chunk <= last_chunk && tile.active;",
            "chunk <= last_chunk;", seeds=120),
-    Mutant("experts of an inactive rank are selected", _PLAN, "return all_active(exchange_.view()) ||",
+    Mutant("experts of an inactive rank are selected", _PLAN_CONTEXT,
+           "return all_active(exchange.view()) ||",
            "return true ||", seeds=120),
     Mutant("epoch not advanced", _EXCHANGE, "st(control(view_, channel_, ChannelControl::kEpoch), epoch_);", ""),
     Mutant("blocks_done not set back", _EXCHANGE, "st(control(view_, channel_, ChannelControl::kBlocksDone), 0);", ""),
     Mutant("first block to finish acknowledges", _EXCHANGE, "blocks_before + 1 != num_blocks()",
            "blocks_before != 0"),
-    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Config::kSenders) send();",
+    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Config::kSenders)",
            "if (thread_id() == 0 && block_id() == 0) "
-           "for (i32 p = 0; p < num_ranks_; ++p) put_acknowledged("
-           "exchange_.view(), Channel::kHighThroughput, p, ld(control(exchange_.view(), "
+           "for (i32 p = 0; p < context_.num_ranks; ++p) put_acknowledged("
+           "context_.exchange.view(), Channel::kHighThroughput, p, ld(control(context_.exchange.view(), "
            "Channel::kHighThroughput, ChannelControl::kEpoch)) + 1); "
-           "if (warp_id() < Config::kSenders) send();"),
+           "if (warp_id() < Config::kSenders)"),
     # --- barriers of the exchange ------------------------------------------------------------------
     _removed("warp_sync after waiting to write", _EXCHANGE, "warp_sync();", '"acknowledged");'),
     _removed("warp_sync before arrived", _EXCHANGE, "warp_sync();", "void signal_arrived("),
@@ -164,9 +171,9 @@ MUTANTS = [
     Mutant("two at once are not noticed", _EXCHANGE, "if (running != 0)", "if (false)",
            "void check_alone()", seeds=60, mishaps=True),
     Mutant("a closed group's kernel runs (plan)", _PLAN,
-           "if (exchange_.closed()) return leave_no_results();", "", mishaps=True),
+           "if (context_.exchange.closed()) return assigner.leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel runs (dispatch)", _DISPATCH,
-           "if (exchange_.closed()) return leave_no_results();", "", mishaps=True),
+           "if (context_.exchange.closed()) return receiver.leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel runs (combine)", _COMBINE,
            "if (exchange_.closed()) return leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel says nothing", _EXCHANGE,
@@ -180,8 +187,8 @@ MUTANTS = [
            "other < local || earlier", "other < local", mishaps=True),
     Mutant("rows of a handle from elsewhere are not bounded (combine)", _COMBINE,
            "if (row >= shape_.recv_capacity) row = -1;", "", mishaps=True),
-    Mutant("rows of a handle from elsewhere are not bounded (dispatch)", _DISPATCH,
-           "return row < shape_.recv_capacity ? row : -1;", "return row;", mishaps=True),
+    Mutant("rows of a handle from elsewhere are not bounded (dispatch)", _RECEIVER,
+           "return row < c_.shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
     Mutant("experts of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
            "expert_ < shape.num_experts &&", "", mishaps=True),
     # --- the segment ring --------------------------------------------------------------------------
@@ -209,24 +216,24 @@ MUTANTS = [
     _removed("proxy fence after restoring", _QUANTIZE, "fence_proxy_async();", "st(as<Vec16>(stage) + v"),
     _removed("warp_sync after restoring", _QUANTIZE, "warp_sync();", "st(as<Vec16>(stage) + v"),
     # --- dispatch ----------------------------------------------------------------------------------
-    _removed("wait for bulk stores before arrived", _DISPATCH, "bulk_wait<0>();",
+    _removed("wait for bulk stores before arrived", _SENDER, "bulk_wait<0>();",
              "before the chunk is said to be."),
-    Mutant("bulk stores only read before arrived", _DISPATCH, "bulk_wait<0>();",
+    Mutant("bulk stores only read before arrived", _SENDER, "bulk_wait<0>();",
            "bulk_wait_read<0>();", "before the chunk is said to be."),
-    _removed("wait for bulk stores at the end", _DISPATCH, "bulk_wait<0>();", "    receive();\n"),
-    _removed("wait to write (dispatch)", _DISPATCH, "exchange_.wait_until_writable();"),
-    _removed("wait for arrival (dispatch)", _DISPATCH,
-             "if (lane_id() == 0) exchange_.wait_arrived(source, flag_idx);"),
-    _removed("warp_sync after arrival (dispatch)", _DISPATCH, "warp_sync();",
-             "exchange_.wait_arrived(source, flag_idx);"),
-    _removed("proxy fence after arrival", _DISPATCH, "fence_proxy_async();"),
-    Mutant("early flag (dispatch)", _DISPATCH, "const i64 first = first_token(flag_idx / num_parts_);",
-           "exchange_.signal_arrived(flag_idx); const i64 first = first_token(flag_idx / num_parts_);",
+    _removed("wait for bulk stores at the end", _DISPATCH, "bulk_wait<0>();", "receiver.receive();\n"),
+    _removed("wait to write (dispatch)", _SENDER, "c_.exchange.wait_until_writable();"),
+    _removed("wait for arrival (dispatch)", _RECEIVER,
+             "if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);"),
+    _removed("warp_sync after arrival (dispatch)", _RECEIVER, "warp_sync();",
+             "exchange.wait_arrived(source, flag_idx);"),
+    _removed("proxy fence after arrival", _RECEIVER, "fence_proxy_async();"),
+    Mutant("early flag (dispatch)", _SENDER, "const i64 first = c_.first_token(flag_idx / c_.parts);",
+           "c_.exchange.signal_arrived(flag_idx); const i64 first = c_.first_token(flag_idx / c_.parts);",
            "void send()"),
     Mutant("wrong destination of rows", _PEERS, "return staged_row(view, peer, view.rank, token);",
            "return staged_row(view, peer, peer, token);"),
-    Mutant("wrong chunk awaited", _DISPATCH, "exchange_.wait_arrived(source, flag_idx)",
-           "exchange_.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
+    Mutant("wrong chunk awaited", _RECEIVER, "exchange.wait_arrived(source, flag_idx)",
+           "exchange.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
     Mutant("wrong slot", DEVICE + "token_selections.h", "(1U << lane) - 1",
            "(2U << lane) - 1"),
     # --- combine -----------------------------------------------------------------------------------
@@ -250,28 +257,28 @@ MUTANTS = [
     Mutant("ranks summed in another order", DEVICE + "token_selections.h", "other < dest_",
            "other > dest_"),
     # --- plan --------------------------------------------------------------------------------------
-    _removed("wait to write (plan)", _PLAN, "exchange_.wait_until_writable();"),
-    Mutant("a tile does not wait for its last chunk", _PLAN, "chunk <= last_chunk", "chunk < last_chunk"),
-    _removed("warp_sync after arrival (plan)", _PLAN, "warp_sync();",
-             "exchange_.wait_arrived(tile.source, chunk);\n    }"),
-    _removed("warp_sync after advancing", _PLAN, "warp_sync();", "count_bits(counted.lanes);\n    }"),
-    _removed("warp_sync after loading cursors", _PLAN, "warp_sync();", "load_cursors(item, own);"),
-    _removed("warp_sync before advancing (assign)", _PLAN, "warp_sync();  // all rows are read before a cursor moves"),
-    Mutant("a token's own selections counted before it", _PLAN,
-           "counted.lanes & lanes_below(first_lane_)", "counted.lanes & lanes_below(lane_id() + 1)"),
-    Mutant("repeated experts take part", _PLAN, "expert < 0 || repeats ?", "expert < 0 ?"),
-    Mutant("experts that do not exist take part", _PLAN, "is_expert(expert) ? expert : -1",
+    _removed("wait to write (plan)", _PLAN_COUNT, "c_.exchange.wait_until_writable();"),
+    Mutant("a tile does not wait for its last chunk", _PLAN_COUNT, "chunk <= last_chunk", "chunk < last_chunk"),
+    _removed("warp_sync after arrival (plan)", _PLAN_COUNT, "warp_sync();",
+             "exchange.wait_arrived(tile.source, chunk);\n    }"),
+    _removed("warp_sync after advancing", _PLAN_CONTEXT, "warp_sync();", "count_bits(counted.lanes);\n    }"),
+    _removed("warp_sync after loading cursors", _PLAN_ASSIGN, "warp_sync();", "load_cursors(item, own);"),
+    _removed("warp_sync before advancing (assign)", _PLAN_ASSIGN, "warp_sync();  // all rows are read before a cursor moves"),
+    Mutant("a token's own selections counted before it", _PLAN_ASSIGN,
+           "counted.lanes & lanes_below(c_.first_lane)", "counted.lanes & lanes_below(lane_id() + 1)"),
+    Mutant("repeated experts take part", _PLAN_CONTEXT, "expert < 0 || repeats ?", "expert < 0 ?"),
+    Mutant("experts that do not exist take part", _PLAN_CONTEXT, "is_expert(expert) ? expert : -1",
            "expert >= -1 ? expert : -1"),
-    _removed("grid barrier before the scan", _PLAN, "exchange_.grid_barrier();", "count(item);"),
-    _removed("grid barrier after the scan", _PLAN, "exchange_.grid_barrier();", "scan(bin);"),
-    _removed("block_sync after the starts", _PLAN, "block_sync();", "start_experts();"),
+    _removed("grid barrier before the scan", _PLAN, "context_.exchange.grid_barrier();", "counter.count();"),
+    _removed("grid barrier after the scan", _PLAN, "context_.exchange.grid_barrier();", "counter.scan();"),
+    _removed("block_sync after the starts", _PLAN_ASSIGN, "block_sync();", "start_experts();"),
     # --- what must not be noticed --------------------------------------------------------------------
     Mutant("unchanged", _EXCHANGE, "class Exchange", "class Exchange", harmless=True, seeds=25),
     Mutant("release as a fence and a relaxed store", _PEERS, "st_release<Scope::kSys>(",
            "fence_acq_rel<Scope::kSys>(), st_relaxed<Scope::kSys>(", "RELEASE(arrived): pub",
            harmless=True, seeds=25),
-    Mutant("more barriers", _DISPATCH, "exchange_.signal_arrived(flag_idx);",
-           "warp_sync(); exchange_.signal_arrived(flag_idx);", harmless=True, seeds=25),
+    Mutant("more barriers", _SENDER, "c_.exchange.signal_arrived(flag_idx);",
+           "warp_sync(); c_.exchange.signal_arrived(flag_idx);", harmless=True, seeds=25),
     Mutant("work items in reverse order (combine)", _COMBINE,
            "const auto flag_idx = static_cast<i32>(item / num_ranks_);",
            "const auto flag_idx = num_chunks_ * num_parts_ - 1 - static_cast<i32>(item / num_ranks_);",
@@ -295,7 +302,8 @@ def mutate(mutant: Mutant) -> str:
 
 def _operations(path: str) -> list[str]:
     """The operations whose kernels include a header; "wait" is a kernel that does but that."""
-    only = {_PLAN: "plan", _DISPATCH: "dispatch", _RING: "dispatch", _QUANTIZE: "dispatch"}
+    only = dict.fromkeys((_DISPATCH, _SENDER, _RECEIVER, _RING, _QUANTIZE), "dispatch")
+    only |= dict.fromkeys((_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN), "plan")
     only[_COMBINE] = "combine"
     if path in only:
         return [only[path]]

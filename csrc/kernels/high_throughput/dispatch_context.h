@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the senders and the receivers of a dispatch share: the sizes of the call, and how rows lie
+// in operands, in staging and in results.
+//
+// Rows whose bytes are a multiple of 16 travel by bulk copies through shared memory; others element
+// by element.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONTEXT_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONTEXT_H_
+
+#include "csrc/device/exchange.h"
+#include "csrc/device/quantize.h"
+#include "csrc/device/segment_ring.h"
+#include "csrc/device/token_selections.h"
+#include "csrc/kernels/high_throughput/dispatch_config.h"
+
+namespace jax_ep::dev {
+
+template <typename Config, typename RowType>
+struct DispatchContext {
+  using Element = typename RowType::Element;
+
+  JAX_EP_DEVICE explicit DispatchContext(const DispatchParams& params)
+      : params(params),
+        shape(params.op.shape),
+        exchange(params.view,
+                 Channel::kHighThroughput,
+                 OpKind::kDispatch,
+                 params.call_tag,
+                 params.program_rank),
+        ring(shared<typename Config::SharedStorage>().stages[warp_id()]),
+        hidden(params.op.hidden),
+        x_bytes(element_bytes(params.op.x_format == RowFormat::kFloat8E4M3)),
+        wire_bytes(element_bytes(params.op.wire == Wire::kFloat8E4M3)),
+        rows_bytes(element_bytes(params.op.rows_format == RowFormat::kFloat8E4M3)),
+        bulk(hidden * min_of(min_of(x_bytes, wire_bytes), rows_bytes) % 16 == 0),
+        segments(hidden,
+                 Config::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
+                 // Rows, and the scales behind them, are copied 16 bytes at a time.
+                 params.op.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
+                                                     : 16 / static_cast<i32>(sizeof(Element))),
+        num_scale_blocks(ceil_div(hidden, kScaleBlock)),
+        // Rows that stay on this rank, and stay as they are, need no staging.
+        unstaged_rank(params.op.wire == Wire::kSame ? params.view.rank : -1),
+        rank(params.view.rank),
+        num_ranks(params.view.num_ranks),
+        num_topk(shape.num_topk),
+        num_tokens(shape.num_tokens),
+        tokens_per_chunk(chunk_tokens(num_tokens, params.view.chunk_target)),
+        chunks(num_chunks(num_tokens, params.view.chunk_target)),
+        parts(bulk ? num_parts(chunks, segments.count, params.view.chunk_target) : 1) {}
+
+  JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
+    return fp8 ? 1 : static_cast<i32>(sizeof(Element));
+  }
+  JAX_EP_DEVICE static i32 min_of(i32 a, i32 b) { return a < b ? a : b; }
+  JAX_EP_DEVICE bool is_rank_major() const { return shape.layout == Layout::kRank; }
+  JAX_EP_DEVICE bool fp8_wire() const { return params.op.wire == Wire::kFloat8E4M3; }
+  JAX_EP_DEVICE bool quantizes() const {
+    return fp8_wire() && params.op.x_format == RowFormat::kDType;
+  }
+  JAX_EP_DEVICE bool restores() const {
+    return fp8_wire() && params.op.rows_format == RowFormat::kDType;
+  }
+  JAX_EP_DEVICE i64 first_token(i32 chunk) const { return i64{chunk} * tokens_per_chunk; }
+  JAX_EP_DEVICE i64 last_token(i32 chunk) const {
+    const i64 last = first_token(chunk) + tokens_per_chunk;
+    return last < num_tokens ? last : num_tokens;
+  }
+  JAX_EP_DEVICE Ptr<const std::byte> x_row(i64 token) const {
+    return Ptr<const std::byte>{static_cast<const std::byte*>(params.op.x)} +
+           token * hidden * x_bytes;
+  }
+  JAX_EP_DEVICE Ptr<std::byte> out_row(i64 row) const {
+    return Ptr<std::byte>{static_cast<std::byte*>(params.op.rows)} + row * hidden * rows_bytes;
+  }
+
+  JAX_EP_DEVICE Selections selections_of(i64 token) const {
+    return Selections(
+        shape, Ptr<const i32>{params.op.topk_idx}, Ptr<const i32>{params.op.slot}, token);
+  }
+
+  JAX_EP_DEVICE i32 first_segment(i32 part) const { return part * segments.count / parts; }
+
+  // Where a segment lies in a staged row, and how long it is.
+  JAX_EP_DEVICE i64 staged_at(i64 first) const {
+    return first * wire_bytes + (fp8_wire() ? first / kScaleBlock * 4 : 0);
+  }
+  JAX_EP_DEVICE u32 staged_bytes(i32 num_elements) const {
+    return static_cast<u32>(num_elements * wire_bytes) +
+           (fp8_wire() ? 4 * num_staged_scales(num_elements) : 0);
+  }
+
+  template <typename T>
+  JAX_EP_DEVICE void copy_elements(Ptr<T> to, Ptr<const T> from) const {
+    for (i64 i = lane_id(); i < hidden; i += kWarpSize) st(to + i, ld(from + i));
+  }
+  JAX_EP_DEVICE void copy_scales(Ptr<float> to, Ptr<const float> from) const {
+    for (i64 i = lane_id(); i < num_scale_blocks; i += kWarpSize) st(to + i, ld(from + i));
+  }
+
+  // Rows that are copied element by element have all their scales at the end.
+  template <typename Byte>
+  JAX_EP_DEVICE Ptr<float> scales_behind(Ptr<Byte> row) const {
+    return {as<float>(Ptr<std::byte>{const_cast<std::byte*>(row.raw)} + align_up(hidden, 4))};
+  }
+
+  const DispatchParams& params;
+  const EpShape& shape;
+  const Exchange exchange;
+  SegmentRing<typename Config::Stages> ring;
+  const i64 hidden;
+  const i32 x_bytes;  // of an element of x, on the wire, and of rows
+  const i32 wire_bytes;
+  const i32 rows_bytes;
+  const bool bulk;
+  const Segments segments;
+  const i64 num_scale_blocks;  // of elements that share a scale
+  const i32 unstaged_rank;     // the rank whose rows are not staged; -1: none
+  const i32 rank;
+  const i32 num_ranks;
+  const i32 num_topk;
+  const i64 num_tokens;
+  const i32 tokens_per_chunk;
+  const i32 chunks;
+  const i32 parts;  // of a row: runs of segments
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONTEXT_H_

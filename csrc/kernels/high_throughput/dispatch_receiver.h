@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// The receivers of a dispatch: they expand what arrives to the rows of the receive buffer.
+//
+// They read this rank's staging, source_slot and row_source, and from x the rows that stay; they
+// write rows, rows_scales and row_scalars. They wait for arrived.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_RECEIVER_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_RECEIVER_H_
+
+#include "csrc/kernels/high_throughput/dispatch_context.h"
+
+namespace jax_ep::dev {
+
+template <typename Config, typename RowType>
+class DispatchReceiver {
+ public:
+  JAX_EP_DEVICE explicit DispatchReceiver(DispatchContext<Config, RowType>& context)
+      : c_(context) {}
+
+  JAX_EP_DEVICE void receive() {
+    // Neighboring chunks to different blocks; warps that also send come last.
+    const u32 late = (warp_id() + Config::kWarps - Config::kSenders) % Config::kWarps;
+    const auto warp = static_cast<i32>(late * num_blocks() + block_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
+    clear_rows_without_token(warp, num_warps);
+    // In the order in which chunks arrive; each rank begins with itself.
+    const i64 num_items = i64{c_.chunks} * c_.parts * c_.num_ranks;
+    for (i64 item = warp; item < num_items; item += num_warps) {
+      const auto flag_idx = static_cast<i32>(item / c_.num_ranks);
+      const i32 source = peer_at_turn(c_.exchange.view(), static_cast<i32>(item % c_.num_ranks));
+      if (source < 0) continue;
+      if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);
+      warp_sync();
+      // The copy engine, too, sees what has arrived.
+      fence_proxy_async();
+      const i64 first = c_.first_token(flag_idx / c_.parts);
+      const i64 last = c_.last_token(flag_idx / c_.parts);
+      if (c_.hidden > 0 && c_.bulk) {
+        expand_segments(source, first, last, flag_idx % c_.parts);
+        continue;
+      }
+      for (i64 token = first; token < last; ++token) {
+        const i32 row = row_of_lane(source, token);
+        expand_scalars(source, token, row);
+        if (c_.hidden > 0) expand_elements(source, token, row);
+      }
+    }
+  }
+
+  // When the group has been closed: all threads.
+  JAX_EP_DEVICE void leave_no_results() {
+    const i64 capacity = c_.shape.recv_capacity;
+    const i64 elements = capacity * c_.hidden;
+    if (c_.params.op.rows_format == RowFormat::kFloat8E4M3) {
+      c_.exchange.poison(static_cast<u8*>(c_.params.op.rows), elements);
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.rows_scales),
+                         capacity * c_.num_scale_blocks);
+    } else {
+      c_.exchange.poison(static_cast<Element*>(c_.params.op.rows), elements);
+    }
+    if (c_.params.op.num_scalars > 0) {
+      const i64 scalars = c_.is_rank_major() ? c_.num_topk : 1;
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.row_scalars), capacity * scalars);
+    }
+    c_.exchange.report_closed();
+  }
+
+ private:
+  using Element = typename RowType::Element;
+
+  // Lane j gets the j-th row of this rank that holds the token; -1: it has none.
+  JAX_EP_DEVICE i32 row_of_lane(i32 source, i64 token) const {
+    const i32 max_rows =
+        max_rows_per_token(c_.shape.layout, c_.num_topk, c_.shape.num_local_experts());
+    if (static_cast<i32>(lane_id()) >= max_rows) return -1;
+    const i64 global_token = source * c_.num_tokens + token;
+    const i32 row =
+        ld(Ptr<const i32>{c_.params.op.source_slot} + (global_token * max_rows + lane_id()));
+    return row < c_.shape.recv_capacity ? row : -1;
+  }
+
+  JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {
+    if (source == c_.unstaged_rank) return c_.x_row(token);
+    const Ptr<std::byte> row = staged_row(c_.exchange.view(), c_.rank, source, token);
+    return {row.raw};
+  }
+
+  JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
+    const auto needed = [this, source](i64 token) {
+      return warp_ballot(row_of_lane(source, token) >= 0) != 0;
+    };
+    const auto source_of = [this, source](i64 token, i32 segment) {
+      return SegmentSource{arrived_row(source, token) + c_.staged_at(c_.segments.first(segment)),
+                           c_.staged_bytes(c_.segments.size(segment, c_.hidden))};
+    };
+    stream_segments(c_.ring,
+                    first,
+                    last,
+                    c_.first_segment(part),
+                    c_.first_segment(part + 1),
+                    needed,
+                    source_of,
+                    [this, source](i64 token, i32 segment, Ptr<u32> stage) {
+                      const i32 row = row_of_lane(source, token);
+                      if (segment == 0) expand_scalars(source, token, row);
+                      expand_segment(row, segment, stage);
+                    });
+  }
+
+  JAX_EP_DEVICE void expand_segment(i32 row, i32 segment, Ptr<u32> stage) {
+    const i32 num_elements = c_.segments.size(segment, c_.hidden);
+    const i64 first = c_.segments.first(segment);
+    if (c_.restores()) {
+      restore_segment<RowType>(stage, num_elements);
+    } else if (c_.fp8_wire()) {
+      expand_scales(scales_in(stage, num_elements),
+                    first / kScaleBlock,
+                    ceil_div(num_elements, kScaleBlock),
+                    row);
+    }
+    if (row < 0) return;
+    bulk_store(c_.out_row(row) + first * c_.rows_bytes,
+               stage,
+               static_cast<u32>(num_elements * c_.rows_bytes));
+  }
+
+  // Copies the scales of some blocks of a row to every row that holds the token.
+  JAX_EP_DEVICE void expand_scales(Ptr<float> scales, i64 first_block, i64 blocks, i32 row) {
+    u32 holders = warp_ballot(row >= 0);
+    for (; holders != 0; holders &= holders - 1) {
+      const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), lowest_bit(holders)));
+      for (i64 block = lane_id(); block < blocks; block += kWarpSize) {
+        st(Ptr<float>{c_.params.op.rows_scales} + (to * c_.num_scale_blocks + first_block + block),
+           ld(scales + block));
+      }
+    }
+  }
+
+  JAX_EP_DEVICE void expand_scalars(i32 source, i64 token, i32 row) {
+    if (c_.params.op.num_scalars == 0) return;
+    const u32 lane = lane_id();
+    const Ptr<float> scalars =
+        staged_scalars(c_.exchange.view(), c_.rank, source, token, c_.num_topk);
+    if (!c_.is_rank_major()) {
+      if (row >= 0) st(Ptr<float>{c_.params.op.row_scalars} + row, ld(scalars + lane));
+      return;
+    }
+    const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
+    if (to < 0 || lane >= static_cast<u32>(c_.num_topk)) return;
+    st(Ptr<float>{c_.params.op.row_scalars} + (i64{to} * c_.num_topk + lane), ld(scalars + lane));
+  }
+
+  JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
+    const Ptr<const std::byte> from = arrived_row(source, token);
+    const Ptr<float> scales = c_.scales_behind(from);
+    u32 holders = warp_ballot(row >= 0);
+    for (; holders != 0; holders &= holders - 1) {
+      const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), lowest_bit(holders)));
+      if (c_.restores()) {
+        for (i64 c = lane_id(); c < c_.hidden; c += kWarpSize) {
+          const float value = from_fp8(ld(as<const u8>(from) + c)) * ld(scales + c / kScaleBlock);
+          st(as<Element>(c_.out_row(to)) + c, RowType::from_float(value));
+        }
+      } else if (c_.fp8_wire()) {
+        c_.copy_elements(as<u8>(c_.out_row(to)), as<const u8>(from));
+        c_.copy_scales(Ptr<float>{c_.params.op.rows_scales} + to * c_.num_scale_blocks,
+                       {scales.raw});
+      } else {
+        c_.copy_elements(as<Element>(c_.out_row(to)), as<const Element>(from));
+      }
+    }
+  }
+
+  // --- rows that hold no token -----------------------------------------------------------------
+
+  JAX_EP_DEVICE void clear_rows_without_token(i32 warp, i32 num_warps) {
+    if (!c_.params.op.zero_fill && c_.params.op.num_scalars == 0) return;
+    const i64 capacity = c_.shape.recv_capacity;
+    for (i64 first = i64{warp} * kWarpSize; first < capacity; first += i64{num_warps} * kWarpSize) {
+      const i64 row = first + lane_id();
+      const bool empty = row < capacity && ld(Ptr<const i32>{c_.params.op.row_source} + row) < 0;
+      for (u32 rows = warp_ballot(empty); rows != 0; rows &= rows - 1) {
+        clear_row(first + lowest_bit(rows));
+      }
+    }
+  }
+
+  JAX_EP_DEVICE void clear_row(i64 row) {
+    const i32 scalars = c_.is_rank_major() ? c_.num_topk : 1;
+    if (c_.params.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
+      st(Ptr<float>{c_.params.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
+    }
+    if (!c_.params.op.zero_fill) return;
+    if (c_.params.op.rows_format == RowFormat::kFloat8E4M3) {
+      for (i64 block = lane_id(); block < c_.num_scale_blocks; block += kWarpSize) {
+        st(Ptr<float>{c_.params.op.rows_scales} + (row * c_.num_scale_blocks + block), 0.0F);
+      }
+    }
+    const i64 bytes = c_.hidden * c_.rows_bytes;
+    if (c_.bulk) {
+      clear<Vec16>(c_.out_row(row), bytes);
+    } else if (c_.rows_bytes == 1) {
+      clear<u8>(c_.out_row(row), bytes);
+    } else {
+      clear<Element>(c_.out_row(row), bytes);
+    }
+  }
+  template <typename T>
+  JAX_EP_DEVICE static void clear(Ptr<std::byte> to, i64 bytes) {
+    const i64 count = bytes / static_cast<i64>(sizeof(T));
+    for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(to) + i, T{});
+  }
+
+  DispatchContext<Config, RowType>& c_;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_RECEIVER_H_

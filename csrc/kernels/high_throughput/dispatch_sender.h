@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// The senders of a dispatch: they send this rank's rows, each once per destination rank, into the
+// destinations' staging.
+//
+// They read x, x_scales, token_scalars, topk_idx and slot, and write the peers' staging. They wait
+// for acknowledged, and signal arrived.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_
+
+#include "csrc/kernels/high_throughput/dispatch_context.h"
+
+namespace jax_ep::dev {
+
+template <typename Config, typename RowType>
+class DispatchSender {
+ public:
+  JAX_EP_DEVICE explicit DispatchSender(DispatchContext<Config, RowType>& context) : c_(context) {}
+
+  JAX_EP_DEVICE void send() {
+    const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
+    const i32 num_flags = c_.chunks * c_.parts;
+    if (warp >= num_flags) return;
+    c_.exchange.wait_until_writable();
+    for (i32 flag_idx = warp; flag_idx < num_flags; flag_idx += num_warps) {
+      const i64 first = c_.first_token(flag_idx / c_.parts);
+      const i64 last = c_.last_token(flag_idx / c_.parts);
+      if (c_.hidden > 0 && c_.bulk) {
+        send_segments(first, last, flag_idx % c_.parts);
+      } else {
+        for (i64 token = first; token < last; ++token) {
+          const Selections selections = c_.selections_of(token);
+          send_scalars(selections, token);
+          if (c_.hidden > 0) send_elements(selections, token);
+        }
+      }
+      // Not only read: the rows are in the peers' memory before the chunk is said to be.
+      bulk_wait<0>();
+      c_.exchange.signal_arrived(flag_idx);
+    }
+  }
+
+ private:
+  using Element = typename RowType::Element;
+
+  JAX_EP_DEVICE void send_segments(i64 first, i64 last, i32 part) {
+    const auto needed = [this](i64 token) {
+      return warp_ballot(c_.selections_of(token).live()) != 0;
+    };
+    const auto source_of = [this](i64 token, i32 segment) {
+      return SegmentSource{c_.x_row(token) + c_.segments.first(segment) * c_.x_bytes,
+                           static_cast<u32>(c_.segments.size(segment, c_.hidden) * c_.x_bytes)};
+    };
+    stream_segments(c_.ring,
+                    first,
+                    last,
+                    c_.first_segment(part),
+                    c_.first_segment(part + 1),
+                    needed,
+                    source_of,
+                    [this](i64 token, i32 segment, Ptr<u32> stage) {
+                      const Selections selections = c_.selections_of(token);
+                      if (segment == 0) send_scalars(selections, token);
+                      send_segment(selections, token, segment, stage);
+                    });
+  }
+
+  JAX_EP_DEVICE void send_segment(const Selections& selections,
+                                  i64 token,
+                                  i32 segment,
+                                  Ptr<u32> stage) {
+    const i32 num_elements = c_.segments.size(segment, c_.hidden);
+    const i64 first = c_.segments.first(segment);
+    if (c_.quantizes()) {
+      quantize_segment<RowType>(stage, num_elements);
+    } else if (c_.fp8_wire()) {
+      const i64 block = first / kScaleBlock + lane_id();
+      const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < num_elements;
+      const auto scales = Ptr<const float>{c_.params.op.x_scales} + token * c_.num_scale_blocks;
+      complete_segment(stage, num_elements, is_block ? ld(scales + block) : 0.0F);
+    }
+    if (!selections.leads() || selections.dest() == c_.unstaged_rank) return;
+    put_segment(c_.exchange.view(),
+                selections.dest(),
+                token,
+                c_.staged_at(first),
+                stage,
+                c_.staged_bytes(num_elements));
+  }
+
+  JAX_EP_DEVICE void send_scalars(const Selections& selections, i64 token) {
+    if (c_.params.op.num_scalars == 0) return;
+    const u32 lane = lane_id();
+    const bool is_selection = lane < static_cast<u32>(c_.num_topk);
+    const float scalar =
+        is_selection
+            ? ld(Ptr<const float>{c_.params.op.token_scalars} + (token * c_.num_topk + lane))
+            : 0.0F;
+    if (!c_.is_rank_major()) {
+      const u32 position = selections.position(c_.num_topk);
+      if (!selections.live()) return;
+      put_scalar(c_.exchange.view(), selections.dest(), token, c_.num_topk, position, scalar);
+      return;
+    }
+    u32 leaders = warp_ballot(selections.leads());
+    for (; leaders != 0; leaders &= leaders - 1) {
+      const auto dest =
+          static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
+      if (!is_selection) continue;
+      put_scalar(c_.exchange.view(),
+                 dest,
+                 token,
+                 c_.num_topk,
+                 lane,
+                 selections.dest() == dest ? scalar : 0.0F);
+    }
+  }
+
+  JAX_EP_DEVICE void send_elements(const Selections& selections, i64 token) {
+    u32 leaders = warp_ballot(selections.leads() && selections.dest() != c_.unstaged_rank);
+    for (; leaders != 0; leaders &= leaders - 1) {
+      const auto dest =
+          static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
+      const Ptr<std::byte> to = peer_row(c_.exchange.view(), dest, token);
+      if (c_.quantizes()) {
+        quantize_elements(token, to);
+      } else if (c_.fp8_wire()) {
+        c_.copy_elements(as<u8>(to), as<const u8>(c_.x_row(token)));
+        c_.copy_scales(c_.scales_behind(to),
+                       Ptr<const float>{c_.params.op.x_scales} + token * c_.num_scale_blocks);
+      } else {
+        c_.copy_elements(as<Element>(to), as<const Element>(c_.x_row(token)));
+      }
+    }
+  }
+
+  JAX_EP_DEVICE void quantize_elements(i64 token, Ptr<std::byte> to) const {
+    for (i64 block = 0; block < c_.num_scale_blocks; ++block) {
+      const BlockOfElements<RowType> elements(as<const Element>(c_.x_row(token)), block, c_.hidden);
+      const Divider scaled(elements.scale);
+      for (int i = 0; i < elements.kPerLane; ++i) {
+        const i64 element = elements.element(block, i);
+        if (element >= c_.hidden) continue;
+        st(as<u8>(to) + element, to_fp8(scaled(elements.value[i])));
+      }
+      if (lane_id() == 0) st(c_.scales_behind(to) + block, elements.scale);
+    }
+  }
+
+  DispatchContext<Config, RowType>& c_;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_

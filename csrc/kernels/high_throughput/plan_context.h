@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the steps of a plan share: the sizes of the call, and how a warp walks the tokens of a tile.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONTEXT_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONTEXT_H_
+
+#include "csrc/device/exchange.h"
+#include "csrc/device/token_selections.h"
+#include "csrc/device/warp_scan.h"
+#include "csrc/kernels/high_throughput/plan_config.h"
+
+namespace jax_ep::dev {
+
+template <typename Config>
+struct PlanContext {
+  JAX_EP_DEVICE explicit PlanContext(const PlanParams& params)
+      : params(params),
+        shape(params.op.shape),
+        exchange(params.view,
+                 Channel::kHighThroughput,
+                 OpKind::kPlan,
+                 params.call_tag,
+                 params.program_rank),
+        memory(shared<typename Config::SharedStorage>()),
+        rank(params.view.rank),
+        num_ranks(params.view.num_ranks),
+        num_topk(shape.num_topk),
+        num_tokens(static_cast<i32>(shape.num_tokens)),
+        num_local(shape.num_local_experts()),
+        bins(num_bins(shape.layout, shape.num_experts, num_ranks)),
+        bin_bits(num_bits(static_cast<u32>(bins))),
+        tokens_per_tile(tile_tokens(shape.num_tokens, num_ranks)),
+        tiles(num_tiles(shape.num_tokens, num_ranks)),
+        num_items(num_ranks * tiles),
+        capacity(static_cast<u32>(shape.recv_capacity)),
+        // Neighboring items to different blocks.
+        warp(static_cast<i32>(warp_id() * num_blocks() + block_id())),
+        num_warps(static_cast<i32>(num_blocks() * Config::kWarps)),
+        run_tokens(static_cast<i32>(kWarpSize) / num_topk),
+        lane_token(static_cast<i32>(lane_id()) / num_topk),
+        first_lane(static_cast<u32>(lane_token * num_topk)),
+        token_lanes(~0U >> (static_cast<i32>(kWarpSize) - num_topk) << first_lane) {}
+
+  JAX_EP_DEVICE bool is_rank_major() const { return shape.layout == Layout::kRank; }
+  JAX_EP_DEVICE i32 rank_bin(i32 rank) const { return shape.num_experts + rank; }
+  JAX_EP_DEVICE bool is_expert(i32 expert) const {
+    if (expert < 0 || expert >= shape.num_experts) return false;
+    return all_active(exchange.view()) || is_active(exchange.view(), owner_of(expert, num_local));
+  }
+
+  // --- a lane per selection --------------------------------------------------------------------
+  // A warp takes as many consecutive tokens at once as have no more selections than it has lanes: a
+  // run. Each lane holds one selection.
+
+  struct TokenTile {
+    i32 source;
+    i32 first;  // token
+    i32 last;
+    bool active;  // or the source takes no part: its tokens have no selections
+  };
+  JAX_EP_DEVICE TokenTile tile_of(i32 item) const {
+    const i32 first = item % tiles * tokens_per_tile;
+    const i32 last = first + tokens_per_tile;
+    const i32 source = item / tiles;
+    return {.source = source,
+            .first = first,
+            .last = last < num_tokens ? last : num_tokens,
+            .active = is_active(exchange.view(), source)};
+  }
+
+  JAX_EP_DEVICE bool has_token(const TokenTile& tile, i32 first) const {
+    return lane_token < run_tokens && first + lane_token < tile.last;
+  }
+
+  // `use(first, expert)` for every run of a tile: its first token, and this lane's expert or -1.
+  template <typename Use>
+  JAX_EP_DEVICE void for_each_run(const TokenTile& tile, const Use& use) const {
+    const auto load = [this, &tile](i32 first) {
+      const bool has_selection = has_token(tile, first) && tile.active;
+      return has_selection ? ld(routing(tile.source, first) + lane_id()) : -1;
+    };
+    i32 ahead = load(tile.first);
+    for (i32 first = tile.first; first < tile.last; first += run_tokens) {
+      const i32 expert = ahead;
+      ahead = load(first + run_tokens);
+      use(first, is_expert(expert) ? expert : -1);
+    }
+  }
+
+  JAX_EP_DEVICE Ptr<i32> routing(i32 source, i32 token) const {
+    return staged_routing(exchange.view(), rank, source, token, num_topk);
+  }
+
+  // The bin whose count gives a selection its row.
+  JAX_EP_DEVICE i32 row_bin(i32 expert) const {
+    return is_rank_major() ? rank_bin(owner_of(expert, num_local)) : expert;
+  }
+
+  struct CountedSelection {
+    i32 bin;    // -1: this lane's selection takes no part
+    u32 lanes;  // of each token in the bin, one
+  };
+
+  // All lanes. A selection that repeats an earlier one of its token takes no part, nor does one
+  // whose `bin_of(expert)` is negative.
+  template <typename BinOf>
+  JAX_EP_DEVICE CountedSelection take(i32 expert, const BinOf& bin_of) const {
+    const u32 earlier = token_lanes & lanes_below(lane_id());
+    const u32 same_expert = lanes_alike(static_cast<u32>(expert + 1), bin_bits);
+    const bool repeats = (same_expert & earlier) != 0;
+    const i32 bin = expert < 0 || repeats ? -1 : bin_of(expert);
+    const u32 same_bin =
+        is_rank_major() ? lanes_alike(static_cast<u32>(bin + 1), bin_bits) : same_expert;
+    const bool leads = bin >= 0 && (same_bin & earlier) == 0;
+    return {bin, same_bin & warp_ballot(leads)};
+  }
+
+  // All lanes: moves the cursors past the run.
+  JAX_EP_DEVICE void advance(const CountedSelection& counted) {
+    if (counted.bin >= 0 && lowest_bit(counted.lanes) == lane_id()) {
+      auto& cursor = memory.cursor[warp_id()][counted.bin];
+      cursor = cursor + count_bits(counted.lanes);
+    }
+    warp_sync();
+  }
+
+  // --- counts, and totals over all tiles -------------------------------------------------------
+
+  JAX_EP_DEVICE Ptr<u32> count_of(i32 bin, i32 item) const {
+    return region<u32>(exchange.view(), rank, Region::kCounts) + (i64{bin} * num_items + item);
+  }
+  JAX_EP_DEVICE Ptr<u32> totals() const {
+    return region<u32>(exchange.view(), rank, Region::kTotals);
+  }
+
+  const PlanParams& params;
+  const EpShape& shape;
+  const Exchange exchange;
+  typename Config::SharedStorage& memory;
+  const i32 rank;
+  const i32 num_ranks;
+  const i32 num_topk;
+  const i32 num_tokens;
+  const i32 num_local;
+  const i32 bins;
+  const u32 bin_bits;  // of a bin's number plus 1
+  const i32 tokens_per_tile;
+  const i32 tiles;
+  const i32 num_items;  // tiles of all sources
+  const u32 capacity;
+  const i32 warp;  // among all blocks
+  const i32 num_warps;
+  const i32 run_tokens;
+  const i32 lane_token;   // this lane's, in a run; there may be none
+  const u32 first_lane;   // of that token
+  const u32 token_lanes;  // as bits
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONTEXT_H_

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// The first steps of a plan: every rank gathers the routing of all ranks, counts it tile by tile,
+// and sums the counts up.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_COUNT_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_COUNT_H_
+
+#include "csrc/kernels/high_throughput/plan_context.h"
+
+namespace jax_ep::dev {
+
+template <typename Config>
+class PlanCounter {
+  using Context = PlanContext<Config>;
+
+ public:
+  JAX_EP_DEVICE explicit PlanCounter(Context& context) : c_(context) {}
+
+  // 1. Each chunk of topk_idx goes to all ranks.
+  JAX_EP_DEVICE void send() {
+    const i32 chunks = num_chunks(c_.num_tokens, c_.params.view.chunk_target);
+    const i32 tokens = chunk_tokens(c_.num_tokens, c_.params.view.chunk_target);
+    if (c_.warp >= chunks) return;
+    c_.exchange.wait_until_writable();
+    for (i32 chunk = c_.warp; chunk < chunks; chunk += c_.num_warps) {
+      const i64 first = i64{chunk} * tokens;
+      const i64 last = first + tokens < c_.num_tokens ? first + tokens : c_.num_tokens;
+      const i64 elements = (last - first) * c_.num_topk;
+      const auto from = Ptr<const i32>{c_.params.op.topk_idx} + first * c_.num_topk;
+      for (i64 i = lane_id(); i < elements; i += kWarpSize) {
+        const i32 expert = ld(from + i);
+        for_each_peer(c_.exchange.view(), [this, first, i, expert](i32 peer) {
+          put_expert(c_.exchange.view(), peer, first, c_.num_topk, i, expert);
+        });
+      }
+      c_.exchange.signal_arrived(chunk);
+    }
+  }
+
+  // 2. Selections per (source rank, tile, bin), as the chunks arrive.
+  JAX_EP_DEVICE void count() {
+    clear_cursors();
+    for (i32 item = c_.warp; item < c_.num_items; item += c_.num_warps) count(item);
+  }
+
+  // 3. Per bin: counts become the number of earlier selections of the bin.
+  JAX_EP_DEVICE void scan() {
+    for (i32 bin = c_.warp; bin < c_.bins; bin += c_.num_warps) scan(bin);
+  }
+
+ private:
+  // `count` begins with a warp_sync.
+  JAX_EP_DEVICE void clear_cursors() {
+    for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
+      c_.memory.cursor[warp_id()][bin] = 0;
+    }
+  }
+
+  JAX_EP_DEVICE void count(i32 item) {
+    const typename Context::TokenTile tile = c_.tile_of(item);
+    const i32 tokens = chunk_tokens(c_.num_tokens, c_.params.view.chunk_target);
+    const i32 last_chunk = (tile.last - 1) / tokens;
+    for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id());
+         chunk <= last_chunk && tile.active;
+         chunk += kWarpSize) {
+      c_.exchange.wait_arrived(tile.source, chunk);
+    }
+    warp_sync();
+    c_.for_each_run(tile, [this](i32, i32 expert) {
+      c_.advance(c_.take(expert, [this](i32 e) { return c_.row_bin(e); }));
+      // Layout "rank" hands out rows by rank, but reports selections by expert.
+      if (c_.is_rank_major()) c_.advance(c_.take(expert, [](i32 e) { return e; }));
+    });
+    for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
+      auto& cursor = c_.memory.cursor[warp_id()][bin];
+      st(c_.count_of(bin, item), cursor);
+      cursor = 0;
+    }
+  }
+
+  JAX_EP_DEVICE void scan(i32 bin) {
+    constexpr i32 kAtOnce = 4;  // loads in flight
+    u32 total = 0;
+    for (i32 first = 0; first < c_.num_items; first += kAtOnce * static_cast<i32>(kWarpSize)) {
+      u32 count_here[kAtOnce];
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        const i32 item = item_of_lane(first, i);
+        count_here[i] = item < c_.num_items ? ld(c_.count_of(bin, item)) : 0;
+      }
+      JAX_EP_UNROLL
+      for (i32 i = 0; i < kAtOnce; ++i) {
+        const i32 item = item_of_lane(first, i);
+        const u32 sum = inclusive_sum(count_here[i]);
+        if (item < c_.num_items) st(c_.count_of(bin, item), total + sum - count_here[i]);
+        total += warp_shfl(sum, kWarpSize - 1);
+      }
+    }
+    if (lane_id() == 0) st(c_.totals() + bin, total);
+  }
+  JAX_EP_DEVICE static i32 item_of_lane(i32 first, i32 step) {
+    return first + step * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
+  }
+
+  Context& c_;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_COUNT_H_
