@@ -139,8 +139,11 @@ def test_the_bazel_module_has_the_packages_version():
 
 
 def test_the_modules_have_the_same_nanobind_domain():
-    cmake = re.search(r"NB_DOMAIN (\w+)", (ROOT / "CMakeLists.txt").read_text())[1]
+    cmake = re.findall(r"set\(domain (\w+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert sorted(cmake) == ["jax_ep", "jax_ep_on_fake"]
     modules = [t for t in bazel_files.targets() if t.package == "xla_ffi" and t.kind == "cc_binary"]
-    assert len(modules) == 3  # one of them for tests
+    assert len(modules) == 3
     for module in modules:
-        assert f"NB_DOMAIN={cmake}" in module.attributes["local_defines"]
+        fake = module.attributes["name"] == "_cuda_on_fake"
+        domain = "jax_ep_on_fake" if fake else "jax_ep"
+        assert f"NB_DOMAIN={domain}" in module.attributes["local_defines"]
