@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The peers of a rank: every loop over them, and every place in a peer's heap that is stored to. A
-// rank that is not in the view's mask is neither stored to nor waited for.
+// rank that is not in the view's mask is not waited for, and nothing is announced to it; rows do
+// not go there because a plan with the same mask gives its experts none.
 #ifndef JAX_EP_CSRC_DEVICE_PEERS_H_
 #define JAX_EP_CSRC_DEVICE_PEERS_H_
 
