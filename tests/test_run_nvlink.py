@@ -95,7 +95,7 @@ def _start(folder: pathlib.Path, **programs: str) -> subprocess.Popen:
     """The command, with stand-ins for its pieces: name -> what it runs; "build" is one of them."""
     for name, code in ({"build": "print('built')"} | programs).items():
         (folder / f"{name}.py").write_text(code)
-    every = {name: [str(folder / f"{name}.py")] for name in programs}
+    every = {name: [os.path.relpath(folder / f"{name}.py", ROOT)] for name in programs}
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import run_nvlink as tool; "
         f"tool.BUILD = [{str(folder / 'build.py')!r}]; "
@@ -145,6 +145,13 @@ def test_what_a_piece_prints_appears_at_once_and_survives_the_end_of_all(tmp_pat
     summary = json.loads((tmp_path / "out" / tool.SUMMARY).read_text())
     results = {name: of_piece["result"] for name, of_piece in summary.items()}
     assert results == {"build": "passed", "first": "passed", "sleep": "did not end"}
+
+
+def test_a_piece_knows_where_it_lies(tmp_path):
+    """As under Python itself, to which a program may be named from where one stands."""
+    with _start(tmp_path, first="print('it lies in', __file__)") as process:
+        text = process.stdout.read()
+    assert f"it lies in {tmp_path / 'first.py'}\n" in text
 
 
 def test_without_the_modules_nothing_runs(tmp_path):

@@ -134,7 +134,7 @@ def _comparison(args: argparse.Namespace, case: GpuCase, keys: list[str]) -> Cas
 def add_ragged(
     args: argparse.Namespace, cases: list[GpuCase], found: dict[str, Any], variables: Any
 ) -> None:
-    """Adds `lax.ragged_all_to_all` to the comparisons, in processes of its own: it may fail.
+    """Adds `lax.ragged_all_to_all` to the comparisons, in processes of its own: it may fail or hang.
 
     Neither its failure nor that of the flags is ours, but the report names it.
     """
@@ -151,7 +151,11 @@ def add_ragged(
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         try:
             values = on_ranks.run_on_ranks(
-                work, args.ranks, args.placement, {**variables, "XLA_FLAGS": xla_flags}
+                work,
+                args.ranks,
+                args.placement,
+                {**variables, "XLA_FLAGS": xla_flags},
+                deadline=on_ranks.DEADLINE_OF_OTHERS_S,
             )
         except RuntimeError as error:
             print(error, file=sys.stderr)

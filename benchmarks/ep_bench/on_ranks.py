@@ -13,6 +13,8 @@ from ep_launch.ranks import Case, failure_report, run_ranks
 # Of one set of processes. Less than a piece of `make nvlink` may take, so that what was measured by
 # then is reported.
 DEADLINE_S = 480.0
+# Of what is not ours and may never end: longer than it takes where it works.
+DEADLINE_OF_OTHERS_S = 60.0
 
 
 def run_on_ranks(
@@ -21,6 +23,7 @@ def run_on_ranks(
     placement: Placement,
     environment: Mapping[str, str],
     each: Callable[[int, list[Any]], None] | None = None,
+    deadline: float = DEADLINE_S,
 ) -> list[list[Any]]:
     """Runs all work in one set of processes; the values of each item, by rank.
 
@@ -30,6 +33,7 @@ def run_on_ranks(
         placement: of the ranks.
         environment: variables of the processes, beside this one's and its `XLA_FLAGS`.
         each: called with an item's number and its values, by rank, as soon as they are there.
+        deadline: seconds after which the processes are killed, having said where they stand.
 
     Raises:
         RuntimeError: a rank failed; the message has the first one's traceback first.
@@ -44,7 +48,7 @@ def run_on_ranks(
                 **environment,
             },
             placement=placement,
-            deadline=DEADLINE_S,
+            deadline=deadline,
             each=each,
         )
     if failure := failure_report(runs, work):

@@ -124,11 +124,11 @@ def _ending(log: pathlib.Path) -> str:
 
 def main() -> None:
     """Runs the program as Python would."""
-    program = sys.argv[1]
+    program = pathlib.Path(sys.argv[1]).resolve()  # as Python makes a program's `__file__`
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(pathlib.Path(program).resolve().parent)
-    announce(pathlib.Path(program).name)
-    runpy.run_path(program, run_name="__main__")
+    sys.path[0] = str(program.parent)
+    announce(program.name)
+    runpy.run_path(str(program), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
 # Piece -> which tests.
 PIECES = {
@@ -74,7 +75,6 @@ def build() -> None:
 def run(piece: str, placement: str) -> tuple[int, float]:
     """Runs the tests of a piece; the exit status and the seconds."""
     start = time.monotonic()
-    here = pathlib.Path(__file__).parent.relative_to(ROOT)
     file, *options = PIECES[piece]
     environment = {
         **os.environ,
@@ -83,7 +83,7 @@ def run(piece: str, placement: str) -> tuple[int, float]:
         "JAX_EP_VIRTUAL_RANKS": str(next(BUILD.rglob("virtual_ranks"))),
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-s", "--durations=0", here / file]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-s", "--durations=0", HERE / file]
     done = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False)
     return done.returncode, time.monotonic() - start
 
