@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from ep_launch.processes import free_port
 from ep_testing import program_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -188,6 +189,17 @@ def _wait_until_ended(pid: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"process {pid} runs on")
+
+
+def test_the_system_gives_a_free_port_to_nobody_else():
+    """A group that starts takes a second to use its port; connections come and go meanwhile."""
+    given = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not given.exists():
+        pytest.skip("only Linux says which ports it gives; `make test` on Linux runs this")
+    first, last = map(int, given.read_text().split())
+    if first < 32_768:
+        pytest.skip(f"here the system gives all from {first}; `make test` elsewhere runs this")
+    assert not first <= free_port() <= last
 
 
 @pytest.mark.multiprocess

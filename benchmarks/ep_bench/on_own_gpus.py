@@ -134,7 +134,7 @@ def _comparison(args: argparse.Namespace, case: GpuCase, keys: list[str]) -> Cas
 def add_ragged(
     args: argparse.Namespace, cases: list[GpuCase], found: dict[str, Any], variables: Any
 ) -> None:
-    """Adds `lax.ragged_all_to_all` to the comparisons, in processes of its own: it may fail or hang.
+    """Adds `lax.ragged_all_to_all`, in processes of its own: it may fail, or not end.
 
     Neither its failure nor that of the flags is ours, but the report names it.
     """

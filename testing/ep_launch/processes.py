@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
@@ -16,10 +17,21 @@ jax.distributed.initialize({address!r}, num_processes={processes}, process_id=pr
 """
 
 
+# Below those that a system gives to whoever asks for any: such a port may be another's connection by
+# the time that it is used.
+PORTS = range(10_000, 32_768)
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free now, and that the system gives to nobody by itself."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"none of 100 ports from {PORTS} is free")
 
 
 def run_processes(code: str, *, num_processes: int, devices_each: int) -> list[str]:
