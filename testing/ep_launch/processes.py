@@ -17,8 +17,8 @@ jax.distributed.initialize({address!r}, num_processes={processes}, process_id=pr
 """
 
 
-# Below those that a system gives to whoever asks for any: such a port may be another's connection by
-# the time that it is used.
+# Below those that a system gives to whoever asks for any: such a port may be somebody's connection
+# by the time that it is used.
 PORTS = range(10_000, 32_768)
 
 
