@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// All ranks of a group on one GPU, in one process: a heap and a stream each. Runs the simulator's
-// random scenarios on the hardware, and times the kernels.
-//   virtual_ranks scenarios [FIRST LAST]
-//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank]
+// All ranks of a group in one process, a heap and a stream each, on one GPU or shared out among
+// several. Runs the simulator's random scenarios on the hardware, and times the kernels.
+//   virtual_ranks scenarios [FIRST LAST [GPUS]]
+//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [gpus=N]
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -42,6 +42,22 @@ DeviceArray allocate(size_t bytes) {
   return DeviceArray(static_cast<std::byte*>(memory));
 }
 
+// The GPU of a rank, of so many: neighboring ranks share one.
+int gpu_of(int32_t rank, int32_t num_ranks, int num_gpus) { return rank * num_gpus / num_ranks; }
+
+void use_gpu(int gpu) { check(cudaSetDevice(gpu), "cudaSetDevice"); }
+
+// Makes the kernels known to each GPU, and its memory to the others.
+void open_gpus(int num_gpus) {
+  for (int gpu = 0; gpu < num_gpus; ++gpu) {
+    use_gpu(gpu);
+    check(load_kernels(), "load_kernels");
+    for (int peer = 0; peer < num_gpus; ++peer) {
+      if (peer != gpu) check(cudaDeviceEnablePeerAccess(peer, 0), "cudaDeviceEnablePeerAccess");
+    }
+  }
+}
+
 class GpuMemory : public DeviceMemory {
  public:
   void write(void* to, const void* from, size_t bytes) override {
@@ -54,12 +70,14 @@ class GpuMemory : public DeviceMemory {
 
 class VirtualRanks {
  public:
-  explicit VirtualRanks(const HeapShape& shape, int32_t chunk_target = kChunkTarget)
-      : layout_(make_heap_layout(shape)), chunk_target_(chunk_target) {
-    check(cudaHostAlloc(&words_, sizeof(*words_) * kMaxRanks, cudaHostAllocMapped), "host");
+  VirtualRanks(const HeapShape& shape, int num_gpus, int32_t chunk_target = kChunkTarget)
+      : layout_(make_heap_layout(shape)), num_gpus_(num_gpus), chunk_target_(chunk_target) {
+    constexpr unsigned kFlags = cudaHostAllocMapped | cudaHostAllocPortable;
+    check(cudaHostAlloc(&words_, sizeof(*words_) * kMaxRanks, kFlags), "host");
     std::memset(static_cast<void*>(words_), 0, sizeof(*words_) * kMaxRanks);
-    control_ = allocate(static_cast<size_t>(kControlBytes) * kMaxRanks);
     for (int32_t rank = 0; rank < shape.num_ranks; ++rank) {
+      use_gpu(gpu_of(rank, shape.num_ranks, num_gpus));
+      controls_.push_back(allocate(static_cast<size_t>(kControlBytes)));
       heaps_.push_back(allocate(static_cast<size_t>(layout_.total_bytes)));
       streams_.emplace_back();
       check(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
@@ -76,7 +94,7 @@ class VirtualRanks {
     RankView view{};
     view.layout = layout_;
     for (size_t peer = 0; peer < heaps_.size(); ++peer) view.heap[peer] = heaps_[peer].get();
-    view.control = reinterpret_cast<uint32_t*>(control_.get() + rank * kControlBytes);
+    view.control = reinterpret_cast<uint32_t*>(controls_[static_cast<size_t>(rank)].get());
     view.error = &words_[rank].error;
     view.long_waits = words_[rank].long_waits;
     view.report_ns = 1'000'000'000;
@@ -85,6 +103,15 @@ class VirtualRanks {
     view.chunk_target = chunk_target_;
     view.num_ranks = static_cast<int32_t>(heaps_.size());
     return view;
+  }
+  // For what the calling thread does next for a rank.
+  void use_gpu_of(int32_t rank) const { use_gpu(gpu_of(rank, num_ranks(), num_gpus_)); }
+  // Of all GPUs.
+  void synchronize_uploads() const {
+    for (int gpu = 0; gpu < num_gpus_; ++gpu) {
+      use_gpu(gpu);
+      check(cudaDeviceSynchronize(), "upload");
+    }
   }
   [[nodiscard]] cudaStream_t stream(int32_t rank) const {
     return streams_[static_cast<size_t>(rank)];
@@ -110,10 +137,11 @@ class VirtualRanks {
   };
 
   HeapLayout layout_;
+  int num_gpus_;
   int32_t chunk_target_;
   std::vector<DeviceArray> heaps_;
   std::vector<cudaStream_t> streams_;
-  DeviceArray control_;
+  std::vector<DeviceArray> controls_;
   HostWords* words_ = nullptr;  // by rank
 };
 
@@ -135,15 +163,17 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t bloc
   std::vector<DeviceArray> storage;
   std::vector<RankArrays> arrays;
   for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
+    ranks.use_gpu_of(rank);
     storage.push_back(allocate(RankArrays(problem, rank, nullptr).bytes()));
     arrays.emplace_back(problem, rank, storage.back().get());
     arrays.back().upload(memory);
   }
-  check(cudaDeviceSynchronize(), "upload");
+  ranks.synchronize_uploads();
   for (const OpKind op : step.ops) {
     for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
       const RankArrays& mine = arrays[static_cast<size_t>(rank)];
       const RankView view = ranks.view(rank);
+      ranks.use_gpu_of(rank);
       cudaStream_t stream = ranks.stream(rank);
       const LaunchShape shape = launch_of(op, step.options, blocks);
       switch (op) {
@@ -172,12 +202,12 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t bloc
   return {};
 }
 
-int run_scenarios(uint64_t first, uint64_t last) {
+int run_scenarios(uint64_t first, uint64_t last, int num_gpus) {
   for (uint64_t seed = first; seed <= last; ++seed) {
     const Scenario scenario =
         random_scenario(seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .steps = 4});
     const GroupScenario& group = scenario.groups[0];
-    VirtualRanks ranks(heap_shape(group), group.chunk_target);
+    VirtualRanks ranks(heap_shape(group), num_gpus, group.chunk_target);
     for (const ScenarioStep& step : group.steps) {
       const std::string error = run_step(ranks, step, static_cast<int32_t>(scenario.blocks));
       if (error.empty()) continue;
@@ -224,14 +254,19 @@ std::vector<int32_t> random_routing(const EpShape& shape, std::mt19937& random) 
 // The ops of all ranks of one layer, on arrays that nobody looks at.
 class TimedRanks {
  public:
-  explicit TimedRanks(const ClusterOptions& options)
+  TimedRanks(const ClusterOptions& options, int num_gpus)
       : options_(options),
         shape_(options.shape),
         row_bytes_(options.hidden * size_bytes(options.dtype)),
         ranks_(heap_shape(
-            GroupScenario{.max_tokens = shape_.num_tokens, .steps = {{.options = options}}})) {
+                   GroupScenario{.max_tokens = shape_.num_tokens, .steps = {{.options = options}}}),
+               num_gpus) {
     std::mt19937 random(1);
-    for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) add(rank, random);
+    for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
+      ranks_.use_gpu_of(rank);
+      add(rank, random);
+    }
+    ranks_.synchronize_uploads();
   }
 
   void time(int32_t sms) {
@@ -329,6 +364,7 @@ class TimedRanks {
     constexpr int kRounds = 50;
     std::vector<cudaGraphExec_t> graphs;
     for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
+      ranks_.use_gpu_of(rank);
       cudaStream_t stream = ranks_.stream(rank);
       cudaGraph_t graph = nullptr;
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
@@ -348,10 +384,12 @@ class TimedRanks {
     std::vector<cudaEvent_t> starts(graphs.size());
     std::vector<cudaEvent_t> ends(graphs.size());
     for (size_t r = 0; r < graphs.size(); ++r) {
+      ranks_.use_gpu_of(static_cast<int32_t>(r));
       check(cudaEventCreate(&starts[r]), "event");
       check(cudaEventCreate(&ends[r]), "event");
     }
     for (size_t r = 0; r < graphs.size(); ++r) {
+      ranks_.use_gpu_of(static_cast<int32_t>(r));
       cudaStream_t stream = ranks_.stream(static_cast<int32_t>(r));
       check(cudaEventRecord(starts[r], stream), "record");
       check(cudaGraphLaunch(graphs[r], stream), name);
@@ -384,11 +422,13 @@ class TimedRanks {
 
 int main(int argc, char** argv) {
   using namespace jax_ep;
-  check(load_kernels(), "load_kernels");
   const std::string mode = argc > 1 ? argv[1] : "scenarios";
   if (mode == "scenarios") {
+    const int num_gpus = argc > 4 ? std::atoi(argv[4]) : 1;
+    open_gpus(num_gpus);
     return run_scenarios(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1,
-                         argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200);
+                         argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200,
+                         num_gpus);
   }
   if (argc < 8) return 2;
   ClusterOptions options;
@@ -398,14 +438,17 @@ int main(int argc, char** argv) {
   options.shape.num_topk = std::atoi(argv[5]);
   options.shape.num_experts = std::atoi(argv[6]);
   options.dtype = DType::kBFloat16;
+  int num_gpus = 1;
   for (int i = 8; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
     if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;
+    if (std::strncmp(argv[i], "gpus=", 5) == 0) num_gpus = std::atoi(argv[i] + 5);
   }
+  open_gpus(num_gpus);
   const EpShape& shape = options.shape;
   options.shape.recv_capacity = shape.num_tokens * shape.num_topk * 5 / 4 + 1024;
   const int sms = std::atoi(argv[7]);
-  std::printf("%s, %d SMs a rank\n", describe(options).c_str(), sms);
-  TimedRanks(options).time(sms);
+  std::printf("%s, %d SMs a rank, %d GPUs\n", describe(options).c_str(), sms, num_gpus);
+  TimedRanks(options, num_gpus).time(sms);
   return 0;
 }
