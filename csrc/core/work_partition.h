@@ -41,11 +41,10 @@ constexpr int32_t num_parts(int32_t chunks,
   return parts > 1 ? parts : 1;
 }
 
-// What the parts of a row are made of, and so how many there are at most: dispatch's rows travel in
-// segments of so many bytes; a warp of combine takes at least so many moves of so many vectors.
-inline constexpr int32_t kSegmentBytes = 4096;
-inline constexpr int32_t kMoveVectors = 4;
-inline constexpr int32_t kMinPartMoves = 64;
+// What the parts of a row are made of, and so how many there are at most: segments of at most so
+// many bytes, of the rows that dispatch sends, and of those that combine sums.
+inline constexpr int32_t kDispatchSegmentBytes = 4096;
+inline constexpr int32_t kCombineSegmentBytes = 2048;
 
 // About 512 tiles over all ranks, of a multiple of kTileUnit tokens.
 inline constexpr int64_t kTileUnit = 8;

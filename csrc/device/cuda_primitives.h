@@ -134,7 +134,13 @@ template <int kPending>
 JAX_EP_DEVICE void bulk_wait_read() {
   cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<kPending>{});
 }
-JAX_EP_DEVICE void fence_proxy_async() { cuda::ptx::fence_proxy_async(); }
+// Not the fence of both kinds of memory: it would wait for all that the SM has stored.
+JAX_EP_DEVICE void fence_proxy_async_shared() {
+  cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+}
+JAX_EP_DEVICE void fence_proxy_async_global() {
+  cuda::ptx::fence_proxy_async(cuda::ptx::space_global);
+}
 
 // --- time --------------------------------------------------------------------------------------
 

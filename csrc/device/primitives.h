@@ -18,7 +18,8 @@
 //             bulk_store(Ptr global, Ptr shared, bytes)  bulk_commit()
 //             bulk_wait<N>()       all but the last N groups of this thread are written
 //             bulk_wait_read<N>()  ... have been read from shared memory
-//             fence_proxy_async()
+//             fence_proxy_async_shared()  fence_proxy_async_global(): bulk copies that the thread,
+//             or who synchronizes with it, issues see what it knows of that kind of memory
 //   time      now_ns()  spin_pause(what)  trap()
 //             kPollsPerLook: polls of a wait between two looks at the clock
 //

@@ -34,7 +34,7 @@ JAX_EP_DEVICE Ptr<float> scales_in(Ptr<u32> stage, i32 num_elements) {
 JAX_EP_DEVICE void complete_segment(Ptr<u32> stage, i32 num_elements, float scale) {
   if (lane_id() < num_staged_scales(num_elements))
     st(scales_in(stage, num_elements) + lane_id(), scale);
-  fence_proxy_async();  // the copy engines see what the lanes wrote
+  fence_proxy_async_shared();  // the copy engines see what the lanes wrote
   warp_sync();
 }
 
@@ -117,7 +117,7 @@ JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 num_elements) {
     for (int w = 0; w < 4; ++w) out.word[w] = RowType::pack(values + w * RowType::kPerWord);
     st(as<Vec16>(stage) + v, out);
   }
-  fence_proxy_async();
+  fence_proxy_async_shared();
   warp_sync();
 }
 

@@ -1,72 +1,280 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp sums rows: acc = fma(weight, row, acc) in float32, in the order of the terms, starting
-// from 0, rounded once.
+// from 0, rounded once. Segments of the rows come through a ring of bulk loads in shared memory,
+// which run ahead across terms, segments and tokens; how many bytes are in flight is what bounds
+// such a sum.
 #ifndef JAX_EP_CSRC_DEVICE_ROW_SUM_H_
 #define JAX_EP_CSRC_DEVICE_ROW_SUM_H_
 
 #include "csrc/device/convert.h"
-#include "csrc/device/heap.h"
+#include "csrc/device/segment_ring.h"
 
 namespace jax_ep::dev {
 
-// The terms of a sum, in shared memory, one list per warp.
+// What is summed for one token, spread over a warp: lane i holds the i-th row, and the i-th weight.
 struct SumTerms {
-  Shared<i32> row[kMaxTopk];  // what `row_of` of sum_rows takes
-  Shared<float> weight[kMaxTopk];
+  Ptr<const std::byte> row;
+  float weight = 0;
+  i32 count = 0;  // of rows; of all lanes, as what follows
+  // Rows [own_first, own_end) are terms of this rank's own sum, each with `weights_per_row`
+  // weights, one after another; the others have one.
+  i32 own_first = 0;
+  i32 own_end = 0;
+  i32 weights_per_row = 1;
+
+  JAX_EP_DEVICE bool is_own(i32 term) const { return own_first <= term && term < own_end; }
 };
 
-// What a sum's elements are moved by: `kVectors` times 16 bytes in flight per lane and row, or with
-// 0 one element at a time.
-template <typename RowType, int kVectors>
-inline constexpr int kElementsPerMove = kVectors == 0 ? 1 : 4 * RowType::kPerWord;
+JAX_EP_DEVICE float shfl_float(float value, i32 lane) {
+  return as_float(warp_shfl(as_bits(value), static_cast<u32>(lane)));
+}
+template <typename T>
+JAX_EP_DEVICE Ptr<T> shfl_pointer(Ptr<T> pointer, i32 lane) {
+  const auto bits = reinterpret_cast<u64>(pointer.raw);
+  const u64 low = warp_shfl(static_cast<u32>(bits), static_cast<u32>(lane));
+  const u64 high = warp_shfl(static_cast<u32>(bits >> 32), static_cast<u32>(lane));
+  return {reinterpret_cast<T*>(high << 32 | low)};
+}
 
-// Writes moves [first, last) of the sum of `count` terms' rows. `row_of(i32)` is the address of a
-// row. All lanes.
-template <typename RowType, int kVectors, typename RowOf>
-JAX_EP_DEVICE void sum_rows(
-    SumTerms& terms, i32 count, i64 first, i64 last, const RowOf& row_of, Ptr<std::byte> out) {
-  using Element = typename RowType::Element;
-  if constexpr (kVectors == 0) {
-    for (i64 c = first + lane_id(); c < last; c += kWarpSize) {
-      float sum = 0;
-      for (i32 i = 0; i < count; ++i) {
-        const Ptr<const std::byte> row = row_of(terms.row[i]);
-        const float value = RowType::to_float(ld(as<const Element>(row) + c));
-        sum = fused_multiply_add(terms.weight[i], value, sum);
-      }
-      st(as<Element>(out) + c, RowType::from_float(sum));
+// The lane that `place` sends to each place: lane p gets the number of the lane with place p; -1 if
+// there is none. Only the first `num_lanes` lanes are asked.
+JAX_EP_DEVICE i32 lane_with_place(i32 place, i32 num_lanes) {
+  i32 found = -1;
+  for (i32 lane = 0; lane < num_lanes; ++lane) {
+    const auto of_lane =
+        static_cast<i32>(warp_shfl(static_cast<u32>(place), static_cast<u32>(lane)));
+    if (of_lane == static_cast<i32>(lane_id())) found = lane;
+  }
+  return found;
+}
+
+// Loads of terms' segments, in the order in which they are summed. Unlike SegmentRing's, they are
+// read by all lanes, and nothing is stored from them.
+template <typename Stages>
+class TermRing {
+ public:
+  // All lanes. Each load follows a warp_sync, which tells all of the mbarriers.
+  JAX_EP_DEVICE explicit TermRing(Stages& stages) : stages_(stages) {
+    if (lane_id() == 0) {
+      for (int i = 0; i < Stages::kStages; ++i) mbar_init(&stages_.loaded[i], 1);
+      mbar_init_fence();
     }
-  } else {
-    constexpr int kPerVector = kElementsPerMove<RowType, kVectors>;
-    for (i64 base = first + lane_id(); base < last; base += i64{kWarpSize} * kVectors) {
-      float sum[kVectors][kPerVector] = {};
-      for (i32 i = 0; i < count; ++i) {
-        const Ptr<const std::byte> row = row_of(terms.row[i]);
-        const float weight = terms.weight[i];
-        Vec16 value[kVectors];
-        JAX_EP_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          const i64 at = base + v * i64{kWarpSize};
-          value[v] = at < last ? ld(as<const Vec16>(row) + at) : Vec16{};
-        }
-        JAX_EP_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          float values[kPerVector];
-          for (int w = 0; w < 4; ++w)
-            RowType::unpack(value[v].word[w], values + w * RowType::kPerWord);
-          for (int c = 0; c < kPerVector; ++c) {
-            sum[v][c] = fused_multiply_add(weight, values[c], sum[v][c]);
-          }
-        }
+    warp_sync();
+  }
+
+  // How many loads may be started.
+  JAX_EP_DEVICE i32 room() const { return static_cast<i32>(Stages::kStages - (loads_ - uses_)); }
+
+  // All lanes: lanes [first, first + count) load the segments of their rows, in their order.
+  JAX_EP_DEVICE void load(i32 first, i32 count, Ptr<const std::byte> from, u32 bytes) {
+    const u32 mine = lane_id() - static_cast<u32>(first);
+    if (mine < static_cast<u32>(count)) {
+      const u32 stage = (loads_ + mine) % Stages::kStages;
+      mbar_arrive_expect(&stages_.loaded[stage], bytes);
+      bulk_load(address_of(stages_.stage[stage][0]), from, bytes, &stages_.loaded[stage]);
+    }
+    loads_ += static_cast<u32>(count);
+  }
+
+  // All lanes: the oldest segment, once it is there. Follow its use with `used`.
+  JAX_EP_DEVICE Ptr<u32> wait() {
+    const u32 stage = uses_ % Stages::kStages;
+    mbar_wait(&stages_.loaded[stage], uses_ / Stages::kStages % 2);
+    return address_of(stages_.stage[stage][0]);
+  }
+  JAX_EP_DEVICE void used() {
+    warp_sync();  // all lanes have read the stage before it is loaded again
+    ++uses_;
+  }
+
+ private:
+  Stages& stages_;
+  u32 loads_ = 0;
+  u32 uses_ = 0;
+};
+
+// A segment's sum, while it grows: lane l holds vectors l, l + 32, ... of 16 bytes.
+template <typename RowType, int kVectors>
+struct SegmentSum {
+  static constexpr int kPerVector = 4 * RowType::kPerWord;
+  float value[kVectors][kPerVector] = {};
+
+  JAX_EP_DEVICE void add(float weight, const Vec16 (&row)[kVectors]) {
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float values[kPerVector];
+      for (int w = 0; w < 4; ++w) RowType::unpack(row[v].word[w], values + w * RowType::kPerWord);
+      for (int c = 0; c < kPerVector; ++c) {
+        value[v][c] = fused_multiply_add(weight, values[c], value[v][c]);
       }
+    }
+  }
+  JAX_EP_DEVICE void round(Vec16 (&row)[kVectors]) const {
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      for (int w = 0; w < 4; ++w) {
+        row[v].word[w] = RowType::pack(value[v] + w * RowType::kPerWord);
+      }
+    }
+  }
+};
+
+// Sums segments [first_segment, last_segment) of the rows of tokens [first, last), one token after
+// another. `terms_of(token)` is called once for each, in order; a token of no terms is left out.
+// `out_of(token)` is where its sum goes. With kOwnIsRounded the sum of this rank's own rows is
+// rounded before it is added to what other ranks have sent, as those are. All lanes.
+template <typename RowType, bool kOwnIsRounded, typename Stages, typename TermsOf, typename OutOf>
+class SumStream {
+ public:
+  JAX_EP_DEVICE SumStream(TermRing<Stages>& ring,
+                          const Segments& segments,
+                          i64 hidden,
+                          const TermsOf& terms_of,
+                          const OutOf& out_of)
+      : ring_(ring),
+        segments_(segments),
+        hidden_(hidden),
+        terms_of_(terms_of),
+        out_of_(out_of) {}
+
+  JAX_EP_DEVICE void run(i64 first, i64 last, i32 first_segment, i32 last_segment) {
+    last_ = last;
+    first_segment_ = first_segment;
+    last_segment_ = last_segment;
+    ahead_.token = first - 1;
+    to_next_token();
+    while (ahead_.token < last_) {
+      at_token_ = ahead_.token;
+      const SumTerms terms = ahead_terms_;
+      const Ptr<std::byte> out = out_of_(at_token_);
+      for (i32 segment = first_segment; segment < last_segment; ++segment) {
+        sum_segment(terms, segment, out);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kVectors = Stages::kSegmentBytes / 16 / static_cast<int>(kWarpSize);
+  static constexpr i32 kElementBytes = sizeof(typename RowType::Element);
+  using Sum = SegmentSum<RowType, kVectors>;
+
+  JAX_EP_DEVICE void to_next_token() {
+    do {
+      if (++ahead_.token >= last_) return;
+      ahead_terms_ = terms_of_(ahead_.token);
+    } while (ahead_terms_.count == 0);
+    ahead_.segment = first_segment_;
+    ahead_.term = 0;
+  }
+
+  // Starts as many loads as there is room for, at most to the end of the next token: so when the
+  // last term of a token is waited for, the terms of the next one are known.
+  JAX_EP_DEVICE void load_ahead() {
+    while (ahead_.token < last_) {
+      if (ahead_.segment == last_segment_) {
+        if (ahead_.token != at_token_) return;
+        to_next_token();
+        continue;
+      }
+      const i32 room = ring_.room();
+      if (room == 0) return;
+      const i32 left = ahead_terms_.count - ahead_.term;
+      const i32 count = left < room ? left : room;
+      ring_.load(ahead_.term,
+                 count,
+                 ahead_terms_.row + segments_.first(ahead_.segment) * kElementBytes,
+                 segment_bytes(ahead_.segment));
+      ahead_.term += count;
+      if (ahead_.term < ahead_terms_.count) return;
+      ahead_.term = 0;
+      ++ahead_.segment;
+    }
+  }
+
+  JAX_EP_DEVICE u32 segment_bytes(i32 segment) const {
+    return static_cast<u32>(segments_.size(segment, hidden_) * kElementBytes);
+  }
+
+  JAX_EP_DEVICE void sum_segment(const SumTerms& terms, i32 segment, Ptr<std::byte> out) {
+    const i32 num_vectors = static_cast<i32>(segment_bytes(segment) / 16);
+    Sum sum;
+    Sum of_others;  // that come before this rank
+    Vec16 row[kVectors];
+    i32 weight = 0;
+    for (i32 term = 0; term < terms.count; ++term) {
+      load_ahead();
+      const Ptr<const Vec16> stage{as<const Vec16>(ring_.wait()).raw};
       JAX_EP_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        const i64 at = base + v * i64{kWarpSize};
-        Vec16 result;
-        for (int w = 0; w < 4; ++w) result.word[w] = RowType::pack(sum[v] + w * RowType::kPerWord);
-        if (at < last) st(as<Vec16>(out) + at, result);
+        const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
+        row[v] = at < num_vectors ? ld(stage + at) : Vec16{};
+      }
+      ring_.used();
+      if (kOwnIsRounded && term == terms.own_first && terms.own_end > term) {
+        of_others = sum;
+        sum = Sum{};
+      }
+      const i32 end = weight + (terms.is_own(term) ? terms.weights_per_row : 1);
+      for (; weight < end; ++weight) sum.add(shfl_float(terms.weight, weight), row);
+      if (kOwnIsRounded && term + 1 == terms.own_end) {
+        sum.round(row);
+        sum = of_others;
+        sum.add(1.0F, row);
       }
     }
+    sum.round(row);
+    const Ptr<Vec16> to = as<Vec16>(out + segments_.first(segment) * kElementBytes);
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
+      if (at < num_vectors) st(to + at, row[v]);
+    }
+  }
+
+  struct Position {
+    i64 token;
+    i32 segment;
+    i32 term;
+  };
+
+  TermRing<Stages>& ring_;
+  const Segments& segments_;
+  const i64 hidden_;
+  const TermsOf& terms_of_;
+  const OutOf& out_of_;
+  i64 last_ = 0;
+  i32 first_segment_ = 0;
+  i32 last_segment_ = 0;
+  i64 at_token_ = -1;
+  Position ahead_{};
+  SumTerms ahead_terms_{};
+};
+
+// The same sum of one token, element by element, of rows that bulk copies cannot move.
+template <typename RowType, bool kOwnIsRounded>
+JAX_EP_DEVICE void sum_elements(const SumTerms& terms, i64 hidden, Ptr<std::byte> out) {
+  using Element = typename RowType::Element;
+  for (i64 first = 0; first < hidden; first += kWarpSize) {
+    const i64 c = first + lane_id();
+    float sum = 0;
+    float of_others = 0;
+    i32 weight = 0;
+    for (i32 term = 0; term < terms.count; ++term) {
+      const Ptr<const Element> row = as<const Element>(shfl_pointer(terms.row, term));
+      const float value = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
+      if (kOwnIsRounded && term == terms.own_first && terms.own_end > term) {
+        of_others = sum;
+        sum = 0;
+      }
+      const i32 end = weight + (terms.is_own(term) ? terms.weights_per_row : 1);
+      for (; weight < end; ++weight) {
+        sum = fused_multiply_add(shfl_float(terms.weight, weight), value, sum);
+      }
+      if (kOwnIsRounded && term + 1 == terms.own_end) {
+        sum = fused_multiply_add(1.0F, RowType::to_float(RowType::from_float(sum)), of_others);
+      }
+    }
+    if (c < hidden) st(as<Element>(out) + c, RowType::from_float(sum));
   }
 }
 

@@ -128,7 +128,8 @@ JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 sta
   return waited > timeout ? level | kOverdue : level;
 }
 
-// Waits until `done(*word)`, and returns it. The load that ends the wait is an acquire.
+// Waits until `done(*word)`, which then stays, and returns it. The load that ends the wait is an
+// acquire. Those before are not: each would empty the SM's cache of what it has loaded.
 template <Scope kScope, typename Word, typename Done>
 JAX_EP_DEVICE Word wait_until(const RankView& view,
                               Ptr<Word> word,
@@ -138,8 +139,9 @@ JAX_EP_DEVICE Word wait_until(const RankView& view,
   const u64 start = now_ns();
   u32 level = 0;
   for (u32 polls = 1;; ++polls) {
-    const Word seen = ld_acquire<kScope>(word);
+    Word seen = ld_relaxed<kScope>(word);
     if (done(seen)) {
+      seen = ld_acquire<kScope>(word);
       if (level != 0) report_long_wait(view, context, level & ~kOverdue, true);
       return seen;
     }

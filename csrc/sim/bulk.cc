@@ -189,11 +189,12 @@ void bulk_wait(uint32_t allowed_pending, bool reads_only, Location at) {
   thread.waited = std::max(thread.waited, upto);
 }
 
-void fence_proxy_async(Location at) {
+void fence_proxy_async(MemorySpace space, Location at) {
   Thread& thread = engine->step(at);
-  fence_mbars(thread);
-  thread.view.async = thread.view.generic;
-  thread.view.now_async = thread.view.now++;
+  if (space == MemorySpace::kShared) fence_mbars(thread);
+  const auto s = static_cast<uint32_t>(space);
+  thread.view.async[s] = thread.view.generic;
+  thread.view.now_async[s] = thread.view.now++;
 }
 
 }  // namespace ops
@@ -210,7 +211,8 @@ void Engine::advance_copies() {
 }
 
 void Engine::fetch(BulkCopy& copy) {
-  const Access access{&copy.view, copy_stamp(copy.reads_as, copy)};
+  const MemorySpace source = copy.mbar ? MemorySpace::kGlobal : MemorySpace::kShared;
+  const Access access{&copy.view, copy_stamp(copy.reads_as, copy), source};
   constexpr uint32_t kStep = Memory::kLineBytes;
   copy.data.resize(copy.bytes);
   for (uint32_t i = 0; i < copy.bytes; i += kStep) {
@@ -226,7 +228,8 @@ void Engine::fetch(BulkCopy& copy) {
 }
 
 void Engine::land(BulkCopy& copy) {
-  const Access access{&copy.view, copy_stamp(copy.writes_as, copy)};
+  const MemorySpace target = copy.mbar ? MemorySpace::kShared : MemorySpace::kGlobal;
+  const Access access{&copy.view, copy_stamp(copy.writes_as, copy), target};
   constexpr uint32_t kStep = Memory::kLineBytes;
   for (uint32_t i = 0; i < copy.bytes; i += kStep) {
     uint32_t visible[Memory::kWords];

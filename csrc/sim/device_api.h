@@ -15,6 +15,8 @@ using Location = std::source_location;
 
 enum class Order : uint8_t { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
 enum class MemoryScope : uint8_t { kGpu, kSys };
+enum class MemorySpace : uint8_t { kGlobal, kShared };
+inline constexpr uint32_t kNumMemorySpaces = 2;
 enum class Collective : uint8_t { kSync, kShuffle, kBallot, kMatch };
 
 struct ThreadId {
@@ -43,7 +45,7 @@ void bulk_load(void* to, const void* from, uint32_t bytes, void* mbar, Location 
 void bulk_store(void* to, const void* from, uint32_t bytes, Location at);
 void bulk_commit(Location at);
 void bulk_wait(uint32_t allowed_pending, bool reads_only, Location at);
-void fence_proxy_async(Location at);
+void fence_proxy_async(MemorySpace space, Location at);
 
 uint64_t now_ns();
 void spin_pause(const char* what, Location at);

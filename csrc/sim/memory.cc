@@ -282,7 +282,7 @@ bool Memory::knows_store(const Access& access, Stamp stamp) const {
   if (stamp.async && block_of[stamp.participant] == block_of[access.stamp.participant]) {
     return access.view->sees(stamp);
   }
-  return access.view->async_sees(stamp);
+  return access.view->async_sees(stamp, access.space);
 }
 
 bool Memory::both_strong(Stamp a, Stamp b) const {

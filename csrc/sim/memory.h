@@ -21,6 +21,7 @@ namespace jax_ep::sim {
 struct Access {
   const View* view;  // null: everything (the host while nothing runs)
   Stamp stamp;
+  MemorySpace space = MemorySpace::kGlobal;  // of use for a bulk copy's
 };
 
 // What a release hands to the acquire that reads its store.

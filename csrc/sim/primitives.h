@@ -163,8 +163,11 @@ template <u32 kPending>
 void bulk_wait_read(Location at = Location::current()) {
   sim::ops::bulk_wait(kPending, /*reads_only=*/true, at);
 }
-inline void fence_proxy_async(Location at = Location::current()) {
-  sim::ops::fence_proxy_async(at);
+inline void fence_proxy_async_shared(Location at = Location::current()) {
+  sim::ops::fence_proxy_async(sim::MemorySpace::kShared, at);
+}
+inline void fence_proxy_async_global(Location at = Location::current()) {
+  sim::ops::fence_proxy_async(sim::MemorySpace::kGlobal, at);
 }
 
 // ---- time ---------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Streams, kernels and blocks: when they start and end, and what each knows then.
+#include <algorithm>
+
 #include "csrc/sim/engine.h"
 
 namespace jax_ep::sim {
@@ -64,8 +66,9 @@ void Engine::start_block(uint32_t rank, uint32_t stream_index) {
     Thread& thread = threads[i];
     thread.id = {rank, stream_index, index, t, shape.blocks, shape.threads};
     thread.block = &block;
-    thread.view.generic = thread.view.async = stream.before;
-    thread.view.now_async = thread.view.now++;
+    thread.view.generic = stream.before;
+    std::fill_n(thread.view.async, kNumMemorySpaces, stream.before);
+    std::fill_n(thread.view.now_async, kNumMemorySpaces, thread.view.now++);
     thread.location = 0;
     thread.what = "";
     thread.watch = thread.watch_too = kNothing;

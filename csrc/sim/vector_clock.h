@@ -12,6 +12,8 @@
 #include <cstring>
 #include <utility>
 
+#include "csrc/sim/device_api.h"
+
 namespace jax_ep::sim {
 
 // One counter per participant. Copies are cheap: counters lie in chunks that are shared until
@@ -169,19 +171,20 @@ struct Stamp {
 };
 
 // What a participant knows. `generic` orders its own accesses; `async` is what a bulk copy that
-// it issues may rely on; they differ until fence_proxy_async. The owner's own counters are apart,
-// so that the threads that leave a barrier share one clock.
+// it issues may rely on, in each memory space; they differ until a proxy fence of the space. The
+// owner's own counters are apart, so that the threads that leave a barrier share one clock.
 struct View {
   static constexpr uint32_t kNobody = 0xffffffffu;
-  Clock generic, async;
+  Clock generic, async[kNumMemorySpaces];
   uint32_t owner = kNobody;
-  uint32_t now = 0, now_async = 0;
+  uint32_t now = 0, now_async[kNumMemorySpaces] = {};
 
   bool sees(Stamp stamp) const {
     return (stamp.participant == owner ? now : generic[stamp.participant]) >= stamp.time;
   }
-  bool async_sees(Stamp stamp) const {
-    return (stamp.participant == owner ? now_async : async[stamp.participant]) >= stamp.time;
+  bool async_sees(Stamp stamp, MemorySpace space) const {
+    const auto s = static_cast<uint32_t>(space);
+    return (stamp.participant == owner ? now_async[s] : async[s][stamp.participant]) >= stamp.time;
   }
   void join(const View& other) {
     // Whoever knows the owner's count also got all that the owner had published with it.
@@ -190,16 +193,16 @@ struct View {
       return;
     }
     generic.join(other.generic);
-    async.join(other.async);
+    for (uint32_t s = 0; s < kNumMemorySpaces; ++s) async[s].join(other.async[s]);
     if (other.owner == kNobody) return;
     generic.raise(other.owner, other.now);
-    async.raise(other.owner, other.now_async);
+    for (uint32_t s = 0; s < kNumMemorySpaces; ++s) async[s].raise(other.owner, other.now_async[s]);
   }
   // Makes it a set of facts that can absorb those of other owners.
   void disown() {
     if (owner == kNobody) return;
     generic.raise(owner, now);
-    async.raise(owner, now_async);
+    for (uint32_t s = 0; s < kNumMemorySpaces; ++s) async[s].raise(owner, now_async[s]);
     owner = kNobody;
   }
 };

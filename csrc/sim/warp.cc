@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Barriers of blocks and warps, and what lanes of a warp tell each other.
+#include <algorithm>
+
 #include "csrc/sim/engine.h"
 
 namespace jax_ep::sim {
@@ -12,15 +14,17 @@ void synchronize(const char* what, const Each& each) {
   View all;
   each([&](Thread& thread) {
     all.generic.join(thread.view.generic);
-    all.async.join(thread.view.async);
+    for (uint32_t s = 0; s < kNumMemorySpaces; ++s) all.async[s].join(thread.view.async[s]);
   });
   each([&](Thread& thread) {
     all.generic.raise(thread.view.owner, thread.view.now++);
-    all.async.raise(thread.view.owner, thread.view.now_async);
+    for (uint32_t s = 0; s < kNumMemorySpaces; ++s) {
+      all.async[s].raise(thread.view.owner, thread.view.now_async[s]);
+    }
   });
   each([&](Thread& thread) {
     thread.view.generic = all.generic;
-    thread.view.async = all.async;
+    std::copy_n(all.async, kNumMemorySpaces, thread.view.async);
     thread.sync = what;
     thread.sync_location = thread.location;
   });

@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::CombineConfig<1, 2, 2, 8>;
+using Config = dev::CombineConfig<1, 2, 3, 512>;
 
 template <typename RowType>
 SimulatedKernel kernel_of(CombineParams params) {

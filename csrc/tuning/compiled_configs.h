@@ -31,7 +31,7 @@ struct CompiledTransfer {
 inline constexpr CompiledTransfer kCompiledDispatch{
     .num_senders = 8, .num_receivers = 6, .num_stages = 4};
 inline constexpr CompiledTransfer kCompiledCombine{
-    .num_senders = 14, .num_receivers = 2, .num_stages = 0};
+    .num_senders = 8, .num_receivers = 6, .num_stages = 8};
 
 }  // namespace jax_ep
 

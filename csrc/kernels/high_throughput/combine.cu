@@ -8,8 +8,8 @@ namespace {
 
 using Config = dev::CombineConfig<kCompiledCombine.num_senders,
                                   kCompiledCombine.num_receivers,
-                                  kMoveVectors,
-                                  kMinPartMoves>;
+                                  kCompiledCombine.num_stages,
+                                  kCombineSegmentBytes>;
 
 template <typename RowType>
 using Kernel = dev::CombineKernel<Config, RowType>;

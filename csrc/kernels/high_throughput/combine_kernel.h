@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Combine: a block's first warps sum the rows that this rank holds of each token, and send one row
-// per token to its owner; meanwhile the others sum what the ranks have sent for this rank's own
-// tokens, in ascending order of the ranks, and so do the first, when they have sent. All work chunk
-// by chunk of the owner's tokens.
+// Combine: a block's first warps sum the rows that this rank holds of other ranks' tokens, and send
+// one row per token to its owner; meanwhile the others sum what the ranks have sent for this rank's
+// own tokens, in ascending order of the ranks, and so do the first, when they have sent. What this
+// rank itself holds of its own tokens is summed, and rounded, where it is added. All work chunk by
+// chunk of the owner's tokens.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_KERNEL_H_
 
@@ -12,16 +13,15 @@
 
 namespace jax_ep::dev {
 
-template <int kSenderWarps, int kOtherWarps, int kVectorsInFlight, int kMinMovesOfAPart>
+template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
 struct CombineConfig {
   static constexpr int kSenders = kSenderWarps;
   static constexpr int kWarps = kSenders + kOtherWarps;
-  static constexpr int kStages = 0;
-  static constexpr int kVectors = kVectorsInFlight;
-  static constexpr int kMinMoves = kMinMovesOfAPart;  // fewer are not worth a warp
+  static constexpr int kStages = kStageCount;
+  using Stages = SegmentStages<kStages, kSegmentBytes>;
 
   struct SharedStorage {
-    SumTerms terms[kWarps];
+    Stages stages[kWarps];
   };
 };
 
@@ -36,20 +36,19 @@ class CombineKernel {
                   OpKind::kCombine,
                   params.call_tag,
                   params.program_rank),
-        terms_(shared<typename Config::SharedStorage>().terms[warp_id()]),
+        ring_(shared<typename Config::SharedStorage>().stages[warp_id()]),
         hidden_(params.op.hidden),
-        row_bytes_(hidden_ * static_cast<i64>(sizeof(typename RowType::Element))),
-        vectors_(row_bytes_ % 16 == 0),
+        row_bytes_(hidden_ * kElementBytes),
+        bulk_(row_bytes_ % 16 == 0),
+        segments_(hidden_, Config::Stages::kSegmentBytes / kElementBytes, 16 / kElementBytes),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
         num_tokens_(shape_.num_tokens),
         chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
         num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
-        num_moves_(hidden_ / (vectors_ ? kElementsPerMove<RowType, Config::kVectors> : 1)),
-        num_parts_(num_parts(num_chunks_,
-                             static_cast<i32>(num_moves_ / Config::kMinMoves),
-                             params.view.chunk_target)) {}
+        num_parts_(
+            bulk_ ? num_parts(num_chunks_, segments_.count, params.view.chunk_target) : 1) {}
 
   JAX_EP_DEVICE void run() {
     if (exchange_.closed()) return leave_no_results();
@@ -59,22 +58,95 @@ class CombineKernel {
   }
 
  private:
+  static constexpr i32 kElementBytes = sizeof(typename RowType::Element);
+
   JAX_EP_DEVICE bool is_rank_major() const { return shape_.layout == Layout::kRank; }
   JAX_EP_DEVICE i64 first_token(i32 chunk) const { return i64{chunk} * chunk_tokens_; }
   JAX_EP_DEVICE i64 last_token(i32 chunk) const {
     const i64 last = first_token(chunk) + chunk_tokens_;
     return last < num_tokens_ ? last : num_tokens_;
   }
+  JAX_EP_DEVICE i32 first_segment(i32 part) const { return part * segments_.count / num_parts_; }
+  JAX_EP_DEVICE Ptr<const std::byte> y_row(i32 row) const {
+    return Ptr<const std::byte>{static_cast<const std::byte*>(params_.op.y)} + row * row_bytes_;
+  }
 
-  template <typename RowOf>
-  JAX_EP_DEVICE void sum(i32 count, i32 part, const RowOf& row_of, Ptr<std::byte> out) {
-    const i64 first = part * num_moves_ / num_parts_;
-    const i64 last = (part + 1) * num_moves_ / num_parts_;
-    if (vectors_) {
-      sum_rows<RowType, Config::kVectors>(terms_, count, first, last, row_of, out);
-    } else {
-      sum_rows<RowType, 0>(terms_, count, first, last, row_of, out);
+  // Sums the rows of a part of a chunk; `terms_of(token)` also moves scalars, of part 0.
+  template <bool kOwnIsRounded, typename TermsOf, typename OutOf>
+  JAX_EP_DEVICE void sum(i32 flag_idx, const TermsOf& terms_of, const OutOf& out_of) {
+    const i64 first = first_token(flag_idx / num_parts_);
+    const i64 last = last_token(flag_idx / num_parts_);
+    const i32 part = flag_idx % num_parts_;
+    if (bulk_ && hidden_ > 0) {
+      SumStream<RowType, kOwnIsRounded, typename Config::Stages, TermsOf, OutOf>(
+          ring_, segments_, hidden_, terms_of, out_of)
+          .run(first, last, first_segment(part), first_segment(part + 1));
+      return;
     }
+    for (i64 token = first; token < last; ++token) {
+      const SumTerms terms = terms_of(token);
+      if (terms.count > 0) {
+        sum_elements<RowType, kOwnIsRounded>(terms, hidden_, out_of(token));
+      }
+    }
+  }
+
+  // --- what this rank holds of a token -----------------------------------------------------------
+
+  // Lane j gets the j-th row of this rank that holds the token; -1: it has none.
+  JAX_EP_DEVICE i32 row_of_lane(i32 owner, i64 token) const {
+    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
+    if (static_cast<i32>(lane_id()) >= max_rows) return -1;
+    const i64 global_token = owner * num_tokens_ + token;
+    const i32 row =
+        ld(Ptr<const i32>{params_.op.source_slot} + (global_token * max_rows + lane_id()));
+    return row < shape_.recv_capacity ? row : -1;
+  }
+
+  // The terms of these rows, in the first lanes. All lanes.
+  JAX_EP_DEVICE SumTerms held_terms(i32 row) const {
+    const u32 holders = warp_ballot(row >= 0);
+    SumTerms terms{};
+    terms.count = static_cast<i32>(count_bits(holders));
+    terms.own_end = terms.count;
+    if (terms.count == 0) return terms;
+    if (is_rank_major() && params_.op.weighted) {
+      // One row, of all of the token's selections here.
+      const auto only = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
+      terms.row = y_row(only);
+      list_weights(only, terms);
+      return terms;
+    }
+    // One term per row that holds the token, ascending, as its experts are. The rows of a plan have
+    // no holes; those of a handle from elsewhere may.
+    const i32 place =
+        row >= 0 ? static_cast<i32>(count_bits(holders & lanes_below(lane_id()))) : -1;
+    const bool weighted = row >= 0 && params_.op.weighted;
+    const float weight = weighted ? ld(Ptr<const float>{params_.op.weights} + row) : 1.0F;
+    const i32 from = lane_with_place(place, static_cast<i32>(kWarpSize));
+    const i32 lane = from < 0 ? 0 : from;
+    terms.row = y_row(static_cast<i32>(warp_shfl(static_cast<u32>(row), static_cast<u32>(lane))));
+    terms.weight = shfl_float(weight, lane);
+    return terms;
+  }
+
+  // Layout "rank": one weight per selection of the token here, by ascending expert.
+  JAX_EP_DEVICE void list_weights(i32 row, SumTerms& terms) const {
+    const i64 at = i64{row} * num_topk_ + lane_id();
+    const bool is_selection = static_cast<i32>(lane_id()) < num_topk_;
+    const i32 local = is_selection ? ld(Ptr<const i32>{params_.op.row_topk_idx} + at) : -1;
+    const float weight = local >= 0 ? ld(Ptr<const float>{params_.op.weights} + at) : 0.0F;
+    i32 place = 0;
+    for (i32 k = 0; k < num_topk_; ++k) {
+      const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
+      // A plan's are distinct. Those of a handle from elsewhere may be equal, and each must have a
+      // place of its own: the sum reads as many as there are.
+      const bool earlier = other == local && k < static_cast<i32>(lane_id());
+      place += static_cast<i32>(other >= 0 && (other < local || earlier));
+    }
+    const i32 from = lane_with_place(local >= 0 ? place : -1, num_topk_);
+    terms.weight = shfl_float(weight, from < 0 ? 0 : from);
+    terms.weights_per_row = static_cast<i32>(count_bits(warp_ballot(local >= 0)));
   }
 
   // --- the senders -----------------------------------------------------------------------------
@@ -84,79 +156,25 @@ class CombineKernel {
   JAX_EP_DEVICE void send() {
     const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
-    const i64 num_items = i64{num_chunks_} * num_parts_ * num_ranks_;
+    const i32 num_others = num_ranks_ - 1;
+    const i64 num_items = i64{num_chunks_} * num_parts_ * num_others;
     if (warp >= num_items) return;
     exchange_.wait_until_writable();
     // Chunk by chunk; each rank begins with another owner.
     for (i64 item = warp; item < num_items; item += num_warps) {
-      const auto flag_idx = static_cast<i32>(item / num_ranks_);
-      const i32 owner = peer_at_turn(exchange_.view(), static_cast<i32>(item % num_ranks_));
+      const auto flag_idx = static_cast<i32>(item / num_others);
+      const i32 owner = peer_at_turn(exchange_.view(), 1 + static_cast<i32>(item % num_others));
       if (owner < 0) continue;
-      const i64 last = last_token(flag_idx / num_parts_);
-      for (i64 token = first_token(flag_idx / num_parts_); token < last; ++token) {
-        send_token(owner, token, flag_idx % num_parts_);
-      }
+      sum<false>(
+          flag_idx,
+          [this, owner, flag_idx](i64 token) {
+            const i32 row = row_of_lane(owner, token);
+            if (flag_idx % num_parts_ == 0) send_scalars(owner, token, row);
+            return held_terms(row);
+          },
+          [this, owner](i64 token) { return peer_row(exchange_.view(), owner, token); });
       exchange_.signal_arrived_at(owner, flag_idx);
     }
-  }
-
-  JAX_EP_DEVICE void send_token(i32 owner, i64 token, i32 part) {
-    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
-    const i64 global_token = owner * num_tokens_ + token;
-    i32 row = -1;
-    if (static_cast<i32>(lane_id()) < max_rows) {
-      row = ld(Ptr<const i32>{params_.op.source_slot} + (global_token * max_rows + lane_id()));
-    }
-    if (row >= shape_.recv_capacity) row = -1;
-    const u32 holders = warp_ballot(row >= 0);
-    if (holders == 0) return;
-    if (part == 0) send_scalars(owner, token, row);
-    if (hidden_ == 0) return;
-    const i32 count =
-        is_rank_major() && params_.op.weighted ? list_selections(row) : list_rows(row, holders);
-    warp_sync();
-    sum(
-        count,
-        part,
-        [this](i32 term) {
-          return Ptr<const std::byte>{static_cast<const std::byte*>(params_.op.y)} +
-                 term * row_bytes_;
-        },
-        peer_row(exchange_.view(), owner, token));
-    warp_sync();  // the terms are read before the next token's are written
-  }
-
-  // One term per row that holds the token, ascending, as its experts are.
-  JAX_EP_DEVICE i32 list_rows(i32 row, u32 holders) {
-    if (row >= 0) {
-      // The rows of a plan have no holes; those of a handle from elsewhere may.
-      const u32 position = count_bits(holders & lanes_below(lane_id()));
-      terms_.row[position] = row;
-      terms_.weight[position] =
-          params_.op.weighted ? ld(Ptr<const float>{params_.op.weights} + row) : 1.0F;
-    }
-    return static_cast<i32>(count_bits(holders));
-  }
-
-  // Layout "rank": one term per selection of the token here, by ascending expert, all of one row.
-  JAX_EP_DEVICE i32 list_selections(i32 row_of_lane_0) {
-    const auto row = static_cast<i32>(warp_shfl(static_cast<u32>(row_of_lane_0), 0));
-    const i64 at = i64{row} * num_topk_ + lane_id();
-    const bool is_selection = static_cast<i32>(lane_id()) < num_topk_;
-    const i32 local = is_selection ? ld(Ptr<const i32>{params_.op.row_topk_idx} + at) : -1;
-    u32 position = 0;
-    for (i32 k = 0; k < num_topk_; ++k) {
-      const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
-      // A plan's are distinct. Those of a handle from elsewhere may be equal, and each must have a
-      // place of its own: the sum reads as many as there are.
-      const bool earlier = other == local && k < static_cast<i32>(lane_id());
-      position += static_cast<u32>(other >= 0 && (other < local || earlier));
-    }
-    if (local >= 0) {
-      terms_.row[position] = row;
-      terms_.weight[position] = ld(Ptr<const float>{params_.op.weights} + at);
-    }
-    return static_cast<i32>(count_bits(warp_ballot(local >= 0)));
   }
 
   JAX_EP_DEVICE void send_scalars(i32 owner, i64 token, i32 row) {
@@ -168,14 +186,15 @@ class CombineKernel {
       return put_scalar(exchange_.view(), owner, token, num_topk_, lane, scalar);
     }
     const auto from = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
-    if (lane >= static_cast<u32>(num_topk_)) return;
+    if (from < 0 || lane >= static_cast<u32>(num_topk_)) return;
     const float scalar =
         ld(Ptr<const float>{params_.op.row_scalars} + (i64{from} * num_topk_ + lane));
     put_scalar(exchange_.view(), owner, token, num_topk_, lane, scalar);
   }
 
   // --- the receivers ---------------------------------------------------------------------------
-  // Read this rank's staging, topk_idx, slot. Write out, token_scalars. Wait for arrived.
+  // Read this rank's staging, topk_idx, slot, and of its own tokens what the senders read. Write
+  // out, token_scalars. Wait for arrived.
 
   JAX_EP_DEVICE void receive() {
     // Neighboring chunks to different blocks; warps that also send come last.
@@ -183,37 +202,83 @@ class CombineKernel {
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     for (i32 flag_idx = warp; flag_idx < num_chunks_ * num_parts_; flag_idx += num_warps) {
-      share_out_peers(exchange_.view(),
-                      [this, flag_idx](i32 source) { exchange_.wait_arrived(source, flag_idx); });
+      share_out_peers(exchange_.view(), [this, flag_idx](i32 source) {
+        if (source != rank_) exchange_.wait_arrived(source, flag_idx);
+      });
       warp_sync();
-      const i64 last = last_token(flag_idx / num_parts_);
-      for (i64 token = first_token(flag_idx / num_parts_); token < last; ++token) {
-        receive_token(token, flag_idx % num_parts_);
-      }
+      // The copy engine, too, sees what has arrived.
+      fence_proxy_async_global();
+      sum<true>(
+          flag_idx,
+          [this, flag_idx](i64 token) {
+            const Selections selections(
+                shape_, Ptr<const i32>{params_.op.topk_idx}, Ptr<const i32>{params_.op.slot}, token);
+            if (flag_idx % num_parts_ == 0) receive_scalars(selections, token);
+            const SumTerms terms = received_terms(selections, token);
+            if (terms.count == 0 && flag_idx % num_parts_ == 0) clear_row(token);
+            return terms;
+          },
+          [this](i64 token) { return out_row(token); });
     }
   }
 
-  JAX_EP_DEVICE void receive_token(i64 token, i32 part) {
-    const Selections selections(
-        shape_, Ptr<const i32>{params_.op.topk_idx}, Ptr<const i32>{params_.op.slot}, token);
-    if (part == 0) receive_scalars(selections, token);
-    if (hidden_ == 0) return;
-    const u32 position = selections.ranks_before(num_topk_);
-    if (selections.leads()) {
-      terms_.row[position] = selections.dest();
-      terms_.weight[position] = 1.0F;
+  JAX_EP_DEVICE Ptr<std::byte> out_row(i64 token) const {
+    return Ptr<std::byte>{static_cast<std::byte*>(params_.op.out)} + token * row_bytes_;
+  }
+
+  // A row of each rank that holds the token, ascending; this rank's own are still to be summed.
+  JAX_EP_DEVICE SumTerms received_terms(const Selections& selections, i64 token) const {
+    const bool leads = selections.leads() && selections.dest() != rank_;
+    const u32 others = warp_ballot(leads);
+    const auto before =
+        static_cast<i32>(count_bits(warp_ballot(leads && selections.dest() < rank_)));
+    SumTerms terms = held_terms(row_of_lane(rank_, token));
+    const i32 num_others = static_cast<i32>(count_bits(others));
+    // Of a plan's there are at most num_topk in all. Those of a handle from elsewhere fit too.
+    const i32 lanes = static_cast<i32>(kWarpSize) - num_others;
+    const i32 own = terms.count < lanes ? terms.count : lanes;
+    if (terms.weights_per_row > lanes) terms.weights_per_row = lanes;
+    const i32 own_weights = own * terms.weights_per_row;
+    const i32 place_if_leads = ranks_before(selections, others, own);
+    const i32 place = leads ? place_if_leads : -1;
+    const Ptr<std::byte> staged =
+        staged_row(exchange_.view(), rank_, leads ? selections.dest() : rank_, token);
+    const i32 from = lane_with_place(place, num_topk_);
+    const Ptr<const std::byte> row_of_other{shfl_pointer(staged, from < 0 ? 0 : from).raw};
+    const auto lane = static_cast<i32>(lane_id());
+    const i32 own_lane = lane - before;
+    const Ptr<const std::byte> row_of_own =
+        shfl_pointer(terms.row, own_lane >= 0 && own_lane < own ? own_lane : 0);
+    terms.row = from < 0 ? row_of_own : row_of_other;
+    const float weight_of_own =
+        shfl_float(terms.weight, own_lane >= 0 && own_lane < own_weights ? own_lane : 0);
+    terms.weight = own_lane >= 0 && own_lane < own_weights ? weight_of_own : 1.0F;
+    terms.count = num_others + own;
+    terms.own_first = own > 0 ? before : 0;
+    terms.own_end = terms.own_first + own;
+    return terms;
+  }
+
+  // The place of this lane's rank among the terms: behind those of lower ranks, and of this rank's
+  // own if it is one of them. All lanes; of use where the lane is one of `others`.
+  JAX_EP_DEVICE i32 ranks_before(const Selections& selections, u32 others, i32 own) const {
+    i32 before = selections.dest() > rank_ ? own : 0;
+    for (i32 k = 0; k < num_topk_; ++k) {
+      const auto other =
+          static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(k)));
+      before += static_cast<i32>((others >> k & 1) != 0 && other < selections.dest());
     }
-    const auto count = static_cast<i32>(count_bits(warp_ballot(selections.leads())));
-    warp_sync();
-    sum(
-        count,
-        part,
-        [this, token](i32 source) {
-          const Ptr<std::byte> row = staged_row(exchange_.view(), rank_, source, token);
-          return Ptr<const std::byte>{row.raw};
-        },
-        Ptr<std::byte>{static_cast<std::byte*>(params_.op.out)} + token * row_bytes_);
-    warp_sync();
+    return before;
+  }
+
+  // The sum of a token that nobody holds.
+  JAX_EP_DEVICE void clear_row(i64 token) const {
+    bulk_ ? clear<Vec16>(out_row(token)) : clear<typename RowType::Element>(out_row(token));
+  }
+  template <typename T>
+  JAX_EP_DEVICE void clear(Ptr<std::byte> row) const {
+    const i64 count = row_bytes_ / static_cast<i64>(sizeof(T));
+    for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(row) + i, T{});
   }
 
   JAX_EP_DEVICE void receive_scalars(const Selections& selections, i64 token) {
@@ -221,11 +286,15 @@ class CombineKernel {
     const u32 lane = lane_id();
     const u32 position = is_rank_major() ? lane : selections.position(num_topk_);
     if (lane >= static_cast<u32>(num_topk_)) return;
-    const float scalar =
-        selections.live()
-            ? ld(staged_scalars(exchange_.view(), rank_, selections.dest(), token, num_topk_) +
-                 position)
-            : 0.0F;
+    float scalar = 0.0F;
+    if (selections.live() && selections.dest() == rank_) {
+      const i64 at = is_rank_major() ? i64{selections.slot()} * num_topk_ + lane
+                                     : i64{selections.slot()};
+      scalar = ld(Ptr<const float>{params_.op.row_scalars} + at);
+    } else if (selections.live()) {
+      scalar = ld(staged_scalars(exchange_.view(), rank_, selections.dest(), token, num_topk_) +
+                  position);
+    }
     st(Ptr<float>{params_.op.token_scalars} + (token * num_topk_ + lane), scalar);
   }
 
@@ -243,18 +312,18 @@ class CombineKernel {
   const CombineParams& params_;
   const EpShape& shape_;
   const Exchange exchange_;
-  SumTerms& terms_;
+  TermRing<typename Config::Stages> ring_;
   const i64 hidden_;
   const i64 row_bytes_;
-  const bool vectors_;  // rows are moved 16 bytes at a time
+  const bool bulk_;  // rows are moved by bulk copies
+  const Segments segments_;
   const i32 rank_;
   const i32 num_ranks_;
   const i32 num_topk_;
   const i64 num_tokens_;
   const i32 chunk_tokens_;
   const i32 num_chunks_;
-  const i64 num_moves_;  // of a row, see row_sum.h
-  const i32 num_parts_;  // of a row: runs of moves
+  const i32 num_parts_;  // of a row: runs of segments
 };
 
 }  // namespace jax_ep::dev

@@ -9,7 +9,7 @@ namespace {
 using Config = dev::DispatchConfig<kCompiledDispatch.num_senders,
                                    kCompiledDispatch.num_receivers,
                                    kCompiledDispatch.num_stages,
-                                   kSegmentBytes>;
+                                   kDispatchSegmentBytes>;
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
 template <typename RowType>

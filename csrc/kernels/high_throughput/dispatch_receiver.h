@@ -31,7 +31,7 @@ class DispatchReceiver {
       if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);
       warp_sync();
       // The copy engine, too, sees what has arrived.
-      fence_proxy_async();
+      fence_proxy_async_global();
       const i64 first = c_.first_token(flag_idx / c_.parts);
       const i64 last = c_.last_token(flag_idx / c_.parts);
       if (c_.hidden > 0 && c_.bulk) {

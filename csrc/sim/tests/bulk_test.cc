@@ -32,7 +32,7 @@ void load_to_shared(Mbar* mbar, Ptr<u32> from) {
 TEST(BulkStore, WaitThenRelease) {
   const auto send = [] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
     bulk_wait<0>();
@@ -43,7 +43,7 @@ TEST(BulkStore, WaitThenRelease) {
 TEST(BulkStore, WaitForReadsIsNotEnough) {
   const auto send = [] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
     bulk_wait_read<0>();
@@ -63,12 +63,24 @@ TEST(BulkStore, NoProxyFence) {
   };
   expect_message(Outcome::kRacy, send, receive);
 }
+TEST(BulkStore, ProxyFenceOfTheOtherMemory) {
+  const auto send = [] {
+    set_source(9);
+    set_source(7);
+    fence_proxy_async_global();
+    bulk_store(word(1, 0), source(), 16);
+    bulk_commit();
+    bulk_wait<0>();
+    st_release<kSys>(word(1, 1), 1);
+  };
+  expect_message(Outcome::kRacy, send, receive);
+}
 TEST(BulkStore, ProxyFenceBySomeoneElseOnThePath) {
   expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
            if (who.rank == 0 && who.block == 0) {
              if (who.thread == 40) {
                set_source(7);
-               fence_proxy_async();
+               fence_proxy_async_shared();
              }
              block_sync();
              if (who.thread == 0) {
@@ -84,7 +96,7 @@ TEST(BulkStore, ProxyFenceBySomeoneElseOnThePath) {
 TEST(BulkStore, SourceReusedTooEarly) {
   const auto send = [] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
     set_source(9);
@@ -96,7 +108,7 @@ TEST(BulkStore, SourceReusedTooEarly) {
 TEST(BulkStore, SourceReusedAfterItWasRead) {
   const auto send = [] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
     bulk_wait_read<0>();
@@ -109,7 +121,7 @@ TEST(BulkStore, SourceReusedAfterItWasRead) {
 TEST(BulkStore, WaitForAllButTheLastGroup) {
   const auto send = [] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
     bulk_store(word(1, 2), source(), 16);
@@ -130,7 +142,7 @@ TEST(BulkLoad, UsedAfterItsMbarrier) {
            if (!who.is(0)) return;
            Mbar* mbar = make_mbar();
            st(as<Vec16>(word(0, 0)), kSevens);
-           fence_proxy_async();
+           fence_proxy_async_global();
            load_to_shared(mbar, word(0, 0));
            mbar_wait(mbar, 0);
            seen.a = ld(source());
@@ -141,7 +153,7 @@ TEST(BulkLoad, UsedBeforeItsMbarrier) {
            if (!who.is(0)) return;
            Mbar* mbar = make_mbar();
            set_source(1);
-           fence_proxy_async();
+           fence_proxy_async_shared();
            load_to_shared(mbar, word(0, 0));
            seen.a = ld(source()) == 1 ? 1 : 7;
            mbar_wait(mbar, 0);
@@ -155,7 +167,7 @@ TEST(BulkLoad, WhatAnAcquireMadeKnownNeedsAProxyFence) {
   const auto receive_by_copy = [](bool fence) {
     Mbar* mbar = make_mbar();
     wait_acquire(word(1, 1), 1);
-    if (fence) fence_proxy_async();
+    if (fence) fence_proxy_async_global();
     load_to_shared(mbar, word(1, 0));
     mbar_wait(mbar, 0);
     seen.a = ld(source());
@@ -163,11 +175,25 @@ TEST(BulkLoad, WhatAnAcquireMadeKnownNeedsAProxyFence) {
   expect_message(Outcome::kRacy, send, [=] { receive_by_copy(false); });
   expect_message(Outcome::kOrdered, send, [=] { receive_by_copy(true); });
 }
+TEST(BulkLoad, AProxyFenceOfTheOtherMemoryIsNone) {
+  const auto send = [] {
+    st(as<Vec16>(word(1, 0)), kSevens);
+    st_release<kSys>(word(1, 1), 1);
+  };
+  expect_message(Outcome::kRacy, send, [] {
+    Mbar* mbar = make_mbar();
+    wait_acquire(word(1, 1), 1);
+    fence_proxy_async_shared();
+    load_to_shared(mbar, word(1, 0));
+    mbar_wait(mbar, 0);
+    seen.a = ld(source());
+  });
+}
 // Copies of two ranks: the acquire orders the threads, but the reader's copy needs its fence.
 TEST(BulkLoad, WhatAnotherRanksCopyStoredNeedsAProxyFence) {
   const auto send = [] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
     bulk_wait<0>();
@@ -176,7 +202,7 @@ TEST(BulkLoad, WhatAnotherRanksCopyStoredNeedsAProxyFence) {
   const auto receive_by_copy = [](bool fence) {
     Mbar* mbar = make_mbar();
     wait_acquire(word(1, 1), 1);
-    if (fence) fence_proxy_async();
+    if (fence) fence_proxy_async_global();
     load_to_shared(mbar, word(1, 0));
     mbar_wait(mbar, 0);
     seen.a = ld(source());
@@ -189,7 +215,7 @@ TEST(BulkLoad, WhatACopyOfTheSameBlockStoredNeedsNone) {
            if (!who.is(0)) return;
            Mbar* mbar = make_mbar();
            set_source(7);
-           fence_proxy_async();
+           fence_proxy_async_shared();
            bulk_store(word(0, 0), source(), 16);
            bulk_commit();
            bulk_wait<0>();
@@ -203,7 +229,7 @@ TEST(BulkLoad, TwoPhasesOfOneMbarrier) {
            if (!who.is(0)) return;
            Mbar* mbar = make_mbar();
            st(as<Vec16>(word(0, 0)), kSevens);
-           fence_proxy_async();
+           fence_proxy_async_global();
            load_to_shared(mbar, word(0, 0));
            mbar_wait(mbar, 0);
            seen.a = ld(source());
@@ -219,7 +245,7 @@ TEST(BulkLoad, WholeWarpWaits) {
            if (who.thread == 0) {
              make_mbar();
              st(as<Vec16>(word(0, 0)), kSevens);
-             fence_proxy_async();
+             fence_proxy_async_global();
              load_to_shared(mbar, word(0, 0));
            }
            warp_sync();
@@ -281,7 +307,7 @@ TEST(Mbarriers, TooFewBytesExpectedNeverComplete) {
 TEST(BulkMisuse, StoreNeverWaitedFor) {
   const Report report = report_of([] {
     set_source(7);
-    fence_proxy_async();
+    fence_proxy_async_shared();
     bulk_store(word(1, 0), source(), 16);
     bulk_commit();
   });
