@@ -12,17 +12,16 @@
 namespace jax_ep::dev {
 
 // What is summed for one token, spread over a warp: lane i holds the i-th row, and the i-th weight.
+// This rank's own rows come first; after them the rows that other ranks have summed and rounded, in
+// the order of their ranks.
 struct SumTerms {
   Ptr<const std::byte> row;
-  float weight = 0;
-  i32 count = 0;  // of rows; of all lanes, as what follows
-  // Rows [own_first, own_end) are terms of this rank's own sum, each with `weights_per_row`
-  // weights, one after another; the others have one.
-  i32 own_first = 0;
-  i32 own_end = 0;
-  i32 weights_per_row = 1;
-
-  JAX_EP_DEVICE bool is_own(i32 term) const { return own_first <= term && term < own_end; }
+  float weight = 0;  // of own rows; the others' is 1
+  // Of all lanes:
+  i32 count = 0;            // of rows
+  i32 own = 0;              // of own rows
+  i32 weights_per_row = 1;  // of an own row: it is a term once with each
+  i32 before = 0;           // how many of the others come before the rounded sum of the own rows
 };
 
 JAX_EP_DEVICE float shfl_float(float value, i32 lane) {
@@ -109,6 +108,11 @@ struct SegmentSum {
       }
     }
   }
+  // Rounds the sum, and begins the next.
+  JAX_EP_DEVICE void take(Vec16 (&row)[kVectors]) {
+    round(row);
+    *this = {};
+  }
   JAX_EP_DEVICE void round(Vec16 (&row)[kVectors]) const {
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -121,9 +125,9 @@ struct SegmentSum {
 
 // Sums segments [first_segment, last_segment) of the rows of tokens [first, last), one token after
 // another. `terms_of(token)` is called once for each, in order; a token of no terms is left out.
-// `out_of(token)` is where its sum goes. With kOwnIsRounded the sum of this rank's own rows is
-// rounded before it is added to what other ranks have sent, as those are. All lanes.
-template <typename RowType, bool kOwnIsRounded, typename Stages, typename TermsOf, typename OutOf>
+// `out_of(token)` is where its sum goes. Without kHasOthers all rows are this rank's own. All
+// lanes.
+template <typename RowType, bool kHasOthers, typename Stages, typename TermsOf, typename OutOf>
 class SumStream {
  public:
   JAX_EP_DEVICE SumStream(TermRing<Stages>& ring,
@@ -131,11 +135,7 @@ class SumStream {
                           i64 hidden,
                           const TermsOf& terms_of,
                           const OutOf& out_of)
-      : ring_(ring),
-        segments_(segments),
-        hidden_(hidden),
-        terms_of_(terms_of),
-        out_of_(out_of) {}
+      : ring_(ring), segments_(segments), hidden_(hidden), terms_of_(terms_of), out_of_(out_of) {}
 
   JAX_EP_DEVICE void run(i64 first, i64 last, i32 first_segment, i32 last_segment) {
     last_ = last;
@@ -198,32 +198,34 @@ class SumStream {
   JAX_EP_DEVICE void sum_segment(const SumTerms& terms, i32 segment, Ptr<std::byte> out) {
     const i32 num_vectors = static_cast<i32>(segment_bytes(segment) / 16);
     Sum sum;
-    Sum of_others;  // that come before this rank
+    Vec16 own[kVectors] = {};
     Vec16 row[kVectors];
     i32 weight = 0;
     for (i32 term = 0; term < terms.count; ++term) {
       load_ahead();
-      const Ptr<const Vec16> stage{as<const Vec16>(ring_.wait()).raw};
-      JAX_EP_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
-        row[v] = at < num_vectors ? ld(stage + at) : Vec16{};
-      }
+      read(ring_.wait(), num_vectors, row);
       ring_.used();
-      if (kOwnIsRounded && term == terms.own_first && terms.own_end > term) {
-        of_others = sum;
-        sum = Sum{};
-      }
-      const i32 end = weight + (terms.is_own(term) ? terms.weights_per_row : 1);
-      for (; weight < end; ++weight) sum.add(shfl_float(terms.weight, weight), row);
-      if (kOwnIsRounded && term + 1 == terms.own_end) {
-        sum.round(row);
-        sum = of_others;
-        sum.add(1.0F, row);
+      if (kHasOthers && term == terms.own) sum.take(own);
+      if (kHasOthers && term - terms.own == terms.before) sum.add(1.0F, own);
+      const i32 end = weight + (term < terms.own ? terms.weights_per_row : 1);
+      for (; weight < end; ++weight) {
+        sum.add(term < terms.own ? shfl_float(terms.weight, weight) : 1.0F, row);
       }
     }
+    if (kHasOthers && terms.own == terms.count) sum.take(own);
+    if (kHasOthers && terms.before == terms.count - terms.own) sum.add(1.0F, own);
     sum.round(row);
-    const Ptr<Vec16> to = as<Vec16>(out + segments_.first(segment) * kElementBytes);
+    write(as<Vec16>(out + segments_.first(segment) * kElementBytes), num_vectors, row);
+  }
+
+  JAX_EP_DEVICE static void read(Ptr<u32> stage, i32 num_vectors, Vec16 (&row)[kVectors]) {
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
+      row[v] = at < num_vectors ? ld(as<Vec16>(stage) + at) : Vec16{};
+    }
+  }
+  JAX_EP_DEVICE static void write(Ptr<Vec16> to, i32 num_vectors, const Vec16 (&row)[kVectors]) {
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
@@ -251,28 +253,32 @@ class SumStream {
 };
 
 // The same sum of one token, element by element, of rows that bulk copies cannot move.
-template <typename RowType, bool kOwnIsRounded>
+template <typename RowType, bool kHasOthers>
 JAX_EP_DEVICE void sum_elements(const SumTerms& terms, i64 hidden, Ptr<std::byte> out) {
   using Element = typename RowType::Element;
   for (i64 first = 0; first < hidden; first += kWarpSize) {
     const i64 c = first + lane_id();
     float sum = 0;
-    float of_others = 0;
+    float own = 0;
+    const auto take_own = [&] {
+      own = RowType::to_float(RowType::from_float(sum));
+      sum = 0;
+    };
     i32 weight = 0;
     for (i32 term = 0; term < terms.count; ++term) {
       const Ptr<const Element> row = as<const Element>(shfl_pointer(terms.row, term));
       const float value = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
-      if (kOwnIsRounded && term == terms.own_first && terms.own_end > term) {
-        of_others = sum;
-        sum = 0;
-      }
-      const i32 end = weight + (terms.is_own(term) ? terms.weights_per_row : 1);
+      if (kHasOthers && term == terms.own) take_own();
+      if (kHasOthers && term - terms.own == terms.before) sum = fused_multiply_add(1.0F, own, sum);
+      const i32 end = weight + (term < terms.own ? terms.weights_per_row : 1);
       for (; weight < end; ++weight) {
-        sum = fused_multiply_add(shfl_float(terms.weight, weight), value, sum);
+        const float factor = term < terms.own ? shfl_float(terms.weight, weight) : 1.0F;
+        sum = fused_multiply_add(factor, value, sum);
       }
-      if (kOwnIsRounded && term + 1 == terms.own_end) {
-        sum = fused_multiply_add(1.0F, RowType::to_float(RowType::from_float(sum)), of_others);
-      }
+    }
+    if (kHasOthers && terms.own == terms.count) take_own();
+    if (kHasOthers && terms.before == terms.count - terms.own) {
+      sum = fused_multiply_add(1.0F, own, sum);
     }
     if (c < hidden) st(as<Element>(out) + c, RowType::from_float(sum));
   }

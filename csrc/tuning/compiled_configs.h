@@ -31,7 +31,7 @@ struct CompiledTransfer {
 inline constexpr CompiledTransfer kCompiledDispatch{
     .num_senders = 8, .num_receivers = 6, .num_stages = 4};
 inline constexpr CompiledTransfer kCompiledCombine{
-    .num_senders = 8, .num_receivers = 6, .num_stages = 8};
+    .num_senders = 6, .num_receivers = 6, .num_stages = 9};
 
 }  // namespace jax_ep
 

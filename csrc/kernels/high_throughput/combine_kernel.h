@@ -47,8 +47,7 @@ class CombineKernel {
         num_tokens_(shape_.num_tokens),
         chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
         num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
-        num_parts_(
-            bulk_ ? num_parts(num_chunks_, segments_.count, params.view.chunk_target) : 1) {}
+        num_parts_(bulk_ ? num_parts(num_chunks_, segments_.count, params.view.chunk_target) : 1) {}
 
   JAX_EP_DEVICE void run() {
     if (exchange_.closed()) return leave_no_results();
@@ -72,13 +71,13 @@ class CombineKernel {
   }
 
   // Sums the rows of a part of a chunk; `terms_of(token)` also moves scalars, of part 0.
-  template <bool kOwnIsRounded, typename TermsOf, typename OutOf>
+  template <bool kHasOthers, typename TermsOf, typename OutOf>
   JAX_EP_DEVICE void sum(i32 flag_idx, const TermsOf& terms_of, const OutOf& out_of) {
     const i64 first = first_token(flag_idx / num_parts_);
     const i64 last = last_token(flag_idx / num_parts_);
     const i32 part = flag_idx % num_parts_;
     if (bulk_ && hidden_ > 0) {
-      SumStream<RowType, kOwnIsRounded, typename Config::Stages, TermsOf, OutOf>(
+      SumStream<RowType, kHasOthers, typename Config::Stages, TermsOf, OutOf>(
           ring_, segments_, hidden_, terms_of, out_of)
           .run(first, last, first_segment(part), first_segment(part + 1));
       return;
@@ -86,7 +85,7 @@ class CombineKernel {
     for (i64 token = first; token < last; ++token) {
       const SumTerms terms = terms_of(token);
       if (terms.count > 0) {
-        sum_elements<RowType, kOwnIsRounded>(terms, hidden_, out_of(token));
+        sum_elements<RowType, kHasOthers>(terms, hidden_, out_of(token));
       }
     }
   }
@@ -108,7 +107,7 @@ class CombineKernel {
     const u32 holders = warp_ballot(row >= 0);
     SumTerms terms{};
     terms.count = static_cast<i32>(count_bits(holders));
-    terms.own_end = terms.count;
+    terms.own = terms.count;
     if (terms.count == 0) return terms;
     if (is_rank_major() && params_.op.weighted) {
       // One row, of all of the token's selections here.
@@ -211,8 +210,10 @@ class CombineKernel {
       sum<true>(
           flag_idx,
           [this, flag_idx](i64 token) {
-            const Selections selections(
-                shape_, Ptr<const i32>{params_.op.topk_idx}, Ptr<const i32>{params_.op.slot}, token);
+            const Selections selections(shape_,
+                                        Ptr<const i32>{params_.op.topk_idx},
+                                        Ptr<const i32>{params_.op.slot},
+                                        token);
             if (flag_idx % num_parts_ == 0) receive_scalars(selections, token);
             const SumTerms terms = received_terms(selections, token);
             if (terms.count == 0 && flag_idx % num_parts_ == 0) clear_row(token);
@@ -226,49 +227,27 @@ class CombineKernel {
     return Ptr<std::byte>{static_cast<std::byte*>(params_.op.out)} + token * row_bytes_;
   }
 
-  // A row of each rank that holds the token, ascending; this rank's own are still to be summed.
+  // This rank's own rows, and one of each other rank that holds the token, ascending.
   JAX_EP_DEVICE SumTerms received_terms(const Selections& selections, i64 token) const {
     const bool leads = selections.leads() && selections.dest() != rank_;
     const u32 others = warp_ballot(leads);
-    const auto before =
-        static_cast<i32>(count_bits(warp_ballot(leads && selections.dest() < rank_)));
     SumTerms terms = held_terms(row_of_lane(rank_, token));
-    const i32 num_others = static_cast<i32>(count_bits(others));
     // Of a plan's there are at most num_topk in all. Those of a handle from elsewhere fit too.
-    const i32 lanes = static_cast<i32>(kWarpSize) - num_others;
-    const i32 own = terms.count < lanes ? terms.count : lanes;
-    if (terms.weights_per_row > lanes) terms.weights_per_row = lanes;
-    const i32 own_weights = own * terms.weights_per_row;
-    const i32 place_if_leads = ranks_before(selections, others, own);
-    const i32 place = leads ? place_if_leads : -1;
-    const Ptr<std::byte> staged =
-        staged_row(exchange_.view(), rank_, leads ? selections.dest() : rank_, token);
-    const i32 from = lane_with_place(place, num_topk_);
-    const Ptr<const std::byte> row_of_other{shfl_pointer(staged, from < 0 ? 0 : from).raw};
-    const auto lane = static_cast<i32>(lane_id());
-    const i32 own_lane = lane - before;
-    const Ptr<const std::byte> row_of_own =
-        shfl_pointer(terms.row, own_lane >= 0 && own_lane < own ? own_lane : 0);
-    terms.row = from < 0 ? row_of_own : row_of_other;
-    const float weight_of_own =
-        shfl_float(terms.weight, own_lane >= 0 && own_lane < own_weights ? own_lane : 0);
-    terms.weight = own_lane >= 0 && own_lane < own_weights ? weight_of_own : 1.0F;
-    terms.count = num_others + own;
-    terms.own_first = own > 0 ? before : 0;
-    terms.own_end = terms.own_first + own;
-    return terms;
-  }
-
-  // The place of this lane's rank among the terms: behind those of lower ranks, and of this rank's
-  // own if it is one of them. All lanes; of use where the lane is one of `others`.
-  JAX_EP_DEVICE i32 ranks_before(const Selections& selections, u32 others, i32 own) const {
-    i32 before = selections.dest() > rank_ ? own : 0;
+    const i32 lanes = static_cast<i32>(kWarpSize - count_bits(others));
+    terms.own = terms.own < lanes ? terms.own : lanes;
+    terms.count = terms.own + static_cast<i32>(count_bits(others));
+    terms.before = static_cast<i32>(count_bits(warp_ballot(leads && selections.dest() < rank_)));
+    i32 place = terms.own;
     for (i32 k = 0; k < num_topk_; ++k) {
       const auto other =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(k)));
-      before += static_cast<i32>((others >> k & 1) != 0 && other < selections.dest());
+      place += static_cast<i32>((others >> k & 1) != 0 && other < selections.dest());
     }
-    return before;
+    const i32 from = lane_with_place(leads ? place : -1, num_topk_);
+    const auto source = static_cast<i32>(
+        warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(from < 0 ? 0 : from)));
+    if (from >= 0) terms.row = {staged_row(exchange_.view(), rank_, source, token).raw};
+    return terms;
   }
 
   // The sum of a token that nobody holds.
@@ -288,8 +267,8 @@ class CombineKernel {
     if (lane >= static_cast<u32>(num_topk_)) return;
     float scalar = 0.0F;
     if (selections.live() && selections.dest() == rank_) {
-      const i64 at = is_rank_major() ? i64{selections.slot()} * num_topk_ + lane
-                                     : i64{selections.slot()};
+      const i64 at =
+          is_rank_major() ? i64{selections.slot()} * num_topk_ + lane : i64{selections.slot()};
       scalar = ld(Ptr<const float>{params_.op.row_scalars} + at);
     } else if (selections.live()) {
       scalar = ld(staged_scalars(exchange_.view(), rank_, selections.dest(), token, num_topk_) +
