@@ -13,9 +13,13 @@
 namespace jax_ep {
 
 // Rows are signaled chunk by chunk; a chunk is a run of consecutive tokens of one source rank.
-inline constexpr int32_t kMaxChunks = 1024;
+inline constexpr int32_t kMaxChunks = 2048;
 // The plan counts selections per tile: a longer run of tokens of one source rank.
 inline constexpr int32_t kMaxTiles = 64;
+
+// Of a chunk, unless there would be too many chunks. Twice as many make first arrivals later, and
+// the last round of work less even.
+inline constexpr int32_t kMaxChunkTokens = 4;
 
 // Tokens of a chunk: few, so that a small batch spreads over many warps and a large one arrives
 // piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of T and
@@ -23,7 +27,7 @@ inline constexpr int32_t kMaxTiles = 64;
 inline constexpr int32_t kChunkTarget = 128;  // chunks, for batches that are not large
 constexpr int32_t chunk_tokens(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
   const int64_t target = ceil_div(num_tokens, chunk_target);
-  const int64_t few = target < 1 ? 1 : target > 8 ? 8 : target;
+  const int64_t few = target < 1 ? 1 : target > kMaxChunkTokens ? kMaxChunkTokens : target;
   const int64_t min_tokens = ceil_div(num_tokens, kMaxChunks);
   return static_cast<int32_t>(few > min_tokens ? few : min_tokens);
 }

@@ -45,44 +45,64 @@ inline constexpr int kPerVector = 4 * RowType::kPerWord;
 template <typename RowType>
 using Fp8Vector = std::conditional_t<kPerVector<RowType> == 8, u64, u32>;
 
+template <typename RowType>
+JAX_EP_DEVICE Fp8Vector<RowType> to_fp8(const Vec16& vector, const Divider& scaled) {
+  float values[kPerVector<RowType>];
+  for (int w = 0; w < 4; ++w) RowType::unpack(vector.word[w], values + w * RowType::kPerWord);
+  Fp8Vector<RowType> out = 0;
+  for (int c = 0; c < kPerVector<RowType>; c += 2) {
+    const u32 pair = to_fp8_pair(scaled(values[c]), scaled(values[c + 1]));
+    out |= static_cast<Fp8Vector<RowType>>(pair) << 8 * c;
+  }
+  return out;
+}
+
 // Quantizes `num_elements` elements, a multiple of 16, in place. All lanes.
 //
-// A loop that is not unrolled: each rank's process has a copy of the code, and ranks that share a
-// GPU share its instruction caches.
+// Eight lanes share a block of elements with one scale, 16 elements each: that takes half the
+// shuffles and divisions of 16 lanes with eight. A loop that is not unrolled: each rank's process
+// has a copy of the code, and ranks that share a GPU share its instruction caches.
 template <typename RowType>
 JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 num_elements) {
-  constexpr u32 kLanesPerBlock = kScaleBlock / kPerVector<RowType>;
-  constexpr u32 kBlocksPerVector = kWarpSize / kLanesPerBlock;
+  constexpr u32 kLanesPerBlock = 8;
+  constexpr u32 kVectorsPerBlock = kScaleBlock / kPerVector<RowType>;
+  constexpr u32 kVectors = kVectorsPerBlock / kLanesPerBlock;  // of a lane
+  constexpr u32 kBlocks = kWarpSize / kLanesPerBlock;          // at a time
   const u32 lane = lane_id();
   const u32 num_vectors = static_cast<u32>(num_elements) / kPerVector<RowType>;
-  const auto load = [stage, num_vectors](u32 v) {
-    return v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
-  };
-  Vec16 ahead = load(lane);
   float scale_of_lane = 0;
+  // A lane's vectors lie kLanesPerBlock apart: neighboring lanes access neighboring vectors.
+  const u32 first_of_lane = lane / kLanesPerBlock * kVectorsPerBlock + lane % kLanesPerBlock;
+  Vec16 ahead[kVectors];
+  const auto load = [&](u32 first) {
+    JAX_EP_UNROLL
+    for (u32 i = 0; i < kVectors; ++i) {
+      const u32 v = first + first_of_lane + i * kLanesPerBlock;
+      ahead[i] = v < num_vectors ? ld(as<Vec16>(stage) + v) : Vec16{};
+    }
+  };
+  load(0);
   JAX_EP_NO_UNROLL
-  for (u32 first = 0; first < num_vectors; first += kWarpSize) {
-    const u32 v = first + lane;
-    const Vec16 held = ahead;
-    ahead = load(v + kWarpSize);
-    warp_sync();  // what is overwritten has been read, for it does not lie behind what is read
+  for (u32 first = 0; first < num_vectors; first += kBlocks * kVectorsPerBlock) {
+    Vec16 held[kVectors];
     u32 largest = 0;
-    for (int w = 0; w < 4; ++w) largest = RowType::larger_magnitudes(held.word[w], largest);
+    JAX_EP_UNROLL
+    for (u32 i = 0; i < kVectors; ++i) {
+      held[i] = ahead[i];
+      for (int w = 0; w < 4; ++w) largest = RowType::larger_magnitudes(held[i].word[w], largest);
+    }
+    load(first + kBlocks * kVectorsPerBlock);
+    warp_sync();  // what is overwritten has been read, for it does not lie behind what is read
     const float scale =
         fp8_scale(largest_of_lanes<kLanesPerBlock>(RowType::largest_magnitude(largest)));
-    const u32 block_lane = lane % kBlocksPerVector * kLanesPerBlock;
-    const float block_scale = as_float(warp_shfl(as_bits(scale), block_lane));
-    if (lane / kBlocksPerVector == first / kWarpSize) scale_of_lane = block_scale;
-    if (v >= num_vectors) continue;
-    float values[kPerVector<RowType>];
-    for (int w = 0; w < 4; ++w) RowType::unpack(held.word[w], values + w * RowType::kPerWord);
+    const float block_scale = as_float(warp_shfl(as_bits(scale), lane % kBlocks * kLanesPerBlock));
+    if (lane / kBlocks == first / (kBlocks * kVectorsPerBlock)) scale_of_lane = block_scale;
     const Divider scaled(scale);
-    Fp8Vector<RowType> out = 0;
-    for (int c = 0; c < kPerVector<RowType>; c += 2) {
-      const u32 pair = to_fp8_pair(scaled(values[c]), scaled(values[c + 1]));
-      out |= static_cast<Fp8Vector<RowType>>(pair) << 8 * c;
+    JAX_EP_UNROLL
+    for (u32 i = 0; i < kVectors; ++i) {
+      const u32 v = first + first_of_lane + i * kLanesPerBlock;
+      if (v < num_vectors) st(as<Fp8Vector<RowType>>(stage) + v, to_fp8<RowType>(held[i], scaled));
     }
-    st(as<Fp8Vector<RowType>>(stage) + v, out);
   }
   complete_segment(stage, num_elements, scale_of_lane);
 }

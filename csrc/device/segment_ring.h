@@ -95,38 +95,48 @@ struct Segments {
 };
 
 // Streams segments [first_segment, last_segment) of the rows of tokens [first, last) through the
-// ring. `needed(token)` says whether a token's row travels, `source(token, segment)` what to load,
-// and `use(token, segment, stage)` sends a loaded segment on. All lanes see the same values.
-template <typename Ring, typename Needed, typename Source, typename Use>
+// ring. `place_of(token)` is called once for each token, in order: where its row goes from each
+// lane, -1 for nowhere; a row that goes nowhere does not travel. `source(token, segment)` is what
+// to load, and `use(token, place, segment, stage)` sends a loaded segment on. All lanes.
+template <typename Ring, typename PlaceOf, typename Source, typename Use>
 JAX_EP_DEVICE void stream_segments(Ring& ring,
                                    i64 first,
                                    i64 last,
                                    i32 first_segment,
                                    i32 last_segment,
-                                   const Needed& needed,
+                                   const PlaceOf& place_of,
                                    const Source& source,
                                    const Use& use) {
   struct Position {
     i64 token;
     i32 segment;
+    i32 place;
   };
-  const auto skip = [&](Position at) {
-    while (at.token < last && !needed(at.token)) ++at.token;
-    return at;
-  };
-  const auto next = [&](Position at) {
-    if (at.segment + 1 < last_segment) return Position{at.token, at.segment + 1};
-    return skip({at.token + 1, first_segment});
-  };
-  Position at = skip({first, first_segment});
+  Position at{first - 1, last_segment, -1};
   Position ahead = at;
-  while (at.token < last) {
-    for (; ahead.token < last && ring.may_load(); ahead = next(ahead)) {
-      ring.load(source(ahead.token, ahead.segment));
+  while (true) {
+    // At most to the end of the next token: so when a token's last segment is used, the next token
+    // is known.
+    while (ahead.token < last) {
+      if (ahead.segment == last_segment) {
+        if (ahead.token != at.token) break;
+        do {
+          if (++ahead.token == last) break;
+          ahead.place = place_of(ahead.token);
+        } while (warp_ballot(ahead.place >= 0) == 0);
+        ahead.segment = first_segment;
+        continue;
+      }
+      if (!ring.may_load()) break;
+      ring.load(source(ahead.token, ahead.segment++));
     }
-    use(at.token, at.segment, ring.wait());
+    if (at.segment == last_segment) {
+      if (ahead.token == last) return;
+      at = {ahead.token, first_segment, ahead.place};
+    }
+    use(at.token, at.place, at.segment, ring.wait());
     ring.used();
-    at = next(at);
+    ++at.segment;
   }
 }
 

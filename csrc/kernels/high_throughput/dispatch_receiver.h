@@ -85,8 +85,10 @@ class DispatchReceiver {
   }
 
   JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
-    const auto needed = [this, source](i64 token) {
-      return warp_ballot(row_of_lane(source, token) >= 0) != 0;
+    const auto row_of = [this, source, part](i64 token) {
+      const i32 row = row_of_lane(source, token);
+      if (part == 0) expand_scalars(source, token, row);
+      return row;
     };
     const auto source_of = [this, source](i64 token, i32 segment) {
       return SegmentSource{arrived_row(source, token) + c_.staged_at(c_.segments.first(segment)),
@@ -97,11 +99,9 @@ class DispatchReceiver {
                     last,
                     c_.first_segment(part),
                     c_.first_segment(part + 1),
-                    needed,
+                    row_of,
                     source_of,
-                    [this, source](i64 token, i32 segment, Ptr<u32> stage) {
-                      const i32 row = row_of_lane(source, token);
-                      if (segment == 0) expand_scalars(source, token, row);
+                    [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {
                       expand_segment(row, segment, stage);
                     });
   }

@@ -34,18 +34,43 @@ class DispatchSender {
           if (c_.hidden > 0) send_elements(selections, token);
         }
       }
-      // Not only read: the rows are in the peers' memory before the chunk is said to be.
-      bulk_wait<0>();
-      c_.exchange.signal_arrived(flag_idx);
+      announce_all();
+      unannounced_ = flag_idx;
+      segments_since_ = 0;
     }
+    announce_all();
   }
 
  private:
   using Element = typename RowType::Element;
 
+  // So many segments after a chunk's end it is announced: by then its stores have been written, and
+  // the warp need not stand still for them.
+  static constexpr i32 kAnnouncedAfter = 2;
+
+  JAX_EP_DEVICE void announce_all() {
+    if (unannounced_ < 0) return;
+    // Not only read: the rows are in the peers' memory before the chunk is said to be.
+    bulk_wait<0>();
+    announce();
+  }
+  // Before another segment is sent.
+  JAX_EP_DEVICE void announce_if_written() {
+    if (unannounced_ < 0 || segments_since_++ < kAnnouncedAfter) return;
+    bulk_wait<kAnnouncedAfter>();  // of the segments since alone, stores may be on their way
+    announce();
+  }
+  JAX_EP_DEVICE void announce() {
+    c_.exchange.signal_arrived(unannounced_);
+    unannounced_ = -1;
+  }
+
   JAX_EP_DEVICE void send_segments(i64 first, i64 last, i32 part) {
-    const auto needed = [this](i64 token) {
-      return warp_ballot(c_.selections_of(token).live()) != 0;
+    const auto dest_of = [this, part](i64 token) {
+      const Selections selections = c_.selections_of(token);
+      if (part == 0) send_scalars(selections, token);
+      const bool sends = selections.leads() && selections.dest() != c_.unstaged_rank;
+      return sends ? selections.dest() : -1;
     };
     const auto source_of = [this](i64 token, i32 segment) {
       return SegmentSource{c_.x_row(token) + c_.segments.first(segment) * c_.x_bytes,
@@ -56,19 +81,15 @@ class DispatchSender {
                     last,
                     c_.first_segment(part),
                     c_.first_segment(part + 1),
-                    needed,
+                    dest_of,
                     source_of,
-                    [this](i64 token, i32 segment, Ptr<u32> stage) {
-                      const Selections selections = c_.selections_of(token);
-                      if (segment == 0) send_scalars(selections, token);
-                      send_segment(selections, token, segment, stage);
+                    [this](i64 token, i32 dest, i32 segment, Ptr<u32> stage) {
+                      announce_if_written();
+                      send_segment(token, dest, segment, stage);
                     });
   }
 
-  JAX_EP_DEVICE void send_segment(const Selections& selections,
-                                  i64 token,
-                                  i32 segment,
-                                  Ptr<u32> stage) {
+  JAX_EP_DEVICE void send_segment(i64 token, i32 dest, i32 segment, Ptr<u32> stage) {
     const i32 num_elements = c_.segments.size(segment, c_.hidden);
     const i64 first = c_.segments.first(segment);
     if (c_.quantizes()) {
@@ -79,13 +100,9 @@ class DispatchSender {
       const auto scales = Ptr<const float>{c_.params.op.x_scales} + token * c_.num_scale_blocks;
       complete_segment(stage, num_elements, is_block ? ld(scales + block) : 0.0F);
     }
-    if (!selections.leads() || selections.dest() == c_.unstaged_rank) return;
-    put_segment(c_.exchange.view(),
-                selections.dest(),
-                token,
-                c_.staged_at(first),
-                stage,
-                c_.staged_bytes(num_elements));
+    if (dest < 0) return;
+    put_segment(
+        c_.exchange.view(), dest, token, c_.staged_at(first), stage, c_.staged_bytes(num_elements));
   }
 
   JAX_EP_DEVICE void send_scalars(const Selections& selections, i64 token) {
@@ -148,6 +165,8 @@ class DispatchSender {
   }
 
   DispatchContext<Config, RowType>& c_;
+  i32 unannounced_ = -1;  // a chunk that is sent, and not yet said to be; -1: none
+  i32 segments_since_ = 0;
 };
 
 }  // namespace jax_ep::dev
