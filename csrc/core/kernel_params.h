@@ -39,6 +39,7 @@ struct KernelParams {
   RankView view;
   uint32_t call_tag;            // see call_tag_of
   const int32_t* program_rank;  // [1]: this rank, as the program says; must be the view's
+  int32_t num_senders = 1;      // dispatch, combine: warps of a block that send before they receive
   Op op;
 };
 using PlanParams = KernelParams<PlanOp>;

@@ -20,7 +20,7 @@ struct SumTerms {
   // Of all lanes:
   i32 count = 0;            // of rows
   i32 own = 0;              // of own rows
-  i32 weights_per_row = 1;  // of an own row: it is a term once with each
+  i32 weights_per_row = 1;  // of the only own row, if more: it is a term once with each
   i32 before = 0;           // how many of the others come before the rounded sum of the own rows
 };
 
@@ -47,49 +47,65 @@ JAX_EP_DEVICE i32 lane_with_place(i32 place, i32 num_lanes) {
   return found;
 }
 
-// Loads of terms' segments, in the order in which they are summed. Unlike SegmentRing's, they are
-// read by all lanes, and nothing is stored from them.
+// Loads of terms' segments, in the order in which they are summed, in groups that are waited for
+// together. Unlike SegmentRing's, they are read by all lanes, and nothing is stored from them.
 template <typename Stages>
 class TermRing {
  public:
-  // All lanes. Each load follows a warp_sync, which tells all of the mbarriers.
+  // All lanes.
   JAX_EP_DEVICE explicit TermRing(Stages& stages) : stages_(stages) {
-    if (lane_id() == 0) {
-      for (int i = 0; i < Stages::kStages; ++i) mbar_init(&stages_.loaded[i], 1);
-      mbar_init_fence();
-    }
-    warp_sync();
+    if (lane_id() != 0) return;
+    for (u32 i = 0; i < kStages; ++i) mbar_init(&stages_.loaded[i], 1);
+    mbar_init_fence();
   }
 
   // How many loads may be started.
-  JAX_EP_DEVICE i32 room() const { return static_cast<i32>(Stages::kStages - (loads_ - uses_)); }
+  JAX_EP_DEVICE i32 room() const { return static_cast<i32>(kStages - (loads_ - released_)); }
 
-  // All lanes: lanes [first, first + count) load the segments of their rows, in their order.
+  // All lanes: lanes [first, first + count) load the segments of their rows, as a group.
   JAX_EP_DEVICE void load(i32 first, i32 count, Ptr<const std::byte> from, u32 bytes) {
+    Mbar* const loaded = &stages_.loaded[load_groups_ % kStages];
+    if (lane_id() == 0) mbar_arrive_expect(loaded, static_cast<u32>(count) * bytes);
+    warp_sync();  // all know of the mbarrier, and that all have read the stages
     const u32 mine = lane_id() - static_cast<u32>(first);
-    if (mine < static_cast<u32>(count)) {
-      const u32 stage = (loads_ + mine) % Stages::kStages;
-      mbar_arrive_expect(&stages_.loaded[stage], bytes);
-      bulk_load(address_of(stages_.stage[stage][0]), from, bytes, &stages_.loaded[stage]);
-    }
+    if (mine < static_cast<u32>(count)) bulk_load(stage(loads_ + mine), from, bytes, loaded);
     loads_ += static_cast<u32>(count);
+    ++load_groups_;
+    sizes_ |= static_cast<u32>(count) << size_shift_;
+    size_shift_ += kSizeBits;
   }
 
-  // All lanes: the oldest segment, once it is there. Follow its use with `used`.
-  JAX_EP_DEVICE Ptr<u32> wait() {
-    const u32 stage = uses_ % Stages::kStages;
-    mbar_wait(&stages_.loaded[stage], uses_ / Stages::kStages % 2);
-    return address_of(stages_.stage[stage][0]);
+  // All lanes: until the oldest group is there. Returns its size.
+  JAX_EP_DEVICE i32 wait_for_group() {
+    mbar_wait(&stages_.loaded[use_groups_ % kStages], use_groups_ / kStages % 2);
+    ++use_groups_;
+    const u32 count = sizes_ % (1 << kSizeBits);
+    sizes_ >>= kSizeBits;
+    size_shift_ -= kSizeBits;
+    return static_cast<i32>(count);
   }
-  JAX_EP_DEVICE void used() {
-    warp_sync();  // all lanes have read the stage before it is loaded again
-    ++uses_;
-  }
+  // The oldest segment of a group that is there, and the step to the next.
+  JAX_EP_DEVICE Ptr<u32> current() const { return stage(uses_); }
+  JAX_EP_DEVICE void step() { ++uses_; }
+  // All lanes, when they have read the segments of a group. The next `load` has the barrier.
+  JAX_EP_DEVICE void release() { released_ = uses_; }
 
  private:
+  static constexpr u32 kStages = Stages::kStages;
+  static_assert((kStages & (kStages - 1)) == 0, "places are remainders");
+  static constexpr u32 kSizeBits = 4;
+  static_assert(kStages * kSizeBits <= 32 && kStages < 1 << kSizeBits);
+
+  JAX_EP_DEVICE Ptr<u32> stage(u32 at) const { return address_of(stages_.stage[at % kStages][0]); }
+
   Stages& stages_;
   u32 loads_ = 0;
+  u32 load_groups_ = 0;
   u32 uses_ = 0;
+  u32 use_groups_ = 0;
+  u32 released_ = 0;
+  u32 sizes_ = 0;       // of the groups that are not yet waited for, the oldest one's last
+  u32 size_shift_ = 0;  // of the next one's
 };
 
 // A segment's sum, while it grows: lane l holds vectors l, l + 32, ... of 16 bytes.
@@ -165,6 +181,7 @@ class SumStream {
     } while (ahead_terms_.count == 0);
     ahead_.segment = first_segment_;
     ahead_.term = 0;
+    ahead_.from = ahead_terms_.row + segments_.first(first_segment_) * kElementBytes;
   }
 
   // Starts as many loads as there is room for, at most to the end of the next token: so when the
@@ -180,14 +197,12 @@ class SumStream {
       if (room == 0) return;
       const i32 left = ahead_terms_.count - ahead_.term;
       const i32 count = left < room ? left : room;
-      ring_.load(ahead_.term,
-                 count,
-                 ahead_terms_.row + segments_.first(ahead_.segment) * kElementBytes,
-                 segment_bytes(ahead_.segment));
+      ring_.load(ahead_.term, count, ahead_.from, segment_bytes(ahead_.segment));
       ahead_.term += count;
       if (ahead_.term < ahead_terms_.count) return;
       ahead_.term = 0;
       ++ahead_.segment;
+      ahead_.from = ahead_.from + segments_.num_elements * kElementBytes;
     }
   }
 
@@ -200,17 +215,22 @@ class SumStream {
     Sum sum;
     Vec16 own[kVectors] = {};
     Vec16 row[kVectors];
-    i32 weight = 0;
-    for (i32 term = 0; term < terms.count; ++term) {
+    for (i32 term = 0; term < terms.count;) {
       load_ahead();
-      read(ring_.wait(), num_vectors, row);
-      ring_.used();
-      if (kHasOthers && term == terms.own) sum.take(own);
-      if (kHasOthers && term - terms.own == terms.before) sum.add(1.0F, own);
-      const i32 end = weight + (term < terms.own ? terms.weights_per_row : 1);
-      for (; weight < end; ++weight) {
-        sum.add(term < terms.own ? shfl_float(terms.weight, weight) : 1.0F, row);
+      const i32 end = term + ring_.wait_for_group();
+      i32 weight = 0;  // of the row
+      while (term < end) {
+        read(ring_.current(), num_vectors, row);
+        const bool is_own = !kHasOthers || term < terms.own;
+        if (!is_own && term == terms.own) sum.take(own);
+        if (!is_own && term - terms.own == terms.before) sum.add(1.0F, own);
+        sum.add(is_own ? shfl_float(terms.weight, term + weight) : 1.0F, row);
+        if (is_own && ++weight < terms.weights_per_row) continue;  // once more, with the next
+        weight = 0;
+        ++term;
+        ring_.step();
       }
+      ring_.release();
     }
     if (kHasOthers && terms.own == terms.count) sum.take(own);
     if (kHasOthers && terms.before == terms.count - terms.own) sum.add(1.0F, own);
@@ -218,11 +238,12 @@ class SumStream {
     write(as<Vec16>(out + segments_.first(segment) * kElementBytes), num_vectors, row);
   }
 
+  // Lanes for which the segment has nothing read its last vector, which they do not write.
   JAX_EP_DEVICE static void read(Ptr<u32> stage, i32 num_vectors, Vec16 (&row)[kVectors]) {
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
-      row[v] = at < num_vectors ? ld(as<Vec16>(stage) + at) : Vec16{};
+      row[v] = ld(as<Vec16>(stage) + (at < num_vectors ? at : num_vectors - 1));
     }
   }
   JAX_EP_DEVICE static void write(Ptr<Vec16> to, i32 num_vectors, const Vec16 (&row)[kVectors]) {
@@ -237,6 +258,7 @@ class SumStream {
     i64 token;
     i32 segment;
     i32 term;
+    Ptr<const std::byte> from;  // of each lane's row: the segment
   };
 
   TermRing<Stages>& ring_;
@@ -264,16 +286,18 @@ JAX_EP_DEVICE void sum_elements(const SumTerms& terms, i64 hidden, Ptr<std::byte
       own = RowType::to_float(RowType::from_float(sum));
       sum = 0;
     };
-    i32 weight = 0;
     for (i32 term = 0; term < terms.count; ++term) {
       const Ptr<const Element> row = as<const Element>(shfl_pointer(terms.row, term));
       const float value = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
-      if (kHasOthers && term == terms.own) take_own();
-      if (kHasOthers && term - terms.own == terms.before) sum = fused_multiply_add(1.0F, own, sum);
-      const i32 end = weight + (term < terms.own ? terms.weights_per_row : 1);
-      for (; weight < end; ++weight) {
-        const float factor = term < terms.own ? shfl_float(terms.weight, weight) : 1.0F;
-        sum = fused_multiply_add(factor, value, sum);
+      if (kHasOthers && term >= terms.own) {
+        if (term == terms.own) take_own();
+        if (term - terms.own == terms.before) sum = fused_multiply_add(1.0F, own, sum);
+        sum = fused_multiply_add(1.0F, value, sum);
+        continue;
+      }
+      sum = fused_multiply_add(shfl_float(terms.weight, term), value, sum);
+      for (i32 weight = 1; weight < terms.weights_per_row; ++weight) {
+        sum = fused_multiply_add(shfl_float(terms.weight, weight), value, sum);
       }
     }
     if (kHasOthers && terms.own == terms.count) take_own();

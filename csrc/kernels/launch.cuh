@@ -27,15 +27,18 @@ template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t launch_kernel(const Params& params,
                                         const LaunchShape& shape,
                                         cudaStream_t stream) {
-  if (shape.num_warps != Config::kWarps || shape.num_stages != Config::kStages) {
+  if (shape.num_warps != Config::kWarps || shape.num_stages != Config::kStages ||
+      shape.num_senders < 0 || shape.num_senders > Config::kWarps) {
     return cudaErrorInvalidConfiguration;
   }
+  Params launched = params;
+  launched.num_senders = shape.num_senders;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.num_blocks);
   config.blockDim = Config::kWarps * 32;
   config.dynamicSmemBytes = sizeof(typename Config::SharedStorage);
   config.stream = stream;
-  void* arguments[] = {const_cast<Params*>(&params)};
+  void* arguments[] = {&launched};
   // Not <<<>>> and cudaGetLastError, which would report what an earlier call of this thread left
   // behind, after this kernel has been launched.
   return cudaLaunchKernelExC(

@@ -20,18 +20,12 @@ inline constexpr CompiledPlan kCompiledPlans[] = {
     {.num_warps = 12, .max_bins = kMaxExperts + kMaxRanks},
 };
 
-// Warps that send first, and warps that receive from the start.
 struct CompiledTransfer {
-  int32_t num_senders;
-  int32_t num_receivers;
-  int32_t num_stages;  // of each warp's pipeline through shared memory; 0: it has none
-
-  [[nodiscard]] constexpr int32_t num_warps() const { return num_senders + num_receivers; }
+  int32_t num_warps;
+  int32_t num_stages;  // of each warp's pipeline through shared memory
 };
-inline constexpr CompiledTransfer kCompiledDispatch{
-    .num_senders = 8, .num_receivers = 6, .num_stages = 4};
-inline constexpr CompiledTransfer kCompiledCombine{
-    .num_senders = 6, .num_receivers = 6, .num_stages = 9};
+inline constexpr CompiledTransfer kCompiledDispatch{.num_warps = 14, .num_stages = 4};
+inline constexpr CompiledTransfer kCompiledCombine{.num_warps = 12, .num_stages = 8};
 
 }  // namespace jax_ep
 

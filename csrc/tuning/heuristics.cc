@@ -20,6 +20,12 @@ constexpr int32_t kTransferBlocks = 24;
 constexpr int64_t kPartsPerBlock = 8;
 constexpr int64_t kSmallChunksPerBlock = 64;
 constexpr int64_t kBinsPerBlock = 16;
+// Of a block's warps, those that send first: so many that the link is busy while the others write
+// what has arrived. Quantizing takes more of them.
+constexpr int32_t kDispatchSenders = 4;
+constexpr int32_t kQuantizingSenders = 8;
+constexpr int32_t kCombineSenders = 6;
+
 // About the least part of a row that the kernels give to a warp.
 constexpr int64_t kPartBytes = 1024;
 
@@ -50,7 +56,8 @@ int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
 
 }  // namespace
 
-LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget) {
+LaunchShape launch_shape(
+    OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire) {
   const int32_t by_default = op == OpKind::kPlan ? kPlanBlocks : kTransferBlocks;
   const int32_t requested = budget.requested > 0 ? budget.requested : by_default;
   const int64_t blocks =
@@ -62,8 +69,10 @@ LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmB
     launch.num_warps = plan_config(num_plan_bins(shape)).num_warps;
   } else {
     const CompiledTransfer& config = op == OpKind::kDispatch ? kCompiledDispatch : kCompiledCombine;
-    launch.num_warps = config.num_warps();
+    launch.num_warps = config.num_warps;
     launch.num_stages = config.num_stages;
+    const int32_t of_dispatch = wire == Wire::kSame ? kDispatchSenders : kQuantizingSenders;
+    launch.num_senders = op == OpKind::kDispatch ? of_dispatch : kCombineSenders;
   }
   return launch;
 }

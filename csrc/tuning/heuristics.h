@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/error_record.h"
 #include "csrc/tuning/launch_shape.h"
@@ -17,10 +18,12 @@ struct SmBudget {
   int32_t requested;  // EpConfig.max_num_sms; 0: the default of each operation
 };
 
-// Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel). As many
-// blocks as the budget allows, fewer where there is little to do, at least 1. Depends on nothing
-// else, so that every rank of a group, and every run, does the same.
-LaunchShape launch_shape(OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget);
+// Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel), which
+// dispatch sends as `wire` says. As many blocks as the budget allows, fewer where there is little
+// to do, at least 1. Depends on nothing else, so that every rank of a group, and every run, does
+// the same.
+LaunchShape launch_shape(
+    OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire = Wire::kSame);
 
 }  // namespace jax_ep
 

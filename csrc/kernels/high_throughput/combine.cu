@@ -6,10 +6,8 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::CombineConfig<kCompiledCombine.num_senders,
-                                  kCompiledCombine.num_receivers,
-                                  kCompiledCombine.num_stages,
-                                  kCombineSegmentBytes>;
+using Config = dev::
+    CombineConfig<kCompiledCombine.num_warps, kCompiledCombine.num_stages, kCombineSegmentBytes>;
 
 template <typename RowType>
 using Kernel = dev::CombineKernel<Config, RowType>;

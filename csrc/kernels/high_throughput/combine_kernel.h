@@ -13,10 +13,9 @@
 
 namespace jax_ep::dev {
 
-template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
+template <int kWarpCount, int kStageCount, int kSegmentBytes>
 struct CombineConfig {
-  static constexpr int kSenders = kSenderWarps;
-  static constexpr int kWarps = kSenders + kOtherWarps;
+  static constexpr int kWarps = kWarpCount;
   static constexpr int kStages = kStageCount;
   using Stages = SegmentStages<kStages, kSegmentBytes>;
 
@@ -41,6 +40,7 @@ class CombineKernel {
         row_bytes_(hidden_ * kElementBytes),
         bulk_(row_bytes_ % 16 == 0),
         segments_(hidden_, Config::Stages::kSegmentBytes / kElementBytes, 16 / kElementBytes),
+        num_senders_(static_cast<u32>(params.num_senders)),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
@@ -51,7 +51,7 @@ class CombineKernel {
 
   JAX_EP_DEVICE void run() {
     if (exchange_.closed()) return leave_no_results();
-    if (warp_id() < Config::kSenders) send();
+    if (warp_id() < num_senders_) send();
     receive();
     exchange_.finish();
   }
@@ -122,7 +122,12 @@ class CombineKernel {
         row >= 0 ? static_cast<i32>(count_bits(holders & lanes_below(lane_id()))) : -1;
     const bool weighted = row >= 0 && params_.op.weighted;
     const float weight = weighted ? ld(Ptr<const float>{params_.op.weights} + row) : 1.0F;
-    const i32 from = lane_with_place(place, static_cast<i32>(kWarpSize));
+    if ((holders & (holders + 1)) == 0) {
+      terms.row = y_row(row);
+      terms.weight = weight;
+      return terms;
+    }
+    const i32 from = lane_with_place(place, num_topk_);
     const i32 lane = from < 0 ? 0 : from;
     terms.row = y_row(static_cast<i32>(warp_shfl(static_cast<u32>(row), static_cast<u32>(lane))));
     terms.weight = shfl_float(weight, lane);
@@ -144,8 +149,11 @@ class CombineKernel {
       place += static_cast<i32>(other >= 0 && (other < local || earlier));
     }
     const i32 from = lane_with_place(local >= 0 ? place : -1, num_topk_);
-    terms.weight = shfl_float(weight, from < 0 ? 0 : from);
-    terms.weights_per_row = static_cast<i32>(count_bits(warp_ballot(local >= 0)));
+    // A handle from elsewhere may have a row of no selections: it counts with a weight of 0.
+    const float weight_of_lane = shfl_float(weight, from < 0 ? 0 : from);
+    const auto count = static_cast<i32>(count_bits(warp_ballot(local >= 0)));
+    terms.weight = from < 0 ? 0.0F : weight_of_lane;
+    terms.weights_per_row = count > 0 ? count : 1;
   }
 
   // --- the senders -----------------------------------------------------------------------------
@@ -153,8 +161,8 @@ class CombineKernel {
   // acknowledged, signal arrived.
 
   JAX_EP_DEVICE void send() {
-    const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
+    const auto warp = static_cast<i32>(block_id() * num_senders_ + warp_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * num_senders_);
     const i32 num_others = num_ranks_ - 1;
     const i64 num_items = i64{num_chunks_} * num_parts_ * num_others;
     if (warp >= num_items) return;
@@ -197,7 +205,7 @@ class CombineKernel {
 
   JAX_EP_DEVICE void receive() {
     // Neighboring chunks to different blocks; warps that also send come last.
-    const u32 late = (warp_id() + Config::kWarps - Config::kSenders) % Config::kWarps;
+    const u32 late = (warp_id() + Config::kWarps - num_senders_) % Config::kWarps;
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     for (i32 flag_idx = warp; flag_idx < num_chunks_ * num_parts_; flag_idx += num_warps) {
@@ -296,6 +304,7 @@ class CombineKernel {
   const i64 row_bytes_;
   const bool bulk_;  // rows are moved by bulk copies
   const Segments segments_;
+  const u32 num_senders_;  // of a block's warps
   const i32 rank_;
   const i32 num_ranks_;
   const i32 num_topk_;

@@ -6,8 +6,7 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::DispatchConfig<kCompiledDispatch.num_senders,
-                                   kCompiledDispatch.num_receivers,
+using Config = dev::DispatchConfig<kCompiledDispatch.num_warps,
                                    kCompiledDispatch.num_stages,
                                    kDispatchSegmentBytes>;
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);

@@ -8,10 +8,9 @@
 namespace jax_ep::dev {
 
 // A dispatch's block: its warps, and the stages of each in shared memory.
-template <int kSenderWarps, int kOtherWarps, int kStageCount, int kSegmentBytes>
+template <int kWarpCount, int kStageCount, int kSegmentBytes>
 struct DispatchConfig {
-  static constexpr int kSenders = kSenderWarps;
-  static constexpr int kWarps = kSenders + kOtherWarps;
+  static constexpr int kWarps = kWarpCount;
   static constexpr int kStages = kStageCount;
   using Stages = SegmentStages<kStages, kSegmentBytes>;
   static_assert(kSegmentBytes % (4 * kScaleBlock * 4) == 0);  // four blocks of float32

@@ -41,6 +41,7 @@ struct DispatchContext {
         num_scale_blocks(ceil_div(hidden, kScaleBlock)),
         // Rows that stay on this rank, and stay as they are, need no staging.
         unstaged_rank(params.op.wire == Wire::kSame ? params.view.rank : -1),
+        num_senders(static_cast<u32>(params.num_senders)),
         rank(params.view.rank),
         num_ranks(params.view.num_ranks),
         num_topk(shape.num_topk),
@@ -116,6 +117,7 @@ struct DispatchContext {
   const Segments segments;
   const i64 num_scale_blocks;  // of elements that share a scale
   const i32 unstaged_rank;     // the rank whose rows are not staged; -1: none
+  const u32 num_senders;       // of a block's warps
   const i32 rank;
   const i32 num_ranks;
   const i32 num_topk;

@@ -17,7 +17,7 @@ class DispatchKernel {
   JAX_EP_DEVICE void run() {
     DispatchReceiver<Config, RowType> receiver(context_);
     if (context_.exchange.closed()) return receiver.leave_no_results();
-    if (warp_id() < Config::kSenders) DispatchSender<Config, RowType>(context_).send();
+    if (warp_id() < context_.num_senders) DispatchSender<Config, RowType>(context_).send();
     receiver.receive();
     bulk_wait<0>();
     context_.exchange.finish();

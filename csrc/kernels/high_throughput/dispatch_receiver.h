@@ -18,7 +18,7 @@ class DispatchReceiver {
 
   JAX_EP_DEVICE void receive() {
     // Neighboring chunks to different blocks; warps that also send come last.
-    const u32 late = (warp_id() + Config::kWarps - Config::kSenders) % Config::kWarps;
+    const u32 late = (warp_id() + Config::kWarps - c_.num_senders) % Config::kWarps;
     const auto warp = static_cast<i32>(late * num_blocks() + block_id());
     const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
     clear_rows_without_token(warp, num_warps);

@@ -17,8 +17,8 @@ class DispatchSender {
   JAX_EP_DEVICE explicit DispatchSender(DispatchContext<Config, RowType>& context) : c_(context) {}
 
   JAX_EP_DEVICE void send() {
-    const auto warp = static_cast<i32>(block_id() * Config::kSenders + warp_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Config::kSenders);
+    const auto warp = static_cast<i32>(block_id() * c_.num_senders + warp_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * c_.num_senders);
     const i32 num_flags = c_.chunks * c_.parts;
     if (warp >= num_flags) return;
     c_.exchange.wait_until_writable();

@@ -2,7 +2,7 @@
 // All ranks of a group in one process, a heap and a stream each, on one GPU or shared out among
 // several. Runs the simulator's random scenarios on the hardware, and times the kernels.
 //   virtual_ranks scenarios [FIRST LAST [GPUS]]
-//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [gpus=N]
+//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [gpus=N] [senders=N]
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -149,7 +149,7 @@ class VirtualRanks {
 LaunchShape launch_of(OpKind op, const ClusterOptions& options, int32_t blocks) {
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
   LaunchShape shape =
-      launch_shape(op, options.shape, row_bytes, {.available = 132, .requested = 0});
+      launch_shape(op, options.shape, row_bytes, {.available = 132, .requested = 0}, options.wire);
   shape.num_blocks = blocks;
   return shape;
 }
@@ -169,10 +169,13 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t bloc
     arrays.back().upload(memory);
   }
   ranks.synchronize_uploads();
+  const int32_t absent = step.options.absent_rank;
   for (const OpKind op : step.ops) {
     for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
+      if (rank == absent) continue;
       const RankArrays& mine = arrays[static_cast<size_t>(rank)];
-      const RankView view = ranks.view(rank);
+      RankView view = ranks.view(rank);
+      if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
       cudaStream_t stream = ranks.stream(rank);
       const LaunchShape shape = launch_of(op, step.options, blocks);
@@ -189,6 +192,7 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t bloc
   }
   ranks.synchronize();
   for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
+    if (rank == absent) continue;
     const RankArrays& mine = arrays[static_cast<size_t>(rank)];
     std::string error;
     for (const OpKind op : step.ops) {
@@ -254,8 +258,10 @@ std::vector<int32_t> random_routing(const EpShape& shape, std::mt19937& random) 
 // The ops of all ranks of one layer, on arrays that nobody looks at.
 class TimedRanks {
  public:
-  TimedRanks(const ClusterOptions& options, int num_gpus)
+  // senders: warps of a block that send first; 0: as tuning says.
+  TimedRanks(const ClusterOptions& options, int num_gpus, int32_t senders)
       : options_(options),
+        senders_(senders),
         shape_(options.shape),
         row_bytes_(options.hidden * size_bytes(options.dtype)),
         ranks_(heap_shape(
@@ -276,15 +282,20 @@ class TimedRanks {
     });
     time("dispatch", [&](int32_t r) {
       return launch_dispatch(
-          dispatches_[at(r)], launch_of(OpKind::kDispatch, options_, sms), ranks_.stream(r));
+          dispatches_[at(r)], transfer(OpKind::kDispatch, sms), ranks_.stream(r));
     });
     time("combine", [&](int32_t r) {
-      return launch_combine(
-          combines_[at(r)], launch_of(OpKind::kCombine, options_, sms), ranks_.stream(r));
+      return launch_combine(combines_[at(r)], transfer(OpKind::kCombine, sms), ranks_.stream(r));
     });
   }
 
  private:
+  [[nodiscard]] LaunchShape transfer(OpKind op, int32_t sms) const {
+    LaunchShape shape = launch_of(op, options_, sms);
+    if (senders_ > 0) shape.num_senders = senders_;
+    return shape;
+  }
+
   std::byte* bytes(int64_t count) {
     storage_.push_back(allocate(static_cast<size_t>(count)));
     return storage_.back().get();
@@ -408,6 +419,7 @@ class TimedRanks {
   }
 
   const ClusterOptions options_;
+  const int32_t senders_;
   const EpShape shape_;
   const int64_t row_bytes_;
   VirtualRanks ranks_;
@@ -439,16 +451,18 @@ int main(int argc, char** argv) {
   options.shape.num_experts = std::atoi(argv[6]);
   options.dtype = DType::kBFloat16;
   int num_gpus = 1;
+  int32_t senders = 0;
   for (int i = 8; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
     if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;
     if (std::strncmp(argv[i], "gpus=", 5) == 0) num_gpus = std::atoi(argv[i] + 5);
+    if (std::strncmp(argv[i], "senders=", 8) == 0) senders = std::atoi(argv[i] + 8);
   }
   open_gpus(num_gpus);
   const EpShape& shape = options.shape;
   options.shape.recv_capacity = shape.num_tokens * shape.num_topk * 5 / 4 + 1024;
   const int sms = std::atoi(argv[7]);
   std::printf("%s, %d SMs a rank, %d GPUs\n", describe(options).c_str(), sms, num_gpus);
-  TimedRanks(options, num_gpus).time(sms);
+  TimedRanks(options, num_gpus, senders).time(sms);
   return 0;
 }

@@ -61,10 +61,10 @@ TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
   shape.num_experts = kCompiledPlans[0].max_bins + 1;
   EXPECT_EQ(launch_shape(OpKind::kPlan, shape, 0, h200).num_warps, kCompiledPlans[1].num_warps);
   const LaunchShape dispatch = launch_shape(OpKind::kDispatch, shape, kRowBytes, h200);
-  EXPECT_EQ(dispatch.num_warps, kCompiledDispatch.num_warps());
+  EXPECT_EQ(dispatch.num_warps, kCompiledDispatch.num_warps);
   EXPECT_EQ(dispatch.num_stages, kCompiledDispatch.num_stages);
   const LaunchShape combine = launch_shape(OpKind::kCombine, shape, kRowBytes, h200);
-  EXPECT_EQ(combine.num_warps, kCompiledCombine.num_warps());
+  EXPECT_EQ(combine.num_warps, kCompiledCombine.num_warps);
   EXPECT_EQ(combine.num_stages, kCompiledCombine.num_stages);
 }
 
