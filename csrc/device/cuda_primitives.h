@@ -93,6 +93,10 @@ JAX_EP_DEVICE u32 fetch_add_acq_rel(Ptr<u32> to, u32 value) {
   return WordRef<kScope, u32>(*to.raw).fetch_add(value, cuda::memory_order_acq_rel);
 }
 template <Scope kScope>
+JAX_EP_DEVICE u32 fetch_add_relaxed(Ptr<u32> to, u32 value) {
+  return WordRef<kScope, u32>(*to.raw).fetch_add(value, cuda::memory_order_relaxed);
+}
+template <Scope kScope>
 JAX_EP_DEVICE void fence_acq_rel() {
   cuda::atomic_thread_fence(
       cuda::memory_order_acq_rel,

@@ -10,6 +10,7 @@
 #define JAX_EP_CSRC_DEVICE_EXCHANGE_H_
 
 #include "csrc/device/wait.h"
+#include "csrc/device/work_queue.h"
 
 namespace jax_ep::dev {
 
@@ -54,6 +55,24 @@ class Exchange {
   }
 
   JAX_EP_DEVICE const RankView& view() const { return view_; }
+
+  // The work of a block's first `num_senders` warps, which send; all of them have a place.
+  JAX_EP_DEVICE WorkQueue sending(i32 num_items, u32 num_senders) const {
+    const auto place = static_cast<i32>(block_id() * num_senders + warp_id());
+    const auto num_places = static_cast<i32>(num_blocks() * num_senders);
+    return {control(view_, channel_, ChannelControl::kSendTickets), num_items, num_places, place};
+  }
+  // The work of all warps. Those that also send come when they have sent; the others have a place,
+  // neighboring ones in different blocks.
+  JAX_EP_DEVICE WorkQueue receiving(i32 num_items, u32 num_senders) const {
+    const u32 num_warps = num_threads() / kWarpSize;
+    const bool sends = warp_id() < num_senders;
+    const i32 place =
+        sends ? -1 : static_cast<i32>((warp_id() - num_senders) * num_blocks() + block_id());
+    const auto num_places = static_cast<i32>((num_warps - num_senders) * num_blocks());
+    return {
+        control(view_, channel_, ChannelControl::kReceiveTickets), num_items, num_places, place};
+  }
 
   // All lanes of a warp, before it first stores to a peer: until all peers have read what this
   // rank sent in the exchange before.
@@ -141,6 +160,8 @@ class Exchange {
     if (ld(control(view_, channel_, ChannelControl::kEpoch)) + 1 != epoch_)
       give_up_overlapping(kMaxOps);
     st(control(view_, channel_, ChannelControl::kBlocksDone), 0);
+    st(control(view_, channel_, ChannelControl::kSendTickets), 0);
+    st(control(view_, channel_, ChannelControl::kReceiveTickets), 0);
     st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
     st(control(view_, channel_, ChannelControl::kRunning), 0);
   }

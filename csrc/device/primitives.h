@@ -12,7 +12,8 @@
 //   weak      ld(Ptr<T>)  st(Ptr<T>, T)                  T of 1, 2, 4, 8 or 16 bytes
 //   strong    ld_acquire<Scope>(Ptr<T>)  ld_relaxed<Scope>  st_release<Scope>(Ptr<T>, value)
 //             st_relaxed<Scope>                          T of 4 or 8 bytes
-//             fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old  fence_acq_rel<Scope>()
+//             fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old  fetch_add_relaxed<Scope>
+//             fence_acq_rel<Scope>()
 //   bulk      mbar_init(Mbar*, arrivals)  mbar_init_fence()  mbar_arrive_expect(Mbar*, bytes)
 //             mbar_wait(Mbar*, parity)  bulk_load(Ptr shared, Ptr global, bytes, Mbar*)
 //             bulk_store(Ptr global, Ptr shared, bytes)  bulk_commit()

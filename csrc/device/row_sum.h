@@ -151,7 +151,12 @@ class SumStream {
                           i64 hidden,
                           const TermsOf& terms_of,
                           const OutOf& out_of)
-      : ring_(ring), segments_(segments), hidden_(hidden), terms_of_(terms_of), out_of_(out_of) {}
+      : ring_(ring),
+        segments_(segments),
+        full_bytes_(static_cast<u32>(segments.num_elements * kElementBytes)),
+        last_bytes_(static_cast<u32>(segments.size(segments.count - 1, hidden) * kElementBytes)),
+        terms_of_(terms_of),
+        out_of_(out_of) {}
 
   JAX_EP_DEVICE void run(i64 first, i64 last, i32 first_segment, i32 last_segment) {
     last_ = last;
@@ -162,9 +167,10 @@ class SumStream {
     while (ahead_.token < last_) {
       at_token_ = ahead_.token;
       const SumTerms terms = ahead_terms_;
-      const Ptr<std::byte> out = out_of_(at_token_);
+      Ptr<std::byte> out = out_of_(at_token_) + segments_.first(first_segment) * kElementBytes;
       for (i32 segment = first_segment; segment < last_segment; ++segment) {
-        sum_segment(terms, segment, out);
+        sum_segment(terms, static_cast<i32>(segment_bytes(segment) / 16), as<Vec16>(out));
+        out = out + full_bytes_;
       }
     }
   }
@@ -202,32 +208,42 @@ class SumStream {
       if (ahead_.term < ahead_terms_.count) return;
       ahead_.term = 0;
       ++ahead_.segment;
-      ahead_.from = ahead_.from + segments_.num_elements * kElementBytes;
+      ahead_.from = ahead_.from + full_bytes_;
     }
   }
 
   JAX_EP_DEVICE u32 segment_bytes(i32 segment) const {
-    return static_cast<u32>(segments_.size(segment, hidden_) * kElementBytes);
+    return segment + 1 < segments_.count ? full_bytes_ : last_bytes_;
   }
 
-  JAX_EP_DEVICE void sum_segment(const SumTerms& terms, i32 segment, Ptr<std::byte> out) {
-    const i32 num_vectors = static_cast<i32>(segment_bytes(segment) / 16);
+  JAX_EP_DEVICE void sum_segment(const SumTerms& terms, i32 num_vectors, Ptr<Vec16> out) {
     Sum sum;
     Vec16 own[kVectors] = {};
     Vec16 row[kVectors];
     for (i32 term = 0; term < terms.count;) {
       load_ahead();
       const i32 end = term + ring_.wait_for_group();
-      i32 weight = 0;  // of the row
-      while (term < end) {
-        read(ring_.current(), num_vectors, row);
-        const bool is_own = !kHasOthers || term < terms.own;
-        if (!is_own && term == terms.own) sum.take(own);
-        if (!is_own && term - terms.own == terms.before) sum.add(1.0F, own);
-        sum.add(is_own ? shfl_float(terms.weight, term + weight) : 1.0F, row);
-        if (is_own && ++weight < terms.weights_per_row) continue;  // once more, with the next
-        weight = 0;
+      if (terms.weights_per_row > 1 && term < terms.own) {
+        JAX_EP_NO_UNROLL
+        for (i32 weight = 0; weight < terms.weights_per_row; ++weight) {
+          warp_sync();  // or the compiler keeps the row's numbers, in too many registers
+          read(ring_.current(), num_vectors, row);
+          sum.add(shfl_float(terms.weight, weight), row);
+        }
+        ring_.step();
         ++term;
+      }
+      for (; term < end && (!kHasOthers || term < terms.own); ++term) {
+        read(ring_.current(), num_vectors, row);
+        sum.add(shfl_float(terms.weight, term), row);
+        ring_.step();
+      }
+      JAX_EP_NO_UNROLL
+      for (; kHasOthers && term < end; ++term) {
+        if (term == terms.own) sum.take(own);
+        if (term - terms.own == terms.before) sum.add(1.0F, own);
+        read(ring_.current(), num_vectors, row);
+        sum.add(1.0F, row);
         ring_.step();
       }
       ring_.release();
@@ -235,7 +251,7 @@ class SumStream {
     if (kHasOthers && terms.own == terms.count) sum.take(own);
     if (kHasOthers && terms.before == terms.count - terms.own) sum.add(1.0F, own);
     sum.round(row);
-    write(as<Vec16>(out + segments_.first(segment) * kElementBytes), num_vectors, row);
+    write(out, num_vectors, row);
   }
 
   // Lanes for which the segment has nothing read its last vector, which they do not write.
@@ -263,7 +279,8 @@ class SumStream {
 
   TermRing<Stages>& ring_;
   const Segments& segments_;
-  const i64 hidden_;
+  const u32 full_bytes_;  // of each segment but the last
+  const u32 last_bytes_;
   const TermsOf& terms_of_;
   const OutOf& out_of_;
   i64 last_ = 0;

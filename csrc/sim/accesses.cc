@@ -137,15 +137,19 @@ void store(
   if (order != Order::kWeak) e.wake_watchers(address, visible[0]);
 }
 
-uint32_t fetch_add(void* to, uint32_t value, MemoryScope scope, Location at) {
+uint32_t fetch_add(void* to, uint32_t value, Order order, MemoryScope scope, Location at) {
   Engine& e = *engine;
   Thread& thread = e.step(at);
   const uint64_t address = e.resolve(to, 4, 4, Reach::kAny);
-  const Stamp by = stamp_of(thread, Order::kAcquireRelease, scope);
+  const Stamp by = stamp_of(thread, order, scope);
   uint32_t old = 0;
   const uint32_t replaced = e.memory.load_newest(address, &old, e.time);
   e.check_memory(by);
-  if (replaced) take_in(e, thread, replaced, Order::kAcquireRelease, scope);
+  if (replaced) take_in(e, thread, replaced, order, scope);
+  if (order == Order::kRelaxed) {
+    replace(e, address, old + value, by, replaced, nullptr);
+    return old;
+  }
   Published own = publish(thread, scope);
   replace(e, address, old + value, by, replaced, &own);
   return old;

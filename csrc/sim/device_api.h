@@ -31,7 +31,7 @@ void* shared_base(std::size_t bytes);
 // An access whose location is unknown (shared memory words) is reported at the last known one.
 void load(const void* from, void* to, uint32_t bytes, Order order, MemoryScope scope, Location at);
 void store(void* to, const void* from, uint32_t bytes, Order order, MemoryScope scope, Location at);
-uint32_t fetch_add(void* to, uint32_t value, MemoryScope scope, Location at);
+uint32_t fetch_add(void* to, uint32_t value, Order order, MemoryScope scope, Location at);
 void fence(MemoryScope scope, Location at);
 
 void barrier(uint32_t id, uint32_t threads, Location at);

@@ -127,7 +127,11 @@ void st_relaxed(Ptr<T> to, std::type_identity_t<T> value, Location at = Location
 }
 template <Scope kScope>
 u32 fetch_add_acq_rel(Ptr<u32> to, u32 value, Location at = Location::current()) {
-  return sim::ops::fetch_add(to.raw, value, memory_scope(kScope), at);
+  return sim::ops::fetch_add(to.raw, value, sim::Order::kAcquireRelease, memory_scope(kScope), at);
+}
+template <Scope kScope>
+u32 fetch_add_relaxed(Ptr<u32> to, u32 value, Location at = Location::current()) {
+  return sim::ops::fetch_add(to.raw, value, sim::Order::kRelaxed, memory_scope(kScope), at);
 }
 template <Scope kScope>
 void fence_acq_rel(Location at = Location::current()) {

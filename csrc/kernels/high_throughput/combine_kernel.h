@@ -161,16 +161,14 @@ class CombineKernel {
   // acknowledged, signal arrived.
 
   JAX_EP_DEVICE void send() {
-    const auto warp = static_cast<i32>(block_id() * num_senders_ + warp_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * num_senders_);
     const i32 num_others = num_ranks_ - 1;
-    const i64 num_items = i64{num_chunks_} * num_parts_ * num_others;
-    if (warp >= num_items) return;
+    WorkQueue work = exchange_.sending(num_chunks_ * num_parts_ * num_others, num_senders_);
+    if (!work.has_item()) return;
     exchange_.wait_until_writable();
     // Chunk by chunk; each rank begins with another owner.
-    for (i64 item = warp; item < num_items; item += num_warps) {
-      const auto flag_idx = static_cast<i32>(item / num_others);
-      const i32 owner = peer_at_turn(exchange_.view(), 1 + static_cast<i32>(item % num_others));
+    for (; work.has_item(); work.next()) {
+      const i32 flag_idx = work.item() / num_others;
+      const i32 owner = peer_at_turn(exchange_.view(), 1 + work.item() % num_others);
       if (owner < 0) continue;
       sum<false>(
           flag_idx,
@@ -204,11 +202,10 @@ class CombineKernel {
   // out, token_scalars. Wait for arrived.
 
   JAX_EP_DEVICE void receive() {
-    // Neighboring chunks to different blocks; warps that also send come last.
-    const u32 late = (warp_id() + Config::kWarps - num_senders_) % Config::kWarps;
-    const auto warp = static_cast<i32>(late * num_blocks() + block_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
-    for (i32 flag_idx = warp; flag_idx < num_chunks_ * num_parts_; flag_idx += num_warps) {
+    for (WorkQueue work = exchange_.receiving(num_chunks_ * num_parts_, num_senders_);
+         work.has_item();
+         work.next()) {
+      const i32 flag_idx = work.item();
       share_out_peers(exchange_.view(), [this, flag_idx](i32 source) {
         if (source != rank_) exchange_.wait_arrived(source, flag_idx);
       });

@@ -17,16 +17,15 @@ class DispatchReceiver {
       : c_(context) {}
 
   JAX_EP_DEVICE void receive() {
-    // Neighboring chunks to different blocks; warps that also send come last.
-    const u32 late = (warp_id() + Config::kWarps - c_.num_senders) % Config::kWarps;
-    const auto warp = static_cast<i32>(late * num_blocks() + block_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
-    clear_rows_without_token(warp, num_warps);
+    const auto warp = static_cast<i32>(warp_id() * num_blocks() + block_id());
+    clear_rows_without_token(warp, static_cast<i32>(num_blocks() * Config::kWarps));
     // In the order in which chunks arrive; each rank begins with itself.
-    const i64 num_items = i64{c_.chunks} * c_.parts * c_.num_ranks;
-    for (i64 item = warp; item < num_items; item += num_warps) {
-      const auto flag_idx = static_cast<i32>(item / c_.num_ranks);
-      const i32 source = peer_at_turn(c_.exchange.view(), static_cast<i32>(item % c_.num_ranks));
+    for (WorkQueue work =
+             c_.exchange.receiving(c_.chunks * c_.parts * c_.num_ranks, c_.num_senders);
+         work.has_item();
+         work.next()) {
+      const i32 flag_idx = work.item() / c_.num_ranks;
+      const i32 source = peer_at_turn(c_.exchange.view(), work.item() % c_.num_ranks);
       if (source < 0) continue;
       if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);
       warp_sync();

@@ -17,12 +17,11 @@ class DispatchSender {
   JAX_EP_DEVICE explicit DispatchSender(DispatchContext<Config, RowType>& context) : c_(context) {}
 
   JAX_EP_DEVICE void send() {
-    const auto warp = static_cast<i32>(block_id() * c_.num_senders + warp_id());
-    const auto num_warps = static_cast<i32>(num_blocks() * c_.num_senders);
-    const i32 num_flags = c_.chunks * c_.parts;
-    if (warp >= num_flags) return;
+    WorkQueue work = c_.exchange.sending(c_.chunks * c_.parts, c_.num_senders);
+    if (!work.has_item()) return;
     c_.exchange.wait_until_writable();
-    for (i32 flag_idx = warp; flag_idx < num_flags; flag_idx += num_warps) {
+    for (; work.has_item(); work.next()) {
+      const i32 flag_idx = work.item();
       const i64 first = c_.first_token(flag_idx / c_.parts);
       const i64 last = c_.last_token(flag_idx / c_.parts);
       if (c_.hidden > 0 && c_.bulk) {

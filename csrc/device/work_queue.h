@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Hands the items of a kernel's work to its warps: who is done sooner takes more.
+#ifndef JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
+#define JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
+
+#include "csrc/device/heap.h"
+
+namespace jax_ep::dev {
+
+// Items [0, num_items), in their order. The first `num_places` go to the warps with a place, one to
+// each; all others by tickets of a counter of this rank, which is 0 when the kernel starts and is
+// set back by Exchange::finish. So a small call needs no ticket. Which warp has an item decides
+// nothing but when it is done. All lanes of a warp, alike.
+class WorkQueue {
+ public:
+  // place: of the warp; -1: it has none.
+  JAX_EP_DEVICE WorkQueue(Ptr<u32> tickets, i32 num_items, i32 num_places, i32 place)
+      : tickets_(tickets), num_items_(num_items), num_places_(num_places), item_(place) {
+    take_ticket();
+    if (place < 0) next();
+  }
+
+  JAX_EP_DEVICE bool has_item() const { return item_ < num_items_; }
+  JAX_EP_DEVICE i32 item() const { return item_; }
+  // The ticket was taken when the item before was begun, and has long been there.
+  JAX_EP_DEVICE void next() {
+    item_ = num_items_;
+    if (num_items_ <= num_places_) return;
+    item_ = num_places_ + static_cast<i32>(warp_shfl(ticket_, 0));
+    if (has_item()) take_ticket();
+  }
+
+ private:
+  JAX_EP_DEVICE void take_ticket() {
+    if (num_items_ <= num_places_ || lane_id() != 0) return;
+    // Nothing is published with it.
+    ticket_ = fetch_add_relaxed<Scope::kGpu>(tickets_, 1);
+  }
+
+  const Ptr<u32> tickets_;
+  const i32 num_items_;
+  const i32 num_places_;
+  i32 item_;
+  u32 ticket_ = 0;  // of lane 0
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
