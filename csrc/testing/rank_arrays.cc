@@ -6,13 +6,12 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 
 #include "csrc/core/float_formats.h"
 
 namespace jax_ep {
 namespace {
-
-constexpr size_t kAlignment = 256;  // as XLA's buffers have
 
 size_t as_size(int64_t value) { return static_cast<size_t>(value); }
 
@@ -45,11 +44,12 @@ Quantized quantize(const std::vector<float>& values, int64_t hidden) {
 template <typename T>
 std::string compare(DeviceMemory& memory,
                     const char* name,
-                    const T* on_device,
+                    std::span<T> on_device,
                     const std::vector<T>& expected,
                     int64_t row_elements) {
+  if (on_device.size() != expected.size()) return std::string(name) + " is of another size";
   std::vector<T> got(expected.size());
-  if (!got.empty()) memory.read(got.data(), on_device, got.size() * sizeof(T));
+  if (!got.empty()) memory.read(got.data(), on_device.data(), on_device.size_bytes());
   for (size_t i = 0; i < got.size(); ++i) {
     if (std::memcmp(&got[i], &expected[i], sizeof(T)) == 0) continue;
     const auto row = static_cast<int64_t>(i) / std::max<int64_t>(row_elements, 1);
@@ -95,6 +95,19 @@ std::vector<int32_t> with_bad_experts(std::vector<int32_t> topk_idx,
   return topk_idx;
 }
 
+ExchangeSizes sizes_of(const Problem& problem) {
+  const ClusterOptions& options = problem.cluster.options();
+  return {.shape = options.shape,
+          .hidden = options.hidden,
+          .num_scalars = options.scalars ? options.shape.num_topk : 0,
+          .dtype = options.dtype,
+          .wire = options.wire,
+          .x_format = problem.x_format,
+          .rows_format = problem.rows_format,
+          .zero_fill = options.zero_fill,
+          .weighted = options.weighted};
+}
+
 }  // namespace
 
 Problem::Problem(const ClusterOptions& options, RowFormat x_format_in, RowFormat rows_format_in)
@@ -102,15 +115,8 @@ Problem::Problem(const ClusterOptions& options, RowFormat x_format_in, RowFormat
   ok = cluster.plan().ok() && cluster.dispatch().ok() && cluster.combine().ok();
 }
 
-template <typename T>
-T* RankArrays::place(size_t count) {
-  T* const at = reinterpret_cast<T*>(memory_ + bytes_);
-  bytes_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-  return at;
-}
-
 RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
-    : problem_(problem), rank_(rank), memory_(memory) {
+    : problem_(problem), rank_(rank), arrays_(sizes_of(problem), memory) {
   const EpShape& shape = options().shape;
   const RankBuffers& mine = buffers();
   const int64_t hidden = options().hidden;
@@ -142,61 +148,38 @@ RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
           sent.scales.begin() + token * blocks, blocks, expected_scales_.begin() + row * blocks);
     }
   }
-  const size_t max_rows =
-      as_size(max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts()));
-  program_rank_on_device_ = place<int32_t>(1);
-  topk_idx_ = place<int32_t>(mine.topk_idx.size());
-  slot_ = place<int32_t>(mine.slot.size());
-  row_source_ = place<int32_t>(mine.row_source.size());
-  row_topk_idx_ = place<int32_t>(mine.row_topk_idx.size());
-  source_slot_ = place<int32_t>(as_size(shape.num_ranks * shape.num_tokens) * max_rows);
-  group_sizes_ = place<int32_t>(mine.group_sizes.size());
-  tokens_per_expert_ = place<int32_t>(mine.tokens_per_expert.size());
-  num_dropped_ = place<int32_t>(1);
-  x_on_device_ = place<std::byte>(x_.size());
-  x_scales_on_device_ = place<float>(x_scales_.size());
-  token_scalars_ = place<float>(mine.token_scalars.size());
-  rows_ = place<std::byte>(expected_rows_.size());
-  rows_scales_ = place<float>(expected_scales_.size());
-  row_scalars_ = place<float>(mine.row_scalars.size());
-  y_ = place<std::byte>(mine.y.size());
-  weights_ = place<float>(mine.weights.size());
-  out_ = place<std::byte>(mine.out.size());
-  returned_scalars_ = place<float>(mine.returned_scalars.size());
 }
 
 void RankArrays::upload(DeviceMemory& memory) const {
   const RankBuffers& mine = buffers();
-  const auto put = [&](void* to, const void* from, size_t bytes) {
-    if (bytes > 0) memory.write(to, from, bytes);
+  const auto put = [&]<typename T>(std::span<T> to, const std::vector<T>& from) {
+    if (to.size() != from.size()) throw std::logic_error("an array is not as large as its values");
+    if (!from.empty()) memory.write(to.data(), from.data(), from.size() * sizeof(T));
   };
-  const auto put_all = [&](void* to, const auto& from) {
-    put(to, from.data(), from.size() * sizeof(from[0]));
+  const auto untouched = [&]<typename T>(std::span<T> to) {
+    const std::vector<std::byte> fill(to.size_bytes(), kUntouchedByte);
+    if (!fill.empty()) memory.write(to.data(), fill.data(), fill.size());
   };
-  const auto untouched = [&](void* to, size_t bytes) {
-    const std::vector<std::byte> fill(bytes, kUntouchedByte);
-    put(to, fill.data(), bytes);
-  };
-  put(program_rank_on_device_, &rank_, sizeof rank_);
-  put_all(topk_idx_, with_bad_experts(mine.topk_idx, options()));
-  put_all(x_on_device_, x_);
-  put_all(x_scales_on_device_, x_scales_);
-  put_all(token_scalars_, mine.token_scalars);
-  put_all(y_, mine.y);
-  put_all(weights_, mine.weights);
-  untouched(rows_, expected_rows_.size());
-  untouched(rows_scales_, expected_scales_.size() * 4);
+  put(arrays_.program_rank, std::vector{rank_});
+  put(arrays_.topk_idx, with_bad_experts(mine.topk_idx, options()));
+  put(arrays_.x, x_);
+  put(arrays_.x_scales, x_scales_);
+  put(arrays_.token_scalars, mine.token_scalars);
+  put(arrays_.y, mine.y);
+  put(arrays_.weights, mine.weights);
+  untouched(arrays_.rows);
+  untouched(arrays_.rows_scales);
 }
 
 void RankArrays::replace_rank(DeviceMemory& memory, int32_t said) const {
-  memory.write(program_rank_on_device_, &said, sizeof said);
+  memory.write(arrays_.program_rank.data(), &said, sizeof said);
 }
 
 void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
   std::mt19937 random(1000 * options().seed + seed);
   const EpShape& shape = options().shape;
   const auto most_rows = static_cast<int32_t>(shape.recv_capacity);
-  const auto replace = [&](int32_t* array, std::vector<int32_t> values, int32_t limit) {
+  const auto replace = [&](std::span<int32_t> array, std::vector<int32_t> values, int32_t limit) {
     const uint32_t kind = random() % 4;
     for (int32_t& value : values) {
       const auto any = static_cast<int32_t>(random() % static_cast<uint32_t>(limit));
@@ -205,73 +188,17 @@ void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
       if (kind == 2 && random() % 2 == 0) value = -1;
       if (kind == 3) value = random() % 2 == 0 ? any : static_cast<int32_t>(random());
     }
-    if (!values.empty()) memory.write(array, values.data(), values.size() * sizeof values[0]);
+    if (!values.empty())
+      memory.write(array.data(), values.data(), values.size() * sizeof values[0]);
   };
   const RankBuffers& mine = buffers();
-  replace(slot_, mine.slot, most_rows);
-  replace(row_source_, mine.row_source, shape.num_ranks * static_cast<int32_t>(shape.num_tokens));
-  replace(row_topk_idx_, mine.row_topk_idx, shape.num_local_experts());
-  replace(source_slot_, expected_source_slot(), most_rows);
-  replace(topk_idx_, mine.topk_idx, shape.num_experts);
-}
-
-PlanParams RankArrays::plan(const RankView& view) const {
-  return {.view = view,
-          .call_tag = 0,
-          .program_rank = program_rank_on_device_,
-          .op = {.shape = options().shape,
-                 .topk_idx = topk_idx_,
-                 .slot = slot_,
-                 .row_source = row_source_,
-                 .row_topk_idx = row_topk_idx_,
-                 .source_slot = source_slot_,
-                 .group_sizes = group_sizes_,
-                 .tokens_per_expert = tokens_per_expert_,
-                 .num_dropped = num_dropped_}};
-}
-
-DispatchParams RankArrays::dispatch(const RankView& view) const {
-  return {.view = view,
-          .call_tag = 0,
-          .program_rank = program_rank_on_device_,
-          .op = {.shape = options().shape,
-                 .hidden = options().hidden,
-                 .num_scalars = options().scalars ? options().shape.num_topk : 0,
-                 .dtype = options().dtype,
-                 .wire = options().wire,
-                 .x_format = problem_.x_format,
-                 .rows_format = problem_.rows_format,
-                 .zero_fill = options().zero_fill,
-                 .x = x_on_device_,
-                 .x_scales = x_scales_on_device_,
-                 .token_scalars = token_scalars_,
-                 .topk_idx = topk_idx_,
-                 .slot = slot_,
-                 .row_source = row_source_,
-                 .source_slot = source_slot_,
-                 .rows = rows_,
-                 .rows_scales = rows_scales_,
-                 .row_scalars = row_scalars_}};
-}
-
-CombineParams RankArrays::combine(const RankView& view) const {
-  return {.view = view,
-          .call_tag = 0,
-          .program_rank = program_rank_on_device_,
-          .op = {.shape = options().shape,
-                 .hidden = options().hidden,
-                 .weighted = options().weighted,
-                 .num_scalars = options().scalars ? options().shape.num_topk : 0,
-                 .dtype = options().dtype,
-                 .y = y_,
-                 .weights = weights_,
-                 .row_scalars = weights_,
-                 .topk_idx = topk_idx_,
-                 .slot = slot_,
-                 .row_topk_idx = row_topk_idx_,
-                 .source_slot = source_slot_,
-                 .out = out_,
-                 .token_scalars = returned_scalars_}};
+  replace(arrays_.slot, mine.slot, most_rows);
+  replace(arrays_.row_source,
+          mine.row_source,
+          shape.num_ranks * static_cast<int32_t>(shape.num_tokens));
+  replace(arrays_.row_topk_idx, mine.row_topk_idx, shape.num_local_experts());
+  replace(arrays_.source_slot, expected_source_slot(), most_rows);
+  replace(arrays_.topk_idx, mine.topk_idx, shape.num_experts);
 }
 
 std::vector<int32_t> RankArrays::expected_source_slot() const {
@@ -295,73 +222,70 @@ std::string RankArrays::check_plan(DeviceMemory& memory) const {
   const int64_t topk = options().shape.num_topk;
   const std::vector<int32_t> dropped = {mine.num_dropped};
   return first_of(
-      {compare(memory, "tokens_per_expert", tokens_per_expert_, mine.tokens_per_expert, 1),
-       compare(memory, "group_sizes", group_sizes_, mine.group_sizes, 1),
-       compare(memory, "slot", slot_, mine.slot, topk),
-       compare(memory, "row_source", row_source_, mine.row_source, 1),
-       compare(memory, "row_topk_idx", row_topk_idx_, mine.row_topk_idx, topk),
-       compare(memory, "source_slot", source_slot_, expected_source_slot(), 1),
-       compare(memory, "num_dropped", num_dropped_, dropped, 1)});
+      {compare(memory, "tokens_per_expert", arrays_.tokens_per_expert, mine.tokens_per_expert, 1),
+       compare(memory, "group_sizes", arrays_.group_sizes, mine.group_sizes, 1),
+       compare(memory, "slot", arrays_.slot, mine.slot, topk),
+       compare(memory, "row_source", arrays_.row_source, mine.row_source, 1),
+       compare(memory, "row_topk_idx", arrays_.row_topk_idx, mine.row_topk_idx, topk),
+       compare(memory, "source_slot", arrays_.source_slot, expected_source_slot(), 1),
+       compare(memory, "num_dropped", arrays_.num_dropped, dropped, 1)});
 }
 
 std::string RankArrays::check_dispatch(DeviceMemory& memory) const {
   const int64_t bytes =
       options().hidden *
       (problem_.rows_format == RowFormat::kFloat8E4M3 ? 1 : size_bytes(options().dtype));
-  return first_of({compare(memory, "rows", rows_, expected_rows_, bytes),
+  return first_of({compare(memory, "rows", arrays_.rows, expected_rows_, bytes),
                    compare(memory,
                            "rows_scales",
-                           rows_scales_,
+                           arrays_.rows_scales,
                            expected_scales_,
                            ceil_div(options().hidden, kScaleBlock)),
                    compare(memory,
                            "row_scalars",
-                           row_scalars_,
+                           arrays_.row_scalars,
                            buffers().row_scalars,
                            options().shape.scalars_per_row())});
 }
 
 std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
-  const RankBuffers& mine = buffers();
-  const auto bytes = [&](const char* name, const void* array, size_t size) {
-    const std::vector<std::byte> ones(size, std::byte{0xFF});
-    return compare(memory, name, static_cast<const std::byte*>(array), ones, 1);
+  const auto ones = [&]<typename T>(const char* name, std::span<T> array) {
+    const std::span<std::byte> bytes(std::as_writable_bytes(array));
+    return compare(memory, name, bytes, std::vector<std::byte>(bytes.size(), std::byte{0xFF}), 1);
   };
-  const auto words = [&](const char* name, const void* array, size_t count) {
-    return bytes(name, array, 4 * count);
-  };
-  const auto zeros = [&](const char* name, const int32_t* array, size_t count) {
-    return compare(memory, name, array, std::vector<int32_t>(count, 0), 1);
+  const auto zeros = [&](const char* name, std::span<int32_t> array) {
+    return compare(memory, name, array, std::vector<int32_t>(array.size(), 0), 1);
   };
   switch (op) {
     case OpKind::kPlan:
-      return first_of(
-          {words("slot", slot_, mine.slot.size()),
-           words("row_source", row_source_, mine.row_source.size()),
-           words("row_topk_idx", row_topk_idx_, mine.row_topk_idx.size()),
-           words("source_slot", source_slot_, expected_source_slot().size()),
-           zeros("group_sizes", group_sizes_, mine.group_sizes.size()),
-           zeros("tokens_per_expert", tokens_per_expert_, mine.tokens_per_expert.size()),
-           zeros("num_dropped", num_dropped_, 1)});
+      return first_of({ones("slot", arrays_.slot),
+                       ones("row_source", arrays_.row_source),
+                       ones("row_topk_idx", arrays_.row_topk_idx),
+                       ones("source_slot", arrays_.source_slot),
+                       zeros("group_sizes", arrays_.group_sizes),
+                       zeros("tokens_per_expert", arrays_.tokens_per_expert),
+                       zeros("num_dropped", arrays_.num_dropped)});
     case OpKind::kDispatch:
-      return first_of({bytes("rows", rows_, expected_rows_.size()),
-                       words("rows_scales", rows_scales_, expected_scales_.size()),
-                       words("row_scalars", row_scalars_, mine.row_scalars.size())});
+      return first_of({ones("rows", arrays_.rows),
+                       ones("rows_scales", arrays_.rows_scales),
+                       ones("row_scalars", arrays_.row_scalars)});
     case OpKind::kCombine:
-      return first_of({bytes("out", out_, mine.out.size()),
-                       words("token_scalars", returned_scalars_, mine.returned_scalars.size())});
+      return first_of({ones("out", arrays_.out), ones("token_scalars", arrays_.returned_scalars)});
   }
   return "unknown operation";
 }
 
 std::string RankArrays::check_combine(DeviceMemory& memory) const {
-  return first_of(
-      {compare(memory, "out", out_, buffers().out, options().hidden * size_bytes(options().dtype)),
-       compare(memory,
-               "token_scalars",
-               returned_scalars_,
-               buffers().returned_scalars,
-               options().shape.num_topk)});
+  return first_of({compare(memory,
+                           "out",
+                           arrays_.out,
+                           buffers().out,
+                           options().hidden * size_bytes(options().dtype)),
+                   compare(memory,
+                           "token_scalars",
+                           arrays_.returned_scalars,
+                           buffers().returned_scalars,
+                           options().shape.num_topk)});
 }
 
 }  // namespace jax_ep

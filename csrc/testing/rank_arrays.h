@@ -12,6 +12,7 @@
 
 #include "csrc/core/kernel_params.h"
 #include "csrc/testing/cluster.h"
+#include "csrc/testing/kernel_arrays.h"
 
 namespace jax_ep {
 
@@ -41,7 +42,7 @@ class RankArrays {
   RankArrays(Problem& problem, int32_t rank, std::byte* memory);
 
   // Bytes that the arrays take.
-  [[nodiscard]] size_t bytes() const { return bytes_; }
+  [[nodiscard]] size_t bytes() const { return arrays_.bytes(); }
   // Writes all operands but those that earlier operations make, and marks results as untouched.
   void upload(DeviceMemory& memory) const;
 
@@ -51,9 +52,11 @@ class RankArrays {
   // anything.
   void replace_handle(DeviceMemory& memory, uint32_t seed) const;
 
-  [[nodiscard]] PlanParams plan(const RankView& view) const;
-  [[nodiscard]] DispatchParams dispatch(const RankView& view) const;
-  [[nodiscard]] CombineParams combine(const RankView& view) const;
+  [[nodiscard]] PlanParams plan(const RankView& view) const { return arrays_.plan(view); }
+  [[nodiscard]] DispatchParams dispatch(const RankView& view) const {
+    return arrays_.dispatch(view);
+  }
+  [[nodiscard]] CombineParams combine(const RankView& view) const { return arrays_.combine(view); }
 
   // What is wrong with the results of an operation; empty if nothing is.
   [[nodiscard]] std::string check_plan(DeviceMemory& memory) const;
@@ -63,41 +66,18 @@ class RankArrays {
   [[nodiscard]] std::string check_poisoned(OpKind op, DeviceMemory& memory) const;
 
  private:
-  template <typename T>
-  T* place(size_t count);
   [[nodiscard]] RankBuffers& buffers() const { return problem_.cluster.rank(rank_); }
   [[nodiscard]] const ClusterOptions& options() const { return problem_.cluster.options(); }
   [[nodiscard]] std::vector<int32_t> expected_source_slot() const;
 
   Problem& problem_;
   int32_t rank_;
-  std::byte* memory_;
-  size_t bytes_ = 0;
+  KernelArrays arrays_;
 
   std::vector<std::byte> x_;  // as uploaded
   std::vector<float> x_scales_;
   std::vector<std::byte> expected_rows_;
   std::vector<float> expected_scales_;
-
-  int32_t* program_rank_on_device_;
-  int32_t* topk_idx_;
-  int32_t* slot_;
-  int32_t* row_source_;
-  int32_t* row_topk_idx_;
-  int32_t* source_slot_;
-  int32_t* group_sizes_;
-  int32_t* tokens_per_expert_;
-  int32_t* num_dropped_;
-  std::byte* x_on_device_;
-  float* x_scales_on_device_;
-  float* token_scalars_;
-  std::byte* rows_;
-  float* rows_scales_;
-  float* row_scalars_;
-  std::byte* y_;
-  float* weights_;
-  std::byte* out_;
-  float* returned_scalars_;
 };
 
 }  // namespace jax_ep

@@ -2,27 +2,37 @@
 #include "csrc/testing/simulated_exchange.h"
 
 #include <cstddef>
+#include <iterator>
 #include <memory>
+#include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/core/kernel_params.h"
 #include "csrc/sim/machine.h"
+#include "csrc/testing/kernel_arrays.h"
 #include "csrc/testing/simulated_group.h"
 
 namespace jax_ep {
 namespace {
 
-constexpr uint64_t kAlignment = 256;  // as XLA's buffers have
-
-EpShape shape_of(const SimulatedExchange& exchange) {
-  return {.num_ranks = exchange.num_ranks,
-          .num_experts = exchange.num_experts,
-          .num_topk = exchange.num_topk,
-          .num_tokens = exchange.num_tokens,
-          .recv_capacity = exchange.capacity,
-          .expert_alignment = exchange.expert_alignment,
-          .layout = static_cast<Layout>(exchange.layout)};
+ExchangeSizes sizes_of(const SimulatedExchange& exchange) {
+  return {.shape = {.num_ranks = exchange.num_ranks,
+                    .num_experts = exchange.num_experts,
+                    .num_topk = exchange.num_topk,
+                    .num_tokens = exchange.num_tokens,
+                    .recv_capacity = exchange.capacity,
+                    .expert_alignment = exchange.expert_alignment,
+                    .layout = static_cast<Layout>(exchange.layout)},
+          .hidden = exchange.hidden,
+          .num_scalars = exchange.num_topk,
+          .dtype = static_cast<DType>(exchange.dtype),
+          .wire = static_cast<Wire>(exchange.wire),
+          .x_format = static_cast<RowFormat>(exchange.x_format),
+          .rows_format = static_cast<RowFormat>(exchange.rows_format),
+          .zero_fill = exchange.zero_fill != 0,
+          .weights_are_row_scalars = true};
 }
 
 HeapShape heap_shape_of(const SimulatedExchange& exchange) {
@@ -44,81 +54,35 @@ class RankProgram {
               int32_t rank,
               const RankView& view,
               std::byte* memory)
-      : rank_(rank), memory_(memory) {
-    const EpShape shape = shape_of(exchange);
-    const int64_t rows = shape.recv_capacity;
-    const int64_t selections = shape.num_tokens * shape.num_topk;
-    const int64_t scalars = rows * shape.scalars_per_row();
-    const auto dtype = static_cast<DType>(exchange.dtype);
-    const int64_t row_bytes = exchange.hidden * size_bytes(dtype);
-    const int64_t scales = ceil_div(exchange.hidden, kScaleBlock);
-    const bool x_quantized = exchange.x_format != 0;
-    const bool rows_quantized = exchange.rows_format != 0;
-    const int64_t max_rows =
-        max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
-    const int64_t row_topk_idx = shape.layout == Layout::kRank ? scalars : 0;
-    program_rank_ = place<int32_t>(1);
-    rows_bytes_ = static_cast<uint64_t>(rows * (rows_quantized ? exchange.hidden : row_bytes));
-    plan_ = {
-        .view = view,
-        .call_tag = 0,
-        .program_rank = program_rank_,
-        .op = {.shape = shape,
-               .topk_idx = operand(exchange.topk_idx, selections),
-               .slot = result(exchange.slot, selections),
-               .row_source = result(exchange.row_source, rows),
-               .row_topk_idx = result(exchange.row_topk_idx, row_topk_idx),
-               .source_slot = place<int32_t>(shape.num_ranks * shape.num_tokens * max_rows),
-               .group_sizes = result(exchange.group_sizes, shape.num_row_groups()),
-               .tokens_per_expert = result(exchange.tokens_per_expert, shape.num_local_experts()),
-               .num_dropped = result(exchange.num_dropped, 1)}};
-    dispatch_ = {
-        .view = view,
-        .call_tag = 0,
-        .program_rank = program_rank_,
-        .op = {.shape = shape,
-               .hidden = exchange.hidden,
-               .num_scalars = shape.num_topk,
-               .dtype = dtype,
-               .wire = static_cast<Wire>(exchange.wire),
-               .x_format = static_cast<RowFormat>(exchange.x_format),
-               .rows_format = static_cast<RowFormat>(exchange.rows_format),
-               .zero_fill = exchange.zero_fill != 0,
-               .x = operand(exchange.x,
-                            shape.num_tokens * (x_quantized ? exchange.hidden : row_bytes)),
-               .x_scales = operand(exchange.x_scales, x_quantized ? shape.num_tokens * scales : 0),
-               .token_scalars = operand(exchange.topk_weights, selections),
-               .topk_idx = plan_.op.topk_idx,
-               .slot = plan_.op.slot,
-               .row_source = plan_.op.row_source,
-               .source_slot = plan_.op.source_slot,
-               .rows = result(exchange.rows, static_cast<int64_t>(rows_bytes_)),
-               .rows_scales = result(exchange.rows_scales, rows_quantized ? rows * scales : 0),
-               .row_scalars = result(exchange.row_weights, scalars)}};
-    weighted_ = {.view = view,
-                 .call_tag = 0,
-                 .program_rank = program_rank_,
-                 .op = {.shape = shape,
-                        .hidden = exchange.hidden,
-                        .weighted = true,
-                        .num_scalars = shape.num_topk,
-                        .dtype = dtype,
-                        .y = operand(exchange.y, rows * row_bytes),
-                        .weights = dispatch_.op.row_scalars,
-                        .row_scalars = dispatch_.op.row_scalars,
-                        .topk_idx = plan_.op.topk_idx,
-                        .slot = plan_.op.slot,
-                        .row_topk_idx = plan_.op.row_topk_idx,
-                        .source_slot = plan_.op.source_slot,
-                        .out = result(exchange.weighted, shape.num_tokens * row_bytes),
-                        .token_scalars = result(exchange.returned_weights, selections)}};
+      : rank_(rank), memory_(memory), arrays_(sizes_of(exchange), memory) {
+    const auto unweighted_out = arrays_.place<std::byte>(std::ssize(arrays_.out));
+    operand(arrays_.topk_idx, exchange.topk_idx);
+    operand(arrays_.x, exchange.x);
+    operand(arrays_.x_scales, exchange.x_scales);
+    operand(arrays_.token_scalars, exchange.topk_weights);
+    operand(arrays_.y, exchange.y);
+    result(arrays_.slot, exchange.slot);
+    result(arrays_.row_source, exchange.row_source);
+    result(arrays_.row_topk_idx, exchange.row_topk_idx);
+    result(arrays_.group_sizes, exchange.group_sizes);
+    result(arrays_.tokens_per_expert, exchange.tokens_per_expert);
+    result(arrays_.num_dropped, exchange.num_dropped);
+    result(arrays_.rows, exchange.rows);
+    result(arrays_.rows_scales, exchange.rows_scales);
+    result(arrays_.row_scalars, exchange.row_weights);
+    result(arrays_.out, exchange.weighted);
+    result(unweighted_out, exchange.unweighted);
+    result(arrays_.returned_scalars, exchange.returned_weights);
+    plan_ = arrays_.plan(view);
+    dispatch_ = arrays_.dispatch(view);
+    weighted_ = arrays_.combine(view);
     unweighted_ = weighted_;
     unweighted_.op.weighted = false;
     unweighted_.op.num_scalars = 0;
-    unweighted_.op.out = result(exchange.unweighted, shape.num_tokens * row_bytes);
+    unweighted_.op.out = unweighted_out.data();
   }
 
-  [[nodiscard]] uint64_t bytes() const { return bytes_; }
+  [[nodiscard]] uint64_t bytes() const { return arrays_.bytes(); }
 
   void append_call(sim::Machine& machine, SimulatedGroup& group, int32_t call, uint32_t blocks) {
     const auto r = static_cast<uint32_t>(rank_);
@@ -144,13 +108,13 @@ class RankProgram {
 
   void upload(sim::Machine& machine) const {
     const auto r = static_cast<uint32_t>(rank_);
-    machine.poison(r, memory_, bytes_);
-    machine.write(r, program_rank_, &rank_, sizeof rank_);
+    machine.poison(r, memory_, bytes());
+    machine.write(r, arrays_.program_rank.data(), &rank_, sizeof rank_);
     for (const Operand& operand : operands_) {
       machine.write(r, operand.device, operand.host, operand.bytes);
     }
     // Dispatch may leave rows alone that hold no token: NaN in every dtype.
-    if (rows_bytes_ > 0) machine.fill(r, dispatch_.op.rows, 0xFF, rows_bytes_);
+    if (!arrays_.rows.empty()) machine.fill(r, arrays_.rows.data(), 0xFF, arrays_.rows.size());
   }
 
   void download(sim::Machine& machine, int32_t call) const {
@@ -162,39 +126,31 @@ class RankProgram {
   }
 
   template <typename T>
-  T* place(int64_t count) {
-    T* const at = reinterpret_cast<T*>(memory_ + bytes_);
-    bytes_ += static_cast<uint64_t>(align_up(count * int64_t{sizeof(T)}, kAlignment));
-    return at;
+  using HostType = std::conditional_t<std::is_same_v<T, std::byte>, uint8_t, T>;
+
+  // `host` has the arrays of all ranks.
+  template <typename T>
+  void operand(std::span<T> array, const HostType<T>* host) {
+    if (array.empty()) return;
+    const auto* const mine = reinterpret_cast<const std::byte*>(host) + rank_ * bytes_of(array);
+    operands_.push_back({std::as_writable_bytes(array).data(), mine, array.size_bytes()});
   }
   template <typename T>
-  const T* operand(const T* host, int64_t count) {
-    T* const at = place<T>(count);
-    if (count > 0) {
-      operands_.push_back({reinterpret_cast<std::byte*>(at),
-                           reinterpret_cast<const std::byte*>(host + rank_ * count),
-                           static_cast<uint64_t>(count) * sizeof(T)});
-    }
-    return at;
+  void result(std::span<T> array, HostType<T>* host) {
+    if (array.empty()) return;
+    std::byte* const mine = reinterpret_cast<std::byte*>(host) + rank_ * bytes_of(array);
+    results_.push_back({std::as_bytes(array).data(), mine, array.size_bytes()});
   }
   template <typename T>
-  T* result(T* host, int64_t count) {
-    T* const at = place<T>(count);
-    if (count > 0) {
-      results_.push_back({reinterpret_cast<const std::byte*>(at),
-                          reinterpret_cast<std::byte*>(host + rank_ * count),
-                          static_cast<uint64_t>(count) * sizeof(T)});
-    }
-    return at;
+  static int64_t bytes_of(std::span<T> array) {
+    return static_cast<int64_t>(array.size_bytes());
   }
 
   int32_t rank_;
   std::byte* memory_;
-  uint64_t bytes_ = 0;
-  uint64_t rows_bytes_ = 0;
+  KernelArrays arrays_;
   std::vector<Operand> operands_;
   std::vector<Result> results_;
-  int32_t* program_rank_ = nullptr;
   PlanParams plan_{};
   DispatchParams dispatch_{};
   CombineParams weighted_{};

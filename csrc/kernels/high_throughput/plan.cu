@@ -13,8 +13,29 @@ using FewBins = dev::PlanConfig<kCompiledPlans[0].num_warps, kCompiledPlans[0].m
 using ManyBins = dev::PlanConfig<kCompiledPlans[1].num_warps, kCompiledPlans[1].max_bins>;
 static_assert(sizeof(ManyBins::SharedStorage) <= 227 * 1024);
 
+template <typename RowLayout>
+using Kernel = dev::PlanKernel<RowLayout>;
+
 template <typename Config>
-using Kernel = dev::PlanKernel<Config>;
+cudaError_t load() {
+  using dev::ExpertLayout, dev::RankLayout;
+  if (cudaError_t e = load_kernel<Kernel<ExpertLayout<Config>>, Config, PlanParams>();
+      e != cudaSuccess)
+    return e;
+  return load_kernel<Kernel<RankLayout<Config>>, Config, PlanParams>();
+}
+
+template <typename Config>
+cudaError_t launch(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  using dev::ExpertLayout, dev::RankLayout;
+  switch (params.op.shape.layout) {
+    case Layout::kExpert:
+      return launch_kernel<Kernel<ExpertLayout<Config>>, Config>(params, shape, stream);
+    case Layout::kRank:
+      return launch_kernel<Kernel<RankLayout<Config>>, Config>(params, shape, stream);
+  }
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace
 
@@ -23,18 +44,17 @@ int32_t shared_bytes_of_plan() {
 }
 
 cudaError_t load_plan() {
-  if (cudaError_t e = load_kernel<Kernel<FewBins>, FewBins, PlanParams>(); e != cudaSuccess)
-    return e;
-  return load_kernel<Kernel<ManyBins>, ManyBins, PlanParams>();
+  if (cudaError_t e = load<FewBins>(); e != cudaSuccess) return e;
+  return load<ManyBins>();
 }
 
 cudaError_t launch_plan(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
   const EpShape& ep = params.op.shape;
   const int32_t bins = num_bins(ep.layout, ep.num_experts, ep.num_ranks);
   if (shape.num_warps == FewBins::kWarps && bins <= FewBins::kMaxBins) {
-    return launch_kernel<Kernel<FewBins>, FewBins>(params, shape, stream);
+    return launch<FewBins>(params, shape, stream);
   }
-  return launch_kernel<Kernel<ManyBins>, ManyBins>(params, shape, stream);
+  return launch<ManyBins>(params, shape, stream);
 }
 
 }  // namespace jax_ep

@@ -10,9 +10,21 @@
 
 namespace jax_ep::dev {
 
+// A lane's selection, if it takes part: it names an expert, and none before it of its token names
+// the same.
+struct LaneSelection {
+  i32 expert;       // -1: takes no part
+  u32 same_expert;  // lanes whose selections name the same, those that take no part too
+};
+
+struct CountedSelection {
+  i32 bin;    // -1: this lane's selection takes no part
+  u32 lanes;  // of each token in the bin, one
+};
+
 template <typename Config>
 struct PlanContext {
-  JAX_EP_DEVICE explicit PlanContext(const PlanParams& params)
+  JAX_EP_DEVICE PlanContext(const PlanParams& params, Layout layout)
       : params(params),
         shape(params.op.shape),
         exchange(params.view,
@@ -26,7 +38,8 @@ struct PlanContext {
         num_topk(shape.num_topk),
         num_tokens(static_cast<i32>(shape.num_tokens)),
         num_local(shape.num_local_experts()),
-        bins(num_bins(shape.layout, shape.num_experts, num_ranks)),
+        max_rows(max_rows_per_token(layout, num_topk, num_local)),
+        bins(num_bins(layout, shape.num_experts, num_ranks)),
         bin_bits(num_bits(static_cast<u32>(bins))),
         tokens_per_tile(tile_tokens(shape.num_tokens, num_ranks)),
         tiles(num_tiles(shape.num_tokens, num_ranks)),
@@ -40,11 +53,12 @@ struct PlanContext {
         first_lane(static_cast<u32>(lane_token * num_topk)),
         token_lanes(~0U >> (static_cast<i32>(kWarpSize) - num_topk) << first_lane) {}
 
-  JAX_EP_DEVICE bool is_rank_major() const { return shape.layout == Layout::kRank; }
-  JAX_EP_DEVICE i32 rank_bin(i32 rank) const { return shape.num_experts + rank; }
   JAX_EP_DEVICE bool is_expert(i32 expert) const {
     if (expert < 0 || expert >= shape.num_experts) return false;
     return all_active(exchange.view()) || is_active(exchange.view(), owner_of(expert, num_local));
+  }
+  JAX_EP_DEVICE u32 clip(u64 row) const {
+    return row < capacity ? static_cast<u32>(row) : capacity;
   }
 
   // --- a lane per selection --------------------------------------------------------------------
@@ -90,26 +104,17 @@ struct PlanContext {
     return staged_routing(exchange.view(), rank, source, token, num_topk);
   }
 
-  // The bin whose count gives a selection its row.
-  JAX_EP_DEVICE i32 row_bin(i32 expert) const {
-    return is_rank_major() ? rank_bin(owner_of(expert, num_local)) : expert;
-  }
-
-  struct CountedSelection {
-    i32 bin;    // -1: this lane's selection takes no part
-    u32 lanes;  // of each token in the bin, one
-  };
-
-  // All lanes. A selection that repeats an earlier one of its token takes no part, nor does one
-  // whose `bin_of(expert)` is negative.
-  template <typename BinOf>
-  JAX_EP_DEVICE CountedSelection take(i32 expert, const BinOf& bin_of) const {
+  // All lanes.
+  JAX_EP_DEVICE LaneSelection selection_of(i32 expert) const {
     const u32 earlier = token_lanes & lanes_below(lane_id());
     const u32 same_expert = lanes_alike(static_cast<u32>(expert + 1), bin_bits);
     const bool repeats = (same_expert & earlier) != 0;
-    const i32 bin = expert < 0 || repeats ? -1 : bin_of(expert);
-    const u32 same_bin =
-        is_rank_major() ? lanes_alike(static_cast<u32>(bin + 1), bin_bits) : same_expert;
+    return {expert < 0 || repeats ? -1 : expert, same_expert};
+  }
+
+  // All lanes: each names a bin or -1, and the lanes that name the same, or more that name none.
+  JAX_EP_DEVICE CountedSelection counted(i32 bin, u32 same_bin) const {
+    const u32 earlier = token_lanes & lanes_below(lane_id());
     const bool leads = bin >= 0 && (same_bin & earlier) == 0;
     return {bin, same_bin & warp_ballot(leads)};
   }
@@ -131,6 +136,12 @@ struct PlanContext {
   JAX_EP_DEVICE Ptr<u32> totals() const {
     return region<u32>(exchange.view(), rank, Region::kTotals);
   }
+  // Selections of a local expert of this rank, which it reports.
+  JAX_EP_DEVICE u32 report_total(i32 local) const {
+    const u32 total = ld(totals() + (rank * num_local + local));
+    st(Ptr<i32>{params.op.tokens_per_expert} + local, static_cast<i32>(total));
+    return total;
+  }
 
   const PlanParams& params;
   const EpShape& shape;
@@ -141,6 +152,7 @@ struct PlanContext {
   const i32 num_topk;
   const i32 num_tokens;
   const i32 num_local;
+  const i32 max_rows;  // that a rank holds of a token
   const i32 bins;
   const u32 bin_bits;  // of a bin's number plus 1
   const i32 tokens_per_tile;

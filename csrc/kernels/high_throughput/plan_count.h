@@ -8,12 +8,12 @@
 
 namespace jax_ep::dev {
 
-template <typename Config>
+template <typename RowLayout>
 class PlanCounter {
-  using Context = PlanContext<Config>;
+  using Context = typename RowLayout::Context;
 
  public:
-  JAX_EP_DEVICE explicit PlanCounter(Context& context) : c_(context) {}
+  JAX_EP_DEVICE explicit PlanCounter(Context& context) : c_(context), layout_(context) {}
 
   // 1. Each chunk of topk_idx goes to all ranks.
   JAX_EP_DEVICE void send() {
@@ -65,11 +65,7 @@ class PlanCounter {
       c_.exchange.wait_arrived(tile.source, chunk);
     }
     warp_sync();
-    c_.for_each_run(tile, [this](i32, i32 expert) {
-      c_.advance(c_.take(expert, [this](i32 e) { return c_.row_bin(e); }));
-      // Layout "rank" hands out rows by rank, but reports selections by expert.
-      if (c_.is_rank_major()) c_.advance(c_.take(expert, [](i32 e) { return e; }));
-    });
+    c_.for_each_run(tile, [this](i32, i32 expert) { layout_.count(c_.selection_of(expert)); });
     for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
       auto& cursor = c_.memory.cursor[warp_id()][bin];
       st(c_.count_of(bin, item), cursor);
@@ -102,6 +98,7 @@ class PlanCounter {
   }
 
   Context& c_;
+  const RowLayout layout_;
 };
 
 }  // namespace jax_ep::dev

@@ -64,6 +64,8 @@ _PLAN = KERNELS + "plan_kernel.h"
 _PLAN_CONTEXT = KERNELS + "plan_context.h"
 _PLAN_COUNT = KERNELS + "plan_count.h"
 _PLAN_ASSIGN = KERNELS + "plan_assign.h"
+_PLAN_EXPERT = KERNELS + "plan_expert_layout.h"
+_PLAN_RANK = KERNELS + "plan_rank_layout.h"
 _DISPATCH = KERNELS + "dispatch_kernel.h"
 _SENDER = KERNELS + "dispatch_sender.h"
 _RECEIVER = KERNELS + "dispatch_receiver.h"
@@ -271,7 +273,11 @@ MUTANTS = [
            "expert >= -1 ? expert : -1"),
     _removed("grid barrier before the scan", _PLAN, "context_.exchange.grid_barrier();", "counter.count();"),
     _removed("grid barrier after the scan", _PLAN, "context_.exchange.grid_barrier();", "counter.scan();"),
-    _removed("block_sync after the starts", _PLAN_ASSIGN, "block_sync();", "start_experts();"),
+    _removed("block_sync after the starts", _PLAN_ASSIGN, "block_sync();", "find_starts();"),
+    Mutant("the end of an expert's rows is not aligned", _PLAN_EXPERT,
+           "aligned(ld(c_.totals() + expert))", "ld(c_.totals() + expert)"),
+    Mutant("a token counts at a rank as often as it selects experts there", _PLAN_RANK,
+           "lanes_alike(static_cast<u32>(bin + 1), c_.bin_bits)", "selection.same_expert"),
     # --- what must not be noticed --------------------------------------------------------------------
     Mutant("unchanged", _EXCHANGE, "class Exchange", "class Exchange", harmless=True, seeds=25),
     Mutant("release as a fence and a relaxed store", _PEERS, "st_release<Scope::kSys>(",
@@ -303,7 +309,8 @@ def mutate(mutant: Mutant) -> str:
 def _operations(path: str) -> list[str]:
     """The operations whose kernels include a header; "wait" is a kernel that does but that."""
     only = dict.fromkeys((_DISPATCH, _SENDER, _RECEIVER, _RING, _QUANTIZE), "dispatch")
-    only |= dict.fromkeys((_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN), "plan")
+    plan = (_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN, _PLAN_EXPERT, _PLAN_RANK)
+    only |= dict.fromkeys(plan, "plan")
     only[_COMBINE] = "combine"
     if path in only:
         return [only[path]]

@@ -17,6 +17,7 @@
 
 #include "csrc/core/float_formats.h"
 #include "csrc/kernels/launch.h"
+#include "csrc/testing/kernel_arrays.h"
 #include "csrc/testing/rank_arrays.h"
 #include "csrc/testing/scenario.h"
 #include "csrc/tuning/heuristics.h"
@@ -263,7 +264,6 @@ class TimedRanks {
       : options_(options),
         senders_(senders),
         shape_(options.shape),
-        row_bytes_(options.hidden * size_bytes(options.dtype)),
         ranks_(heap_shape(
                    GroupScenario{.max_tokens = shape_.num_tokens, .steps = {{.options = options}}}),
                num_gpus) {
@@ -296,76 +296,28 @@ class TimedRanks {
     return shape;
   }
 
-  std::byte* bytes(int64_t count) {
-    storage_.push_back(allocate(static_cast<size_t>(count)));
-    return storage_.back().get();
-  }
-  int32_t* ints(int64_t count) { return reinterpret_cast<int32_t*>(bytes(count * 4)); }
-  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * 4)); }
-
+  // Combine reads what dispatch has written; but for the routing and x, arrays start as zeros.
   void add(int32_t rank, std::mt19937& random) {
-    const int64_t selections = shape_.num_tokens * shape_.num_topk;
+    const ExchangeSizes sizes = {.shape = shape_,
+                                 .hidden = options_.hidden,
+                                 .num_scalars = shape_.num_topk,
+                                 .dtype = options_.dtype,
+                                 .wire = options_.wire,
+                                 .zero_fill = false,
+                                 .y_is_rows = true,
+                                 .weights_are_row_scalars = true};
+    storage_.push_back(allocate(KernelArrays(sizes, nullptr).bytes()));
+    const KernelArrays arrays(sizes, storage_.back().get());
+    GpuMemory memory;
+    memory.write(arrays.program_rank.data(), &rank, sizeof rank);
     const std::vector<int32_t> routing = random_routing(shape_, random);
-    int32_t* const program_rank = ints(1);
-    check(cudaMemcpy(program_rank, &rank, sizeof rank, cudaMemcpyHostToDevice), "copy");
-    int32_t* const topk_idx = ints(selections);
-    check(cudaMemcpy(topk_idx, routing.data(), routing.size() * 4, cudaMemcpyHostToDevice), "copy");
+    memory.write(arrays.topk_idx.data(), routing.data(), arrays.topk_idx.size_bytes());
+    fill_with_normals(arrays.x.data(), std::ssize(arrays.x));
     const RankView view = ranks_.view(rank);
-    const PlanOp plan = plan_of(topk_idx);
-    const DispatchOp dispatch = dispatch_of(plan);
-    fill_with_normals(const_cast<void*>(dispatch.x), shape_.num_tokens * row_bytes_);
-    plans_.push_back({.view = view, .call_tag = 0, .program_rank = program_rank, .op = plan});
-    dispatches_.push_back(
-        {.view = view, .call_tag = 0, .program_rank = program_rank, .op = dispatch});
-    combines_.push_back({.view = view,
-                         .call_tag = 0,
-                         .program_rank = program_rank,
-                         .op = combine_of(plan, dispatch)});
-  }
-
-  PlanOp plan_of(const int32_t* topk_idx) {
-    const int64_t max_rows =
-        max_rows_per_token(shape_.layout, shape_.num_topk, shape_.num_local_experts());
-    return {.shape = shape_,
-            .topk_idx = topk_idx,
-            .slot = ints(shape_.num_tokens * shape_.num_topk),
-            .row_source = ints(shape_.recv_capacity),
-            .row_topk_idx = ints(shape_.recv_capacity * shape_.num_topk),
-            .source_slot = ints(shape_.num_ranks * shape_.num_tokens * max_rows),
-            .group_sizes = ints(shape_.num_row_groups()),
-            .tokens_per_expert = ints(shape_.num_local_experts()),
-            .num_dropped = ints(1)};
-  }
-
-  DispatchOp dispatch_of(const PlanOp& plan) {
-    return {.shape = shape_,
-            .hidden = options_.hidden,
-            .num_scalars = shape_.num_topk,
-            .dtype = options_.dtype,
-            .wire = options_.wire,
-            .zero_fill = false,
-            .x = bytes(shape_.num_tokens * row_bytes_),
-            .token_scalars = floats(shape_.num_tokens * shape_.num_topk),
-            .topk_idx = plan.topk_idx,
-            .slot = plan.slot,
-            .row_source = plan.row_source,
-            .source_slot = plan.source_slot,
-            .rows = bytes(shape_.recv_capacity * row_bytes_),
-            .row_scalars = floats(shape_.recv_capacity * shape_.scalars_per_row())};
-  }
-
-  CombineOp combine_of(const PlanOp& plan, const DispatchOp& dispatch) {
-    return {.shape = shape_,
-            .hidden = options_.hidden,
-            .weighted = true,
-            .dtype = options_.dtype,
-            .y = dispatch.rows,
-            .weights = dispatch.row_scalars,
-            .topk_idx = plan.topk_idx,
-            .slot = plan.slot,
-            .row_topk_idx = plan.row_topk_idx,
-            .source_slot = plan.source_slot,
-            .out = bytes(shape_.num_tokens * row_bytes_)};
+    plans_.push_back(arrays.plan(view));
+    dispatches_.push_back(arrays.dispatch(view));
+    combines_.push_back(arrays.combine(view));
+    combines_.back().op.num_scalars = 0;  // no weights travel back
   }
 
   // Rounds are replayed from one CUDA graph a rank: the host's launches cost nothing, and the
@@ -421,7 +373,6 @@ class TimedRanks {
   const ClusterOptions options_;
   const int32_t senders_;
   const EpShape shape_;
-  const int64_t row_bytes_;
   VirtualRanks ranks_;
   std::vector<DeviceArray> storage_;
   std::vector<PlanParams> plans_;

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a plan does in layout "expert" and not in layout "rank": a row per selection, and an
+// expert's rows begin where those of the expert before it end, aligned.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_EXPERT_LAYOUT_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_EXPERT_LAYOUT_H_
+
+#include "csrc/kernels/high_throughput/plan_context.h"
+
+namespace jax_ep::dev {
+
+template <typename BlockConfig>
+class ExpertLayout {
+ public:
+  static constexpr Layout kLayout = Layout::kExpert;
+  using Config = BlockConfig;
+  using Context = PlanContext<Config>;
+
+  JAX_EP_DEVICE explicit ExpertLayout(Context& context) : c_(context) {}
+
+  // --- bins: an expert's count gives its selections their rows -----------------------------------
+
+  JAX_EP_DEVICE i32 first_row_bin() const { return 0; }
+  JAX_EP_DEVICE i32 row_bins_per_rank() const { return c_.num_local; }
+
+  // All lanes. The bin that gives a selection its row.
+  JAX_EP_DEVICE CountedSelection take(const LaneSelection& selection, bool takes_part) const {
+    return c_.counted(takes_part ? selection.expert : -1, selection.same_expert);
+  }
+  // All lanes. Counts a run.
+  JAX_EP_DEVICE void count(const LaneSelection& selection) const {
+    c_.advance(take(selection, true));
+  }
+
+  // --- where rows begin --------------------------------------------------------------------------
+
+  // Where each expert's rows start at its rank: a warp per rank. Sums are clipped to the capacity
+  // at every step, so that they fit 32 bits.
+  JAX_EP_DEVICE void find_starts() const {
+    const auto clipped_sum = [this](u32 a, u32 b) { return c_.clip(u64{a} + b); };
+    for (i32 rank = static_cast<i32>(warp_id()); rank < c_.num_ranks; rank += Config::kWarps) {
+      u32 start = 0;
+      for (i32 first = 0; first < c_.num_local; first += kWarpSize) {
+        const i32 local = first + static_cast<i32>(lane_id());
+        const u64 total =
+            local < c_.num_local ? ld(c_.totals() + (rank * c_.num_local + local)) : 0;
+        const u32 rows = c_.clip(aligned(total));
+        const u32 sum = inclusive_sum(rows, clipped_sum);
+        const u32 before = from_lane_before(sum);
+        if (local < c_.num_local) {
+          c_.memory.start[rank * c_.num_local + local] = clipped_sum(start, before);
+        }
+        start = clipped_sum(start, warp_shfl(sum, kWarpSize - 1));
+      }
+    }
+  }
+  JAX_EP_DEVICE u32 start_of(i32 bin) const { return c_.memory.start[bin]; }
+
+  // --- rows of this rank -------------------------------------------------------------------------
+
+  // All lanes. `global_token` is the number of the lane's token among those of all ranks, -1 if it
+  // has none. The rows of this rank that hold a token, in ascending order, which is that of the
+  // experts.
+  JAX_EP_DEVICE void write_rows(i64 global_token, bool is_local, u32 row, i32) const {
+    const bool has_row = is_local && row < c_.capacity;
+    const u32 lanes_with_row = warp_ballot(has_row) & c_.token_lanes;
+    u32 position = 0;
+    for (i32 k = 0; k < c_.num_topk; ++k) {
+      const u32 lane = (c_.first_lane + static_cast<u32>(k)) % kWarpSize;
+      position += static_cast<u32>(warp_shfl(row, lane) < row && (lanes_with_row >> lane & 1) != 0);
+    }
+    if (global_token < 0) return;
+    const Ptr<i32> rows = Ptr<i32>{c_.params.op.source_slot} + global_token * c_.max_rows;
+    const auto k = static_cast<i32>(lane_id() - c_.first_lane);
+    if (has_row) {
+      st(rows + position, static_cast<i32>(row));
+      st(Ptr<i32>{c_.params.op.row_source} + row, static_cast<i32>(global_token));
+    }
+    if (k >= static_cast<i32>(count_bits(lanes_with_row)) && k < c_.max_rows) st(rows + k, -1);
+  }
+
+  // What a row without token holds.
+  JAX_EP_DEVICE void clear_row(i64 row) const { st(Ptr<i32>{c_.params.op.row_source} + row, -1); }
+  // All threads of a closed group's kernel.
+  JAX_EP_DEVICE void poison_rows() const {
+    c_.exchange.poison(c_.params.op.row_source, c_.capacity);
+  }
+
+  // `use(begin, end)`, with a warp, for the rows between those of an expert and the next.
+  template <typename Use>
+  JAX_EP_DEVICE void for_each_gap(const Use& use) const {
+    for (i32 local = c_.warp; local < c_.num_local; local += c_.num_warps) {
+      const i32 expert = c_.rank * c_.num_local + local;
+      const u64 start = start_of(expert);
+      use(c_.clip(start + ld(c_.totals() + expert)), end_of(local));
+    }
+  }
+  // The first of the rows that no token of any rank can have.
+  JAX_EP_DEVICE u32 end_of_rows() const { return end_of(c_.num_local - 1); }
+
+  // --- what the rank reports ---------------------------------------------------------------------
+
+  // All lanes of a warp. Returns how many rows this lane found dropped.
+  JAX_EP_DEVICE u32 write_counts() const {
+    u32 dropped = 0;
+    for (i32 local = static_cast<i32>(lane_id()); local < c_.num_local; local += kWarpSize) {
+      const u32 total = c_.report_total(local);
+      const u32 start = start_of(c_.rank * c_.num_local + local);
+      st(Ptr<i32>{c_.params.op.group_sizes} + local, static_cast<i32>(end_of(local) - start));
+      dropped += total - (c_.clip(u64{start} + total) - start);
+    }
+    return dropped;
+  }
+
+ private:
+  JAX_EP_DEVICE u64 aligned(u64 rows) const {
+    const u64 alignment = static_cast<u64>(c_.shape.expert_alignment);
+    return (rows + alignment - 1) / alignment * alignment;
+  }
+
+  // First row after those of a local expert of this rank.
+  JAX_EP_DEVICE u32 end_of(i32 local) const {
+    const i32 expert = c_.rank * c_.num_local + local;
+    if (local + 1 < c_.num_local) return start_of(expert + 1);
+    return c_.clip(u64{start_of(expert)} + aligned(ld(c_.totals() + expert)));
+  }
+
+  Context& c_;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_EXPERT_LAYOUT_H_
