@@ -9,6 +9,7 @@
 
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/limits.h"
+#include "csrc/core/protocol.h"
 
 namespace jax_ep {
 
@@ -17,22 +18,26 @@ inline constexpr int32_t kMaxChunks = 2048;
 // The plan counts selections per tile: a longer run of tokens of one source rank.
 inline constexpr int32_t kMaxTiles = 64;
 
-// Of a chunk, unless there would be too many chunks. Twice as many make first arrivals later, and
-// the last round of work less even.
-inline constexpr int32_t kMaxChunkTokens = 4;
+// Tokens of a chunk, unless there would be too many chunks. Few: first arrivals come early, and the
+// last round of work is even. But a chunk costs a flag for each rank, and its sender and receiver
+// stand still for it: routing is little work, the sum of rows is much.
+constexpr int32_t max_chunk_tokens(OpKind op) {
+  return op == OpKind::kPlan ? 8 : op == OpKind::kDispatch ? 4 : 2;
+}
 
 // Tokens of a chunk: few, so that a small batch spreads over many warps and a large one arrives
-// piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of T and
-// a constant alone, because the sender and the receiver must agree.
+// piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of the
+// operation, T and a constant alone, because the sender and the receiver must agree.
 inline constexpr int32_t kChunkTarget = 128;  // chunks, for batches that are not large
-constexpr int32_t chunk_tokens(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
+constexpr int32_t chunk_tokens(OpKind op, int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
   const int64_t target = ceil_div(num_tokens, chunk_target);
-  const int64_t few = target < 1 ? 1 : target > kMaxChunkTokens ? kMaxChunkTokens : target;
+  const int64_t most = max_chunk_tokens(op);
+  const int64_t few = target < 1 ? 1 : target > most ? most : target;
   const int64_t min_tokens = ceil_div(num_tokens, kMaxChunks);
   return static_cast<int32_t>(few > min_tokens ? few : min_tokens);
 }
-constexpr int32_t num_chunks(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
-  return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(num_tokens, chunk_target)));
+constexpr int32_t num_chunks(OpKind op, int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
+  return static_cast<int32_t>(ceil_div(num_tokens, chunk_tokens(op, num_tokens, chunk_target)));
 }
 
 // Parts that the rows of a chunk are cut into, at most `max_parts`: a batch of few chunks spreads

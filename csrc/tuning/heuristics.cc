@@ -21,10 +21,14 @@ constexpr int64_t kPartsPerBlock = 8;
 constexpr int64_t kSmallChunksPerBlock = 64;
 constexpr int64_t kBinsPerBlock = 16;
 // Of a block's warps, those that send first: so many that the link is busy while the others write
-// what has arrived. Quantizing takes more of them.
-constexpr int32_t kDispatchSenders = 4;
-constexpr int32_t kQuantizingSenders = 8;
-constexpr int32_t kCombineSenders = 6;
+// what has arrived. Quantizing takes more of them, and so does summing. Measured on two H200
+// (docs/measurements/performance.md).
+int32_t num_senders(OpKind op, Layout layout, Wire wire) {
+  const bool by_rank = layout == Layout::kRank;
+  if (op == OpKind::kCombine) return by_rank ? 8 : 10;
+  if (wire == Wire::kSame) return 5;
+  return by_rank ? 8 : 6;
+}
 
 // About the least part of a row that the kernels give to a warp.
 constexpr int64_t kPartBytes = 1024;
@@ -42,7 +46,7 @@ const CompiledPlan& plan_config(int32_t bins) {
 }
 
 int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
-  const int32_t chunks = num_chunks(shape.num_tokens);
+  const int32_t chunks = num_chunks(op, shape.num_tokens);
   const int64_t of_all_ranks = int64_t{chunks} * shape.num_ranks;
   if (op == OpKind::kPlan) {
     return std::max(ceil_div(of_all_ranks, kSmallChunksPerBlock),
@@ -71,8 +75,7 @@ LaunchShape launch_shape(
     const CompiledTransfer& config = op == OpKind::kDispatch ? kCompiledDispatch : kCompiledCombine;
     launch.num_warps = config.num_warps;
     launch.num_stages = config.num_stages;
-    const int32_t of_dispatch = wire == Wire::kSame ? kDispatchSenders : kQuantizingSenders;
-    launch.num_senders = op == OpKind::kDispatch ? of_dispatch : kCombineSenders;
+    launch.num_senders = num_senders(op, shape.layout, wire);
   }
   return launch;
 }

@@ -138,8 +138,10 @@ TEST(HeapShapes, AreWithinWhatTheKernelsAreWrittenFor) {
 
 TEST(Chunks, CoverAllTokensWithFewEnoughFlags) {
   for (const int64_t tokens : {0, 1, 127, 128, 129, 1024, 4096, 8192, 8193, 1 << 20}) {
-    EXPECT_LE(num_chunks(tokens), kMaxChunks) << tokens;
-    EXPECT_GE(int64_t{num_chunks(tokens)} * chunk_tokens(tokens), tokens);
+    for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
+      EXPECT_LE(num_chunks(op, tokens), kMaxChunks) << tokens;
+      EXPECT_GE(int64_t{num_chunks(op, tokens)} * chunk_tokens(op, tokens), tokens);
+    }
     for (const int32_t ranks : {1, 8, 64}) {
       EXPECT_LE(num_tiles(tokens, ranks), kMaxTiles) << tokens;
       EXPECT_GE(int64_t{num_tiles(tokens, ranks)} * tile_tokens(tokens, ranks), tokens);

@@ -45,8 +45,8 @@ class CombineKernel {
         num_ranks_(params.view.num_ranks),
         num_topk_(shape_.num_topk),
         num_tokens_(shape_.num_tokens),
-        chunk_tokens_(chunk_tokens(num_tokens_, params.view.chunk_target)),
-        num_chunks_(num_chunks(num_tokens_, params.view.chunk_target)),
+        chunk_tokens_(chunk_tokens(OpKind::kCombine, num_tokens_, params.view.chunk_target)),
+        num_chunks_(num_chunks(OpKind::kCombine, num_tokens_, params.view.chunk_target)),
         num_parts_(bulk_ ? num_parts(num_chunks_, segments_.count, params.view.chunk_target) : 1) {}
 
   JAX_EP_DEVICE void run() {

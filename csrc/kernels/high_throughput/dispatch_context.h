@@ -46,8 +46,8 @@ struct DispatchContext {
         num_ranks(params.view.num_ranks),
         num_topk(shape.num_topk),
         num_tokens(shape.num_tokens),
-        tokens_per_chunk(chunk_tokens(num_tokens, params.view.chunk_target)),
-        chunks(num_chunks(num_tokens, params.view.chunk_target)),
+        tokens_per_chunk(chunk_tokens(OpKind::kDispatch, num_tokens, params.view.chunk_target)),
+        chunks(num_chunks(OpKind::kDispatch, num_tokens, params.view.chunk_target)),
         parts(bulk ? num_parts(chunks, segments.count, params.view.chunk_target) : 1) {}
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {

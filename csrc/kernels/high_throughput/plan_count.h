@@ -17,8 +17,8 @@ class PlanCounter {
 
   // 1. Each chunk of topk_idx goes to all ranks.
   JAX_EP_DEVICE void send() {
-    const i32 chunks = num_chunks(c_.num_tokens, c_.params.view.chunk_target);
-    const i32 tokens = chunk_tokens(c_.num_tokens, c_.params.view.chunk_target);
+    const i32 chunks = num_chunks(OpKind::kPlan, c_.num_tokens, c_.params.view.chunk_target);
+    const i32 tokens = chunk_tokens(OpKind::kPlan, c_.num_tokens, c_.params.view.chunk_target);
     if (c_.warp >= chunks) return;
     c_.exchange.wait_until_writable();
     for (i32 chunk = c_.warp; chunk < chunks; chunk += c_.num_warps) {
@@ -57,7 +57,7 @@ class PlanCounter {
 
   JAX_EP_DEVICE void count(i32 item) {
     const typename Context::TokenTile tile = c_.tile_of(item);
-    const i32 tokens = chunk_tokens(c_.num_tokens, c_.params.view.chunk_target);
+    const i32 tokens = chunk_tokens(OpKind::kPlan, c_.num_tokens, c_.params.view.chunk_target);
     const i32 last_chunk = (tile.last - 1) / tokens;
     for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id());
          chunk <= last_chunk && tile.active;

@@ -64,7 +64,7 @@ Outcome run_alone(const ScenarioStep& step, uint64_t seed = 1) {
 
 TEST(Kernels, ManyTokensMakeSeveralTokensAChunkAndSeveralTiles) {
   const EpShape shape{.num_ranks = 2, .num_experts = 8, .num_topk = 2, .num_tokens = 300};
-  ASSERT_GT(chunk_tokens(shape.num_tokens), 1);
+  ASSERT_GT(chunk_tokens(OpKind::kCombine, shape.num_tokens), 1);
   ASSERT_GT(num_tiles(shape.num_tokens, shape.num_ranks), 1);
   const Outcome outcome = run_alone(step_of(shape, 16, DType::kBFloat16));
   EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
