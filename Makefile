@@ -84,7 +84,7 @@ run_ctest = $(CTEST) --test-dir $(1) $(2) --output-on-failure --no-tests=error -
 test-cpp: $(READY) ## Run the C++ unit tests (SANITIZE=address,undefined or thread: with sanitizers)
 	$(CMAKE_CSRC) -B $(CPP_BUILD)
 	$(BIN)/cmake --build $(CPP_BUILD) --parallel $(JOBS)
-	@$(call run_ctest,$(CPP_BUILD),)
+	@$(call run_ctest,$(CPP_BUILD),--parallel $(JOBS))
 
 define build_sim
 	$(CMAKE_CSRC) -B $(SIM_BUILD) -DJAX_EP_BUILD_TESTS=OFF -DJAX_EP_BUILD_SIM=ON

@@ -44,16 +44,28 @@ if(JAX_EP_SANITIZE MATCHES "thread")
 endif()
 
 # A program NAME_test of each NAME_test.cc of this folder, linked with the library; ctest knows each
-# of its tests by the prefix and the test's name.
+# of its tests by the prefix and the test's name. With WHOLE before the names, sanitized programs
+# run in one piece, which ctest knows by the prefix and NAME: to start one a thousand times takes
+# longer than its tests. Not for programs whose tests leave the process larger than it was.
 function(jax_ep_add_tests prefix library)
-  foreach(name IN LISTS ARGN)
+  cmake_parse_arguments(PARSE_ARGV 2 arg "WHOLE" "" "")
+  foreach(name IN LISTS arg_UNPARSED_ARGUMENTS)
     add_executable(${name}_test ${name}_test.cc)
     target_link_libraries(${name}_test PRIVATE ${library} GTest::gtest_main)
     target_compile_options(${name}_test PRIVATE ${JAX_EP_WARNINGS} -ffp-contract=off)
-    set_target_properties(${name}_test PROPERTIES
-      CROSSCOMPILING_EMULATOR "${JAX_EP_TEST_LAUNCHER}")
     # Far above what any test takes, also under a sanitizer on a busy machine: ends a deadlock.
-    gtest_discover_tests(${name}_test
-      TEST_PREFIX ${prefix} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 600)
+    set(timeout 600)
+    if(JAX_EP_SANITIZE)  # what a test does itself is little, and takes longest to compile
+      target_compile_options(${name}_test PRIVATE -O0)
+    endif()
+    if(JAX_EP_SANITIZE AND arg_WHOLE)
+      add_test(NAME ${prefix}${name} COMMAND ${JAX_EP_TEST_LAUNCHER} $<TARGET_FILE:${name}_test>)
+      set_tests_properties(${prefix}${name} PROPERTIES TIMEOUT ${timeout})
+    else()
+      set_target_properties(${name}_test PROPERTIES
+        CROSSCOMPILING_EMULATOR "${JAX_EP_TEST_LAUNCHER}")
+      gtest_discover_tests(${name}_test
+        TEST_PREFIX ${prefix} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT ${timeout})
+    endif()
   endforeach()
 endfunction()

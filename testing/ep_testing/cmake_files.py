@@ -135,7 +135,7 @@ def _apply(command: str, words: list[str], folder: str, found: dict[str, Target]
         if command == "jax_ep_add_module":
             target.flags["cc"].update(_NANOBIND)
     elif command == "jax_ep_add_tests":  # cmake/JaxEpGoogleTest.cmake
-        for name in words[2:]:
+        for name in words[2 + ("WHOLE" in words) :]:
             flags = {"cc": {"-Wall", "-Wextra", "-Werror", "-ffp-contract=off"}, "cu": set()}
             found[f"{name}_test"] = Target({_path(folder, f"{name}_test.cc")}, flags)
     elif command == "target_compile_options" and words[0] in found:
