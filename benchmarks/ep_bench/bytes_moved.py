@@ -46,7 +46,7 @@ def floor(operation: str, rows: Rows, *, fp8_wire: bool = False) -> Floor | None
     if operation == "dispatch":
         return Floor(own=ends, through_heap=sent)
     if operation in ("combine", "dispatch_vjp"):
-        return Floor(own=ends, through_heap=ends + 2 * staged * ROW)
+        return Floor(own=ends, through_heap=ends + 2 * rows.away * ROW)
     if operation == "combine_vjp":
         # out_bar and y in, y_bar out; the rows in between are written by the dispatch, and read
         # to be multiplied by the weights.

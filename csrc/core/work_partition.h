@@ -21,14 +21,22 @@ inline constexpr int32_t kMaxTiles = 64;
 // Tokens of a chunk, unless there would be too many chunks. Few: first arrivals come early, and the
 // last round of work is even. But a chunk costs a flag for each rank, and its sender and receiver
 // stand still for it: routing is little work, the sum of rows is much.
+inline constexpr int32_t kMaxPlanChunkTokens = 8;
+inline constexpr int32_t kMaxDispatchChunkTokens = 4;
+inline constexpr int32_t kMaxCombineChunkTokens = 2;
 constexpr int32_t max_chunk_tokens(OpKind op) {
-  return op == OpKind::kPlan ? 8 : op == OpKind::kDispatch ? 4 : 2;
+  switch (op) {
+    case OpKind::kPlan: return kMaxPlanChunkTokens;
+    case OpKind::kDispatch: return kMaxDispatchChunkTokens;
+    case OpKind::kCombine: break;
+  }
+  return kMaxCombineChunkTokens;
 }
 
 // Tokens of a chunk: few, so that a small batch spreads over many warps and a large one arrives
 // piece by piece; enough that a large one needs no more than kMaxChunks flags. A function of the
 // operation, T and a constant alone, because the sender and the receiver must agree.
-inline constexpr int32_t kChunkTarget = 128;  // chunks, for batches that are not large
+inline constexpr int32_t kChunkTarget = 256;  // chunks, for batches that are not large
 constexpr int32_t chunk_tokens(OpKind op, int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
   const int64_t target = ceil_div(num_tokens, chunk_target);
   const int64_t most = max_chunk_tokens(op);

@@ -62,17 +62,6 @@ class Selections {
     return before;
   }
 
-  // How many destination ranks lie before this lane's. All lanes; of use where leads().
-  JAX_EP_DEVICE u32 ranks_before(i32 num_topk) const {
-    u32 before = 0;
-    const u32 leaders = warp_ballot(leads());
-    for (i32 k = 0; k < num_topk; ++k) {
-      const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(dest_), static_cast<u32>(k)));
-      before += static_cast<u32>((leaders >> k & 1) != 0 && other < dest_);
-    }
-    return before;
-  }
-
  private:
   i32 expert_;
   i32 slot_;

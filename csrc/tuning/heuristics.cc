@@ -21,11 +21,12 @@ constexpr int64_t kPartsPerBlock = 8;
 constexpr int64_t kSmallChunksPerBlock = 64;
 constexpr int64_t kBinsPerBlock = 16;
 // Of a block's warps, those that send first: so many that the link is busy while the others write
-// what has arrived. Quantizing takes more of them, and so does summing. Measured on two H200
+// what has arrived. Quantizing takes more of them, and so does summing; in a small call, in which
+// no warp has much to do, half of them sum what arrives from the start. Measured on two H200
 // (docs/measurements/performance.md).
-int32_t num_senders(OpKind op, Layout layout, Wire wire) {
+int32_t num_senders(OpKind op, Layout layout, Wire wire, bool small) {
   const bool by_rank = layout == Layout::kRank;
-  if (op == OpKind::kCombine) return by_rank ? 8 : 10;
+  if (op == OpKind::kCombine) return small ? kCompiledCombine.num_warps / 2 : by_rank ? 8 : 10;
   if (wire == Wire::kSame) return 5;
   return by_rank ? 8 : 6;
 }
@@ -45,17 +46,21 @@ const CompiledPlan& plan_config(int32_t bins) {
   });
 }
 
-int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
+// Parts of chunks, over all ranks: what the warps of a transfer do one by one.
+int64_t num_items(OpKind op, const EpShape& shape, int64_t row_bytes) {
   const int32_t chunks = num_chunks(op, shape.num_tokens);
-  const int64_t of_all_ranks = int64_t{chunks} * shape.num_ranks;
-  if (op == OpKind::kPlan) {
-    return std::max(ceil_div(of_all_ranks, kSmallChunksPerBlock),
-                    ceil_div(num_plan_bins(shape), kBinsPerBlock));
-  }
-  if (row_bytes == 0) return ceil_div(of_all_ranks, kSmallChunksPerBlock);
   const auto max_parts =
       static_cast<int32_t>(std::min<int64_t>(row_bytes / kPartBytes, kMaxChunks));
-  return ceil_div(of_all_ranks * num_parts(chunks, max_parts), kPartsPerBlock);
+  return int64_t{chunks} * shape.num_ranks * num_parts(chunks, max_parts);
+}
+
+int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
+  const int64_t items = num_items(op, shape, row_bytes);
+  if (op == OpKind::kPlan) {
+    return std::max(ceil_div(items, kSmallChunksPerBlock),
+                    ceil_div(num_plan_bins(shape), kBinsPerBlock));
+  }
+  return ceil_div(items, row_bytes == 0 ? kSmallChunksPerBlock : kPartsPerBlock);
 }
 
 }  // namespace
@@ -75,7 +80,9 @@ LaunchShape launch_shape(
     const CompiledTransfer& config = op == OpKind::kDispatch ? kCompiledDispatch : kCompiledCombine;
     launch.num_warps = config.num_warps;
     launch.num_stages = config.num_stages;
-    launch.num_senders = num_senders(op, shape.layout, wire);
+    const int64_t num_warps = int64_t{launch.num_blocks} * config.num_warps;
+    const bool small = num_items(op, shape, row_bytes) <= 2 * num_warps;
+    launch.num_senders = num_senders(op, shape.layout, wire, small);
   }
   return launch;
 }

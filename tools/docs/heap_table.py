@@ -85,8 +85,9 @@ def constants() -> dict[str, int]:
 
 
 def chunk_tokens(num_tokens: int) -> int:
-    """Returns the tokens of a chunk."""
-    few = min(max(ceil_div(num_tokens, constants()["kChunkTarget"]), 1), 8)
+    """Returns the tokens of a chunk of dispatch."""
+    most = constants()["kMaxDispatchChunkTokens"]
+    few = min(max(ceil_div(num_tokens, constants()["kChunkTarget"]), 1), most)
     return max(few, ceil_div(num_tokens, constants()["kMaxChunks"]))
 
 

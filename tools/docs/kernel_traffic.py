@@ -105,8 +105,8 @@ def memory_steps(p: Problem) -> dict[str, list[Step]]:
         ],
         "combine, BF16": [
             ("`y` read", "`T * K * row`", p.held * p.row),
-            ("arriving sums written", "`(away + home) * row`", staged * p.row),
-            ("arrived sums read", "`(away + home) * row`", staged * p.row),
+            ("arriving sums written by peers", "`away * row`", p.away * p.row),
+            ("arrived sums read", "`away * row`", p.away * p.row),
             ("`out` written", "`T * row`", p.num_tokens * p.row),
         ],
     }

@@ -47,11 +47,8 @@ ffi::Error launch(const RankCall& call,
                                 .call_tag = call_tag_of(arguments.op, call.place),
                                 .program_rank = arguments.program_rank,
                                 .op = arguments.op};
-  const LaunchShape shape = launch_shape(Op::kKind,
-                                         arguments.op.shape,
-                                         row_bytes,
-                                         call.rank->sm_budget(),
-                                         wire_of(arguments.op));
+  const LaunchShape shape = launch_shape(
+      Op::kKind, arguments.op.shape, row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   const cudaError_t error = launch_kernel(params, shape, call.stream);

@@ -59,6 +59,8 @@ _EXCHANGE = DEVICE + "exchange.h"
 _PEERS = DEVICE + "peers.h"
 _WAIT = DEVICE + "wait.h"
 _RING = DEVICE + "segment_ring.h"
+_SUM = DEVICE + "row_sum.h"
+_QUEUE = DEVICE + "work_queue.h"
 _QUANTIZE = DEVICE + "quantize.h"
 _PLAN = KERNELS + "plan_kernel.h"
 _PLAN_CONTEXT = KERNELS + "plan_context.h"
@@ -112,12 +114,12 @@ MUTANTS = [
     Mutant("blocks_done not set back", _EXCHANGE, "st(control(view_, channel_, ChannelControl::kBlocksDone), 0);", ""),
     Mutant("first block to finish acknowledges", _EXCHANGE, "blocks_before + 1 != num_blocks()",
            "blocks_before != 0"),
-    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < Config::kSenders)",
+    Mutant("acknowledged before the rows are read", _DISPATCH, "if (warp_id() < context_.num_senders)",
            "if (thread_id() == 0 && block_id() == 0) "
            "for (i32 p = 0; p < context_.num_ranks; ++p) put_acknowledged("
            "context_.exchange.view(), Channel::kHighThroughput, p, ld(control(context_.exchange.view(), "
            "Channel::kHighThroughput, ChannelControl::kEpoch)) + 1); "
-           "if (warp_id() < Config::kSenders)"),
+           "if (warp_id() < context_.num_senders)"),
     # --- barriers of the exchange ------------------------------------------------------------------
     _removed("warp_sync after waiting to write", _EXCHANGE, "warp_sync();", '"acknowledged");'),
     _removed("warp_sync before arrived", _EXCHANGE, "warp_sync();", "void signal_arrived("),
@@ -188,7 +190,7 @@ MUTANTS = [
     Mutant("selections of a handle from elsewhere may be equal", _COMBINE,
            "other < local || earlier", "other < local", mishaps=True),
     Mutant("rows of a handle from elsewhere are not bounded (combine)", _COMBINE,
-           "if (row >= shape_.recv_capacity) row = -1;", "", mishaps=True),
+           "return row < shape_.recv_capacity ? row : -1;", "return row;", mishaps=True),
     Mutant("rows of a handle from elsewhere are not bounded (dispatch)", _RECEIVER,
            "return row < c_.shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
     Mutant("experts of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
@@ -206,16 +208,16 @@ MUTANTS = [
     _removed("fence after mbarriers are made", _RING, "mbar_init_fence();"),
     # --- the FP8 wire ------------------------------------------------------------------------------
     _removed("warp_sync before quantized values overwrite", _QUANTIZE, "warp_sync();",
-             "ahead = load(v + kWarpSize);"),
+             "load(first + kBlocks * kVectorsPerBlock);"),
     Mutant("scales not filled up to 16 bytes", _QUANTIZE, "align_up(ceil_div(num_elements, kScaleBlock), 4)",
            "ceil_div(num_elements, kScaleBlock)"),
     _removed("proxy fence after quantizing", _QUANTIZE,
-             "fence_proxy_async();  // the copy engines see what the lanes wrote"),
+             "fence_proxy_async_shared();  // the copy engines see what the lanes wrote"),
     _removed("warp_sync after quantizing", _QUANTIZE, "warp_sync();",
              "the copy engines see what the lanes wrote"),
     _removed("warp_sync before restored values overwrite", _QUANTIZE, "warp_sync();",
              "v / kLanesPerBlock % kWarpSize));"),
-    _removed("proxy fence after restoring", _QUANTIZE, "fence_proxy_async();", "st(as<Vec16>(stage) + v"),
+    _removed("proxy fence after restoring", _QUANTIZE, "fence_proxy_async_shared();", "st(as<Vec16>(stage) + v"),
     _removed("warp_sync after restoring", _QUANTIZE, "warp_sync();", "st(as<Vec16>(stage) + v"),
     # --- dispatch ----------------------------------------------------------------------------------
     _removed("wait for bulk stores before arrived", _SENDER, "bulk_wait<0>();",
@@ -228,10 +230,15 @@ MUTANTS = [
              "if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);"),
     _removed("warp_sync after arrival (dispatch)", _RECEIVER, "warp_sync();",
              "exchange.wait_arrived(source, flag_idx);"),
-    _removed("proxy fence after arrival", _RECEIVER, "fence_proxy_async();"),
-    Mutant("early flag (dispatch)", _SENDER, "const i64 first = c_.first_token(flag_idx / c_.parts);",
-           "c_.exchange.signal_arrived(flag_idx); const i64 first = c_.first_token(flag_idx / c_.parts);",
-           "void send()"),
+    _removed("proxy fence after arrival", _RECEIVER, "fence_proxy_async_global();"),
+    Mutant("proxy fence after arrival of the other memory", _RECEIVER, "fence_proxy_async_global();",
+           "fence_proxy_async_shared();"),
+    Mutant("announced before it is written", _SENDER, "bulk_wait<kAnnouncedAfter>();",
+           "bulk_wait<kAnnouncedAfter + 1>();"),
+    _removed("wait before a chunk is announced late", _SENDER, "bulk_wait<kAnnouncedAfter>();"),
+    Mutant("a sent chunk is never announced", _SENDER, "    announce_all();\n  }", "  }"),
+    Mutant("early flag (dispatch)", _SENDER, "const i32 flag_idx = work.item();",
+           "const i32 flag_idx = work.item(); c_.exchange.signal_arrived(flag_idx);", "void send()"),
     Mutant("wrong destination of rows", _PEERS, "return staged_row(view, peer, view.rank, token);",
            "return staged_row(view, peer, peer, token);"),
     Mutant("wrong chunk awaited", _RECEIVER, "exchange.wait_arrived(source, flag_idx)",
@@ -241,23 +248,31 @@ MUTANTS = [
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", _COMBINE, "exchange_.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
-             "exchange_.wait_arrived(source, flag_idx); });"),
-    _removed("warp_sync before the terms are read (send)", _COMBINE, "warp_sync();",
-             "list_rows(row, holders);"),
-    _removed("warp_sync after the terms are read (send)", _COMBINE,
-             "warp_sync();  // the terms are read before the next token's are written"),
-    _removed("warp_sync before the terms are read (receive)", _COMBINE, "warp_sync();",
-             "count_bits(warp_ballot(selections.leads())"),
-    _removed("warp_sync after the terms are read (receive)", _COMBINE, "warp_sync();",
-             "+ token * row_bytes_);"),
+             "exchange_.wait_arrived(source, flag_idx);"),
+    _removed("proxy fence after arrival (combine)", _COMBINE, "fence_proxy_async_global();"),
+    _removed("warp_sync before a stage of terms is loaded again", _SUM, "warp_sync();", "mbar_arrive_expect(loaded"),
+    _removed("wait for a group of terms", _SUM,
+             "mbar_wait(&stages_.loaded[use_groups_ % kStages], use_groups_ / kStages % 2);"),
+    Mutant("parity of a group of terms not flipped", _SUM, "use_groups_ / kStages % 2", "0"),
+    Mutant("one load too many", _SUM, "kStages - (loads_ - released_)", "kStages + 1 - (loads_ - released_)"),
+    Mutant("expects too few bytes of a group", _SUM, "static_cast<u32>(count) * bytes);",
+           "static_cast<u32>(count) * bytes - 16);"),
+    _removed("fence after the mbarriers of terms are made", _SUM, "mbar_init_fence();"),
+    Mutant("a rank's own sum is not rounded", _SUM, "own = RowType::to_float(RowType::from_float(sum));",
+           "own = sum;"),
+    Mutant("a rank's own sum comes first", _SUM, "if (term - terms.own == terms.before) sum.add(1.0F, own);",
+           "if (term == terms.own) sum.add(1.0F, own);"),
     Mutant("waits for all ranks but one (combine)", _COMBINE, "exchange_.wait_arrived(source, flag_idx);",
            "if (source + 1 < num_ranks_) exchange_.wait_arrived(source, flag_idx);"),
-    Mutant("early flag (combine)", _COMBINE, "const i64 last = last_token(flag_idx / num_parts_);",
-           "exchange_.signal_arrived_at(owner, flag_idx); "
-           "const i64 last = last_token(flag_idx / num_parts_);",
-           "void send()"),
-    Mutant("ranks summed in another order", DEVICE + "token_selections.h", "other < dest_",
-           "other > dest_"),
+    Mutant("early flag (combine)", _COMBINE, "if (owner < 0) continue;",
+           "if (owner < 0) continue; exchange_.signal_arrived_at(owner, flag_idx);", "void send()"),
+    Mutant("ranks summed in another order", _COMBINE, "other < selections.dest()",
+           "other > selections.dest()"),
+    # --- tickets -------------------------------------------------------------------------------------
+    Mutant("a ticket is left out", _QUEUE, "(tickets_, 1);", "(tickets_, 2);"),
+    Mutant("two warps have one item", _QUEUE, "item_ = num_places_ + ", "item_ = num_places_ - 1 + "),
+    Mutant("tickets not set back", _EXCHANGE,
+           "st(control(view_, channel_, ChannelControl::kSendTickets), 0);", ""),
     # --- plan --------------------------------------------------------------------------------------
     _removed("wait to write (plan)", _PLAN_COUNT, "c_.exchange.wait_until_writable();"),
     Mutant("a tile does not wait for its last chunk", _PLAN_COUNT, "chunk <= last_chunk", "chunk < last_chunk"),
@@ -283,11 +298,11 @@ MUTANTS = [
     Mutant("release as a fence and a relaxed store", _PEERS, "st_release<Scope::kSys>(",
            "fence_acq_rel<Scope::kSys>(), st_relaxed<Scope::kSys>(", "RELEASE(arrived): pub",
            harmless=True, seeds=25),
-    Mutant("more barriers", _SENDER, "c_.exchange.signal_arrived(flag_idx);",
-           "warp_sync(); c_.exchange.signal_arrived(flag_idx);", harmless=True, seeds=25),
+    Mutant("more barriers", _SENDER, "c_.exchange.signal_arrived(unannounced_);",
+           "warp_sync(); c_.exchange.signal_arrived(unannounced_);", harmless=True, seeds=25),
     Mutant("work items in reverse order (combine)", _COMBINE,
-           "const auto flag_idx = static_cast<i32>(item / num_ranks_);",
-           "const auto flag_idx = num_chunks_ * num_parts_ - 1 - static_cast<i32>(item / num_ranks_);",
+           "const i32 flag_idx = work.item() / num_others;",
+           "const i32 flag_idx = num_chunks_ * num_parts_ - 1 - work.item() / num_others;",
            harmless=True, seeds=25),
 ]  # fmt: skip
 
@@ -311,7 +326,7 @@ def _operations(path: str) -> list[str]:
     only = dict.fromkeys((_DISPATCH, _SENDER, _RECEIVER, _RING, _QUANTIZE), "dispatch")
     plan = (_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN, _PLAN_EXPERT, _PLAN_RANK)
     only |= dict.fromkeys(plan, "plan")
-    only[_COMBINE] = "combine"
+    only |= dict.fromkeys((_COMBINE, _SUM), "combine")
     if path in only:
         return [only[path]]
     return ["plan", "dispatch", "combine"] + ["wait"] * (path == _WAIT)

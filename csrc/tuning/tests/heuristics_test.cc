@@ -68,6 +68,25 @@ TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
   EXPECT_EQ(combine.num_stages, kCompiledCombine.num_stages);
 }
 
+TEST(Tuning, SomeWarpsOfABlockSendAndSomeDoNot) {
+  const SmBudget h200{.available = 132, .requested = 0};
+  EpShape shape{.num_ranks = 2, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
+  const auto senders = [&](OpKind op, Wire wire = Wire::kSame) {
+    return launch_shape(op, shape, kRowBytes, h200, wire).num_senders;
+  };
+  EXPECT_EQ(senders(OpKind::kPlan), 0);
+  const int32_t of_large = senders(OpKind::kCombine);
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    shape.layout = layout;
+    EXPECT_GT(senders(OpKind::kDispatch, Wire::kFloat8E4M3), senders(OpKind::kDispatch));
+    EXPECT_LT(senders(OpKind::kDispatch, Wire::kFloat8E4M3), kCompiledDispatch.num_warps);
+    EXPECT_LT(senders(OpKind::kCombine), kCompiledCombine.num_warps);
+  }
+  shape = {.num_ranks = 2, .num_experts = 256, .num_topk = 8, .num_tokens = 16};
+  EXPECT_EQ(senders(OpKind::kCombine), kCompiledCombine.num_warps / 2);
+  EXPECT_LT(senders(OpKind::kCombine), of_large);
+}
+
 TEST(Tuning, ScalarsAloneAreLittleWork) {
   const SmBudget h200{.available = 132, .requested = 0};
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 24);
