@@ -84,12 +84,12 @@ struct CombineOp {
   float* token_scalars = nullptr;         // [T, K] out if num_scalars > 0; 0 where slot < 0
 };
 
-// The tag of an op's call (see csrc/core/protocol.h, which says what `place` is).
 // How the rows of an operation travel.
 constexpr Wire wire_of(const PlanOp& /*op*/) { return Wire::kSame; }
 constexpr Wire wire_of(const DispatchOp& op) { return op.wire; }
 constexpr Wire wire_of(const CombineOp& /*op*/) { return Wire::kSame; }
 
+// The tag of an op's call (see csrc/core/protocol.h, which says what `place` is).
 constexpr uint32_t call_tag_of(const PlanOp& op, uint32_t place) {
   return call_tag(op.shape, 0, DType::kFloat32, Wire::kSame, 0, false, place);
 }

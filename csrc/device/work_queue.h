@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hands the items of a kernel's work to its warps: who is done sooner takes more.
+// Hands the items of a kernel's work to its warps: who is done sooner takes more. A warp takes its
+// next ticket when it begins an item, so that the counter's latency costs nothing.
 #ifndef JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
 #define JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
 

@@ -27,8 +27,10 @@ template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t launch_kernel(const Params& params,
                                         const LaunchShape& shape,
                                         cudaStream_t stream) {
+  // A kernel with a pipeline moves rows: somebody has to send them.
+  const bool sends = Config::kStages > 0;
   if (shape.num_warps != Config::kWarps || shape.num_stages != Config::kStages ||
-      shape.num_senders < 0 || shape.num_senders > Config::kWarps) {
+      shape.num_senders < (sends ? 1 : 0) || shape.num_senders > (sends ? Config::kWarps : 0)) {
     return cudaErrorInvalidConfiguration;
   }
   Params launched = params;

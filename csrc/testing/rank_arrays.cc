@@ -135,13 +135,15 @@ RankArrays::RankArrays(Problem& problem, int32_t rank, std::byte* memory)
     float untouched;
     std::memset(&untouched, std::to_integer<int>(fill), sizeof untouched);
     expected_scales_.assign(as_size(shape.recv_capacity * blocks), untouched);
+    std::vector<Quantized> sent_by;
+    for (int32_t owner = 0; owner < shape.num_ranks; ++owner) {
+      sent_by.push_back(quantize(problem_.cluster.decode(problem_.cluster.rank(owner).x), hidden));
+    }
     for (int64_t row = 0; row < shape.recv_capacity; ++row) {
       const int32_t source = mine.row_source[as_size(row)];
       if (source < 0) continue;
-      const auto owner = static_cast<int32_t>(source / shape.num_tokens);
+      const Quantized& sent = sent_by[as_size(source / shape.num_tokens)];
       const int64_t token = source % shape.num_tokens;
-      const Quantized sent =
-          quantize(problem_.cluster.decode(problem_.cluster.rank(owner).x), hidden);
       std::copy_n(
           sent.rows.begin() + token * hidden, hidden, expected_rows_.begin() + row * hidden);
       std::copy_n(

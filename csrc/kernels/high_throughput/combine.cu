@@ -9,6 +9,8 @@ namespace {
 using Config = dev::
     CombineConfig<kCompiledCombine.num_warps, kCompiledCombine.num_stages, kCombineSegmentBytes>;
 
+static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
+
 template <typename RowType>
 using Kernel = dev::CombineKernel<Config, RowType>;
 
