@@ -86,10 +86,11 @@ def test_the_ragged_baseline_is_lowered_for_gpus_to_two_collectives():
 
 def test_the_default_cases_are_part_of_the_product():
     full = own_gpu_cases(8, 4096, full=True)
-    assert len(full) == len(set(full)) == 4 * 2 * 2
+    assert len(full) == len(set(full)) == 3 * 2 * 3
     some = own_gpu_cases(8, 4096, full=False)
     assert set(some) < set(full)
-    assert {c.num_sms for c in some} == {8, 16, 24, 32}
+    assert {c.num_sms for c in some} == {24, 64, 132}
+    assert {c.layout for c in some if c.num_sms == 64} == {"expert", "rank"}
     assert {c.num_sms for c in own_gpu_cases(8, 128, full=False)} == {24}
     of_routings = routings_of(some)
     assert [(c.routing, c.wire_dtype, c.num_sms) for c in of_routings] == [
@@ -215,8 +216,15 @@ def test_a_smoke_run_writes_every_number(tmp_path):
     found = json.loads(numbers.read_text())
     assert found["links"].keys() == {"2 ranks, one_process"}
     assert found["links"]["2 ranks, one_process"].keys() == {"ring", "pair", "device_put"}
-    kinds = [(r["case"]["wire_dtype"], r["case"]["routing"]) for r in found["results"]]
-    assert kinds == [(wire, kind) for wire in (None, FP8) for kind in ("uniform", "zipf")]
+    kinds = [
+        (r["case"]["layout"], r["case"]["routing"], r["case"]["wire_dtype"])
+        for r in found["results"]
+    ]
+    assert kinds == [
+        (layout, routing, wire)
+        for layout, routing in (("expert", "uniform"), ("expert", "zipf"), ("rank", "uniform"))
+        for wire in (None, FP8)
+    ]
     for result in found["results"]:
         operations = {"dispatch"} if result["case"]["wire_dtype"] else {*MEASURED}
         assert result["seconds"].keys() == operations

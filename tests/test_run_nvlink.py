@@ -48,7 +48,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
     }
     assert {int(m["--ranks"]) for m in measured} == {ranks}
     sizes = [m["--tokens"] for m in measured if m["--placement"] == "own"]
-    assert sorted(map(int, sizes)) == [128, 1024, 4096, 8192]
+    assert sorted(map(int, sizes)) == [16, 128, 1024, 4096, 8192]
     assert len({m["--json"] for m in measured}) == len(measured)
 
 

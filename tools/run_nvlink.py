@@ -72,7 +72,7 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         **({"example-two-axes": train(2)} if ranks > 2 else {}),
         "own-failures": tests("own", "failures", "closed"),
         "one-process-closed": tests("one_process", "closed"),
-        **{f"bench-{tokens}": bench("own", tokens) for tokens in (1024, 8192, 128)},
+        **{f"bench-{tokens}": bench("own", tokens) for tokens in (1024, 8192, 128, 16)},
         "bench-one-process": bench("one_process", 4096),
     }
 

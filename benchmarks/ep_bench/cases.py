@@ -327,36 +327,42 @@ SHARED_SMOKE_CASES = [GpuCase(num_tokens=128, num_ranks=2), GpuCase(num_tokens=1
 
 # --- a GPU for each rank --------------------------------------------------------------------------
 
-TOKENS = (128, 1024, 4096, 8192)
-OWN_SMS = (24, 8, 16, 32)  # the first: of comparisons, and of the goals
+TOKENS = (16, 128, 1024, 4096, 8192)
+OWN_SMS = (24, 64, 132)  # the first: of comparisons, and of the goals; the last: all there are
+LAYOUTS = ("expert", "rank")
 ROUTINGS = ("uniform", "zipf")
 MEASURED = ("plan", "dispatch", "combine")  # of our operations
 
 
 def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCase]:
-    """Of one number of tokens: both wires and routings; other SMs at T 4096, or `full` everywhere.
+    """Of one number of tokens: both wires, routings and layouts; zipf only in layout "expert".
 
-    The first two, uniform and zipf on the BF16 wire, are those of the comparisons too.
+    Other SMs at T 4096 with uniform routing, or with `full` everywhere. The first two, uniform and
+    zipf on the BF16 wire, are those of the comparisons too.
     """
-    kinds = [
-        (OWN_SMS[0], wire, routing) for wire, routing in itertools.product((None, FP8), ROUTINGS)
-    ]
+    wires = (None, FP8)
+    first = [("expert", routing) for routing in ROUTINGS] + [("rank", ROUTINGS[0])]
+    kinds = [(OWN_SMS[0], wire, *kind) for kind in first[:2] for wire in wires]
+    kinds += [(OWN_SMS[0], wire, *first[2]) for wire in wires]
     if full:
-        kinds += itertools.product(OWN_SMS[1:], (None, FP8), ROUTINGS)
+        more = [(wire, *kind) for wire in wires for kind in first]
+        kinds += [(sms, *kind) for sms in OWN_SMS[1:] for kind in more]
     elif num_tokens == 4096:
-        kinds += itertools.product(OWN_SMS[1:], (None, FP8), ROUTINGS[:1])
+        kinds += itertools.product(OWN_SMS[1:], wires, LAYOUTS, ROUTINGS[:1])
     return [
         GpuCase(
             num_tokens=num_tokens,
             num_ranks=num_ranks,
             num_sms=sms,
             wire_dtype=wire,
+            layout=layout,
             routing=routing,
         )
-        for sms, wire, routing in kinds
+        for sms, wire, layout, routing in kinds
     ]
 
 
 def routings_of(found: Sequence[GpuCase]) -> list[GpuCase]:
-    """One case for each routing, on the BF16 wire, with the first number of SMs."""
-    return [c for c in found if c.wire_dtype is None and c.num_sms == OWN_SMS[0]]
+    """One case for each routing: layout "expert", BF16 wire, the first number of SMs."""
+    kind = (None, "expert", OWN_SMS[0])
+    return [c for c in found if (c.wire_dtype, c.layout, c.num_sms) == kind]
