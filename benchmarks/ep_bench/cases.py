@@ -331,7 +331,7 @@ TOKENS = (16, 128, 1024, 4096, 8192)
 OWN_SMS = (24, 64, 132)  # the first: of comparisons, and of the goals; the last: all there are
 LAYOUTS = ("expert", "rank")
 ROUTINGS = ("uniform", "zipf")
-MEASURED = ("plan", "dispatch", "combine")  # of our operations
+MEASURED = tuple(OPERATIONS)  # of our operations
 
 
 def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCase]:
