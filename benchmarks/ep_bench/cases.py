@@ -329,7 +329,6 @@ SHARED_SMOKE_CASES = [GpuCase(num_tokens=128, num_ranks=2), GpuCase(num_tokens=1
 
 TOKENS = (16, 128, 1024, 4096, 8192)
 OWN_SMS = (24, 64, 132)  # the first: of comparisons, and of the goals; the last: all there are
-LAYOUTS = ("expert", "rank")
 ROUTINGS = ("uniform", "zipf")
 MEASURED = tuple(OPERATIONS)  # of our operations
 
@@ -341,14 +340,11 @@ def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCas
     zipf on the BF16 wire, are those of the comparisons too.
     """
     wires = (None, FP8)
-    first = [("expert", routing) for routing in ROUTINGS] + [("rank", ROUTINGS[0])]
-    kinds = [(OWN_SMS[0], wire, *kind) for kind in first[:2] for wire in wires]
-    kinds += [(OWN_SMS[0], wire, *first[2]) for wire in wires]
-    if full:
-        more = [(wire, *kind) for wire in wires for kind in first]
-        kinds += [(sms, *kind) for sms in OWN_SMS[1:] for kind in more]
-    elif num_tokens == 4096:
-        kinds += itertools.product(OWN_SMS[1:], wires, LAYOUTS, ROUTINGS[:1])
+    layouts = [("expert", routing) for routing in ROUTINGS] + [("rank", ROUTINGS[0])]
+    first = [(wire, *layout) for layout in layouts for wire in wires]
+    more = [kind for kind in first if full or (num_tokens == 4096 and kind[2] == ROUTINGS[0])]
+    kinds = [(OWN_SMS[0], *kind) for kind in first]
+    kinds += [(sms, *kind) for sms in OWN_SMS[1:] for kind in more]
     return [
         GpuCase(
             num_tokens=num_tokens,

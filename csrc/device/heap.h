@@ -60,6 +60,13 @@ JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 so
          staged(view, source, token) * view.layout.row_stride;
 }
 
+// All lanes of a warp: writes zeros, a T at a time.
+template <typename T>
+JAX_EP_DEVICE void clear(Ptr<std::byte> to, i64 bytes) {
+  const i64 count = bytes / static_cast<i64>(sizeof(T));
+  for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(to) + i, T{});
+}
+
 }  // namespace jax_ep::dev
 
 #endif  // JAX_EP_CSRC_DEVICE_HEAP_H_

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp sums rows: acc = fma(weight, row, acc) in float32, in the order of the terms, starting
 // from 0, rounded once. Segments of the rows come through a ring of bulk loads in shared memory,
-// which run ahead across terms, segments and tokens; how many bytes are in flight is what bounds
-// such a sum.
+// which run ahead across terms, segments and tokens. So enough bytes are in flight, and what binds
+// is instructions: whatever is done for each group of loads counts.
 #ifndef JAX_EP_CSRC_DEVICE_ROW_SUM_H_
 #define JAX_EP_CSRC_DEVICE_ROW_SUM_H_
 

@@ -92,14 +92,8 @@ class CombineKernel {
 
   // --- what this rank holds of a token -----------------------------------------------------------
 
-  // Lane j gets the j-th row of this rank that holds the token; -1: it has none.
-  JAX_EP_DEVICE i32 row_of_lane(i32 owner, i64 token) const {
-    const i32 max_rows = max_rows_per_token(shape_.layout, num_topk_, shape_.num_local_experts());
-    if (static_cast<i32>(lane_id()) >= max_rows) return -1;
-    const i64 global_token = owner * num_tokens_ + token;
-    const i32 row =
-        ld(Ptr<const i32>{params_.op.source_slot} + (global_token * max_rows + lane_id()));
-    return row < shape_.recv_capacity ? row : -1;
+  JAX_EP_DEVICE i32 held_row(i32 owner, i64 token) const {
+    return row_of_lane(shape_, Ptr<const i32>{params_.op.source_slot}, owner, token);
   }
 
   // The terms of these rows, in the first lanes. All lanes.
@@ -173,7 +167,7 @@ class CombineKernel {
       sum<false>(
           flag_idx,
           [this, owner, flag_idx](i64 token) {
-            const i32 row = row_of_lane(owner, token);
+            const i32 row = held_row(owner, token);
             if (flag_idx % num_parts_ == 0) send_scalars(owner, token, row);
             return held_terms(row);
           },
@@ -236,7 +230,7 @@ class CombineKernel {
   JAX_EP_DEVICE SumTerms received_terms(const Selections& selections, i64 token) const {
     const bool leads = selections.leads() && selections.dest() != rank_;
     const u32 others = warp_ballot(leads);
-    SumTerms terms = held_terms(row_of_lane(rank_, token));
+    SumTerms terms = held_terms(held_row(rank_, token));
     // Of a plan's there are at most num_topk in all. Those of a handle from elsewhere fit too.
     const i32 lanes = static_cast<i32>(kWarpSize - count_bits(others));
     terms.own = terms.own < lanes ? terms.own : lanes;
@@ -257,12 +251,8 @@ class CombineKernel {
 
   // The sum of a token that nobody holds.
   JAX_EP_DEVICE void clear_row(i64 token) const {
-    bulk_ ? clear<Vec16>(out_row(token)) : clear<typename RowType::Element>(out_row(token));
-  }
-  template <typename T>
-  JAX_EP_DEVICE void clear(Ptr<std::byte> row) const {
-    const i64 count = row_bytes_ / static_cast<i64>(sizeof(T));
-    for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(row) + i, T{});
+    bulk_ ? clear<Vec16>(out_row(token), row_bytes_)
+          : clear<typename RowType::Element>(out_row(token), row_bytes_);
   }
 
   JAX_EP_DEVICE void receive_scalars(const Selections& selections, i64 token) {

@@ -38,7 +38,7 @@ class DispatchReceiver {
         continue;
       }
       for (i64 token = first; token < last; ++token) {
-        const i32 row = row_of_lane(source, token);
+        const i32 row = held_row(source, token);
         expand_scalars(source, token, row);
         if (c_.hidden > 0) expand_elements(source, token, row);
       }
@@ -66,15 +66,8 @@ class DispatchReceiver {
  private:
   using Element = typename RowType::Element;
 
-  // Lane j gets the j-th row of this rank that holds the token; -1: it has none.
-  JAX_EP_DEVICE i32 row_of_lane(i32 source, i64 token) const {
-    const i32 max_rows =
-        max_rows_per_token(c_.shape.layout, c_.num_topk, c_.shape.num_local_experts());
-    if (static_cast<i32>(lane_id()) >= max_rows) return -1;
-    const i64 global_token = source * c_.num_tokens + token;
-    const i32 row =
-        ld(Ptr<const i32>{c_.params.op.source_slot} + (global_token * max_rows + lane_id()));
-    return row < c_.shape.recv_capacity ? row : -1;
+  JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
+    return row_of_lane(c_.shape, Ptr<const i32>{c_.params.op.source_slot}, source, token);
   }
 
   JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {
@@ -85,7 +78,7 @@ class DispatchReceiver {
 
   JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
     const auto row_of = [this, source, part](i64 token) {
-      const i32 row = row_of_lane(source, token);
+      const i32 row = held_row(source, token);
       if (part == 0) expand_scalars(source, token, row);
       return row;
     };
@@ -202,11 +195,6 @@ class DispatchReceiver {
     } else {
       clear<Element>(c_.out_row(row), bytes);
     }
-  }
-  template <typename T>
-  JAX_EP_DEVICE static void clear(Ptr<std::byte> to, i64 bytes) {
-    const i64 count = bytes / static_cast<i64>(sizeof(T));
-    for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(to) + i, T{});
   }
 
   DispatchContext<Config, RowType>& c_;

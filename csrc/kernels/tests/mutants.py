@@ -189,10 +189,8 @@ MUTANTS = [
            "count_bits(holders & lanes_below(lane_id()))", "lane_id()", mishaps=True),
     Mutant("selections of a handle from elsewhere may be equal", _COMBINE,
            "other < local || earlier", "other < local", mishaps=True),
-    Mutant("rows of a handle from elsewhere are not bounded (combine)", _COMBINE,
-           "return row < shape_.recv_capacity ? row : -1;", "return row;", mishaps=True),
-    Mutant("rows of a handle from elsewhere are not bounded (dispatch)", _RECEIVER,
-           "return row < c_.shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
+    Mutant("rows of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
+           "return row < shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
     Mutant("experts of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
            "expert_ < shape.num_experts &&", "", mishaps=True),
     # --- the segment ring --------------------------------------------------------------------------

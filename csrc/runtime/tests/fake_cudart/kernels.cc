@@ -24,7 +24,7 @@ using fake_cudart::Call;
 using fake_cudart::Launch;
 using fake_cudart::Thread;
 
-// As many as csrc/kernels compiles: two of plan, three each of dispatch and combine.
+// As many as csrc/kernels compiles: four of plan, three each of dispatch and combine.
 constexpr int kNumKernels = 10;
 constexpr char kKernels[kNumKernels] = {};
 constexpr int32_t kSharedBytes = 1024;
