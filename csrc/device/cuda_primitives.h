@@ -138,6 +138,20 @@ template <int kPending>
 JAX_EP_DEVICE void bulk_wait_read() {
   cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<kPending>{});
 }
+// CCCL has these as parts of a pipeline that counts its stages itself. The first bypasses L1.
+template <int kOffset = 0>
+JAX_EP_DEVICE void async_load(Ptr<Vec16> to, Ptr<const Vec16> from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(to.raw))),
+               "l"(__cvta_generic_to_global(from.raw)),
+               "n"(kOffset * sizeof(Vec16))
+               : "memory");
+}
+JAX_EP_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+JAX_EP_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // Not the fence of both kinds of memory: it would wait for all that the SM has stored.
 JAX_EP_DEVICE void fence_proxy_async_shared() {
   cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);

@@ -21,6 +21,10 @@
 //             bulk_wait_read<N>()  ... have been read from shared memory
 //             fence_proxy_async_shared()  fence_proxy_async_global(): bulk copies that the thread,
 //             or who synchronizes with it, issues see what it knows of that kind of memory
+//   async     async_load<kOffset>(Ptr<Vec16> shared, Ptr<const Vec16> global): a thread's own load
+//             of 16 bytes, at an offset of so many from both   async_commit()
+//             async_wait<N>()      all but the last N groups of this thread are there, for it
+//             (no bulk copies: they see what the thread has seen, without a fence)
 //   time      now_ns()  spin_pause(what)  trap()
 //             kPollsPerLook: polls of a wait between two looks at the clock
 //

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bulk copies and mbarriers: what happens behind the threads' backs.
+// Bulk copies, mbarriers and async loads: what happens behind the threads' backs.
 //
-// Each thread's bulk stores, and each mbarrier's bulk loads, are participants with clocks of their
-// own. A thread learns of their work only by waiting.
+// Each thread's bulk stores, each thread's async loads, and each mbarrier's bulk loads are
+// participants with clocks of their own. A thread learns of their work only by waiting.
 #include "csrc/sim/engine.h"
 
 namespace jax_ep::sim {
@@ -15,7 +15,7 @@ Stamp copy_stamp(uint16_t participant, const BulkCopy& copy) {
   stamp.time = copy.sequence;
   stamp.participant = participant;
   stamp.location = copy.location & 0xfff;
-  stamp.async = 1;
+  stamp.async = copy.is_async_load ? 0 : 1;
   return stamp;
 }
 
@@ -24,17 +24,52 @@ void park(Engine& e, Thread& thread, const char* what) {
   e.wait_as(ThreadState::kAtCopy);
 }
 
-// Whether the thread's bulk stores are as far as it waits for.
-bool stores_done(const Thread& thread) {
-  return std::none_of(thread.pending.begin(), thread.pending.end(), [&](const PendingStore& store) {
-    return store.sequence <= thread.waits_upto && !(thread.waits_for_reads && store.fetched);
+// Whether these copies of the thread are as far as it waits for.
+bool copies_done(const Thread& thread, const CopyGroups& copies) {
+  return std::none_of(copies.pending.begin(), copies.pending.end(), [&](const PendingCopy& copy) {
+    return copy.sequence <= thread.waits_upto && !(thread.waits_for_reads && copy.fetched);
   });
 }
 
-void wake_issuer(Engine& e, Thread& thread) {
-  if (!thread.in_bulk_wait || !stores_done(thread)) return;
-  thread.in_bulk_wait = false;
+void wake_issuer(Engine& e, Thread& thread, const CopyGroups& copies) {
+  if (thread.waits_for != &copies || !copies_done(thread, copies)) return;
+  thread.waits_for = nullptr;
   e.make_ready(thread);
+}
+
+// Until all groups but the last `allowed_pending` are done, or have been read.
+void wait_for_groups(
+    Engine& e, Thread& thread, CopyGroups& copies, uint32_t allowed_pending, const char* name) {
+  if (copies.groups.size() <= allowed_pending) return;
+  const uint32_t upto = copies.groups[copies.groups.size() - 1 - allowed_pending];
+  thread.waits_upto = upto;
+  if (!copies_done(thread, copies)) {
+    thread.waits_for = &copies;
+    park(e, thread, name);
+  }
+  thread.sync = name;
+  thread.sync_location = thread.location;
+  if (copies.reads_as) thread.view.generic.raise(copies.reads_as, upto);
+  if (thread.waits_for_reads) return;
+  if (copies.writes_as) thread.view.generic.raise(copies.writes_as, upto);
+  copies.waited = std::max(copies.waited, upto);
+}
+
+// The thread's next copy, with the participants that stand for it.
+void issue(BulkCopy& copy, CopyGroups& copies) {
+  copy.groups = &copies;
+  copy.sequence = ++copies.issued;
+  copy.reads_as = copies.reads_as;
+  copy.writes_as = copies.writes_as;
+  copies.pending.push_back({copy.sequence, false});
+}
+
+uint16_t participant_of(Engine& e, Thread& thread, uint64_t kind, const char* what) {
+  const ThreadId& id = thread.id;
+  return e.participant(
+      uint64_t{thread.view.owner} << 2 | kind,
+      *thread.block,
+      format("%s of rank %u block %u thread %u", what, id.rank, id.block, id.thread));
 }
 
 void finish_phase(Engine& e, MbarState& mbar) {
@@ -147,46 +182,55 @@ void bulk_load(void* to, const void* from, uint32_t bytes, void* address, Locati
 void bulk_store(void* to, const void* from, uint32_t bytes, Location at) {
   Engine& e = *engine;
   Thread& thread = e.step(at);
-  if (!thread.reads_as) {
-    const ThreadId& id = thread.id;
-    const std::string who =
-        format("bulk store of rank %u block %u thread %u", id.rank, id.block, id.thread);
-    thread.reads_as = e.participant(uint64_t{thread.view.owner} << 2 | 2, *thread.block, who);
-    thread.writes_as = e.participant(uint64_t{thread.view.owner} << 2 | 3, *thread.block, who);
+  if (!thread.stores.reads_as) {
+    thread.stores.reads_as = participant_of(e, thread, 2, "bulk store");
+    thread.stores.writes_as = participant_of(e, thread, 3, "bulk store");
   }
   BulkCopy copy = make_copy(e, thread, bytes);
   copy.source = e.resolve(from, bytes, kBulkAlignment, Reach::kShared);
   copy.target = e.resolve(to, bytes, kBulkAlignment, Reach::kGlobal);
-  copy.sequence = ++thread.issued;
-  copy.reads_as = thread.reads_as;
-  copy.writes_as = thread.writes_as;
-  thread.pending.push_back({copy.sequence, false});
+  issue(copy, thread.stores);
   e.copies.push_back(std::move(copy));
 }
 
 void bulk_commit(Location at) {
   Thread& thread = engine->step(at);
-  thread.groups.push_back(thread.issued);
+  thread.stores.groups.push_back(thread.stores.issued);
 }
 
 void bulk_wait(uint32_t allowed_pending, bool reads_only, Location at) {
   Engine& e = *engine;
   Thread& thread = e.step(at);
-  if (thread.groups.size() <= allowed_pending) return;
-  const uint32_t upto = thread.groups[thread.groups.size() - 1 - allowed_pending];
-  const char* const name = reads_only ? "bulk_wait_read" : "bulk_wait";
-  thread.waits_upto = upto;
   thread.waits_for_reads = reads_only;
-  if (!stores_done(thread)) {
-    thread.in_bulk_wait = true;
-    park(e, thread, name);
+  wait_for_groups(
+      e, thread, thread.stores, allowed_pending, reads_only ? "bulk_wait_read" : "bulk_wait");
+}
+
+void async_load(void* to, const void* from, uint32_t bytes, Location at) {
+  Engine& e = *engine;
+  Thread& thread = e.step(at);
+  if (!thread.async_loads.reads_as) {
+    thread.async_loads.reads_as = thread.async_loads.writes_as =
+        participant_of(e, thread, 0, "async load");
   }
-  thread.sync = name;
-  thread.sync_location = thread.location;
-  thread.view.generic.raise(thread.reads_as, upto);
-  if (reads_only) return;
-  thread.view.generic.raise(thread.writes_as, upto);
-  thread.waited = std::max(thread.waited, upto);
+  BulkCopy copy = make_copy(e, thread, bytes);
+  copy.is_async_load = true;
+  copy.source = e.resolve(from, bytes, kBulkAlignment, Reach::kGlobal);
+  copy.target = e.resolve(to, bytes, kBulkAlignment, Reach::kShared);
+  issue(copy, thread.async_loads);
+  e.copies.push_back(std::move(copy));
+}
+
+void async_commit(Location at) {
+  Thread& thread = engine->step(at);
+  thread.async_loads.groups.push_back(thread.async_loads.issued);
+}
+
+void async_wait(uint32_t allowed_pending, Location at) {
+  Engine& e = *engine;
+  Thread& thread = e.step(at);
+  thread.waits_for_reads = false;
+  wait_for_groups(e, thread, thread.async_loads, allowed_pending, "async_wait");
 }
 
 void fence_proxy_async(MemorySpace space, Location at) {
@@ -211,7 +255,8 @@ void Engine::advance_copies() {
 }
 
 void Engine::fetch(BulkCopy& copy) {
-  const MemorySpace source = copy.mbar ? MemorySpace::kGlobal : MemorySpace::kShared;
+  const MemorySpace source =
+      copy.mbar || copy.is_async_load ? MemorySpace::kGlobal : MemorySpace::kShared;
   const Access access{&copy.view, copy_stamp(copy.reads_as, copy), source};
   constexpr uint32_t kStep = Memory::kLineBytes;
   copy.data.resize(copy.bytes);
@@ -220,15 +265,16 @@ void Engine::fetch(BulkCopy& copy) {
     check_memory(access.stamp);
   }
   copy.fetched = true;
-  if (copy.mbar) return;
-  for (PendingStore& store : copy.issuer->pending) {
-    if (store.sequence == copy.sequence) store.fetched = true;
+  if (!copy.groups) return;
+  for (PendingCopy& pending : copy.groups->pending) {
+    if (pending.sequence == copy.sequence) pending.fetched = true;
   }
-  wake_issuer(*this, *copy.issuer);
+  wake_issuer(*this, *copy.issuer, *copy.groups);
 }
 
 void Engine::land(BulkCopy& copy) {
-  const MemorySpace target = copy.mbar ? MemorySpace::kShared : MemorySpace::kGlobal;
+  const MemorySpace target =
+      copy.mbar || copy.is_async_load ? MemorySpace::kShared : MemorySpace::kGlobal;
   const Access access{&copy.view, copy_stamp(copy.writes_as, copy), target};
   constexpr uint32_t kStep = Memory::kLineBytes;
   for (uint32_t i = 0; i < copy.bytes; i += kStep) {
@@ -242,9 +288,9 @@ void Engine::land(BulkCopy& copy) {
     finish_phase(*this, *copy.mbar);
     return;
   }
-  std::erase_if(copy.issuer->pending,
-                [&](const PendingStore& store) { return store.sequence == copy.sequence; });
-  wake_issuer(*this, *copy.issuer);
+  std::erase_if(copy.groups->pending,
+                [&](const PendingCopy& pending) { return pending.sequence == copy.sequence; });
+  wake_issuer(*this, *copy.issuer, *copy.groups);
 }
 
 }  // namespace jax_ep::sim

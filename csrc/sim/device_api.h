@@ -46,6 +46,9 @@ void bulk_store(void* to, const void* from, uint32_t bytes, Location at);
 void bulk_commit(Location at);
 void bulk_wait(uint32_t allowed_pending, bool reads_only, Location at);
 void fence_proxy_async(MemorySpace space, Location at);
+void async_load(void* to, const void* from, uint32_t bytes, Location at);
+void async_commit(Location at);
+void async_wait(uint32_t allowed_pending, Location at);
 
 uint64_t now_ns();
 void spin_pause(const char* what, Location at);

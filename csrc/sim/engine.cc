@@ -60,9 +60,7 @@ void Engine::reset(uint64_t new_seed) {
     thread.view.owner = 1 + i;
     thread.fenced = {};
     thread.state = ThreadState::kDone;
-    thread.reads_as = thread.writes_as = 0;
-    thread.issued = thread.waited = 0;
-    thread.pending.clear();
+    thread.stores = thread.async_loads = {};
     thread.acquired = 0;
     thread.sync = nullptr;
     memory.rank_of.push_back(static_cast<uint16_t>(blocks[i / threads_per_block].rank));

@@ -174,6 +174,17 @@ inline void fence_proxy_async_global(Location at = Location::current()) {
   sim::ops::fence_proxy_async(sim::MemorySpace::kGlobal, at);
 }
 
+// ---- async loads --------------------------------------------------------------------------------
+template <int kOffset = 0>
+void async_load(Ptr<Vec16> shared_to, Ptr<const Vec16> from, Location at = Location::current()) {
+  sim::ops::async_load(shared_to.raw + kOffset, from.raw + kOffset, sizeof(Vec16), at);
+}
+inline void async_commit(Location at = Location::current()) { sim::ops::async_commit(at); }
+template <u32 kPending>
+void async_wait(Location at = Location::current()) {
+  sim::ops::async_wait(kPending, at);
+}
+
 // ---- time ---------------------------------------------------------------------------------------
 inline u64 now_ns() { return sim::ops::now_ns(); }
 inline constexpr u32 kPollsPerLook = 1;  // a thread is woken to poll only where something changed

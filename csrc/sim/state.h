@@ -37,10 +37,18 @@ inline constexpr uint64_t kNothing = ~uint64_t{0};
 inline constexpr uint64_t kAnything = kNothing - 1;
 inline constexpr uint32_t kNever = ~uint32_t{0};
 
-// A bulk store that is not written yet.
-struct PendingStore {
+// A copy that is not written yet.
+struct PendingCopy {
   uint32_t sequence;
   bool fetched;
+};
+
+// The copies of a thread that it waits for in groups: its bulk stores, or its async loads.
+struct CopyGroups {
+  uint16_t reads_as = 0, writes_as = 0;  // participants that stand for them; 0: none yet
+  uint32_t issued = 0, waited = 0;       // so far
+  std::vector<uint32_t> groups;          // the last copy of each committed group
+  std::vector<PendingCopy> pending;
 };
 
 // One CUDA thread.
@@ -65,13 +73,10 @@ struct Thread {
   View seen_near, seen_far;  // by relaxed loads from this, from another rank: for a later fence
   Published fenced;          // what the last fence lets relaxed stores release
   bool has_fence;
-  uint16_t reads_as, writes_as;  // participants that stand for its bulk stores; 0: none yet
-  uint32_t issued, waited;       // bulk stores so far
-  std::vector<uint32_t> groups;  // the last bulk store of each committed group
-  std::vector<PendingStore> pending;
-  bool in_bulk_wait;
-  bool waits_for_reads;  // only
-  uint32_t waits_upto;   // this bulk store
+  CopyGroups stores, async_loads;
+  const CopyGroups* waits_for;  // or null
+  bool waits_for_reads;         // only
+  uint32_t waits_upto;          // this copy
 };
 
 struct BarrierState {
@@ -110,7 +115,8 @@ struct Block {
   std::map<uint64_t, MbarState> mbars;  // by address
 };
 
-// A bulk copy. It reads its source some time after issue, writes its target later still.
+// A bulk copy, or an async load. It reads its source some time after issue, writes its target later
+// still.
 struct BulkCopy {
   Thread* issuer;
   View view;  // the issuer's, at issue
@@ -119,7 +125,9 @@ struct BulkCopy {
   uint64_t source, target;
   uint32_t bytes;
   uint16_t reads_as, writes_as;
-  MbarState* mbar;  // null for stores
+  MbarState* mbar;     // of a bulk load, or
+  CopyGroups* groups;  // of the issuer
+  bool is_async_load;
   bool fetched;
   std::vector<std::byte> data;
 };

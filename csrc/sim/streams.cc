@@ -73,10 +73,11 @@ void Engine::start_block(uint32_t rank, uint32_t stream_index) {
     thread.what = "";
     thread.watch = thread.watch_too = kNothing;
     thread.polled = thread.last_strong = 0;
-    thread.in_bulk_wait = false;
+    thread.waits_for = nullptr;
     thread.sync = nullptr;
     thread.has_fence = false;
-    thread.groups.clear();
+    thread.stores.groups.clear();
+    thread.async_loads.groups.clear();
     prepare_fiber(thread.context, stacks.at(i), &Engine::enter);
     make_ready(thread);
   }
@@ -98,8 +99,12 @@ void Engine::enter() {
 
 void Engine::retire(Thread& thread) {
   Block& block = *thread.block;
-  if (thread.issued != thread.waited) {
+  if (thread.stores.issued != thread.stores.waited) {
     fail("exit", name(thread) + " ended before its bulk stores were written: bulk_wait<0> missing");
+    return;
+  }
+  if (thread.async_loads.issued != thread.async_loads.waited) {
+    fail("exit", name(thread) + " ended before its async loads: async_wait<0> missing");
     return;
   }
   View& done = ranks[block.rank].streams[block.stream].done;

@@ -254,6 +254,107 @@ TEST(BulkLoad, WholeWarpWaits) {
          }});
 }
 
+Ptr<Vec16> source_vector() { return as<Vec16>(source()); }
+void load_async(Ptr<u32> from) {
+  async_load(source_vector(), {as<Vec16>(from).raw});
+  async_commit();
+}
+
+TEST(AsyncLoad, UsedAfterItsWait) {
+  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
+           if (!who.is(0)) return;
+           st(as<Vec16>(word(0, 0)), kSevens);
+           load_async(word(0, 0));
+           async_wait<0>();
+           seen.a = ld(source());
+         }});
+}
+TEST(AsyncLoad, UsedBeforeItsWait) {
+  expect(Outcome::kRacy, [] { return seen.a != 7; }, {[](Who who) {
+           if (!who.is(0)) return;
+           set_source(1);
+           load_async(word(0, 0));
+           seen.a = ld(source()) == 1 ? 1 : 7;
+           async_wait<0>();
+         }});
+}
+TEST(AsyncLoad, WaitForAllButTheLastGroup) {
+  const auto program = [](bool of_last) {
+    return [of_last](Who who) {
+      if (!who.is(0)) return;
+      st(as<Vec16>(word(0, 0)), kSevens);
+      st(as<Vec16>(word(0, 0)) + 1, kSevens);
+      st(source_vector() + 1, Vec16{{1, 1, 1, 1}});
+      async_load<0>(source_vector(), {as<Vec16>(word(0, 0)).raw});
+      async_commit();
+      async_load<1>(source_vector(), {as<Vec16>(word(0, 0)).raw});
+      async_commit();
+      async_wait<1>();
+      seen.a = ld(source() + (of_last ? 4 : 0)) == 1 ? 1 : 7;
+      async_wait<0>();
+    };
+  };
+  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {program(false)});
+  expect(Outcome::kRacy, [] { return seen.a != 7; }, {program(true)});
+}
+TEST(AsyncLoad, PlaceLoadedAgainAfterItWasRead) {
+  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
+           if (!who.is(0)) return;
+           st(as<Vec16>(word(0, 0)), kSevens);
+           load_async(word(0, 0));
+           async_wait<0>();
+           seen.a = ld(source());
+           load_async(word(0, 4));
+           async_wait<0>();
+         }});
+}
+TEST(AsyncLoad, PlaceReadAfterItIsLoadedAgain) {
+  expect(Outcome::kRacy, [] { return seen.a != 7; }, {[](Who who) {
+           if (!who.is(0)) return;
+           st(as<Vec16>(word(0, 0)), kSevens);
+           load_async(word(0, 0));
+           async_wait<0>();
+           load_async(word(0, 4));
+           seen.a = ld(source());
+           async_wait<0>();
+         }});
+}
+// It is no bulk copy.
+TEST(AsyncLoad, WhatAnAcquireMadeKnownNeedsNoProxyFence) {
+  const auto send = [] {
+    st(as<Vec16>(word(1, 0)), kSevens);
+    st_release<kSys>(word(1, 1), 1);
+  };
+  expect_message(Outcome::kOrdered, send, [] {
+    wait_acquire(word(1, 1), 1);
+    load_async(word(1, 0));
+    async_wait<0>();
+    seen.a = ld(source());
+  });
+  expect_message(Outcome::kRacy, send, [] {
+    load_async(word(1, 0));
+    wait_acquire(word(1, 1), 1);
+    async_wait<0>();
+    seen.a = ld(source());
+  });
+}
+TEST(AsyncLoad, TheWaitIsTheThreadsOwn) {
+  const auto program = [](bool synchronizes) {
+    return [synchronizes](Who who) {
+      if (who.rank != 0 || who.block != 0 || who.thread >= 32) return;
+      if (who.thread == 0) {
+        st(as<Vec16>(word(0, 0)), kSevens);
+        load_async(word(0, 0));
+        async_wait<0>();
+      }
+      synchronizes ? warp_sync() : (void)warp_shfl(0, 0);
+      if (who.thread == 1) seen.a = ld(source());
+    };
+  };
+  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {program(true)});
+  expect(Outcome::kRacy, [] { return seen.a != 7; }, {program(false)});
+}
+
 // The report of a program that thread 0 of rank 0 runs.
 Report report_of(const std::function<void()>& program) {
   Litmus one(litmus_config());
@@ -312,6 +413,9 @@ TEST(BulkMisuse, StoreNeverWaitedFor) {
     bulk_commit();
   });
   EXPECT_EQ(report.kind, "exit") << report.text();
+}
+TEST(BulkMisuse, AsyncLoadNeverWaitedFor) {
+  EXPECT_EQ(report_of([] { load_async(word(0, 0)); }).kind, "exit");
 }
 TEST(BulkMisuse, SizeAndAlignment) {
   EXPECT_EQ(report_of([] { bulk_store(word(1, 0), source(), 8); }).kind, "address");
