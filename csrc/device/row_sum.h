@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp sums rows: acc = fma(weight, row, acc) in float32, in the order of the terms, starting
-// from 0, rounded once. Segments of the rows come through a ring of bulk loads in shared memory,
+// from 0, rounded once. Segments of the rows come through a ring of async loads to shared memory,
 // which run ahead across terms, segments and tokens. So enough bytes are in flight, and what binds
-// is instructions: whatever is done for each group of loads counts.
+// is instructions: most terms are added in a loop that has no branch (SumStream::add_terms).
 #ifndef JAX_EP_CSRC_DEVICE_ROW_SUM_H_
 #define JAX_EP_CSRC_DEVICE_ROW_SUM_H_
+
+#include <limits>
+#include <utility>
 
 #include "csrc/device/convert.h"
 #include "csrc/device/segment_ring.h"
@@ -47,95 +50,167 @@ JAX_EP_DEVICE i32 lane_with_place(i32 place, i32 num_lanes) {
   return found;
 }
 
-// Loads of terms' segments, in the order in which they are summed, in groups that are waited for
-// together. Unlike SegmentRing's, they are read by all lanes, and nothing is stored from them.
+// The shared memory of a TermRing, one per warp.
+template <int kStageCount, int kBytes>
+struct TermStages {
+  static constexpr int kStages = kStageCount;
+  static constexpr int kSegmentBytes = kBytes;
+  static constexpr int kVectors = kBytes / 16 / static_cast<int>(kWarpSize);  // of a lane
+  static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "places are remainders");
+  static_assert(kBytes % (16 * kWarpSize) == 0);
+
+  alignas(128) Shared<u32> stage[kStages][kBytes / 4];
+  Shared<u32> own_sum[kBytes / 4];  // rounded, of this rank's own rows
+};
+
+// Loads of terms' segments, in the order in which they are summed. Each lane copies what it will
+// read itself, so nothing is said between lanes, and a load is one instruction for each vector.
+// (A bulk copy costs a warp some thirty: the addresses of its lanes go one by one to the engine.)
 template <typename Stages>
 class TermRing {
  public:
-  // All lanes.
-  JAX_EP_DEVICE explicit TermRing(Stages& stages) : stages_(stages) {
-    if (lane_id() != 0) return;
-    for (u32 i = 0; i < kStages; ++i) mbar_init(&stages_.loaded[i], 1);
-    mbar_init_fence();
+  JAX_EP_DEVICE explicit TermRing(Stages& stages) : stages_(stages) {}
+
+  JAX_EP_DEVICE bool is_full() const { return loads_ - uses_ == kStages; }
+
+  // Forgets what has not been waited for: it is nothing.
+  JAX_EP_DEVICE void restart() { uses_ = loads_; }
+
+  // Loads a segment of `num_vectors` vectors of 16 bytes. Lanes for which it has nothing load its
+  // last vector.
+  JAX_EP_DEVICE void load(Ptr<const Vec16> from, i32 num_vectors) {
+    const Ptr<Vec16> to = place(loads_++);
+    const i32 spare = num_vectors - 1 - static_cast<i32>(lane_id());
+    from = from + lane_id();
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      async_load(to + v * kLanes, from + (v * kLanes < spare ? v * kLanes : spare));
+    }
+    async_commit();
+  }
+  // In place of a load, after the last: so that the others are waited for one by one, too.
+  JAX_EP_DEVICE void load_nothing() {
+    ++loads_;
+    async_commit();
   }
 
-  // How many loads may be started.
-  JAX_EP_DEVICE i32 room() const { return static_cast<i32>(kStages - (loads_ - released_)); }
-
-  // All lanes: lanes [first, first + count) load the segments of their rows, as a group.
-  JAX_EP_DEVICE void load(i32 first, i32 count, Ptr<const std::byte> from, u32 bytes) {
-    Mbar* const loaded = &stages_.loaded[load_groups_ % kStages];
-    if (lane_id() == 0) mbar_arrive_expect(loaded, static_cast<u32>(count) * bytes);
-    warp_sync();  // all know of the mbarrier, and that all have read the stages
-    const u32 mine = lane_id() - static_cast<u32>(first);
-    if (mine < static_cast<u32>(count)) bulk_load(stage(loads_ + mine), from, bytes, loaded);
-    loads_ += static_cast<u32>(count);
-    ++load_groups_;
-    sizes_ |= static_cast<u32>(count) << size_shift_;
-    size_shift_ += kSizeBits;
+  // Until what this lane has of the oldest segment is there.
+  JAX_EP_DEVICE void wait() const {
+    if (is_full()) {
+      async_wait<kStages - 1>();
+    } else {
+      async_wait<0>();
+    }
   }
-
-  // All lanes: until the oldest group is there. Returns its size.
-  JAX_EP_DEVICE i32 wait_for_group() {
-    mbar_wait(&stages_.loaded[use_groups_ % kStages], use_groups_ / kStages % 2);
-    ++use_groups_;
-    const u32 count = sizes_ % (1 << kSizeBits);
-    sizes_ >>= kSizeBits;
-    size_shift_ -= kSizeBits;
-    return static_cast<i32>(count);
+  // In a ring that is full: waits for the oldest segment, reads it, and, if `loads`, loads a
+  // segment of all its vectors in its place.
+  JAX_EP_DEVICE void exchange(Ptr<const Vec16> from, bool loads, Vec16 (&row)[Stages::kVectors]) {
+    async_wait<kStages - 1>();
+    const Ptr<Vec16> at = place(uses_++);
+    ++loads_;
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) row[v] = ld(at + v * kLanes);
+    from = from + lane_id();
+    if (loads) load_vectors(at, from, std::make_integer_sequence<int, kVectors>());
+    async_commit();
   }
-  // The oldest segment of a group that is there, and the step to the next.
-  JAX_EP_DEVICE Ptr<u32> current() const { return stage(uses_); }
-  JAX_EP_DEVICE void step() { ++uses_; }
-  // All lanes, when they have read the segments of a group. The next `load` has the barrier.
-  JAX_EP_DEVICE void release() { released_ = uses_; }
+  // This lane's vectors of the oldest segment, which has been waited for.
+  JAX_EP_DEVICE void read(Vec16 (&row)[Stages::kVectors]) const {
+    const Ptr<Vec16> from = place(uses_);
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) row[v] = ld(from + v * kLanes);
+  }
+  // It has been read.
+  JAX_EP_DEVICE void release() { ++uses_; }
+
+  // A lane's part of the rounded sum of this rank's own rows: registers are short.
+  JAX_EP_DEVICE void keep_own_sum(const Vec16 (&sum)[Stages::kVectors]) {
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) st(own_sum() + v * kLanes, sum[v]);
+  }
+  JAX_EP_DEVICE void read_own_sum(Vec16 (&sum)[Stages::kVectors]) const {
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[v] = ld(own_sum() + v * kLanes);
+  }
 
  private:
   static constexpr u32 kStages = Stages::kStages;
-  static_assert((kStages & (kStages - 1)) == 0, "places are remainders");
-  static constexpr u32 kSizeBits = 4;
-  static_assert(kStages * kSizeBits <= 32 && kStages < 1 << kSizeBits);
+  static constexpr int kVectors = Stages::kVectors;
+  static constexpr i32 kLanes = static_cast<i32>(kWarpSize);
 
-  JAX_EP_DEVICE Ptr<u32> stage(u32 at) const { return address_of(stages_.stage[at % kStages][0]); }
+  JAX_EP_DEVICE Ptr<Vec16> own_sum() const {
+    return as<Vec16>(address_of(stages_.own_sum[0])) + lane_id();
+  }
+  // Constant offsets are part of the instructions.
+  template <int... kVector>
+  JAX_EP_DEVICE static void load_vectors(Ptr<Vec16> to,
+                                         Ptr<const Vec16> from,
+                                         std::integer_sequence<int, kVector...>) {
+    (async_load<kVector * kLanes>(to, from), ...);
+  }
+  JAX_EP_DEVICE Ptr<Vec16> place(u32 at) const {
+    return as<Vec16>(address_of(stages_.stage[at % kStages][0])) + lane_id();
+  }
 
   Stages& stages_;
   u32 loads_ = 0;
-  u32 load_groups_ = 0;
   u32 uses_ = 0;
-  u32 use_groups_ = 0;
-  u32 released_ = 0;
-  u32 sizes_ = 0;       // of the groups that are not yet waited for, the oldest one's last
-  u32 size_shift_ = 0;  // of the next one's
 };
 
 // A segment's sum, while it grows: lane l holds vectors l, l + 32, ... of 16 bytes.
 template <typename RowType, int kVectors>
-struct SegmentSum {
+class SegmentSum {
+ public:
   static constexpr int kPerVector = 4 * RowType::kPerWord;
-  float value[kVectors][kPerVector] = {};
 
   JAX_EP_DEVICE void add(float weight, const Vec16 (&row)[kVectors]) {
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float values[kPerVector];
-      for (int w = 0; w < 4; ++w) RowType::unpack(row[v].word[w], values + w * RowType::kPerWord);
-      for (int c = 0; c < kPerVector; ++c) {
-        value[v][c] = fused_multiply_add(weight, values[c], value[v][c]);
+      unpack(row[v], values);
+      add(weight, values, value[v]);
+    }
+  }
+  // Once with each of so many weights. Half of the row at a time: registers are short.
+  template <typename WeightOf>
+  JAX_EP_DEVICE void add(const Vec16 (&row)[kVectors], i32 num_weights, const WeightOf& weight_of) {
+    constexpr int kAtOnce = (kVectors + 1) / 2;
+    JAX_EP_UNROLL
+    for (int first = 0; first < kVectors; first += kAtOnce) {
+      float values[kAtOnce][kPerVector];
+      JAX_EP_UNROLL
+      for (int v = 0; v < kAtOnce && first + v < kVectors; ++v) unpack(row[first + v], values[v]);
+      JAX_EP_NO_UNROLL
+      for (i32 i = 0; i < num_weights; ++i) {
+        const float weight = weight_of(i);
+        JAX_EP_UNROLL
+        for (int v = 0; v < kAtOnce && first + v < kVectors; ++v) {
+          add(weight, values[v], value[first + v]);
+        }
       }
     }
   }
   // Rounds the sum, and begins the next.
   JAX_EP_DEVICE void take(Vec16 (&row)[kVectors]) {
-    round(row);
-    *this = {};
-  }
-  JAX_EP_DEVICE void round(Vec16 (&row)[kVectors]) const {
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       for (int w = 0; w < 4; ++w) {
         row[v].word[w] = RowType::pack(value[v] + w * RowType::kPerWord);
       }
     }
+    *this = {};
+  }
+
+ private:
+  float value[kVectors][kPerVector] = {};
+
+  JAX_EP_DEVICE static void unpack(const Vec16& vector, float (&values)[kPerVector]) {
+    for (int w = 0; w < 4; ++w) RowType::unpack(vector.word[w], values + w * RowType::kPerWord);
+  }
+  JAX_EP_DEVICE static void add(float weight,
+                                const float (&values)[kPerVector],
+                                float (&sum)[kPerVector]) {
+    for (int c = 0; c < kPerVector; ++c) sum[c] = fused_multiply_add(weight, values[c], sum[c]);
   }
 };
 
@@ -153,37 +228,53 @@ class SumStream {
                           const OutOf& out_of)
       : ring_(ring),
         segments_(segments),
-        full_bytes_(static_cast<u32>(segments.num_elements * kElementBytes)),
-        last_bytes_(static_cast<u32>(segments.size(segments.count - 1, hidden) * kElementBytes)),
+        last_vectors_(segments.size(segments.count - 1, hidden) * kElementBytes / 16),
         terms_of_(terms_of),
         out_of_(out_of) {}
 
   JAX_EP_DEVICE void run(i64 first, i64 last, i32 first_segment, i32 last_segment) {
-    last_ = last;
+    first_ = first;
+    num_tokens_ = static_cast<i32>(last - first);
     first_segment_ = first_segment;
     last_segment_ = last_segment;
-    ahead_.token = first - 1;
-    to_next_token();
-    while (ahead_.token < last_) {
-      at_token_ = ahead_.token;
-      const SumTerms terms = ahead_terms_;
-      Ptr<std::byte> out = out_of_(at_token_) + segments_.first(first_segment) * kElementBytes;
-      for (i32 segment = first_segment; segment < last_segment; ++segment) {
-        sum_segment(terms, static_cast<i32>(segment_bytes(segment) / 16), as<Vec16>(out));
-        out = out + full_bytes_;
+    ring_.restart();
+    ahead_.token = at_token_ = -1;
+    ahead_.segment = last_segment;
+    SumTerms terms;
+    i32 segment = last_segment;
+    i32 term = 0;
+    Ptr<std::byte> out{};
+    // One loop and not three, so that what it calls is compiled once.
+    while (true) {
+      load_ahead();
+      if (segment == last_segment) {
+        if (ahead_.token == num_tokens_) return;
+        at_token_ = ahead_.token;
+        terms = ahead_terms_;
+        segment = first_segment;
+        out = out_of_(first_ + at_token_) + segments_.first(first_segment) * kElementBytes;
       }
+      begin(terms, term);
+      if (term < terms.count) {
+        term += add_terms(terms, term);
+        continue;
+      }
+      write_sum(num_vectors(segment), as<Vec16>(out));
+      ++segment;
+      term = 0;
+      out = out + Stages::kSegmentBytes;
     }
   }
 
  private:
-  static constexpr int kVectors = Stages::kSegmentBytes / 16 / static_cast<int>(kWarpSize);
+  static constexpr int kVectors = Stages::kVectors;
   static constexpr i32 kElementBytes = sizeof(typename RowType::Element);
   using Sum = SegmentSum<RowType, kVectors>;
 
   JAX_EP_DEVICE void to_next_token() {
     do {
-      if (++ahead_.token >= last_) return;
-      ahead_terms_ = terms_of_(ahead_.token);
+      if (++ahead_.token == num_tokens_) return;
+      ahead_terms_ = terms_of_(first_ + ahead_.token);
     } while (ahead_terms_.count == 0);
     ahead_.segment = first_segment_;
     ahead_.term = 0;
@@ -193,76 +284,87 @@ class SumStream {
   // Starts as many loads as there is room for, at most to the end of the next token: so when the
   // last term of a token is waited for, the terms of the next one are known.
   JAX_EP_DEVICE void load_ahead() {
-    while (ahead_.token < last_) {
+    while (!ring_.is_full()) {
+      if (ahead_.token == num_tokens_) {
+        ring_.load_nothing();
+        continue;
+      }
       if (ahead_.segment == last_segment_) {
         if (ahead_.token != at_token_) return;
         to_next_token();
         continue;
       }
-      const i32 room = ring_.room();
-      if (room == 0) return;
-      const i32 left = ahead_terms_.count - ahead_.term;
-      const i32 count = left < room ? left : room;
-      ring_.load(ahead_.term, count, ahead_.from, segment_bytes(ahead_.segment));
-      ahead_.term += count;
-      if (ahead_.term < ahead_terms_.count) return;
-      ahead_.term = 0;
-      ++ahead_.segment;
-      ahead_.from = ahead_.from + full_bytes_;
+      ring_.load(as<const Vec16>(shfl_pointer(ahead_.from, ahead_.term)),
+                 num_vectors(ahead_.segment));
+      step_ahead();
+    }
+  }
+  // Without branches.
+  JAX_EP_DEVICE void step_ahead() {
+    const bool wraps = ++ahead_.term == ahead_terms_.count;
+    ahead_.term = wraps ? 0 : ahead_.term;
+    ahead_.segment += static_cast<i32>(wraps);
+    ahead_.from = ahead_.from + (wraps ? Stages::kSegmentBytes : 0);
+  }
+  // How many of the next loads are of full segments of one token, or are none.
+  JAX_EP_DEVICE i32 num_full_loads() const {
+    if (ahead_.token == num_tokens_) return std::numeric_limits<i32>::max();
+    const bool has_last = last_segment_ == segments_.count && last_vectors_ != kFullVectors;
+    const i32 end = last_segment_ - static_cast<i32>(has_last);
+    return (end - ahead_.segment) * ahead_terms_.count - ahead_.term;
+  }
+
+  JAX_EP_DEVICE i32 num_vectors(i32 segment) const {
+    return segment + 1 < segments_.count ? kFullVectors : last_vectors_;
+  }
+
+  // What comes before a term, or after the last.
+  JAX_EP_DEVICE void begin(const SumTerms& terms, i32 term) {
+    Vec16 own[kVectors];
+    if (kHasOthers && term == terms.own) {
+      sum_.take(own);
+      ring_.keep_own_sum(own);
+    }
+    if (kHasOthers && term == terms.own + terms.before) {
+      ring_.read_own_sum(own);
+      sum_.add(1.0F, own);
     }
   }
 
-  JAX_EP_DEVICE u32 segment_bytes(i32 segment) const {
-    return segment + 1 < segments_.count ? full_bytes_ : last_bytes_;
-  }
-
-  JAX_EP_DEVICE void sum_segment(const SumTerms& terms, i32 num_vectors, Ptr<Vec16> out) {
-    Sum sum;
-    Vec16 own[kVectors] = {};
+  // Adds as many terms as nothing comes between. Returns how many.
+  JAX_EP_DEVICE i32 add_terms(const SumTerms& terms, i32 term) {
     Vec16 row[kVectors];
-    for (i32 term = 0; term < terms.count;) {
-      load_ahead();
-      const i32 end = term + ring_.wait_for_group();
-      if (terms.weights_per_row > 1 && term < terms.own) {
-        JAX_EP_NO_UNROLL
-        for (i32 weight = 0; weight < terms.weights_per_row; ++weight) {
-          warp_sync();  // or the compiler keeps the row's numbers, in too many registers
-          read(ring_.current(), num_vectors, row);
-          sum.add(shfl_float(terms.weight, weight), row);
-        }
-        ring_.step();
-        ++term;
-      }
-      for (; term < end && (!kHasOthers || term < terms.own); ++term) {
-        read(ring_.current(), num_vectors, row);
-        sum.add(shfl_float(terms.weight, term), row);
-        ring_.step();
-      }
+    const bool is_own = !kHasOthers || term < terms.own;
+    const i32 end =
+        is_own ? terms.own
+               : (term < terms.own + terms.before ? terms.own + terms.before : terms.count);
+    const float weight_of_lane = is_own ? terms.weight : 1.0F;
+    const i32 full_loads = ring_.is_full() && terms.weights_per_row == 1 ? num_full_loads() : 0;
+    const i32 count = end - term < full_loads ? end - term : full_loads;
+    if (count > 0) {
+      const bool loads = ahead_.token != num_tokens_;
       JAX_EP_NO_UNROLL
-      for (; kHasOthers && term < end; ++term) {
-        if (term == terms.own) sum.take(own);
-        if (term - terms.own == terms.before) sum.add(1.0F, own);
-        read(ring_.current(), num_vectors, row);
-        sum.add(1.0F, row);
-        ring_.step();
+      for (i32 i = term; i < term + count; ++i) {
+        ring_.exchange(as<const Vec16>(shfl_pointer(ahead_.from, ahead_.term)), loads, row);
+        step_ahead();
+        sum_.add(shfl_float(weight_of_lane, i), row);
       }
-      ring_.release();
+      return count;
     }
-    if (kHasOthers && terms.own == terms.count) sum.take(own);
-    if (kHasOthers && terms.before == terms.count - terms.own) sum.add(1.0F, own);
-    sum.round(row);
-    write(out, num_vectors, row);
+    ring_.wait();
+    ring_.read(row);
+    ring_.release();
+    const i32 num_weights = is_own ? terms.weights_per_row : 1;
+    sum_.add(row, num_weights, [&](i32 weight) {
+      return shfl_float(weight_of_lane, num_weights > 1 ? weight : term);
+    });
+    return 1;
   }
 
-  // Lanes for which the segment has nothing read its last vector, which they do not write.
-  JAX_EP_DEVICE static void read(Ptr<u32> stage, i32 num_vectors, Vec16 (&row)[kVectors]) {
-    JAX_EP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
-      row[v] = ld(as<Vec16>(stage) + (at < num_vectors ? at : num_vectors - 1));
-    }
-  }
-  JAX_EP_DEVICE static void write(Ptr<Vec16> to, i32 num_vectors, const Vec16 (&row)[kVectors]) {
+  // Begins the next sum.
+  JAX_EP_DEVICE void write_sum(i32 num_vectors, Ptr<Vec16> to) {
+    Vec16 row[kVectors];
+    sum_.take(row);
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const i32 at = static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
@@ -271,24 +373,26 @@ class SumStream {
   }
 
   struct Position {
-    i64 token;
+    i32 token;
     i32 segment;
     i32 term;
     Ptr<const std::byte> from;  // of each lane's row: the segment
   };
+  static constexpr i32 kFullVectors = kVectors * static_cast<i32>(kWarpSize);
 
   TermRing<Stages>& ring_;
   const Segments& segments_;
-  const u32 full_bytes_;  // of each segment but the last
-  const u32 last_bytes_;
+  const i32 last_vectors_;
   const TermsOf& terms_of_;
   const OutOf& out_of_;
-  i64 last_ = 0;
+  i64 first_ = 0;
+  i32 num_tokens_ = 0;
   i32 first_segment_ = 0;
   i32 last_segment_ = 0;
-  i64 at_token_ = -1;
+  i32 at_token_ = -1;  // counted from the first, as `ahead_.token`
   Position ahead_{};
   SumTerms ahead_terms_{};
+  Sum sum_{};
 };
 
 // The same sum of one token, element by element, of rows that bulk copies cannot move.

@@ -79,6 +79,10 @@ struct Segments {
   i32 count;
   i32 num_elements;  // of every segment but the last, which may have fewer
 
+  // Segments of `max_elements` elements.
+  JAX_EP_DEVICE Segments(i64 hidden, i32 max_elements)
+      : count(static_cast<i32>(ceil_div(hidden, max_elements))), num_elements(max_elements) {}
+
   // Segments of at most `max_elements` elements, in multiples of `granule`, of about the same size.
   JAX_EP_DEVICE Segments(i64 hidden, i32 max_elements, i32 granule)
       : count(static_cast<i32>(ceil_div(hidden, max_elements / granule * granule))),

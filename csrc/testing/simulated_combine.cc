@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::CombineConfig<3, 4, 512>;
+using Config = dev::CombineConfig<3, 4, 1024>;
 
 template <typename RowType>
 SimulatedKernel kernel_of(CombineParams params) {

@@ -25,7 +25,7 @@ struct CompiledTransfer {
   int32_t num_stages;  // of each warp's pipeline through shared memory
 };
 inline constexpr CompiledTransfer kCompiledDispatch{.num_warps = 14, .num_stages = 4};
-inline constexpr CompiledTransfer kCompiledCombine{.num_warps = 12, .num_stages = 8};
+inline constexpr CompiledTransfer kCompiledCombine{.num_warps = 16, .num_stages = 4};
 
 }  // namespace jax_ep
 

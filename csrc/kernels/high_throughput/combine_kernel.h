@@ -17,7 +17,7 @@ template <int kWarpCount, int kStageCount, int kSegmentBytes>
 struct CombineConfig {
   static constexpr int kWarps = kWarpCount;
   static constexpr int kStages = kStageCount;
-  using Stages = SegmentStages<kStages, kSegmentBytes>;
+  using Stages = TermStages<kStages, kSegmentBytes>;
 
   struct SharedStorage {
     Stages stages[kWarps];
@@ -39,7 +39,7 @@ class CombineKernel {
         hidden_(params.op.hidden),
         row_bytes_(hidden_ * kElementBytes),
         bulk_(row_bytes_ % 16 == 0),
-        segments_(hidden_, Config::Stages::kSegmentBytes / kElementBytes, 16 / kElementBytes),
+        segments_(hidden_, Config::Stages::kSegmentBytes / kElementBytes),
         num_senders_(static_cast<u32>(params.num_senders)),
         rank_(params.view.rank),
         num_ranks_(params.view.num_ranks),
@@ -204,8 +204,6 @@ class CombineKernel {
         if (source != rank_) exchange_.wait_arrived(source, flag_idx);
       });
       warp_sync();
-      // The copy engine, too, sees what has arrived.
-      fence_proxy_async_global();
       sum<true>(
           flag_idx,
           [this, flag_idx](i64 token) {
