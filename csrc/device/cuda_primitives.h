@@ -10,7 +10,8 @@
 
 namespace jax_ep::dev {
 
-JAX_EP_DEVICE u32 thread_id() { return threadIdx.x; }
+// Not threadIdx.x: what is read at the start and at the end would keep a register in between.
+JAX_EP_DEVICE u32 thread_id() { return cuda::ptx::get_sreg_tid_x(); }
 JAX_EP_DEVICE u32 block_id() { return blockIdx.x; }
 JAX_EP_DEVICE u32 num_threads() { return blockDim.x; }
 JAX_EP_DEVICE u32 num_blocks() { return gridDim.x; }

@@ -64,6 +64,7 @@ JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 so
 template <typename T>
 JAX_EP_DEVICE void clear(Ptr<std::byte> to, i64 bytes) {
   const i64 count = bytes / static_cast<i64>(sizeof(T));
+  JAX_EP_NO_UNROLL
   for (i64 i = lane_id(); i < count; i += kWarpSize) st(as<T>(to) + i, T{});
 }
 

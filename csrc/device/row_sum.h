@@ -20,11 +20,20 @@ namespace jax_ep::dev {
 struct SumTerms {
   Ptr<const std::byte> row;
   float weight = 0;  // of own rows; the others' is 1
-  // Of all lanes:
-  i32 count = 0;            // of rows
-  i32 own = 0;              // of own rows
-  i32 weights_per_row = 1;  // of the only own row, if more: it is a term once with each
-  i32 before = 0;           // how many of the others come before the rounded sum of the own rows
+  // Of all lanes: four numbers of a byte each, none above kWarpSize, because registers are short.
+  u32 numbers = 0;
+
+  // own, others: how many rows of each. weights_per_row: of the only own row, if more than 1: it is
+  // a term once with each. before: how many of the others come before the rounded sum of the own.
+  JAX_EP_DEVICE void set(i32 own, i32 weights_per_row, i32 others = 0, i32 before = 0) {
+    numbers = static_cast<u32>(own + others) | static_cast<u32>(own) << 8 |
+              static_cast<u32>(weights_per_row) << 16 | static_cast<u32>(own + before) << 24;
+  }
+  JAX_EP_DEVICE i32 count() const { return static_cast<i32>(numbers & 0xFF); }
+  JAX_EP_DEVICE i32 own() const { return static_cast<i32>(numbers >> 8 & 0xFF); }
+  JAX_EP_DEVICE i32 weights_per_row() const { return static_cast<i32>(numbers >> 16 & 0xFF); }
+  // The term before which the rounded sum of the own rows is added.
+  JAX_EP_DEVICE i32 own_sum_at() const { return static_cast<i32>(numbers >> 24); }
 };
 
 JAX_EP_DEVICE float shfl_float(float value, i32 lane) {
@@ -42,6 +51,7 @@ JAX_EP_DEVICE Ptr<T> shfl_pointer(Ptr<T> pointer, i32 lane) {
 // there is none. Only the first `num_lanes` lanes are asked.
 JAX_EP_DEVICE i32 lane_with_place(i32 place, i32 num_lanes) {
   i32 found = -1;
+  JAX_EP_NO_UNROLL
   for (i32 lane = 0; lane < num_lanes; ++lane) {
     const auto of_lane =
         static_cast<i32>(warp_shfl(static_cast<u32>(place), static_cast<u32>(lane)));
@@ -243,7 +253,6 @@ class SumStream {
     SumTerms terms;
     i32 segment = last_segment;
     i32 term = 0;
-    Ptr<std::byte> out{};
     // One loop and not three, so that what it calls is compiled once.
     while (true) {
       load_ahead();
@@ -252,17 +261,16 @@ class SumStream {
         at_token_ = ahead_.token;
         terms = ahead_terms_;
         segment = first_segment;
-        out = out_of_(first_ + at_token_) + segments_.first(first_segment) * kElementBytes;
       }
       begin(terms, term);
-      if (term < terms.count) {
+      if (term < terms.count()) {
         term += add_terms(terms, term);
         continue;
       }
-      write_sum(num_vectors(segment), as<Vec16>(out));
+      write_sum(num_vectors(segment),
+                as<Vec16>(out_of_(first_ + at_token_) + i64{segment} * Stages::kSegmentBytes));
       ++segment;
       term = 0;
-      out = out + Stages::kSegmentBytes;
     }
   }
 
@@ -275,7 +283,7 @@ class SumStream {
     do {
       if (++ahead_.token == num_tokens_) return;
       ahead_terms_ = terms_of_(first_ + ahead_.token);
-    } while (ahead_terms_.count == 0);
+    } while (ahead_terms_.count() == 0);
     ahead_.segment = first_segment_;
     ahead_.term = 0;
     ahead_.from = ahead_terms_.row + segments_.first(first_segment_) * kElementBytes;
@@ -301,7 +309,7 @@ class SumStream {
   }
   // Without branches.
   JAX_EP_DEVICE void step_ahead() {
-    const bool wraps = ++ahead_.term == ahead_terms_.count;
+    const bool wraps = ++ahead_.term == ahead_terms_.count();
     ahead_.term = wraps ? 0 : ahead_.term;
     ahead_.segment += static_cast<i32>(wraps);
     ahead_.from = ahead_.from + (wraps ? Stages::kSegmentBytes : 0);
@@ -311,7 +319,7 @@ class SumStream {
     if (ahead_.token == num_tokens_) return std::numeric_limits<i32>::max();
     const bool has_last = last_segment_ == segments_.count && last_vectors_ != kFullVectors;
     const i32 end = last_segment_ - static_cast<i32>(has_last);
-    return (end - ahead_.segment) * ahead_terms_.count - ahead_.term;
+    return (end - ahead_.segment) * ahead_terms_.count() - ahead_.term;
   }
 
   JAX_EP_DEVICE i32 num_vectors(i32 segment) const {
@@ -321,11 +329,11 @@ class SumStream {
   // What comes before a term, or after the last.
   JAX_EP_DEVICE void begin(const SumTerms& terms, i32 term) {
     Vec16 own[kVectors];
-    if (kHasOthers && term == terms.own) {
+    if (kHasOthers && term == terms.own()) {
       sum_.take(own);
       ring_.keep_own_sum(own);
     }
-    if (kHasOthers && term == terms.own + terms.before) {
+    if (kHasOthers && term == terms.own_sum_at()) {
       ring_.read_own_sum(own);
       sum_.add(1.0F, own);
     }
@@ -334,12 +342,11 @@ class SumStream {
   // Adds as many terms as nothing comes between. Returns how many.
   JAX_EP_DEVICE i32 add_terms(const SumTerms& terms, i32 term) {
     Vec16 row[kVectors];
-    const bool is_own = !kHasOthers || term < terms.own;
+    const bool is_own = !kHasOthers || term < terms.own();
     const i32 end =
-        is_own ? terms.own
-               : (term < terms.own + terms.before ? terms.own + terms.before : terms.count);
+        is_own ? terms.own() : (term < terms.own_sum_at() ? terms.own_sum_at() : terms.count());
     const float weight_of_lane = is_own ? terms.weight : 1.0F;
-    const i32 full_loads = ring_.is_full() && terms.weights_per_row == 1 ? num_full_loads() : 0;
+    const i32 full_loads = ring_.is_full() && terms.weights_per_row() == 1 ? num_full_loads() : 0;
     const i32 count = end - term < full_loads ? end - term : full_loads;
     if (count > 0) {
       const bool loads = ahead_.token != num_tokens_;
@@ -354,7 +361,7 @@ class SumStream {
     ring_.wait();
     ring_.read(row);
     ring_.release();
-    const i32 num_weights = is_own ? terms.weights_per_row : 1;
+    const i32 num_weights = is_own ? terms.weights_per_row() : 1;
     sum_.add(row, num_weights, [&](i32 weight) {
       return shfl_float(weight_of_lane, num_weights > 1 ? weight : term);
     });
@@ -407,22 +414,22 @@ JAX_EP_DEVICE void sum_elements(const SumTerms& terms, i64 hidden, Ptr<std::byte
       own = RowType::to_float(RowType::from_float(sum));
       sum = 0;
     };
-    for (i32 term = 0; term < terms.count; ++term) {
+    for (i32 term = 0; term < terms.count(); ++term) {
       const Ptr<const Element> row = as<const Element>(shfl_pointer(terms.row, term));
       const float value = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
-      if (kHasOthers && term >= terms.own) {
-        if (term == terms.own) take_own();
-        if (term - terms.own == terms.before) sum = fused_multiply_add(1.0F, own, sum);
+      if (kHasOthers && term >= terms.own()) {
+        if (term == terms.own()) take_own();
+        if (term == terms.own_sum_at()) sum = fused_multiply_add(1.0F, own, sum);
         sum = fused_multiply_add(1.0F, value, sum);
         continue;
       }
       sum = fused_multiply_add(shfl_float(terms.weight, term), value, sum);
-      for (i32 weight = 1; weight < terms.weights_per_row; ++weight) {
+      for (i32 weight = 1; weight < terms.weights_per_row(); ++weight) {
         sum = fused_multiply_add(shfl_float(terms.weight, weight), value, sum);
       }
     }
-    if (kHasOthers && terms.own == terms.count) take_own();
-    if (kHasOthers && terms.before == terms.count - terms.own) {
+    if (kHasOthers && terms.own() == terms.count()) take_own();
+    if (kHasOthers && terms.own_sum_at() == terms.count()) {
       sum = fused_multiply_add(1.0F, own, sum);
     }
     if (c < hidden) st(as<Element>(out) + c, RowType::from_float(sum));

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hands the items of a kernel's work to its warps: who is done sooner takes more. A warp takes its
-// next ticket when it begins an item, so that the counter's latency costs nothing.
+// Hands the items of a kernel's work to its warps: who is done sooner takes more. A warp takes a
+// ticket when it needs one. To take it an item earlier would hide the counter's latency, but then a
+// warp sits on an item that idle ones could do, and the last of them end later: by up to a third in
+// small calls (docs/measurements/performance.md).
 #ifndef JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
 #define JAX_EP_CSRC_DEVICE_WORK_QUEUE_H_
 
@@ -17,32 +19,25 @@ class WorkQueue {
   // place: of the warp; -1: it has none.
   JAX_EP_DEVICE WorkQueue(Ptr<u32> tickets, i32 num_items, i32 num_places, i32 place)
       : tickets_(tickets), num_items_(num_items), num_places_(num_places), item_(place) {
-    take_ticket();
     if (place < 0) next();
   }
 
   JAX_EP_DEVICE bool has_item() const { return item_ < num_items_; }
   JAX_EP_DEVICE i32 item() const { return item_; }
-  // The ticket was taken when the item before was begun, and has long been there.
   JAX_EP_DEVICE void next() {
     item_ = num_items_;
     if (num_items_ <= num_places_) return;
-    item_ = num_places_ + static_cast<i32>(warp_shfl(ticket_, 0));
-    if (has_item()) take_ticket();
+    u32 ticket = 0;
+    // Nothing is published with it.
+    if (lane_id() == 0) ticket = fetch_add_relaxed<Scope::kGpu>(tickets_, 1);
+    item_ = num_places_ + static_cast<i32>(warp_shfl(ticket, 0));
   }
 
  private:
-  JAX_EP_DEVICE void take_ticket() {
-    if (num_items_ <= num_places_ || lane_id() != 0) return;
-    // Nothing is published with it.
-    ticket_ = fetch_add_relaxed<Scope::kGpu>(tickets_, 1);
-  }
-
   const Ptr<u32> tickets_;
   const i32 num_items_;
   const i32 num_places_;
   i32 item_;
-  u32 ticket_ = 0;  // of lane 0
 };
 
 }  // namespace jax_ep::dev

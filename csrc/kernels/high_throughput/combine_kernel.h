@@ -84,7 +84,7 @@ class CombineKernel {
     }
     for (i64 token = first; token < last; ++token) {
       const SumTerms terms = terms_of(token);
-      if (terms.count > 0) {
+      if (terms.count() > 0) {
         sum_elements<RowType, kHasOthers>(terms, hidden_, out_of(token));
       }
     }
@@ -100,9 +100,8 @@ class CombineKernel {
   JAX_EP_DEVICE SumTerms held_terms(i32 row) const {
     const u32 holders = warp_ballot(row >= 0);
     SumTerms terms{};
-    terms.count = static_cast<i32>(count_bits(holders));
-    terms.own = terms.count;
-    if (terms.count == 0) return terms;
+    terms.set(static_cast<i32>(count_bits(holders)), 1);
+    if (holders == 0) return terms;
     if (is_rank_major() && params_.op.weighted) {
       // One row, of all of the token's selections here.
       const auto only = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
@@ -135,6 +134,7 @@ class CombineKernel {
     const i32 local = is_selection ? ld(Ptr<const i32>{params_.op.row_topk_idx} + at) : -1;
     const float weight = local >= 0 ? ld(Ptr<const float>{params_.op.weights} + at) : 0.0F;
     i32 place = 0;
+    JAX_EP_NO_UNROLL
     for (i32 k = 0; k < num_topk_; ++k) {
       const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
       // A plan's are distinct. Those of a handle from elsewhere may be equal, and each must have a
@@ -147,7 +147,7 @@ class CombineKernel {
     const float weight_of_lane = shfl_float(weight, from < 0 ? 0 : from);
     const auto count = static_cast<i32>(count_bits(warp_ballot(local >= 0)));
     terms.weight = from < 0 ? 0.0F : weight_of_lane;
-    terms.weights_per_row = count > 0 ? count : 1;
+    terms.set(terms.own(), count > 0 ? count : 1);
   }
 
   // --- the senders -----------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class CombineKernel {
                                         token);
             if (flag_idx % num_parts_ == 0) receive_scalars(selections, token);
             const SumTerms terms = received_terms(selections, token);
-            if (terms.count == 0 && flag_idx % num_parts_ == 0) clear_row(token);
+            if (terms.count() == 0 && flag_idx % num_parts_ == 0) clear_row(token);
             return terms;
           },
           [this](i64 token) { return out_row(token); });
@@ -231,10 +231,12 @@ class CombineKernel {
     SumTerms terms = held_terms(held_row(rank_, token));
     // Of a plan's there are at most num_topk in all. Those of a handle from elsewhere fit too.
     const i32 lanes = static_cast<i32>(kWarpSize - count_bits(others));
-    terms.own = terms.own < lanes ? terms.own : lanes;
-    terms.count = terms.own + static_cast<i32>(count_bits(others));
-    terms.before = static_cast<i32>(count_bits(warp_ballot(leads && selections.dest() < rank_)));
-    i32 place = terms.own;
+    terms.set(terms.own() < lanes ? terms.own() : lanes,
+              terms.weights_per_row(),
+              static_cast<i32>(count_bits(others)),
+              static_cast<i32>(count_bits(warp_ballot(leads && selections.dest() < rank_))));
+    i32 place = terms.own();
+    JAX_EP_NO_UNROLL
     for (i32 k = 0; k < num_topk_; ++k) {
       const auto other =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(k)));
