@@ -15,6 +15,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -50,33 +51,42 @@ void raise_if_error(const Status& status) {
   throw nb::python_error();
 }
 
-// Sets `shape` to what Python gives by name. ValueError if no heap can be of this shape.
-void init_heap_shape(HeapShape* shape,
-                     int32_t num_ranks,
-                     int32_t num_experts,
-                     int32_t num_topk,
-                     int64_t max_tokens,
-                     int64_t hidden,
-                     int32_t dtype,
-                     int32_t wire,
-                     int32_t layout) {
-  const auto check_enum = [](const char* name, int32_t value, int32_t largest) {
-    if (value >= 0 && value <= largest) return;
-    raise_if_error(out_of_range(name, value, "0 to " + std::to_string(largest)));
+// What Python calls a member of HeapShape.
+template <typename Value>
+struct HeapSize {
+  const char* name;
+  Value HeapShape::* member;
+};
+
+constexpr DType largest(DType) { return DType::kFloat16; }
+constexpr Wire largest(Wire) { return Wire::kFloat8E4M3; }
+constexpr Layout largest(Layout) { return Layout::kRank; }
+
+// Python's int for a member: an enum comes as its number.
+template <typename Value>
+using Number = std::conditional_t<std::is_enum_v<Value>, int32_t, Value>;
+
+template <typename Value>
+void set(HeapShape& shape, const HeapSize<Value>& size, Number<Value> given) {
+  if constexpr (std::is_enum_v<Value>) {
+    const auto last = static_cast<int32_t>(largest(Value{}));
+    if (given < 0 || given > last) {
+      raise_if_error(out_of_range(size.name, given, "0 to " + std::to_string(last)));
+    }
+  }
+  shape.*size.member = static_cast<Value>(given);
+}
+
+// HeapShape(name=number, ...) in Python, of all these sizes. ValueError if no heap is like that.
+template <typename... Values>
+void define_constructor(nb::class_<HeapShape>& shape_type, const HeapSize<Values>&... sizes) {
+  const auto make = [sizes...](HeapShape* place, Number<Values>... given) {
+    HeapShape shape;
+    (set(shape, sizes, given), ...);
+    raise_if_error(check_heap_shape(shape));
+    new (place) HeapShape(shape);
   };
-  check_enum("dtype", dtype, static_cast<int32_t>(DType::kFloat16));
-  check_enum("wire", wire, static_cast<int32_t>(Wire::kFloat8E4M3));
-  check_enum("layout", layout, static_cast<int32_t>(Layout::kRank));
-  const HeapShape given{num_ranks,
-                        num_experts,
-                        num_topk,
-                        max_tokens,
-                        hidden,
-                        static_cast<DType>(dtype),
-                        static_cast<Wire>(wire),
-                        static_cast<Layout>(layout)};
-  raise_if_error(check_heap_shape(given));
-  new (shape) HeapShape(given);
+  shape_type.def("__init__", make, nb::kw_only(), nb::arg(sizes.name)...);
 }
 
 std::shared_ptr<CudaGroup> find_group(int64_t id) {
@@ -182,18 +192,16 @@ std::vector<Region> regions_of(const HeapShape& shape) {
 }
 
 void define_heap_shape(nb::module_& m) {
-  nb::class_<HeapShape>(m, "HeapShape", "What the size of a group's heaps depends on.")
-      .def("__init__",
-           &init_heap_shape,
-           nb::kw_only(),
-           nb::arg("num_ranks"),
-           nb::arg("num_experts"),
-           nb::arg("num_topk"),
-           nb::arg("max_tokens"),
-           nb::arg("hidden"),
-           nb::arg("dtype"),
-           nb::arg("wire"),
-           nb::arg("layout"));
+  nb::class_<HeapShape> shape_type(m, "HeapShape", "What the size of a group's heaps depends on.");
+  define_constructor(shape_type,
+                     HeapSize{"num_ranks", &HeapShape::num_ranks},
+                     HeapSize{"num_experts", &HeapShape::num_experts},
+                     HeapSize{"num_topk", &HeapShape::num_topk},
+                     HeapSize{"max_tokens", &HeapShape::max_tokens},
+                     HeapSize{"hidden", &HeapShape::hidden},
+                     HeapSize{"dtype", &HeapShape::dtype},
+                     HeapSize{"wire", &HeapShape::wire},
+                     HeapSize{"layout", &HeapShape::layout});
   m.def(
       "heap_bytes",
       [](const HeapShape& shape) { return make_heap_layout(shape).total_bytes; },
