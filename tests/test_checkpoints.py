@@ -2,6 +2,7 @@
 """Layers that Orbax saved on 8 devices, restored on 8, 4 and 2, into new and abstract models."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,14 @@ def checkpointer():
 
 
 @pytest.fixture(scope="module")
+def group_on():
+    """`(size, kind) -> group`: one for all tests, which so share what is compiled for it."""
+    with contextlib.ExitStack() as groups:
+        yield functools.cache(lambda *mesh: groups.enter_context(make_group(_mesh(*mesh))))
+    _linen_step.cache_clear()
+
+
+@pytest.fixture(scope="module")
 def x():
     return jax.random.normal(jax.random.key(7), (8, 2, HIDDEN))
 
@@ -84,15 +93,17 @@ def _train(objects, x):
     return loss
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("target", ["new", "abstract"])
-@pytest.mark.parametrize("place", PLACES)
-def test_nnx(place, target, bias, x, checkpointer, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "target", "bias"),
+    [(place, target, True) for place in PLACES for target in ("new", "abstract")]
+    + [("auto_set_mesh", "new", False)],
+)
+def test_nnx(place, target, bias, x, group_on, checkpointer, tmp_path):
     kind, is_set = PLACES[place]
     # Optax makes its counters on the default device, unless a mesh is set.
     options = {"bias": bias, "optimizer": is_set or target == "abstract"}
-    mesh = _mesh(8, kind)
-    with make_group(mesh) as group, _under(mesh, is_set):
+    group = group_on(8, kind)
+    with _under(group.mesh, is_set):
         objects = _build(group, seed=0, **options)
         _train(objects, x)
         saved = nnx.to_pure_dict(nnx.state(objects))
@@ -100,17 +111,17 @@ def test_nnx(place, target, bias, x, checkpointer, tmp_path):
         checkpointer.wait_until_finished()
         want = [_train(objects, x) for _ in range(2)]
     for size in (8, 4, 2):
-        mesh = _mesh(size, kind)
-        with make_group(mesh) as group, _under(mesh, is_set):
+        group = group_on(size, kind)
+        with _under(group.mesh, is_set):
             build = lambda group=group: _build(group, seed=1, **options)  # noqa: E731
             if target == "new":
                 graph, state = nnx.split(build())
             else:
-                graph, state = nnx.get_abstract_model(build, mesh)
+                graph, state = nnx.get_abstract_model(build, group.mesh)
             restored = checkpointer.restore(tmp_path / "state", nnx.to_pure_dict(state))
             jax.tree.map(np.testing.assert_array_equal, restored, saved)
             for array in jax.tree.leaves(restored):
-                assert array.sharding.device_set == set(mesh.devices.flat)
+                assert array.sharding.device_set == set(group.mesh.devices.flat)
             nnx.replace_by_pure_dict(state, restored)
             objects = nnx.merge(graph, state)
             got = [_train(objects, x) for _ in range(2)]
@@ -118,28 +129,28 @@ def test_nnx(place, target, bias, x, checkpointer, tmp_path):
         _close(got, want)
 
 
-def test_nnx_into_the_result_of_eval_shape(x, checkpointer, tmp_path):
+def test_nnx_into_the_result_of_eval_shape(x, group_on, checkpointer, tmp_path):
     """Without a mesh set. Flax gives scalars no sharding there, so the first call is not in jit."""
-    with make_group(_mesh(8, AxisType.Auto)) as group:
-        (moe,) = _build(group, bias=True, optimizer=False, seed=0)
-        _train((moe,), x)
-        checkpointer.save(tmp_path / "state", nnx.state(moe))
-        checkpointer.wait_until_finished()
-        want = moe(x)
+    (moe,) = _build(group_on(8, AxisType.Auto), bias=True, optimizer=False, seed=0)
+    _train((moe,), x)
+    checkpointer.save(tmp_path / "state", nnx.state(moe))
+    checkpointer.wait_until_finished()
+    want = moe(x)
     for size in (8, 4, 2):
-        with make_group(_mesh(size, AxisType.Auto)) as group:
-            build = lambda group=group: _build(group, bias=True, optimizer=False, seed=1)[0]  # noqa: E731
-            graph, state = nnx.split(nnx.eval_shape(build))
-            restored = nnx.merge(graph, checkpointer.restore(tmp_path / "state", state))
-            _close(restored(x), want)
-            nnx.jit(lambda moe, x: moe(x))(restored, x)
+        group = group_on(size, AxisType.Auto)
+        build = lambda group=group: _build(group, bias=True, optimizer=False, seed=1)[0]  # noqa: E731
+        graph, state = nnx.split(nnx.eval_shape(build))
+        restored = nnx.merge(graph, checkpointer.restore(tmp_path / "state", state))
+        _close(restored(x), want)
+        nnx.jit(lambda moe, x: moe(x))(restored, x)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_all_variables_of_a_new_layer_are_on_the_mesh(place, x):
+def test_all_variables_of_a_new_layer_are_on_the_mesh(place, x, group_on):
     kind, is_set = PLACES[place]
-    mesh = _mesh(8, kind)
-    with make_group(mesh) as group, _under(mesh, is_set):
+    group = group_on(8, kind)
+    mesh = group.mesh
+    with _under(mesh, is_set):
         (moe,) = _build(group, bias=True, optimizer=False, seed=0)
         fresh = {name: v.get_value().sharding for name, v in nnx.state(moe).items()}
         moe(x)
@@ -163,6 +174,7 @@ def _init(group, x, *, bias, seed):
     return {"variables": variables, "optimizer": TX.init(variables["params"])}
 
 
+@functools.cache
 def _linen_step(group, bias):
     layer = ep_linen.MoE(group, FFN, selection_bias=bias)
 
@@ -191,21 +203,24 @@ def _two_steps(step, state, x):
     return [first, step(state, x)[1]]
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("target", ["new", "unboxed", "abstract"])
-def test_linen(target, bias, x, checkpointer, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "bias"),
+    [("new", True), ("unboxed", True), ("abstract", True), ("new", False)],
+)
+def test_linen(target, bias, x, group_on, checkpointer, tmp_path):
     is_set = target != "abstract"
     unbox = (lambda tree: tree) if target == "new" else nn.unbox
-    mesh = _mesh(8, AxisType.Auto)
-    with make_group(mesh) as group, _under(mesh, is_set):
+    group = group_on(8, AxisType.Auto)
+    with _under(group.mesh, is_set):
         step = _linen_step(group, bias)
         saved, _ = step(unbox(_init(group, x, bias=bias, seed=0)), x)
         checkpointer.save(tmp_path / "state", saved)
         checkpointer.wait_until_finished()
         want = _two_steps(step, saved, x)
     for size in (8, 4, 2):
-        mesh = _mesh(size, AxisType.Auto)
-        with make_group(mesh) as group, _under(mesh, is_set):
+        group = group_on(size, AxisType.Auto)
+        mesh = group.mesh
+        with _under(mesh, is_set):
             init = lambda group=group: _init(group, x, bias=bias, seed=1)  # noqa: E731
             if target == "abstract":
                 shardings = nn.get_sharding(jax.eval_shape(init), mesh)
@@ -225,10 +240,10 @@ def test_linen(target, bias, x, checkpointer, tmp_path):
             _close(_two_steps(_linen_step(group, bias), restored, x), want)
 
 
-def test_what_linen_makes_outside_of_jit_is_on_the_mesh(x):
-    mesh = _mesh(8, AxisType.Auto)
-    with make_group(mesh) as group:
-        variables = nn.unbox(_init(group, x, bias=True, seed=0)["variables"])
+def test_what_linen_makes_outside_of_jit_is_on_the_mesh(x, group_on):
+    group = group_on(8, AxisType.Auto)
+    mesh = group.mesh
+    variables = nn.unbox(_init(group, x, bias=True, seed=0)["variables"])
     bias = variables[ep_linen.BIAS]["selection_bias"]
     assert bias.shape == (EXPERTS,)
     assert bias.sharding.is_equivalent_to(NamedSharding(mesh, P()), 1)
