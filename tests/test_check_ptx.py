@@ -108,13 +108,3 @@ def test_a_difference_is_an_error_that_says_what_to_do(monkeypatch, tmp_path, ca
     monkeypatch.setattr(tool, "find_nvcc", lambda: None)
     with pytest.raises(SystemExit, match="there is no nvcc"):
         tool.main()
-
-
-def test_the_kernels_are_as_the_table_says():
-    if not tool.TABLE.exists():
-        pytest.skip("the C++ sources are not here")
-    nvcc = tool.find_nvcc()
-    if nvcc is None:
-        pytest.skip("there is no nvcc; `make cuda` checks it where there is")
-    made = tool.render(tool.compile_ptx(nvcc, jobs=1), tool.release(nvcc))
-    assert tool.difference(tool.TABLE.read_text(), made) == "", "see tools/check_ptx.py"
