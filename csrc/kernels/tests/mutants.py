@@ -353,7 +353,7 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
         source = SOURCES.format(operation)
         compiler = _compiler(build, source)
         num_items.append(str(folder / f"{operation}.o"))
-        command = [compiler[0], f"-I{folder}", *compiler[1:], "-O1", "-g0", "-w"]
+        command = [compiler[0], f"-I{folder}", *compiler[1:], "-Og", "-g0", "-w"]
         subprocess.run([*command, "-o", num_items[-1], "-c", ROOT / source], cwd=build, check=True)
     program = folder / "simulate"
     main = build / "kernels/tests/CMakeFiles/simulate.dir/simulate.cc.o"
