@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers under the transformations of Flax and of JAX, and where they cannot be called."""
 
+import functools
 import re
 
 import jax
@@ -302,7 +303,9 @@ def test_stacked_linen_layers_under_a_name_that_is_no_axis(name, group, x):
     grads = nn.unbox(grads)["params"]["blocks"]["moe"]["w_up"]
     assert np.abs(grads).max(axis=(1, 2, 3)).min() > 0
     jitted = nn.unbox(jax.jit(model.init)(jax.random.key(0), x))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), jitted, unboxed)
+    # A normal number near 0 comes from 2u - 1 near 0, which XLA may round once or twice.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=2.0**-24)
+    jax.tree.map(close, jitted, unboxed)
 
     # Rules still see the name, and may give it an axis of the mesh.
     specs = nn.get_partition_spec(boxed)
