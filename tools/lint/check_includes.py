@@ -28,6 +28,7 @@ ALLOWED = {
     "csrc/device/tests": ("csrc/core/", "csrc/device/", "gtest/"),
     "csrc/kernels": ("csrc/core/", "csrc/device/", "csrc/kernels/", "csrc/tuning/", *CUDA),
     "csrc/kernels/tests": ("csrc/", "gtest/", *CUDA),
+    "csrc/probe": ("csrc/device/", *CUDA),
     "csrc/runtime": (
         "csrc/core/",
         "csrc/kernels/launch.h",
