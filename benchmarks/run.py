@@ -28,6 +28,7 @@ ONLY_FOR = {
     **dict.fromkeys(("ranks", "tokens"), ("own", "one_process")),
     **dict.fromkeys(("full", "commit", "plot"), ("shared", "own", "one_process")),
     "virtual_ranks": ("shared",),
+    "link_probe": ("own", "one_process"),
 }
 
 
@@ -48,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-memory", action="store_true", help="cpu: measure times only")
     parser.add_argument(
         "--virtual-ranks", type=pathlib.Path, metavar="PROGRAM", help="shared: to time kernels"
+    )
+    parser.add_argument(
+        "--link-probe",
+        type=pathlib.Path,
+        metavar="PROGRAM",
+        help="own GPUs: to measure bounds; tests/gpu/run.py --build-only builds it",
     )
     parser.add_argument(
         "--ranks", type=int, help="own GPUs; default: as many as there are, up to 8"

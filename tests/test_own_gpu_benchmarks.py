@@ -6,6 +6,7 @@ Nothing here looks at how long anything takes.
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ import pytest
 from ep_bench import (
     bytes_moved,
     comparison_programs,
+    link_probe,
     on_own_gpus,
     on_ranks,
     own_gpu_tables,
@@ -329,6 +331,33 @@ def test_rates_are_those_of_the_issues_arithmetic():
     assert fp8["traffic"]["dispatch"]["logical"] == pytest.approx(160e6, rel=0.02)
     assert own_gpu_tables.rate(fp8, "dispatch", "logical") == pytest.approx(390e9, rel=0.02)
     assert own_gpu_tables.rate(fp8, "dispatch", "wire") == pytest.approx(390e9 * 7 / 8, rel=0.03)
+
+
+def test_the_report_has_the_bounds_of_its_own_run():
+    text = json.dumps(
+        {
+            "gpu": "a GPU",
+            "num_gpus": 8,
+            "num_sms": 132,
+            "rates": {
+                **{name: {"24": 2e12} for name in link_probe.LOCAL},
+                **{name: {"24": 3e11} for name in link_probe.PEER},
+            },
+            "copy_engine": {"one": 3.9e11, "all": 3.8e11},
+            "flag_latency": 6e-7,
+        }
+    )
+    probe = link_probe.parse(text)
+    found = _canned("own", 8e-4, 3.5e-3)
+    assert "by the probe" not in report.to_text(found)
+    case = GpuCase(num_tokens=4096, num_ranks=8, num_sms=24)
+    values = [{"plan": np.full(3, 4e-5), "combine": np.full(3, 1.8e-3)}]
+    found["results"] = [own_gpu_tables.result(case, values, "own", probe)]
+    found["probes"] = {"8 ranks, own": json.loads(json.dumps(probe))}
+    text = report.to_text(found)
+    # 4096 tokens go to 4.6 of 7 peers each, at 300 GB/s.
+    assert re.search(r"4096, 8 +BF16 +expert +24 +own +9\d\d \(link\): 0\.5\d", text)
+    assert re.search(r"8 ranks, own +24 +2000 +2000 +2000 +2000 +300 +300 +300 +300", text)
 
 
 def test_runs_are_reported_together(tmp_path):

@@ -28,6 +28,7 @@ from ep_launch.placement import count_gpus  # noqa: E402
 
 # What every piece needs: the modules, compiled for this machine's GPUs into the source tree.
 BUILD = ["tests/gpu/run.py", "--build-only"]
+LINK_PROBE = "build/gpu/csrc/probe/link_probe"
 SUMMARY = "summary.json"
 LIMIT_S = 540.0
 SOAK = 10_000
@@ -57,7 +58,8 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
 
     def bench(placement: str, tokens: int) -> list[str]:
         sizes = ["--ranks", str(ranks), "--tokens", str(tokens), "--placement", placement]
-        return ["benchmarks/run.py", *sizes, "--json", str(bench_json(placement, tokens))]
+        files = ["--link-probe", LINK_PROBE, "--json", str(bench_json(placement, tokens))]
+        return ["benchmarks/run.py", *sizes, *files]
 
     def bench_json(placement: str, tokens: int) -> pathlib.Path:
         return out / f"{placement}_{tokens}.json"

@@ -14,6 +14,7 @@ from typing import Any
 from ep_bench import (
     comparison_programs,
     environment,
+    link_probe,
     on_ranks,
     operation_programs,
     own_gpu_tables,
@@ -106,13 +107,14 @@ def run_size(
         *(_comparison(args, case, compared_in(case)) for case in compared),
     ]
     where = args.placement.value
+    key = own_gpu_tables.where_of({"case": {"num_ranks": args.ranks}, "placement": where})
 
     def add(index: int, values: list[Any]) -> None:
         if index == 0:
-            key = own_gpu_tables.where_of({"case": {"num_ranks": args.ranks}, "placement": where})
             found["links"][key] = own_gpu_tables.links(values)
         elif index <= len(cases):
-            found["results"].append(own_gpu_tables.result(cases[index - 1], values, where))
+            probe = found["probes"].get(key)
+            found["results"].append(own_gpu_tables.result(cases[index - 1], values, where, probe))
         else:
             case = compared[index - 1 - len(cases)]
             found["comparisons"].append(own_gpu_tables.comparison(case, values, where))
@@ -173,6 +175,24 @@ def _in_short(error: RuntimeError) -> str:
     return f"{lines[0]} {next((line for line in lines if 'Error: ' in line), '')}".strip()
 
 
+def add_probe(args: argparse.Namespace, cases: list[GpuCase], found: dict[str, Any]) -> None:
+    """Adds what the hardware moves at most, if the probe is there; the report names its failure.
+
+    Before there are other users of the GPUs.
+    """
+    if args.link_probe is None:
+        return
+    where = own_gpu_tables.where_of(
+        {"case": {"num_ranks": args.ranks}, "placement": args.placement.value}
+    )
+    try:
+        found["probes"][where] = link_probe.run(
+            args.link_probe, num_gpus=args.ranks, sms={case.num_sms for case in cases}
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        found["failures"].append(f"link probe: {error}")
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs everything; the numbers, for the JSON, which is written whenever there are more."""
     variables = {"JAX_PLATFORMS": "cpu"} if args.smoke else {}
@@ -183,9 +203,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = {
             "environment": environment.describe_gpu(args.commit),
             "links": {},
+            "probes": {},
             **{name: [] for name in ("results", "comparisons", "failures")},
         }
         parts.append(found)
+        add_probe(args, cases, found)
         try:
             run_size(args, cases, variables, found, lambda: _save(args.json, parts))
         except RuntimeError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ep_bench import cells, shared_gpu_tables
+from ep_bench.bounds import bounds_of
 from ep_bench.bytes_moved import traffic
 from ep_bench.cases import FP8, MEASURED, OPERATIONS, GpuCase
 from ep_bench.cells import (
@@ -30,13 +31,17 @@ GOALS_S = {("dispatch", FP8): 420e-6, ("combine", None): 830e-6}
 GOAL_RATIO = 2.0
 
 
-def result(case: GpuCase, values: ByRank, placement: str) -> dict[str, Any]:
-    """A case's entry in the JSON, from the seconds that each rank saw."""
+def result(
+    case: GpuCase, values: ByRank, placement: str, probe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A case's entry in the JSON, from the seconds that each rank saw, and what was probed."""
     sizes = {name: traffic(name, case) for name in values[0]}
+    bounds = bounds_of(case, values[0], probe)
     return {
         **shared_gpu_tables.result(case, values),
         "placement": placement,
         "traffic": {name: dataclasses.asdict(size) for name, size in sizes.items() if size},
+        "bounds": {name: dataclasses.asdict(least) for name, least in bounds.items()},
     }
 
 
@@ -62,7 +67,7 @@ def links(values: ByRank) -> dict[str, float]:
 
 
 def where_of(entry: Mapping[str, Any]) -> str:
-    """The key of `links` in the JSON for a result."""
+    """The key of `links` and `probes` in the JSON for a result."""
     return f"{entry['case']['num_ranks']} ranks, {entry['placement']}"
 
 
@@ -70,7 +75,10 @@ def merged(parts: Sequence[Found]) -> dict[str, Any]:
     """The numbers of several runs, and where the last was taken."""
     return {
         "environment": parts[-1]["environment"],
-        "links": {key: value for part in parts for key, value in part["links"].items()},
+        **{
+            name: {key: value for part in parts for key, value in part.get(name, {}).items()}
+            for name in ("links", "probes")
+        },
         **{
             name: [entry for part in parts for entry in part[name]]
             for name in ("results", "comparisons", "failures")
@@ -106,6 +114,49 @@ def operation_table(found: Found, tablefmt: str) -> str:
     names = [OPERATIONS[op] for op in MEASURED]
     headers = [*WHAT, "placement", *names, *(f"{name}, GB/s" for name in names[1:])]
     return table(headers, rows, tablefmt)
+
+
+def bound_table(found: Found, tablefmt: str) -> str:
+    """Bounds of our operations, and shares of them. Empty where the probe did not run."""
+
+    def cell(entry: Result, operation: str) -> str:
+        least = entry["bounds"].get(operation)
+        if least is None:
+            return ""
+        share = least["seconds"] / entry["seconds"][operation]["median"]
+        return f"{microseconds(least['seconds'])} ({least['by']}): {share:.2f}"
+
+    names = ("dispatch", "combine", "dispatch_vjp")
+    rows = [
+        [*label(r["case"]), r["placement"], *(cell(r, op) for op in names)]
+        for r in found["results"]
+        if r.get("bounds")
+    ]
+    headers = [*WHAT, "placement", *(OPERATIONS[op] for op in names)]
+    return table(headers, rows, tablefmt) if rows else ""
+
+
+_PROBED = {
+    "load": "load",
+    "store": "store",
+    "copy": "copy",
+    "expand": "expand 1:4",
+    "peer_store": "to a peer",
+    "peer_store_all": "to peers, all",
+    "peer_load": "from a peer",
+    "peer_load_all": "from peers, all",
+}
+
+
+def probe_table(found: Found, tablefmt: str) -> str:
+    """GB/s of each GPU that the probe saw, by number of SMs. Empty where it did not run."""
+    rows = [
+        [key, sms, *(f"{probe['rates'][name][sms] / 1e9:.0f}" for name in _PROBED)]
+        for key, probe in found.get("probes", {}).items()
+        for sms in probe["rates"]["load"]
+    ]
+    headers = ["ranks, placement", "SMs", *_PROBED.values()]
+    return table(headers, rows, tablefmt) if rows else ""
 
 
 def ratios(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -189,10 +240,22 @@ def parts(found: Found, tablefmt: str) -> list[tuple[str, str]]:
             link_table(found, tablefmt),
         ),
         (
+            "GB/s that the SMs of a GPU move and do nothing else: from its memory, into it, both "
+            "(counted once), and with each segment stored four times; and between GPUs, the first "
+            "alone or all at once, the slowest:",
+            probe_table(found, tablefmt),
+        ),
+        (
             "Microseconds of one operation under jit, the slowest rank, median (10th-90th "
             "percentile); and GB/s that a rank gets, logical and on the wire, with the latter's "
             "share of the fastest copies between ranks:",
             operation_table(found, tablefmt),
+        ),
+        (
+            "The least microseconds that an operation's bytes allow, by the probe of the same run, "
+            "what it is that takes them, and the share of the time above that they are (of plan + "
+            "dispatch, both kernels' time):",
+            bound_table(found, tablefmt),
         ),
         (
             "Microseconds of dispatch, experts that return what they get, and combine, likewise:",

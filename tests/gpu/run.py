@@ -54,7 +54,7 @@ def _describe() -> str:
 
 
 def build() -> None:
-    """Compiles the modules into the source tree, and the program for the sanitizer."""
+    """Compiles the modules into the source tree, and the programs for sanitizer and benchmark."""
     capability = _first_line("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     nanobind = _first_line(sys.executable, "-m", "nanobind", "--cmake_dir")
     arguments = {
@@ -66,7 +66,7 @@ def build() -> None:
     }
     defines = [f"-D{name}={value}" for name, value in arguments.items() if value]
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *defines], check=True)
-    targets = ["_ext", "_cuda", "virtual_ranks"]
+    targets = ["_ext", "_cuda", "virtual_ranks", "link_probe"]
     subprocess.run(["cmake", "--build", BUILD, "--parallel", "--target", *targets], check=True)
     for module in [*BUILD.glob("_ext*.so"), *BUILD.glob("_cuda*.so")]:
         shutil.copy(module, ROOT / "jax_ep")
