@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the model says about kernels: beside what was measured, and for GPUs that nobody had.
+
+A data table has the measured lines, the probe's rates on the same GPUs, and the calibration: so
+whoever changes a kernel measures the lines again, and fits again.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ep_bench import kernel_work
+from ep_bench.bounds import bound, port_bytes
+from ep_bench.cases import FP8, GpuCase
+from ep_bench.cells import table
+from ep_bench.exchange_model import Machine, Work, simulate
+from ep_bench.kernel_work import Instructions
+
+MEASURED = pathlib.Path(__file__).resolve().parents[1] / "results" / "two_h200.json"
+# So few that what binds is an SM, and neither memory nor link.
+FEW_SMS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the model takes from neither the sources nor the probe.
+
+    Attributes:
+        fixed_us: of an exchange of nothing, launch included.
+        load_us: from a load to its data, with the memory busy.
+        poll_us: from an item that has arrived to its first load.
+        release_us: of a release at system scope, with stores in flight.
+        clock_ghz: of an SM.
+        instructions_per_cycle: that an SM issues at most in these loops, of 4.
+        warp_instructions_per_cycle: that a warp alone issues, of 1: it waits for itself.
+        quantize_instructions: of a warp, for 256 elements, to FP8.
+        restore_instructions: likewise, from FP8.
+        add_instructions: of a warp, for 2 KiB of a row that combine adds to a sum.
+        add_again_instructions: for each further weight of these, in layout "rank".
+    """
+
+    fixed_us: float
+    load_us: float
+    poll_us: float
+    release_us: float
+    clock_ghz: float
+    instructions_per_cycle: float
+    warp_instructions_per_cycle: float
+    quantize_instructions: float
+    restore_instructions: float
+    add_instructions: float
+    add_again_instructions: float
+
+    @property
+    def instructions(self) -> Instructions:
+        """For the model of the kernels' work."""
+        return Instructions(
+            quantize=self.quantize_instructions,
+            restore=self.restore_instructions,
+            add=self.add_instructions,
+            add_again=self.add_again_instructions,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A kernel's time, alone.
+
+    Attributes:
+        operation: "dispatch" or "combine".
+        case: of two ranks.
+        us: measured.
+        fitted: whether the calibration was fitted to it; the others only check it.
+    """
+
+    operation: str
+    case: GpuCase
+    us: float
+    fitted: bool
+
+    @property
+    def name(self) -> str:
+        """For tables and errors."""
+        wire = " FP8" if self.case.wire_dtype else ""
+        sizes = f"T {self.case.num_tokens}, {self.case.num_sms} SMs"
+        return f"{self.operation}{wire}, {self.case.layout}, {sizes}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """The data table.
+
+    Attributes:
+        source: where and how it was taken.
+        probe: as of `link_probe.parse`.
+        calibration: fitted to lines.
+        lines: measured.
+    """
+
+    source: str
+    probe: Mapping[str, Any]
+    calibration: Calibration
+    lines: Sequence[Line]
+
+
+def read(path: pathlib.Path = MEASURED) -> Measurements:
+    """The data table of a file."""
+    found = json.loads(path.read_text())
+    probe = found["probe"]
+    rates = {name: {int(n): r for n, r in of.items()} for name, of in probe["rates"].items()}
+
+    def line(operation: str, us: float, *, fitted: bool, **case: Any) -> Line:
+        return Line(operation=operation, us=us, fitted=fitted, case=GpuCase(num_ranks=2, **case))
+
+    return Measurements(
+        source=found["source"],
+        probe={**probe, "rates": rates},
+        calibration=Calibration(**found["calibration"]),
+        lines=[line(**entry) for entry in found["lines"]],
+    )
+
+
+def _out_rate(rates: Mapping[str, Mapping[int, float]], num_sms: int, loads: float) -> float:
+    """Of stores, with `loads` bytes loaded for each that is stored.
+
+    The probe stores without loads, four times what it loads, and once; in between, a byte's time
+    grows evenly.
+    """
+    seconds = [1 / rates[name][num_sms] for name in ("store", "expand", "copy")]
+    return float(1 / np.interp(loads, [0, 1 / 4, 1], seconds))
+
+
+def machine(
+    work: Work, num_sms: int, probe: Mapping[str, Any], calibration: Calibration
+) -> Machine:
+    """What a rank has for its work, on so many SMs; the probe has measured them, and `FEW_SMS`."""
+    rates = probe["rates"]
+    loads = work.total("into") / (work.total("out") + work.total("link"))
+    cycles = calibration.clock_ghz * 1e3  # in a microsecond
+    return Machine(
+        num_sms=num_sms,
+        into=rates["load"][num_sms] / 1e6,
+        out=_out_rate(rates, num_sms, loads) / 1e6,
+        into_of_sm=rates["load"][FEW_SMS] / FEW_SMS / 1e6,
+        out_of_sm=_out_rate(rates, FEW_SMS, loads) / FEW_SMS / 1e6,
+        link=rates["peer_store_all"][num_sms] / 1e6,
+        instructions=calibration.instructions_per_cycle * cycles,
+        warp_instructions=calibration.warp_instructions_per_cycle * cycles,
+        load_us=calibration.load_us,
+        release_us=calibration.release_us,
+        flag_us=probe["flag_latency"] * 1e6,
+        poll_us=calibration.poll_us,
+        fixed_us=calibration.fixed_us,
+    )
+
+
+def predict(operation: str, case: GpuCase, known: Measurements, **launch: Any) -> float:
+    """Microseconds of a kernel alone, by the model.
+
+    Args:
+        operation: "dispatch" or "combine".
+        case: of 1024 tokens or more, and uniform routing.
+        known: rates and calibration.
+        launch: what to change about the launch that the kernels' tuning chooses.
+    """
+    of = {"dispatch": kernel_work.dispatch_work, "combine": kernel_work.combine_work}
+    work = of[operation](case, known.calibration.instructions)
+    chosen = dataclasses.replace(kernel_work.launch(operation, case), **launch)
+    return simulate(work, machine(work, case.num_sms, known.probe, known.calibration), chosen)
+
+
+def check_table(known: Measurements, tablefmt: str) -> str:
+    """The measured lines beside the model's."""
+    rows = []
+    for line in known.lines:
+        us = predict(line.operation, line.case, known)
+        use = "fitted" if line.fitted else "checked"
+        rows.append([line.name, use, f"{line.us:.0f}", f"{us:.0f}", f"{us / line.us - 1:+.0%}"])
+    headers = ["kernel, alone, two ranks", "used", "measured, µs", "model, µs", "difference"]
+    return table(headers, rows, tablefmt)
+
+
+# Kernels whose times on more GPUs are predicted; and what was to be reached with 8, at most 24 SMs.
+PREDICTED = (
+    ("dispatch", None, "expert", None),
+    ("dispatch", FP8, "expert", 420),
+    ("dispatch", None, "rank", None),
+    ("dispatch", FP8, "rank", 420),
+    ("combine", None, "expert", 830),
+    ("combine", None, "rank", 830),
+)
+PREDICTED_RANKS, PREDICTED_SMS, PREDICTED_TOKENS = (4, 8), (24, 64), 4096
+
+
+def prediction_table(known: Measurements, tablefmt: str) -> str:
+    """Kernels on more GPUs than there were: bounds and the model's times."""
+    rows = []
+    for operation, wire, layout, goal in PREDICTED:
+        name = f"{operation} {'FP8' if wire else 'BF16'}, {layout}"
+        for ranks in PREDICTED_RANKS:
+            cells = []
+            for sms in PREDICTED_SMS:
+                case = GpuCase(
+                    num_tokens=PREDICTED_TOKENS,
+                    num_ranks=ranks,
+                    wire_dtype=wire,
+                    layout=layout,
+                    num_sms=sms,
+                )
+                moved = port_bytes(operation, case)
+                if moved is None:
+                    raise ValueError(f"{operation} has no bound")
+                least = bound(moved, known.probe["rates"], sms)
+                cells.append(f"{predict(operation, case, known):.0f}")
+                cells.append(f"{least.seconds * 1e6:.0f} ({least.by})")
+            rows.append([name, ranks, *cells, goal if goal and ranks == 8 else ""])
+    columns = [f"{what}, {sms} SMs" for sms in PREDICTED_SMS for what in ("predicted", "bound")]
+    return table(["kernel, alone, µs", "R", *columns, "goal"], rows, tablefmt)
