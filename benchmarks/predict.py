@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what the event model makes of the kernels: on two GPUs beside what was measured, and on more.
+"""Predicts times of the kernels by the event model: on two GPUs beside the measured, and on more.
 
 Measures nothing, and needs no GPU. docs/measurements/performance.md says how far to trust it.
 """
 
 import argparse
+import dataclasses
+import json
 import pathlib
 import sys
+from collections.abc import Sequence
 
-from ep_bench import predictions
+from ep_bench import fit, predictions
 from marked_part import replaced
 
 MARK = "benchmarks/predict.py"
 
 
-def text(known: predictions.Measurements, tablefmt: str) -> str:
-    """Both tables."""
+def text(known: predictions.Measurements, modeled: Sequence[float], tablefmt: str) -> str:
+    """Both tables.
+
+    Args:
+        known: rates, calibration and lines.
+        modeled: of `predictions.modeled_lines`.
+        tablefmt: as tabulate calls it.
+    """
     return "\n\n".join(
         [
-            f"Measured: {known.source}",
-            predictions.check_table(known, tablefmt),
-            "**Predicted, not measured**, T 4096:",
+            known.source,
+            predictions.check_table(known, modeled, tablefmt),
+            f"**Predicted, not measured**, T {predictions.PREDICTED_TOKENS}:",
             predictions.prediction_table(known, tablefmt),
         ]
     )
@@ -39,13 +48,20 @@ def main() -> None:
     parser.add_argument(
         "--markdown", type=pathlib.Path, metavar="OUT", help="write into this page, between markers"
     )
+    parser.add_argument(
+        "--fit", action="store_true", help="print a new calibration, and nothing else: ten minutes"
+    )
     args = parser.parse_args()
     known = predictions.read(args.measured)
+    if args.fit:
+        print(json.dumps(dataclasses.asdict(fit.fit(known)), indent=1))
+        return
+    modeled = predictions.modeled_lines(known)
     if args.markdown is None:
-        print(text(known, "simple"))
+        print(text(known, modeled, "simple"))
         return
     page = args.markdown.read_text()
-    args.markdown.write_text(replaced(page, MARK, text(known, "github")))
+    args.markdown.write_text(replaced(page, MARK, text(known, modeled, "github")))
 
 
 if __name__ == "__main__":

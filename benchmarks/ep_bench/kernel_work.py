@@ -145,9 +145,7 @@ def combine_work(case: GpuCase, cost: Instructions) -> Work:
         if own + staged == 0:
             return []
         instructions = (own + staged) * add + max(weights_of - own, 0) * again
-        step = Step(
-            into=(own + staged) * row, instructions=float(instructions), out=out, link=link
-        )
+        step = Step(into=(own + staged) * row, instructions=float(instructions), out=out, link=link)
         return [step] * segments
 
     def send(owner: int, token: int) -> Steps:

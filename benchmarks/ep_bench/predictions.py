@@ -173,11 +173,15 @@ def predict(operation: str, case: GpuCase, known: Measurements, **launch: Any) -
     return simulate(work, machine(work, case.num_sms, known.probe, known.calibration), chosen)
 
 
-def check_table(known: Measurements, tablefmt: str) -> str:
-    """The measured lines beside the model's."""
+def modeled_lines(known: Measurements) -> list[float]:
+    """Microseconds of each measured line, by the model."""
+    return [predict(line.operation, line.case, known) for line in known.lines]
+
+
+def check_table(known: Measurements, modeled: Sequence[float], tablefmt: str) -> str:
+    """The measured lines beside the model's times, in microseconds."""
     rows = []
-    for line in known.lines:
-        us = predict(line.operation, line.case, known)
+    for line, us in zip(known.lines, modeled, strict=True):
         use = "fitted" if line.fitted else "checked"
         rows.append([line.name, use, f"{line.us:.0f}", f"{us:.0f}", f"{us / line.us - 1:+.0%}"])
     headers = ["kernel, alone, two ranks", "used", "measured, µs", "model, µs", "difference"]
@@ -196,27 +200,31 @@ PREDICTED = (
 PREDICTED_RANKS, PREDICTED_SMS, PREDICTED_TOKENS = (4, 8), (24, 64), 4096
 
 
+def _predicted_cells(operation: str, case: GpuCase, known: Measurements) -> list[str]:
+    moved = port_bytes(operation, case)
+    if moved is None:
+        raise ValueError(f"{operation} has no bound")
+    least = bound(moved, known.probe["rates"], case.num_sms)
+    predicted = predict(operation, case, known)
+    return [f"{predicted:.0f}", f"{least.seconds * 1e6:.0f} ({least.by})"]
+
+
 def prediction_table(known: Measurements, tablefmt: str) -> str:
-    """Kernels on more GPUs than there were: bounds and the model's times."""
+    """Kernels on more GPUs than there were: the model's times, and bounds."""
     rows = []
     for operation, wire, layout, goal in PREDICTED:
-        name = f"{operation} {'FP8' if wire else 'BF16'}, {layout}"
         for ranks in PREDICTED_RANKS:
-            cells = []
-            for sms in PREDICTED_SMS:
-                case = GpuCase(
-                    num_tokens=PREDICTED_TOKENS,
-                    num_ranks=ranks,
-                    wire_dtype=wire,
-                    layout=layout,
-                    num_sms=sms,
+            case = GpuCase(
+                num_tokens=PREDICTED_TOKENS, num_ranks=ranks, wire_dtype=wire, layout=layout
+            )
+            cells = [
+                cell
+                for sms in PREDICTED_SMS
+                for cell in _predicted_cells(
+                    operation, dataclasses.replace(case, num_sms=sms), known
                 )
-                moved = port_bytes(operation, case)
-                if moved is None:
-                    raise ValueError(f"{operation} has no bound")
-                least = bound(moved, known.probe["rates"], sms)
-                cells.append(f"{predict(operation, case, known):.0f}")
-                cells.append(f"{least.seconds * 1e6:.0f} ({least.by})")
+            ]
+            name = f"{operation} {'FP8' if wire else 'BF16'}, {layout}"
             rows.append([name, ranks, *cells, goal if goal and ranks == 8 else ""])
     columns = [f"{what}, {sms} SMs" for sms in PREDICTED_SMS for what in ("predicted", "bound")]
     return table(["kernel, alone, µs", "R", *columns, "goal"], rows, tablefmt)
