@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predicts times of the kernels by the event model: on two GPUs beside the measured, and on more.
 
-Measures nothing, and needs no GPU. docs/measurements/performance.md says how far to trust it.
+Needs no GPU, unless it is to measure the lines again. docs/measurements/performance.md says what
+the model is, and how far to trust it.
 """
 
 import argparse
@@ -35,15 +36,15 @@ def text(known: predictions.Measurements, modeled: Sequence[float], tablefmt: st
     )
 
 
-def main() -> None:
-    """Prints the tables, or writes them into a page."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--measured",
         type=pathlib.Path,
         metavar="JSON",
         default=predictions.MEASURED,
-        help="lines, rates and calibration; default: benchmarks/results/two_h200.json",
+        help="lines, rates and calibration; default: benchmarks/calibration/two_h200.json",
     )
     parser.add_argument(
         "--markdown", type=pathlib.Path, metavar="OUT", help="write into this page, between markers"
@@ -51,11 +52,31 @@ def main() -> None:
     parser.add_argument(
         "--fit", action="store_true", help="print a new calibration, and nothing else: ten minutes"
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--measure",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="measure the lines and the rates first; where tests/gpu/run.py --build-only has built",
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="with --measure: GPUs to measure on")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="OUT", help="with --measure: write what was measured"
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Prints the tables, or writes them into a page."""
+    args = parse_args()
     known = predictions.read(args.measured)
     if args.fit:
         print(json.dumps(dataclasses.asdict(fit.fit(known)), indent=1))
         return
+    if args.measure:
+        known = predictions.measure_again(known, args.measure, args.ranks)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(predictions.to_json(known), indent=1) + "\n")
     modeled = predictions.modeled_lines(known)
     if args.markdown is None:
         print(text(known, modeled, "simple"))

@@ -2,8 +2,10 @@
 """The event model: its parts by hand, and the kernels' measured lines."""
 
 import dataclasses
+import json
 import pathlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from ep_bench.bounds import port_bytes
 from ep_bench.cases import FP8, GpuCase
 from ep_bench.exchange_model import Launch, Machine, Receive, Step, Work, simulate
 from ep_bench.kernel_work import Instructions, combine_work, dispatch_work
+from ep_testing import program_files
 from marked_part import replaced
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -192,15 +195,43 @@ def test_the_model_reproduces_what_was_measured(modeled):
 
 
 @pytest.mark.slow
-def test_the_page_has_the_models_tables(modeled, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import predict
-
+def test_the_page_has_the_models_tables(modeled):
+    predict = program_files.load(ROOT / "benchmarks" / "predict.py")
     page = (ROOT / "docs/measurements/performance.md").read_text()
     text = predict.text(predictions.read(), modeled, "github")
     assert page == replaced(page, predict.MARK, text), (
         "python benchmarks/predict.py --markdown docs/measurements/performance.md"
     )
+
+
+def test_lines_are_measured_again_by_the_programs(tmp_path):
+    # On GPUs that are not there, with numbers that are made up.
+    known = predictions.read()
+    rates = {name: {str(n): r for n, r in of.items()} for name, of in known.probe["rates"].items()}
+    printed = json.dumps({**known.probe, "num_gpus": 8, "rates": rates})
+    programs = {
+        "csrc/probe/link_probe": [
+            "assert sys.argv[1:] == ['gpus=8', 'sms=8,24,64']",
+            f"print({printed!r})",
+        ],
+        "csrc/kernels/virtual_ranks": [
+            "assert sys.argv[2] == '8' and sys.argv[-1] == 'gpus=8'",
+            "for i, name in enumerate(('plan', 'dispatch', 'combine')):",
+            "    print(f'  {name:9} {10 * i + int(sys.argv[7]) / 10:8.1f} us')",
+        ],
+    }
+    for name, lines in programs.items():
+        program = tmp_path / name
+        program.parent.mkdir(parents=True)
+        program.write_text("\n".join([f"#!{sys.executable}", "import sys", *lines, ""]))
+        program.chmod(0o755)
+    again = predictions.measure_again(known, tmp_path, 8)
+    assert [line.us for line in again.lines[:3]] == [12.4, 12.4, 22.4]
+    assert {line.case.num_ranks for line in again.lines} == {8}
+    assert again.calibration == known.calibration
+    file = tmp_path / "lines.json"
+    file.write_text(json.dumps(predictions.to_json(again)))
+    assert predictions.read(file) == again
 
 
 def test_a_fit_finds_the_rate_that_the_lines_were_made_with(monkeypatch):

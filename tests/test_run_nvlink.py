@@ -21,6 +21,7 @@ PROGRAM = ROOT / "tools" / "run_nvlink.py"
 
 tool = program_files.load(PROGRAM)
 parse_tests = program_files.load(ROOT / "tests" / "gpu" / "run.py").parse_args
+parse_predict = program_files.load(ROOT / "benchmarks" / "predict.py").parse_args
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4, 5, 8])
@@ -39,6 +40,11 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         elif program.startswith("tests"):
             options = parse_tests(args)
             tested += [(options.placement, piece) for piece in options.pieces]
+        elif program.endswith("predict.py"):
+            options = parse_predict(args)
+            assert options.ranks == ranks
+            # Not where the report looks for what benchmarks/run.py has measured.
+            assert options.json.parent != tmp_path
         else:
             measured.append(dict(zip(args[::2], args[1::2], strict=True)))
     assert len(tested) == len(set(tested))

@@ -28,7 +28,8 @@ from ep_launch.placement import count_gpus  # noqa: E402
 
 # What every piece needs: the modules, compiled for this machine's GPUs into the source tree.
 BUILD = ["tests/gpu/run.py", "--build-only"]
-LINK_PROBE = "build/gpu/csrc/probe/link_probe"
+BUILT = "build/gpu"
+LINK_PROBE = f"{BUILT}/csrc/probe/link_probe"
 SUMMARY = "summary.json"
 LIMIT_S = 540.0
 SOAK = 10_000
@@ -64,9 +65,11 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
     def bench_json(placement: str, tokens: int) -> pathlib.Path:
         return out / f"{placement}_{tokens}.json"
 
+    lines = ["--ranks", str(ranks), "--json", str(out / "kernels" / "lines.json")]
     return {
         "own": tests("own", "problems", "collectives"),
         "bench-4096": bench("own", 4096),
+        "kernels": ["benchmarks/predict.py", "--measure", BUILT, *lines],
         "own-programs": tests("own", "graphs", "soak"),
         "one-process": tests("one_process", "problems", "collectives"),
         "one-process-programs": tests("one_process", "graphs", "soak"),

@@ -31,7 +31,7 @@ def fit(known: Measurements) -> Calibration:
     lines = [line for line in known.lines if line.fitted]
 
     def scaled(factors: Sequence[float]) -> Calibration:
-        values = {n: getattr(start, n) * f for n, f in zip(FITTED, factors, strict=True)}
+        values = {n: getattr(start, n) * float(f) for n, f in zip(FITTED, factors, strict=True)}
         return dataclasses.replace(start, **values)
 
     def loss(factors: Sequence[float]) -> float:

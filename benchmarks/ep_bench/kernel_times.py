@@ -31,13 +31,21 @@ def parse(text: str) -> dict[str, float]:
     return found
 
 
-def times(program: pathlib.Path, cases: Sequence[GpuCase]) -> dict[GpuCase, dict[str, float]]:
-    """Seconds of each kernel, for the cases that the program knows: uniform, without zeros."""
+def times(
+    program: pathlib.Path, cases: Sequence[GpuCase], num_gpus: int = 1
+) -> dict[GpuCase, dict[str, float]]:
+    """Seconds of each kernel, for the cases that the program knows: uniform, without zeros.
+
+    Args:
+        program: virtual_ranks.
+        cases: what to time.
+        num_gpus: among which the ranks are shared out.
+    """
     found = {}
     for case in cases:
         if case.routing != "uniform" or case.zero_fill:
             continue
-        command = [str(program), *_arguments(case)]
+        command = [str(program), *_arguments(case), f"gpus={num_gpus}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         found[case] = parse(done.stdout)
     return found

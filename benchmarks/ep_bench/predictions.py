@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ep_bench import kernel_work
+from ep_bench import environment, kernel_times, kernel_work, link_probe
 from ep_bench.bounds import bound, port_bytes
 from ep_bench.cases import FP8, GpuCase
 from ep_bench.cells import table
 from ep_bench.exchange_model import Machine, Work, simulate
 from ep_bench.kernel_work import Instructions
 
-MEASURED = pathlib.Path(__file__).resolve().parents[1] / "results" / "two_h200.json"
+MEASURED = pathlib.Path(__file__).resolve().parents[1] / "calibration" / "two_h200.json"
 # So few that what binds is an SM, and neither memory nor link.
 FEW_SMS = 8
 
@@ -72,7 +72,7 @@ class Line:
 
     Attributes:
         operation: "dispatch" or "combine".
-        case: of two ranks.
+        case: ranks have a GPU each.
         us: measured.
         fitted: whether the calibration was fitted to it; the others only check it.
     """
@@ -86,7 +86,7 @@ class Line:
     def name(self) -> str:
         """For tables and errors."""
         wire = " FP8" if self.case.wire_dtype else ""
-        sizes = f"T {self.case.num_tokens}, {self.case.num_sms} SMs"
+        sizes = f"T {self.case.num_tokens}, R {self.case.num_ranks}, {self.case.num_sms} SMs"
         return f"{self.operation}{wire}, {self.case.layout}, {sizes}"
 
 
@@ -114,7 +114,7 @@ def read(path: pathlib.Path = MEASURED) -> Measurements:
     rates = {name: {int(n): r for n, r in of.items()} for name, of in probe["rates"].items()}
 
     def line(operation: str, us: float, *, fitted: bool, **case: Any) -> Line:
-        return Line(operation=operation, us=us, fitted=fitted, case=GpuCase(num_ranks=2, **case))
+        return Line(operation=operation, us=us, fitted=fitted, case=GpuCase(**case))
 
     return Measurements(
         source=found["source"],
@@ -122,6 +122,47 @@ def read(path: pathlib.Path = MEASURED) -> Measurements:
         calibration=Calibration(**found["calibration"]),
         lines=[line(**entry) for entry in found["lines"]],
     )
+
+
+def to_json(known: Measurements) -> dict[str, Any]:
+    """What `read` reads."""
+    names = ("wire_dtype", "layout", "num_tokens", "num_ranks", "num_sms")
+
+    def line(of: Line) -> dict[str, Any]:
+        case = {name: getattr(of.case, name) for name in names}
+        return {"operation": of.operation, **case, "us": of.us, "fitted": of.fitted}
+
+    return {
+        "source": known.source,
+        "probe": known.probe,
+        "calibration": dataclasses.asdict(known.calibration),
+        "lines": [line(of) for of in known.lines],
+    }
+
+
+def measure_again(known: Measurements, programs: pathlib.Path, num_ranks: int) -> Measurements:
+    """The same lines and rates, measured on this machine's GPUs, with one for each rank.
+
+    Args:
+        known: which lines; the calibration stays what it is.
+        programs: the folder in which tests/gpu/run.py builds.
+        num_ranks: `R`.
+    """
+    cases = [dataclasses.replace(line.case, num_ranks=num_ranks) for line in known.lines]
+    sms = {FEW_SMS, *(case.num_sms for case in cases)}
+    probe = link_probe.run(programs / "csrc/probe/link_probe", num_gpus=num_ranks, sms=sms)
+    virtual_ranks = programs / "csrc/kernels/virtual_ranks"
+    seconds = kernel_times.times(virtual_ranks, list(dict.fromkeys(cases)), num_ranks)
+    lines = [
+        dataclasses.replace(line, case=case, us=round(seconds[case][line.operation] * 1e6, 1))
+        for line, case in zip(known.lines, cases, strict=True)
+    ]
+    where = environment.describe_gpu(None)
+    source = (
+        f"{num_ranks} {probe['gpu']}, driver {where['driver']}; commit {where['commit']}; "
+        f"`{where['command']}`, {where['date']}"
+    )
+    return dataclasses.replace(known, source=source, probe=probe, lines=lines)
 
 
 def _out_rate(rates: Mapping[str, Mapping[int, float]], num_sms: int, loads: float) -> float:
@@ -184,7 +225,7 @@ def check_table(known: Measurements, modeled: Sequence[float], tablefmt: str) ->
     for line, us in zip(known.lines, modeled, strict=True):
         use = "fitted" if line.fitted else "checked"
         rows.append([line.name, use, f"{line.us:.0f}", f"{us:.0f}", f"{us / line.us - 1:+.0%}"])
-    headers = ["kernel, alone, two ranks", "used", "measured, µs", "model, µs", "difference"]
+    headers = ["kernel, alone", "used", "measured, µs", "model, µs", "difference"]
     return table(headers, rows, tablefmt)
 
 
