@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ep_bench import environment, kernel_times, kernel_work, link_probe
-from ep_bench.bounds import bound, port_bytes
+from ep_bench.bounds import Bound, bound, port_bytes
 from ep_bench.cases import FP8, GpuCase
 from ep_bench.cells import table
 from ep_bench.exchange_model import Machine, Work, simulate
@@ -219,13 +219,34 @@ def modeled_lines(known: Measurements) -> list[float]:
     return [predict(line.operation, line.case, known) for line in known.lines]
 
 
+def _least(operation: str, case: GpuCase, known: Measurements) -> Bound:
+    moved = port_bytes(operation, case)
+    if moved is None:
+        raise ValueError(f"{operation} has no bound")
+    return bound(moved, known.probe["rates"], case.num_sms)
+
+
+def _bound_cell(least: Bound) -> str:
+    return f"{least.seconds * 1e6:.0f} ({least.by})"
+
+
 def check_table(known: Measurements, modeled: Sequence[float], tablefmt: str) -> str:
-    """The measured lines beside the model's times, in microseconds."""
+    """The measured lines, their bounds, and the model's times, in microseconds."""
     rows = []
     for line, us in zip(known.lines, modeled, strict=True):
-        use = "fitted" if line.fitted else "checked"
-        rows.append([line.name, use, f"{line.us:.0f}", f"{us:.0f}", f"{us / line.us - 1:+.0%}"])
-    headers = ["kernel, alone", "used", "measured, µs", "model, µs", "difference"]
+        least = _least(line.operation, line.case, known)
+        measured = [f"{line.us:.0f}", _bound_cell(least), f"{least.seconds * 1e6 / line.us:.2f}"]
+        off = f"{round(100 * (us / line.us - 1)):+d} %"
+        rows.append([line.name, *measured, f"{us:.0f}", off, "fit" if line.fitted else "check"])
+    headers = [
+        "kernel, alone",
+        "measured, µs",
+        "bound, µs",
+        "share",
+        "model, µs",
+        "off by",
+        "used to",
+    ]
     return table(headers, rows, tablefmt)
 
 
@@ -242,12 +263,8 @@ PREDICTED_RANKS, PREDICTED_SMS, PREDICTED_TOKENS = (4, 8), (24, 64), 4096
 
 
 def _predicted_cells(operation: str, case: GpuCase, known: Measurements) -> list[str]:
-    moved = port_bytes(operation, case)
-    if moved is None:
-        raise ValueError(f"{operation} has no bound")
-    least = bound(moved, known.probe["rates"], case.num_sms)
     predicted = predict(operation, case, known)
-    return [f"{predicted:.0f}", f"{least.seconds * 1e6:.0f} ({least.by})"]
+    return [f"{predicted:.0f}", _bound_cell(_least(operation, case, known))]
 
 
 def prediction_table(known: Measurements, tablefmt: str) -> str:
