@@ -110,7 +110,7 @@ class Launch:
     num_senders: int
     ahead: int
     waits_for_stores: bool
-    tickets_ahead: bool = True
+    tickets_ahead: bool = False
 
 
 class _Server:

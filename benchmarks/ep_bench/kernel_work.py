@@ -17,7 +17,7 @@ from ep_bench.exchange_model import Launch, Receive, Step, Steps, Work
 CHUNK_TARGET, MAX_CHUNKS = 256, 2048
 MAX_CHUNK_TOKENS = {"dispatch": 4, "combine": 2}
 SEGMENT_BYTES = {"dispatch": 4096, "combine": 2048}
-DISPATCH_WARPS, COMBINE_WARPS = 14, 12
+DISPATCH_WARPS, COMBINE_WARPS = 14, 16
 COMBINE_STAGES = 8
 ELEMENTS_OF_A_STEP = 256
 

@@ -99,12 +99,15 @@ class Measurements:
         probe: as of `link_probe.parse`.
         calibration: fitted to lines.
         lines: measured.
+        tickets_ahead: whether the kernels that were measured took their tickets an item early. Those
+            that there are now do not.
     """
 
     source: str
     probe: Mapping[str, Any]
     calibration: Calibration
     lines: Sequence[Line]
+    tickets_ahead: bool = False
 
 
 def read(path: pathlib.Path = MEASURED) -> Measurements:
@@ -121,6 +124,7 @@ def read(path: pathlib.Path = MEASURED) -> Measurements:
         probe={**probe, "rates": rates},
         calibration=Calibration(**found["calibration"]),
         lines=[line(**entry) for entry in found["lines"]],
+        tickets_ahead=found["tickets_ahead"],
     )
 
 
@@ -136,6 +140,7 @@ def to_json(known: Measurements) -> dict[str, Any]:
         "source": known.source,
         "probe": known.probe,
         "calibration": dataclasses.asdict(known.calibration),
+        "tickets_ahead": known.tickets_ahead,
         "lines": [line(of) for of in known.lines],
     }
 
@@ -162,7 +167,9 @@ def measure_again(known: Measurements, programs: pathlib.Path, num_ranks: int) -
         f"{num_ranks} {probe['gpu']}, driver {where['driver']}; commit {where['commit']}; "
         f"`{where['command']}`, {where['date']}"
     )
-    return dataclasses.replace(known, source=source, probe=probe, lines=lines)
+    return dataclasses.replace(
+        known, source=source, probe=probe, lines=lines, tickets_ahead=False
+    )
 
 
 def _out_rate(rates: Mapping[str, Mapping[int, float]], num_sms: int, loads: float) -> float:
@@ -216,7 +223,8 @@ def predict(operation: str, case: GpuCase, known: Measurements, **launch: Any) -
 
 def modeled_lines(known: Measurements) -> list[float]:
     """Microseconds of each measured line, by the model."""
-    return [predict(line.operation, line.case, known) for line in known.lines]
+    ahead = known.tickets_ahead
+    return [predict(line.operation, line.case, known, tickets_ahead=ahead) for line in known.lines]
 
 
 def _least(operation: str, case: GpuCase, known: Measurements) -> Bound:
