@@ -99,8 +99,8 @@ class Measurements:
         probe: as of `link_probe.parse`.
         calibration: fitted to lines.
         lines: measured.
-        tickets_ahead: whether the kernels that were measured took their tickets an item early. Those
-            that there are now do not.
+        tickets_ahead: whether the kernels that were measured took their tickets an item early.
+            Those that there are now do not.
     """
 
     source: str
