@@ -167,9 +167,7 @@ def measure_again(known: Measurements, programs: pathlib.Path, num_ranks: int) -
         f"{num_ranks} {probe['gpu']}, driver {where['driver']}; commit {where['commit']}; "
         f"`{where['command']}`, {where['date']}"
     )
-    return dataclasses.replace(
-        known, source=source, probe=probe, lines=lines, tickets_ahead=False
-    )
+    return dataclasses.replace(known, source=source, probe=probe, lines=lines, tickets_ahead=False)
 
 
 def _out_rate(rates: Mapping[str, Mapping[int, float]], num_sms: int, loads: float) -> float:
