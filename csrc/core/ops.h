@@ -7,6 +7,7 @@
 #define JAX_EP_CSRC_CORE_OPS_H_
 
 #include <cstdint>
+#include <string_view>
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
@@ -39,6 +40,10 @@ enum class RowFormat : int32_t {
   kFloat8E4M3 = 1,  // float8_e4m3fn [.., H] and float32 scales [.., ceil(H / kScaleBlock)]
 };
 
+constexpr std::string_view name(RowFormat format) {
+  return format == RowFormat::kDType ? "dtype" : "float8_e4m3fn";
+}
+
 // Rows and scalars travel from their tokens to their slots.
 struct DispatchOp {
   static constexpr OpKind kKind = OpKind::kDispatch;
@@ -48,7 +53,7 @@ struct DispatchOp {
   int32_t num_scalars = 0;  // K: one float32 per selection travels too; 0: none does
   DType dtype = DType::kFloat32;
   Wire wire = Wire::kSame;
-  RowFormat x_format = RowFormat::kDType;     // kFloat8E4M3: GPUs only, and on the FP8 wire
+  RowFormat x_format = RowFormat::kDType;     // kFloat8E4M3: on the FP8 wire only
   RowFormat rows_format = RowFormat::kDType;  // likewise
   bool zero_fill = true;            // rows that hold no token become zeros, else are left alone
   const void* x = nullptr;          // [T, H] in

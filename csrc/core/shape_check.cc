@@ -45,4 +45,13 @@ Status check_shape(const EpShape& shape) {
   return {};
 }
 
+Status check_row_formats(const DispatchOp& op) {
+  if (op.wire == Wire::kFloat8E4M3) return {};
+  const bool of_x = op.x_format != RowFormat::kDType;
+  if (!of_x && op.rows_format == RowFormat::kDType) return {};
+  return Status::invalid_argument(std::string(of_x ? "x is " : "rows is ") +
+                                  std::string(name(RowFormat::kFloat8E4M3)) + ", but wire is " +
+                                  std::string(name(op.wire)) + "; allowed: wire float8_e4m3fn");
+}
+
 }  // namespace jax_ep

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "csrc/core/ep_shape.h"
+#include "csrc/core/ops.h"
 #include "csrc/core/status.h"
 
 namespace jax_ep {
@@ -13,6 +14,10 @@ namespace jax_ep {
 // InvalidArgument that names the first size that no operation can count with, what it is and what
 // is allowed.
 Status check_shape(const EpShape& shape);
+
+// InvalidArgument unless what is quantized outside of the operation travels as it is: no other wire
+// carries it.
+Status check_row_formats(const DispatchOp& op);
 
 // InvalidArgument: "`name` is `value`; allowed: `allowed`".
 Status out_of_range(std::string_view name, int64_t value, std::string_view allowed);

@@ -20,7 +20,7 @@ struct Field {
 };
 
 struct Fields {
-  std::array<Field, 13> items;
+  std::array<Field, 14> items;
   size_t size = 0;
 
   void add(std::string_view name, int64_t value, std::string_view text = {}) {
@@ -58,6 +58,8 @@ Fields fields_of(const DispatchOp& call) {
   fields.add("num_scalars", call.num_scalars);
   fields.add_enum("dtype", call.dtype);
   fields.add_enum("wire", call.wire);
+  fields.add_enum("x_format", call.x_format);
+  fields.add_enum("rows_format", call.rows_format);
   fields.add_flag("zero_fill", call.zero_fill);
   return fields;
 }
@@ -127,9 +129,14 @@ Status check_parameters(const PlanOp& call, size_t num_calls) {
   return check_sizes(call.shape, num_calls);
 }
 
-template <typename RowsCall>
-Status check_parameters(const RowsCall& call, size_t num_calls) {
-  if (Status status = check_sizes(call.shape, num_calls); !status.ok()) return status;
+Status check_parameters(const DispatchOp& call, size_t num_calls) {
+  JAX_EP_RETURN_IF_ERROR(check_sizes(call.shape, num_calls));
+  JAX_EP_RETURN_IF_ERROR(check_rows(call.shape, call.hidden, call.num_scalars));
+  return check_row_formats(call);
+}
+
+Status check_parameters(const CombineOp& call, size_t num_calls) {
+  JAX_EP_RETURN_IF_ERROR(check_sizes(call.shape, num_calls));
   return check_rows(call.shape, call.hidden, call.num_scalars);
 }
 

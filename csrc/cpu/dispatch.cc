@@ -3,13 +3,15 @@
 // has. The rows that hold no token are cleared from the destinations' side. Slots are distinct,
 // so no two tasks write the same bytes.
 //
-// Extra memory, per thread: one row (FP8 wire) and 8 R bytes (rank layout).
+// Extra memory, per thread: one row (FP8 wire, unless x and rows are both in FP8) and 8 R bytes
+// (rank layout).
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "csrc/core/limits.h"
 #include "csrc/core/topology.h"
 #include "csrc/cpu/calls.h"
 #include "csrc/cpu/check_selections.h"
@@ -21,6 +23,16 @@
 namespace jax_ep {
 namespace {
 
+int64_t element_bytes(RowFormat format, DType dtype) {
+  return format == RowFormat::kFloat8E4M3 ? 1 : size_bytes(dtype);
+}
+
+// A row as its destinations get it.
+struct Traveler {
+  const std::byte* values = nullptr;
+  const std::byte* scales = nullptr;  // rows_format kFloat8E4M3 only
+};
+
 class Dispatcher {
  public:
   Dispatcher(std::span<const DispatchOp> ops, WorkerPool& workers)
@@ -30,18 +42,24 @@ class Dispatcher {
         shape_(first_.shape),
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
-        row_bytes_(first_.hidden * size_bytes(first_.dtype)),
+        quantized_in_(first_.x_format == RowFormat::kFloat8E4M3),
+        quantized_out_(first_.rows_format == RowFormat::kFloat8E4M3),
+        x_bytes_(first_.hidden * element_bytes(first_.x_format, first_.dtype)),
+        row_bytes_(first_.hidden * element_bytes(first_.rows_format, first_.dtype)),
+        num_scales_(ceil_div(first_.hidden, kScaleBlock)),
+        scale_bytes_(quantized_out_ ? num_scales_ * int64_t{sizeof(float)} : 0),
         scalars_per_row_(first_.num_scalars > 0 ? shape_.scalars_per_row() : 0),
         streaming_(bytes_written() > kStreamBytes),
         kernels_(row_kernels(first_.dtype)) {}
 
   Status run() {
     // kRank copies a row less often than K times, but that is known only when it is done.
-    const int64_t token_bytes = num_topk_ * (row_bytes_ + 4 * scalars_per_row_ + 16);
+    const int64_t token_bytes = num_topk_ * (row_bytes_ + scale_bytes_ + 4 * scalars_per_row_ + 16);
     workers_.parallel_for(shape_.num_ranks * shape_.num_tokens,
                           items_per_chunk(token_bytes),
                           [this](int64_t begin, int64_t end) { copy_tokens(begin, end); });
-    const int64_t cleared_bytes = (first_.zero_fill ? row_bytes_ : 0) + 4 * scalars_per_row_;
+    const int64_t cleared_bytes =
+        (first_.zero_fill ? row_bytes_ + scale_bytes_ : 0) + 4 * scalars_per_row_;
     if (cleared_bytes == 0) return first_error_.take();
     workers_.parallel_for(shape_.num_ranks * shape_.recv_capacity,
                           items_per_chunk(cleared_bytes),
@@ -55,7 +73,7 @@ class Dispatcher {
     const int64_t per_rank = first_.zero_fill
                                  ? shape_.recv_capacity
                                  : std::min(shape_.recv_capacity, shape_.num_tokens * num_topk_);
-    return shape_.num_ranks * per_rank * row_bytes_;
+    return shape_.num_ranks * per_rank * (row_bytes_ + scale_bytes_);
   }
 
   const DispatchOp& op_of(int64_t rank) const { return ops_[static_cast<size_t>(rank)]; }
@@ -66,43 +84,62 @@ class Dispatcher {
     const bool once_per_rank = shape_.layout == Layout::kRank;
     // The last token that was copied to the rank.
     std::vector<int64_t> copied(once_per_rank ? static_cast<size_t>(shape_.num_ranks) : 0, -1);
-    std::vector<std::byte> received(first_.wire == Wire::kSame ? 0
-                                                               : static_cast<size_t>(row_bytes_));
+    const bool converts = first_.wire != Wire::kSame && !(quantized_in_ && quantized_out_);
+    std::vector<std::byte> converted(converts ? static_cast<size_t>(scale_bytes_ + row_bytes_) : 0);
     for (int64_t token = begin; token < end; ++token) {
       const DispatchOp& source = op_of(token / shape_.num_tokens);
       const int64_t first = token % shape_.num_tokens * num_topk_;
-      const std::byte* row = nullptr;
+      Traveler row;
       for (int32_t k = 0; k < num_topk_; ++k) {
         const int32_t expert = source.topk_idx[first + k];
         const int32_t slot = source.slot[first + k];
         if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
         if (slot < 0) continue;
         const int32_t dest = owner_of(expert, num_local_);
-        if (row == nullptr) row = traveling_row(source, token, received.data());
-        std::byte* const to = static_cast<std::byte*>(op_of(dest).rows) + slot * row_bytes_;
+        if (row.values == nullptr) row = traveler(source, token, converted.data());
         if (once_per_rank) {
           int64_t& last = copied[static_cast<size_t>(dest)];
           const bool is_new = last != token;
           last = token;
-          if (is_new) writer.copy(to, row, row_bytes_);
+          if (is_new) put(writer, row, dest, slot);
           copy_rank_major_scalar(source, first, k, dest, slot, is_new);
         } else {
-          writer.copy(to, row, row_bytes_);
+          put(writer, row, dest, slot);
           if (scalars_per_row_ > 0) op_of(dest).row_scalars[slot] = source.token_scalars[first + k];
         }
       }
     }
   }
 
-  // The token's row as it reaches its destinations; `scratch` holds it on the FP8 wire.
-  const std::byte* traveling_row(const DispatchOp& source,
-                                 int64_t token,
-                                 std::byte* scratch) const {
-    const auto* const row =
-        static_cast<const std::byte*>(source.x) + token % shape_.num_tokens * row_bytes_;
-    if (first_.wire == Wire::kSame || row_bytes_ == 0) return row;
-    kernels_.round_to_fp8(row, first_.hidden, scratch);
-    return scratch;
+  // The token's row as it reaches its destinations; `scratch` holds one that is not x's own: its
+  // scales, which come first because they are aligned there, and its values.
+  Traveler traveler(const DispatchOp& source, int64_t token, std::byte* scratch) const {
+    const int64_t index = token % shape_.num_tokens;
+    const auto* const x = static_cast<const std::byte*>(source.x) + index * x_bytes_;
+    if (first_.wire == Wire::kSame || x_bytes_ == 0) return {.values = x};
+    const float* const scales = quantized_in_ ? source.x_scales + index * num_scales_ : nullptr;
+    if (quantized_in_ && quantized_out_) {
+      return {.values = x, .scales = reinterpret_cast<const std::byte*>(scales)};
+    }
+    std::byte* const values = scratch + scale_bytes_;
+    if (quantized_in_) {
+      kernels_.restore(reinterpret_cast<const uint8_t*>(x), scales, first_.hidden, values);
+    } else if (quantized_out_) {
+      kernels_.quantize(
+          x, first_.hidden, reinterpret_cast<uint8_t*>(values), reinterpret_cast<float*>(scratch));
+    } else {
+      kernels_.round_to_fp8(x, first_.hidden, values);
+    }
+    return {.values = values, .scales = scratch};
+  }
+
+  void put(const RowWriter& writer, const Traveler& row, int32_t dest, int64_t slot) const {
+    const DispatchOp& to = op_of(dest);
+    writer.copy(static_cast<std::byte*>(to.rows) + slot * row_bytes_, row.values, row_bytes_);
+    if (scale_bytes_ == 0) return;
+    writer.copy(reinterpret_cast<std::byte*>(to.rows_scales + slot * num_scales_),
+                row.scales,
+                scale_bytes_);
   }
 
   void copy_rank_major_scalar(const DispatchOp& source,
@@ -146,6 +183,10 @@ class Dispatcher {
     if (first_.zero_fill) {
       auto* const rows = static_cast<std::byte*>(dest.rows);
       writer.clear(rows + begin * row_bytes_, (end - begin) * row_bytes_);
+      if (scale_bytes_ > 0) {
+        writer.clear(reinterpret_cast<std::byte*>(dest.rows_scales + begin * num_scales_),
+                     (end - begin) * scale_bytes_);
+      }
     }
     if (scalars_per_row_ > 0) {
       std::fill_n(
@@ -178,7 +219,12 @@ class Dispatcher {
   const EpShape& shape_;
   const int32_t num_topk_;
   const int32_t num_local_;
-  const int64_t row_bytes_;
+  const bool quantized_in_;
+  const bool quantized_out_;
+  const int64_t x_bytes_;          // of a row of x, without its scales
+  const int64_t row_bytes_;        // of a row of rows, without its scales
+  const int64_t num_scales_;       // of a row
+  const int64_t scale_bytes_;      // of a row of rows: 0 where they are not quantized
   const int64_t scalars_per_row_;  // 0: no scalars travel
   const bool streaming_;
   const RowKernels& kernels_;

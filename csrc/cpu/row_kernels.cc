@@ -80,6 +80,52 @@ JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms,
   }
 }
 
+// The scale of one block.
+template <typename Format>
+JAX_EP_INLINE_BODY float scale_of(const typename Format::Storage* block, int64_t count) {
+  // Magnitudes compare as integers like as numbers, and a NaN is above all.
+  uint32_t max_bits = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = std::bit_cast<uint32_t>(Format::to_float(block[i])) & ~float32_bits::kSign;
+    max_bits = std::max(max_bits, bits);
+  }
+  const auto amax = std::bit_cast<float>(max_bits);
+  return (amax < kMinAmax ? kMinAmax : amax) / kMaxFloat8;
+}
+
+template <typename Format>
+JAX_EP_INLINE_BODY void quantize_body(const void* x,
+                                      int64_t hidden,
+                                      uint8_t* __restrict values,
+                                      float* __restrict scales) {
+  using Storage = typename Format::Storage;
+  for (int64_t begin = 0; begin < hidden; begin += kScaleBlock) {
+    const int64_t count = std::min(kScaleBlock, hidden - begin);
+    const Storage* const from = static_cast<const Storage*>(x) + begin;
+    const float scale = scale_of<Format>(from, count);
+    scales[begin / kScaleBlock] = scale;
+    for (int64_t i = 0; i < count; ++i) {
+      values[begin + i] = float_to_float8_e4m3fn(Format::to_float(from[i]) / scale);
+    }
+  }
+}
+
+template <typename Format>
+JAX_EP_INLINE_BODY void restore_body(const uint8_t* __restrict values,
+                                     const float* __restrict scales,
+                                     int64_t hidden,
+                                     void* __restrict out) {
+  using Storage = typename Format::Storage;
+  for (int64_t begin = 0; begin < hidden; begin += kScaleBlock) {
+    const int64_t count = std::min(kScaleBlock, hidden - begin);
+    Storage* const to = static_cast<Storage*>(out) + begin;
+    const float scale = scales[begin / kScaleBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = Format::from_float(float8_e4m3fn_to_float(values[begin + i]) * scale);
+    }
+  }
+}
+
 template <typename Format>
 JAX_EP_INLINE_BODY void round_to_fp8_body(const void* x, int64_t hidden, void* out) {
   using Storage = typename Format::Storage;
@@ -87,14 +133,7 @@ JAX_EP_INLINE_BODY void round_to_fp8_body(const void* x, int64_t hidden, void* o
     const int64_t count = std::min(kScaleBlock, hidden - begin);
     const Storage* const from = static_cast<const Storage*>(x) + begin;
     Storage* const to = static_cast<Storage*>(out) + begin;
-    // Magnitudes compare as integers like as numbers, and a NaN is above all.
-    uint32_t max_bits = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const auto bits = std::bit_cast<uint32_t>(Format::to_float(from[i])) & ~float32_bits::kSign;
-      max_bits = std::max(max_bits, bits);
-    }
-    const auto amax = std::bit_cast<float>(max_bits);
-    const float scale = (amax < kMinAmax ? kMinAmax : amax) / kMaxFloat8;
+    const float scale = scale_of<Format>(from, count);
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t quantized = float_to_float8_e4m3fn(Format::to_float(from[i]) / scale);
       to[i] = Format::from_float(float8_e4m3fn_to_float(quantized) * scale);
@@ -110,6 +149,12 @@ struct Baseline {
                         void* out) {
     sum_terms_body<Format>(terms, next, hidden, out);
   }
+  static void quantize(const void* x, int64_t hidden, uint8_t* values, float* scales) {
+    quantize_body<Format>(x, hidden, values, scales);
+  }
+  static void restore(const uint8_t* values, const float* scales, int64_t hidden, void* out) {
+    restore_body<Format>(values, scales, hidden, out);
+  }
   static void round_to_fp8(const void* x, int64_t hidden, void* out) {
     round_to_fp8_body<Format>(x, hidden, out);
   }
@@ -124,6 +169,15 @@ struct Avx2 {
                                     void* out) {
     sum_terms_body<Format>(terms, next, hidden, out);
   }
+  JAX_EP_AVX2 static void quantize(const void* x, int64_t hidden, uint8_t* values, float* scales) {
+    quantize_body<Format>(x, hidden, values, scales);
+  }
+  JAX_EP_AVX2 static void restore(const uint8_t* values,
+                                  const float* scales,
+                                  int64_t hidden,
+                                  void* out) {
+    restore_body<Format>(values, scales, hidden, out);
+  }
   JAX_EP_AVX2 static void round_to_fp8(const void* x, int64_t hidden, void* out) {
     round_to_fp8_body<Format>(x, hidden, out);
   }
@@ -137,6 +191,18 @@ struct Avx512 {
                                       void* out) {
     sum_terms_body<Format>(terms, next, hidden, out);
   }
+  JAX_EP_AVX512 static void quantize(const void* x,
+                                     int64_t hidden,
+                                     uint8_t* values,
+                                     float* scales) {
+    quantize_body<Format>(x, hidden, values, scales);
+  }
+  JAX_EP_AVX512 static void restore(const uint8_t* values,
+                                    const float* scales,
+                                    int64_t hidden,
+                                    void* out) {
+    restore_body<Format>(values, scales, hidden, out);
+  }
   JAX_EP_AVX512 static void round_to_fp8(const void* x, int64_t hidden, void* out) {
     round_to_fp8_body<Format>(x, hidden, out);
   }
@@ -146,10 +212,16 @@ struct Avx512 {
 template <template <typename> class Compiled>
 const RowKernels& kernels_of(DType dtype) {
   static constexpr RowKernels kFloat32{&Compiled<Float32>::sum_terms,
+                                       &Compiled<Float32>::quantize,
+                                       &Compiled<Float32>::restore,
                                        &Compiled<Float32>::round_to_fp8};
   static constexpr RowKernels kBFloat16{&Compiled<BFloat16>::sum_terms,
+                                        &Compiled<BFloat16>::quantize,
+                                        &Compiled<BFloat16>::restore,
                                         &Compiled<BFloat16>::round_to_fp8};
   static constexpr RowKernels kFloat16{&Compiled<Float16>::sum_terms,
+                                       &Compiled<Float16>::quantize,
+                                       &Compiled<Float16>::restore,
                                        &Compiled<Float16>::round_to_fp8};
   switch (dtype) {
     case DType::kBFloat16: return kBFloat16;

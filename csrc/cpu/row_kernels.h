@@ -26,7 +26,11 @@ struct RowKernels {
                     std::span<const Term> next,
                     int64_t hidden,
                     void* out);
-  // out [H] = what arrives of x [H] over the FP8 wire: quantized, and converted back.
+  // x [H] as it travels over the FP8 wire: float8_e4m3fn values [H], scales [ceil(H / 128)].
+  void (*quantize)(const void* x, int64_t hidden, uint8_t* values, float* scales);
+  // out [H] = what those stand for.
+  void (*restore)(const uint8_t* values, const float* scales, int64_t hidden, void* out);
+  // out [H] = what arrives of x [H] over the FP8 wire: quantized, and restored.
   void (*round_to_fp8)(const void* x, int64_t hidden, void* out);
 };
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <tuple>
 
 namespace jax_ep::reference {
@@ -190,8 +191,24 @@ Plan plan(const EpShape& shape, const PerRank<int32_t>& topk_idx) {
   return shape.layout == Layout::kExpert ? plan_by_expert(shape, all) : plan_by_rank(shape, all);
 }
 
-std::vector<float> fp8_wire(const std::vector<float>& x, DType dtype) {
-  std::vector<float> result;
+namespace {
+
+// The code of one of the format's values; any NaN is the largest code.
+uint8_t float8_code(double value) {
+  for (uint32_t code = 0; code < 256; ++code) {
+    const double decoded = decode(kFloat8E4M3, code);
+    if (std::isnan(value) ? std::isnan(decoded)
+                          : decoded == value && std::signbit(decoded) == std::signbit(value)) {
+      return static_cast<uint8_t>(code);
+    }
+  }
+  throw std::logic_error("not a value of float8_e4m3fn");
+}
+
+}  // namespace
+
+QuantizedRow fp8_quantize(const std::vector<float>& x) {
+  QuantizedRow result;
   for (size_t begin = 0; begin < x.size(); begin += 128) {
     const size_t end = std::min(x.size(), begin + 128);
     float amax = 0;
@@ -202,14 +219,27 @@ std::vector<float> fp8_wire(const std::vector<float>& x, DType dtype) {
     // float32 quotients: the double quotient of two float32 rounds to the same float32.
     const float clamped = amax < 1e-4F ? 1e-4F : amax;
     const auto scale = static_cast<float>(static_cast<double>(clamped) / 448.0);
+    result.scales.push_back(scale);
     for (size_t i = begin; i < end; ++i) {
       const auto quotient = static_cast<float>(static_cast<double>(x[i]) / scale);
-      const double quantized = round_to(kFloat8E4M3, quotient);
-      const auto product = static_cast<float>(quantized * static_cast<double>(scale));
-      result.push_back(static_cast<float>(round_to(format_of(dtype), product)));
+      result.values.push_back(float8_code(round_to(kFloat8E4M3, quotient)));
     }
   }
   return result;
+}
+
+std::vector<float> fp8_restore(const QuantizedRow& row, DType dtype) {
+  std::vector<float> result;
+  for (size_t i = 0; i < row.values.size(); ++i) {
+    const double scale = row.scales[i / 128];
+    const auto product = static_cast<float>(decode(kFloat8E4M3, row.values[i]) * scale);
+    result.push_back(static_cast<float>(round_to(format_of(dtype), product)));
+  }
+  return result;
+}
+
+std::vector<float> fp8_wire(const std::vector<float>& x, DType dtype) {
+  return fp8_restore(fp8_quantize(x), dtype);
 }
 
 PerRank<float> dispatch_rows(const EpShape& shape,

@@ -51,6 +51,14 @@ struct Plan {
 
 Plan plan(const EpShape& shape, const PerRank<int32_t>& topk_idx);
 
+// A row on the FP8 wire: codes of float8_e4m3fn, and a scale for each 128 of them.
+struct QuantizedRow {
+  std::vector<uint8_t> values;
+  std::vector<float> scales;
+};
+
+QuantizedRow fp8_quantize(const std::vector<float>& x);
+std::vector<float> fp8_restore(const QuantizedRow& row, DType dtype);
 // What a row of float32 values becomes over the FP8 wire and back in `dtype`.
 std::vector<float> fp8_wire(const std::vector<float>& x, DType dtype);
 

@@ -46,7 +46,7 @@ TEST(Calls, HaveProperties) {
   EXPECT_EQ(texts(dispatch_call()),
             "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
             "expert_alignment=1 layout=expert hidden=512 num_scalars=2 dtype=float32 wire=same "
-            "zero_fill=true ");
+            "x_format=dtype rows_format=dtype zero_fill=true ");
   EXPECT_EQ(
       texts(combine_call()),
       "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
@@ -101,6 +101,10 @@ TEST(Agreement, CoversEveryParameter) {
        [](auto& c) { c.dtype = DType::kBFloat16; }},
       {"wire is same on ranks 0-2 and float8_e4m3fn on rank 3",
        [](auto& c) { c.wire = Wire::kFloat8E4M3; }},
+      {"x_format is dtype on ranks 0-2 and float8_e4m3fn on rank 3",
+       [](auto& c) { c.x_format = RowFormat::kFloat8E4M3; }},
+      {"rows_format is dtype on ranks 0-2 and float8_e4m3fn on rank 3",
+       [](auto& c) { c.rows_format = RowFormat::kFloat8E4M3; }},
       {"zero_fill is true on ranks 0-2 and false on rank 3", [](auto& c) { c.zero_fill = false; }}};
   for (const auto& [message, change] : changes) {
     std::vector<Call> calls = copies(dispatch_call());
@@ -143,7 +147,11 @@ TEST(Execute, RefusesParametersItCannotCountWith) {
          c.shape.layout = Layout::kRank;
        }},
       {"hidden is -8; allowed: 0 or more", [](auto& c) { c.hidden = -8; }},
-      {"num_scalars is 1; allowed: 0 or num_topk, 2", [](auto& c) { c.num_scalars = 1; }}};
+      {"num_scalars is 1; allowed: 0 or num_topk, 2", [](auto& c) { c.num_scalars = 1; }},
+      {"x is float8_e4m3fn, but wire is same; allowed: wire float8_e4m3fn",
+       [](auto& c) { c.x_format = RowFormat::kFloat8E4M3; }},
+      {"rows is float8_e4m3fn, but wire is same; allowed: wire float8_e4m3fn",
+       [](auto& c) { c.rows_format = RowFormat::kFloat8E4M3; }}};
   WorkerPool workers(0);
   for (const auto& [message, change] : changes) {
     DispatchOp call = dispatch_call();

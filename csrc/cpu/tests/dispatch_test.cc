@@ -149,6 +149,123 @@ INSTANTIATE_TEST_SUITE_P(Problems, DispatchOf, testing::ValuesIn(problems()), []
   return describe(info.param);
 });
 
+// Rows that come in or go out in FP8, in every combination, with the rows in the dtype beside them.
+class QuantizedDispatch : public testing::TestWithParam<ClusterOptions> {
+ protected:
+  struct Quantized {
+    std::vector<std::byte> rows;
+    std::vector<float> scales;
+  };
+
+  // All of a rank's tokens.
+  static Quantized quantize(const std::vector<float>& values, int64_t hidden) {
+    Quantized all;
+    const int64_t num_rows = hidden == 0 ? 0 : static_cast<int64_t>(values.size()) / hidden;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const reference::QuantizedRow one = reference::fp8_quantize(row_of(values, row, hidden));
+      for (const uint8_t value : one.values) all.rows.push_back(std::byte{value});
+      all.scales.insert(all.scales.end(), one.scales.begin(), one.scales.end());
+    }
+    return all;
+  }
+
+  // What the rank's rows must be, those without a token cleared or left alone.
+  static Quantized expected(Cluster& cluster, int32_t dest) {
+    const ClusterOptions& options = cluster.options();
+    const int64_t hidden = options.hidden;
+    const int64_t blocks = (hidden + 127) / 128;
+    const std::byte fill = options.zero_fill ? std::byte{0} : kUntouchedByte;
+    const float scale_fill = options.zero_fill ? 0.0F : static_cast<float>(kUntouched);
+    Quantized all{std::vector<std::byte>(at(options.shape.recv_capacity * hidden), fill),
+                  std::vector<float>(at(options.shape.recv_capacity * blocks), scale_fill)};
+    for (int64_t row = 0; row < options.shape.recv_capacity; ++row) {
+      const int32_t source = cluster.rank(dest).row_source[at(row)];
+      if (source < 0) continue;
+      const auto owner = static_cast<int32_t>(source / options.shape.num_tokens);
+      const int64_t token = source % options.shape.num_tokens;
+      const std::vector<float> x = cluster.decode(cluster.rank(owner).x);
+      const Quantized sent = quantize(row_of(x, token, hidden), hidden);
+      std::copy(sent.rows.begin(), sent.rows.end(), all.rows.begin() + row * hidden);
+      std::copy(sent.scales.begin(), sent.scales.end(), all.scales.begin() + row * blocks);
+    }
+    return all;
+  }
+};
+
+TEST_P(QuantizedDispatch, GivesWhatTheWireCarries) {
+  const ClusterOptions& options = GetParam();
+  Cluster cluster(options);
+  ASSERT_TRUE(cluster.plan().ok());
+  ASSERT_TRUE(cluster.dispatch().ok());
+  const reference::PerRank<float> plain = cluster.all(&RankBuffers::rows);
+  const reference::PerRank<float> scalars = cluster.all(&RankBuffers::row_scalars);
+  for (RankBuffers& rank : cluster.ranks()) {
+    std::fill(rank.rows.begin(), rank.rows.end(), kUntouchedByte);
+  }
+  const reference::PerRank<float> untouched = cluster.all(&RankBuffers::rows);
+  WorkerPool workers(2);
+  for (const bool in : {false, true}) {
+    for (const bool out : {false, true}) {
+      SCOPED_TRACE(std::string(in ? "quantized in" : "") + (out ? " quantized out" : ""));
+      std::vector<Quantized> sent, got;
+      for (RankBuffers& rank : cluster.ranks()) {
+        sent.push_back(quantize(cluster.decode(rank.x), options.hidden));
+        const Quantized sizes = expected(cluster, static_cast<int32_t>(got.size()));
+        got.push_back({std::vector<std::byte>(sizes.rows.size(), kUntouchedByte),
+                       std::vector<float>(sizes.scales.size(), kUntouched)});
+        std::fill(rank.rows.begin(), rank.rows.end(), kUntouchedByte);
+        std::fill(rank.row_scalars.begin(), rank.row_scalars.end(), kUntouched);
+      }
+      std::vector<Call> calls = cluster.dispatch_calls();
+      for (size_t rank = 0; rank < calls.size(); ++rank) {
+        auto& op = std::get<DispatchOp>(calls[rank]);
+        if (in) {
+          op.x_format = RowFormat::kFloat8E4M3;
+          op.x = sent[rank].rows.data();
+          op.x_scales = sent[rank].scales.data();
+        }
+        if (out) {
+          op.rows_format = RowFormat::kFloat8E4M3;
+          op.rows = got[rank].rows.data();
+          op.rows_scales = got[rank].scales.data();
+        }
+      }
+      const Status status = execute(calls, workers);
+      ASSERT_TRUE(status.ok()) << status.message();
+      EXPECT_EQ(cluster.all(&RankBuffers::row_scalars), scalars);
+      // Not written where the rows go elsewhere.
+      EXPECT_EQ(cluster.all(&RankBuffers::rows), out ? untouched : plain);
+      for (size_t rank = 0; rank < (out ? got.size() : 0); ++rank) {
+        const Quantized want = expected(cluster, static_cast<int32_t>(rank));
+        EXPECT_EQ(got[rank].rows, want.rows) << "rank " << rank;
+        EXPECT_EQ(got[rank].scales, want.scales) << "rank " << rank;
+      }
+    }
+  }
+}
+
+std::vector<ClusterOptions> quantized_problems() {
+  std::vector<ClusterOptions> all;
+  for (const ClusterOptions& options : problems()) {
+    if (options.wire == Wire::kFloat8E4M3) all.push_back(options);
+  }
+  const std::vector<ClusterOptions> filled = all;
+  for (ClusterOptions options : filled) {
+    if (options.hidden != 300) continue;
+    options.zero_fill = false;
+    options.scalars = false;
+    all.push_back(options);
+    options.shape.num_tokens = 0;
+    all.push_back(options);
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Problems,
+                         QuantizedDispatch,
+                         testing::ValuesIn(quantized_problems()),
+                         [](const auto& info) { return describe(info.param); });
+
 // Larger than one unit of work, so that workers take part in copying and in clearing; and larger
 // than the caches, so that rows are streamed.
 TEST(Dispatch, OfManyBytesIsAsDefined) {

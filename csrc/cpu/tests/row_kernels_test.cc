@@ -144,6 +144,42 @@ TYPED_TEST(RowKernelsOf, RoundToFp8AsDefined) {
   }
 }
 
+// In two steps, whose arrays end where the row does: the address sanitizer watches.
+TYPED_TEST(RowKernelsOf, QuantizeAndRestoreAsDefined) {
+  for (const int64_t hidden : {0, 1, 2, 100, 127, 128, 129, 255, 256, 700}) {
+    for (const int max_exponent : {0, 6, 13}) {
+      const std::vector<float> row = this->random_row(hidden, max_exponent);
+      const reference::QuantizedRow expected = reference::fp8_quantize(row);
+      const std::vector<float> restored = reference::fp8_restore(expected, TypeParam::kDType);
+      const auto x = this->encode(row);
+      this->for_each_isa([&](const RowKernels& kernels) {
+        reference::QuantizedRow got{std::vector<uint8_t>(x.size(), 7),
+                                    std::vector<float>(expected.scales.size(), 7)};
+        kernels.quantize(x.data(), hidden, got.values.data(), got.scales.data());
+        EXPECT_EQ(got.values, expected.values);
+        EXPECT_EQ(got.scales, expected.scales);
+        std::vector<typename TypeParam::Storage> out(x.size(), 7);
+        kernels.restore(expected.values.data(), expected.scales.data(), hidden, out.data());
+        this->expect_same(out, restored);
+      });
+    }
+  }
+}
+
+// Rows that a user quantized: every code, and scales that `quantize` would not give.
+TYPED_TEST(RowKernelsOf, RestoreTakesEveryCodeAndScale) {
+  for (const float scale : {0.0F, -1.5F, 0.3F, 1e-30F, 1e30F, INFINITY, NAN}) {
+    reference::QuantizedRow row{{}, {scale, scale}};
+    for (int code = 0; code < 256; ++code) row.values.push_back(static_cast<uint8_t>(code));
+    const std::vector<float> expected = reference::fp8_restore(row, TypeParam::kDType);
+    this->for_each_isa([&](const RowKernels& kernels) {
+      std::vector<typename TypeParam::Storage> out(256, 7);
+      kernels.restore(row.values.data(), row.scales.data(), 256, out.data());
+      this->expect_same(out, expected);
+    });
+  }
+}
+
 // One special value decides over its block of 128, and over no other.
 TYPED_TEST(RowKernelsOf, RoundToFp8OfSpecialValues) {
   for (const float special : {NAN, INFINITY, -INFINITY, 0.0F, -0.0F, 1e-7F, 65504.0F}) {
@@ -166,6 +202,8 @@ TEST(RowKernels, ThisProcessorHasABaseline) {
   EXPECT_TRUE(is_supported(Isa::kBaseline));
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     EXPECT_NE(row_kernels(dtype).sum_terms, nullptr);
+    EXPECT_NE(row_kernels(dtype).quantize, nullptr);
+    EXPECT_NE(row_kernels(dtype).restore, nullptr);
     EXPECT_NE(row_kernels(dtype).round_to_fp8, nullptr);
   }
 }
