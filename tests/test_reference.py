@@ -21,8 +21,11 @@ X = np.array([[[10], [11]], [[20], [21]]], np.float32)
 BFLOAT16 = ml_dtypes.bfloat16
 
 
-def dispatch(**kwargs):
-    return reference.dispatch(X, TOPK_IDX, TOPK_WEIGHTS, num_experts=4, dtype=np.float32, **kwargs)
+FP8 = ml_dtypes.float8_e4m3fn
+
+
+def dispatch(x=X, **kwargs):
+    return reference.dispatch(x, TOPK_IDX, TOPK_WEIGHTS, num_experts=4, dtype=np.float32, **kwargs)
 
 
 def test_expert_rows_by_hand():
@@ -36,6 +39,27 @@ def test_expert_rows_by_hand():
     assert recv.plan.slot.tolist() == [[[0, 1], [2, -1]], [[2, 0], [1, 3]]]
     assert recv.plan.row_source.tolist() == [[0, 3, 1, 3, -1], [2, 0, 2, -1, -1]]
     assert recv.plan.row_topk_idx is None
+
+
+@pytest.mark.parametrize("quantized_before", [False, True])
+def test_rows_in_fp8_by_hand(quantized_before):
+    """Each row is one block of one element, which is the largest value of FP8 times its scale."""
+    x = reference.quantize_fp8(X) if quantized_before else X
+    recv = dispatch(x, recv_capacity=5, wire_dtype=FP8, recv_dtype=FP8)
+    rows = np.float32([[10, 21, 11, 21, 0], [20, 10, 20, 0, 0]])
+    assert (recv.x.values.dtype, recv.x.scales.dtype) == (FP8, np.float32)
+    assert recv.x.values[..., 0].astype(int).tolist() == np.where(rows > 0, 448, 0).tolist()
+    np.testing.assert_array_equal(recv.x.scales[..., 0], rows / np.float32(448))
+    assert dispatch(x, recv_capacity=5, wire_dtype=FP8).x[..., 0].tolist() == rows.tolist()
+
+
+def test_rows_that_come_in_fp8_are_not_quantized_again():
+    x = reference.QuantizedRows(np.full(X.shape, 1.5, FP8), X)  # whose scales are not amax / 448
+    recv = dispatch(x, recv_capacity=5, wire_dtype=FP8, recv_dtype=FP8)
+    assert recv.x.values[..., 0].tolist() == [[1.5, 1.5, 1.5, 1.5, 0], [1.5, 1.5, 1.5, 0, 0]]
+    assert recv.x.scales[..., 0].tolist() == [[10, 21, 11, 21, 0], [20, 10, 20, 0, 0]]
+    rows = dispatch(x, recv_capacity=5, wire_dtype=FP8).x[..., 0]
+    assert rows.tolist() == [[15, 31.5, 16.5, 31.5, 0], [30, 15, 30, 0, 0]]
 
 
 def test_expert_rows_are_aligned_by_hand():
@@ -246,6 +270,12 @@ def test_bad_arguments_are_named():
         reference.plan(TOPK_IDX, num_experts=4, layout="row")
     with pytest.raises(ValueError, match="wire_dtype is int8; allowed: None, float8_e4m3fn"):
         dispatch(wire_dtype="int8")
+    with pytest.raises(ValueError, match="recv_dtype is int8; allowed: None, float8_e4m3fn"):
+        dispatch(wire_dtype=FP8, recv_dtype="int8")
+    with pytest.raises(ValueError, match="recv_dtype is float8_e4m3fn and wire_dtype is None; all"):
+        dispatch(recv_dtype=FP8)
+    with pytest.raises(ValueError, match="x is a QuantizedRows and wire_dtype is None; allowed wi"):
+        dispatch(reference.quantize_fp8(X))
     with pytest.raises(ValueError, match="dtype is None; exact_bits needs the dtype of the rows"):
         reference.combine(X, reference.plan(TOPK_IDX, num_experts=4))
 

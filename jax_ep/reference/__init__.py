@@ -29,11 +29,18 @@ from jax_ep.reference._layer import (
     update_bias,
 )
 from jax_ep.reference._plan import Plan, plan
-from jax_ep.reference._rounding import dequantize_fp8, fma32, quantize_fp8, round_to
+from jax_ep.reference._rounding import (
+    QuantizedRows,
+    dequantize_fp8,
+    fma32,
+    quantize_fp8,
+    round_to,
+)
 
 __all__ = [
     "Dispatched",
     "Plan",
+    "QuantizedRows",
     "combine",
     "combine_error_bound",
     "combine_scalars",

@@ -10,7 +10,13 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from jax_ep.reference._plan import Plan
 from jax_ep.reference._plan import plan as make_plan
-from jax_ep.reference._rounding import dequantize_fp8, fma32, quantize_fp8, round_to
+from jax_ep.reference._rounding import (
+    QuantizedRows,
+    dequantize_fp8,
+    fma32,
+    quantize_fp8,
+    round_to,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +24,8 @@ class Dispatched:
     """What every rank receives.
 
     Attributes:
-        x: `[R, C, H]` rows; zeros where a row holds no token.
+        x: `[R, C, H]` rows; zeros where a row holds no token. With `recv_dtype` float8_e4m3fn, a
+            `QuantizedRows` of them, scales zeros there too.
         weights: layout "expert": `[R, C]` float32, layout "rank": `[R, C, K]`; 0 where there is
             no selection. None if dispatch got none.
         topk_idx: layout "rank": `[R, C, K]` local expert or -1; else None.
@@ -26,7 +33,7 @@ class Dispatched:
         plan: the plan.
     """
 
-    x: np.ndarray
+    x: np.ndarray | QuantizedRows
     weights: np.ndarray | None
     topk_idx: np.ndarray | None
     group_sizes: np.ndarray
@@ -36,13 +43,14 @@ class Dispatched:
 
 
 def dispatch(
-    x: ArrayLike,
+    x: ArrayLike | QuantizedRows,
     topk_idx: ArrayLike,
     topk_weights: ArrayLike | None = None,
     *,
     num_experts: int,
     dtype: DTypeLike,
     wire_dtype: DTypeLike | None = None,
+    recv_dtype: DTypeLike | None = None,
     layout: str = "expert",
     recv_capacity: int | None = None,
     max_tokens_per_rank: int | None = None,
@@ -51,12 +59,13 @@ def dispatch(
     """Sends every token to the ranks that host its experts.
 
     Args:
-        x: `[R, T, H]`; values of `dtype`.
+        x: `[R, T, H]`; values of `dtype`. Or a `QuantizedRows`, which travels as it is.
         topk_idx: `[R, T, K]`.
         topk_weights: `[R, T, K]` float32, or None.
         num_experts: see `reference.plan`.
         dtype: of the received rows; may be float64.
         wire_dtype: None, or float8_e4m3fn for scaled blocks of 128 elements on the way.
+        recv_dtype: None, or float8_e4m3fn with the same `wire_dtype`: rows stay as they travel.
         layout: see `reference.plan`.
         recv_capacity: see `reference.plan`.
         max_tokens_per_rank: see `reference.plan`.
@@ -70,16 +79,19 @@ def dispatch(
         max_tokens_per_rank=max_tokens_per_rank,
         expert_alignment=expert_alignment,
     )
-    x = np.asarray(x).astype(dtype)
-    if wire_dtype is not None:
-        if np.dtype(wire_dtype).name != "float8_e4m3fn":
-            raise ValueError(f"wire_dtype is {wire_dtype}; allowed: None, float8_e4m3fn")
-        x = dequantize_fp8(*quantize_fp8(x), dtype)
+    _check_formats(wire_dtype, recv_dtype, x_is_quantized=isinstance(x, QuantizedRows))
+    if wire_dtype is None:
+        rows = _rows_of_tokens(plan, np.asarray(x).astype(dtype))
+    else:
+        sent = x if isinstance(x, QuantizedRows) else quantize_fp8(np.asarray(x).astype(dtype))
+        rows = QuantizedRows(*(_rows_of_tokens(plan, np.asarray(part)) for part in sent))
+        if recv_dtype is None:
+            rows = dequantize_fp8(*rows, dtype)
     weights = None
     if topk_weights is not None:
         weights = dispatch_scalars(plan, np.asarray(topk_weights, np.float32))
     return Dispatched(
-        x=_rows_of_tokens(plan, x),
+        x=rows,
         weights=weights,
         topk_idx=plan.row_topk_idx,
         group_sizes=plan.group_sizes,
@@ -87,6 +99,17 @@ def dispatch(
         num_dropped=plan.num_dropped,
         plan=plan,
     )
+
+
+def _check_formats(
+    wire_dtype: DTypeLike | None, recv_dtype: DTypeLike | None, *, x_is_quantized: bool
+) -> None:
+    for name, dtype in (("wire_dtype", wire_dtype), ("recv_dtype", recv_dtype)):
+        if dtype is not None and np.dtype(dtype).name != "float8_e4m3fn":
+            raise ValueError(f"{name} is {dtype}; allowed: None, float8_e4m3fn")
+    if wire_dtype is None and (x_is_quantized or recv_dtype is not None):
+        what = "x is a QuantizedRows" if x_is_quantized else "recv_dtype is float8_e4m3fn"
+        raise ValueError(f"{what} and wire_dtype is None; allowed with wire_dtype float8_e4m3fn")
 
 
 def _rows_of_tokens(plan: Plan, tokens: np.ndarray) -> np.ndarray:

@@ -193,12 +193,14 @@ def moe(
         max_tokens_per_rank=max_tokens_per_rank,
         expert_alignment=expert_alignment,
     )
-    y = np.zeros_like(recv.x)
+    rows = recv.x
+    assert isinstance(rows, np.ndarray)  # as `dtype` says, which no `recv_dtype` overrides here
+    y = np.zeros_like(rows)
     for source, token, k in np.argwhere(recv.plan.slot >= 0):
         expert = recv.plan.topk_idx[source, token, k]
         at = expert // recv.plan.num_local_experts, recv.plan.slot[source, token, k]
-        gate = activation(recv.x[at] @ w_gate[expert])
-        value = (gate * (recv.x[at] @ w_up[expert])) @ w_down[expert]
+        gate = activation(rows[at] @ w_gate[expert])
+        value = (gate * (rows[at] @ w_up[expert])) @ w_down[expert]
         # Weighted here, because in layout "rank" a row can be for several experts.
         y[at] += topk_weights[source, token, k] * value
     return combine(y, recv.plan, exact_bits=False)

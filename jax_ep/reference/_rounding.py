@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The roundings that the definitions of dispatch and combine name: fma, dtypes, FP8 blocks."""
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -47,14 +49,26 @@ def fma32(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> np.ndarray:
         return odd.astype(np.float32)
 
 
-def quantize_fp8(x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+class QuantizedRows(NamedTuple):
+    """Rows as they are on the FP8 wire; of all ranks, or of one.
+
+    Attributes:
+        values: `[..., H]` float8_e4m3fn.
+        scales: `[..., ceil(H / 128)]` float32.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray
+
+
+def quantize_fp8(x: ArrayLike) -> QuantizedRows:
     """Scales every 128 elements of a row into the range of float8_e4m3fn, and rounds to it.
 
     Args:
         x: rows, `[..., H]`, of a type whose values are float32 values.
 
     Returns:
-        `q [..., H]` float8_e4m3fn, and `scale [..., ceil(H / 128)]` float32.
+        Values `[..., H]` float8_e4m3fn, and scales `[..., ceil(H / 128)]` float32.
     """
     x = np.asarray(x).astype(np.float32)
     hidden = x.shape[-1]
@@ -68,7 +82,7 @@ def quantize_fp8(x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
             scale[..., block] = amax / FP8_MAX
             scaled = x[..., columns] / scale[..., block, None]
             q[..., columns] = scaled.astype(ml_dtypes.float8_e4m3fn)
-    return q, scale
+    return QuantizedRows(q, scale)
 
 
 def dequantize_fp8(q: np.ndarray, scale: np.ndarray, dtype: DTypeLike) -> np.ndarray:

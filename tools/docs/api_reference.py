@@ -67,7 +67,13 @@ SECTIONS = (
                 "update_bias",
                 "silu",
             ),
-            "jax_ep.reference._rounding": ("round_to", "fma32", "quantize_fp8", "dequantize_fp8"),
+            "jax_ep.reference._rounding": (
+                "QuantizedRows",
+                "round_to",
+                "fma32",
+                "quantize_fp8",
+                "dequantize_fp8",
+            ),
         },
     ),
 )
