@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jax_ep._src.groups.health import EpHealth as EpHealth
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
+    from jax_ep._src.quantized import QuantizedRows as QuantizedRows
+    from jax_ep._src.quantized import quantize as quantize
     from jax_ep._src.routing import load_balance_loss as load_balance_loss
     from jax_ep._src.routing import route as route
     from jax_ep._src.routing import router_z_loss as router_z_loss
@@ -37,6 +39,7 @@ _NAMES = {
     "groups.group": ("EpGroup",),
     "groups.health": ("EpHealth",),
     "moe": ("MoeStats", "moe"),
+    "quantized": ("QuantizedRows", "quantize"),
     "routing": ("load_balance_loss", "route", "router_z_loss", "update_bias"),
     "types": ("DispatchHandle", "Dispatched"),
 }

@@ -32,6 +32,7 @@ def test_defaults():
     config = make()
     assert config.dtype == np.dtype(ml_dtypes.bfloat16)
     assert config.wire_dtype is None
+    assert config.recv_dtype is None
     assert config.layout == "expert"
     assert config.recv_capacity is None
     assert config.expert_alignment == 1
@@ -62,6 +63,9 @@ def test_dtypes_may_be_given_in_any_form(dtype, name):
 @pytest.mark.parametrize("wire", [jnp.float8_e4m3fn, ml_dtypes.float8_e4m3fn, "float8_e4m3fn"])
 def test_wire_dtypes_may_be_given_in_any_form(wire):
     assert make(wire_dtype=wire).wire_dtype == np.dtype(ml_dtypes.float8_e4m3fn)
+    config = make(wire_dtype=wire, recv_dtype=wire)
+    assert config.recv_dtype == np.dtype(ml_dtypes.float8_e4m3fn)
+    assert config != make(wire_dtype=wire)
 
 
 def test_an_old_name_is_refused_with_the_new_one():
@@ -111,6 +115,15 @@ _DTYPES = "allowed: float32, bfloat16, float16"
         (
             {"wire_dtype": "bfloat16"},
             "EpConfig.wire_dtype is 'bfloat16'; allowed: None, float8_e4m3fn",
+        ),
+        (
+            {"wire_dtype": "float8_e4m3fn", "recv_dtype": "bfloat16"},
+            "EpConfig.recv_dtype is 'bfloat16'; allowed: None, float8_e4m3fn",
+        ),
+        (
+            {"recv_dtype": "float8_e4m3fn"},
+            "EpConfig.recv_dtype is 'float8_e4m3fn' and wire_dtype None; allowed: recv_dtype None, "
+            "or float8_e4m3fn for both, because rows are received as they travel",
         ),
         ({"layout": "row"}, "EpConfig.layout is 'row'; allowed: 'expert', 'rank'"),
         ({"layout": None}, "EpConfig.layout is None; allowed: 'expert', 'rank'"),

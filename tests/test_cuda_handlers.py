@@ -11,11 +11,12 @@ import pytest
 
 import jax_ep
 from ep_testing import fake_cudart
-from ep_testing.cuda_calls import OPERATIONS, Sizes, buffers, call
+from ep_testing.cuda_calls import DTYPES, OPERATIONS, Sizes, buffers, call
 from ep_testing.fake_cudart import XlaError
 from ep_testing.programs import make_mesh
 from jax_ep._src.groups import cuda as cuda_group
 
+FP8 = "float8_e4m3fn"
 SIZES = Sizes()
 VARIANTS = {
     "expert": SIZES,
@@ -24,8 +25,10 @@ VARIANTS = {
     "no_tokens": Sizes(num_tokens=0),
     "without_scalars": Sizes(scalars=False, weighted=False),
     "rank_unweighted": Sizes(layout="rank", weighted=False),
+    "fp8_in": Sizes(x_dtype=FP8),
+    "fp8_out": Sizes(rows_dtype=FP8, layout="rank", recv_capacity=12, dtype="float16"),
+    "fp8": Sizes(x_dtype=FP8, rows_dtype=FP8, dtype="bfloat16"),
 }
-DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = {
     "num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4, "dtype": "float32",
 }  # fmt: skip
@@ -54,7 +57,8 @@ def make_group(fake):
 
 
 def _group_for(make_group, sizes):
-    return make_group(layout=sizes.layout, dtype=sizes.dtype)
+    wire = FP8 if sizes.x_dtype or sizes.rows_dtype else None
+    return make_group(layout=sizes.layout, dtype=sizes.dtype, wire_dtype=wire)
 
 
 def _refusal(*args, **kwargs) -> str:
@@ -77,7 +81,8 @@ def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_gr
     (launch,) = fake.launches()
     assert (launch["operation"], launch["device"], launch["stream"]) == (operation, 1, 0x5000)
     for name, array in arrays.items():
-        assert launch[name] == array.ctypes.data, name
+        is_absent = name.endswith("_scales") and not array.size
+        assert is_absent or launch[name] == array.ctypes.data, name
     expected = {
         "shape_num_ranks": 2, "num_experts": 8, "num_topk": 2, "num_tokens": sizes.num_tokens,
         "recv_capacity": sizes.recv_capacity, "expert_alignment": 1,
@@ -87,8 +92,9 @@ def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_gr
         expected |= {"hidden": 16, "dtype": DTYPES.index(sizes.dtype)}
         expected["num_scalars"] = 2 if sizes.scalars else 0
     if operation == "dispatch":
-        expected |= {"wire": 0, "zero_fill": 1, "x_format": 0, "rows_format": 0}
-        expected |= {"x_scales": 0, "rows_scales": 0}
+        formats = {"x": int(sizes.x_dtype == FP8), "rows": int(sizes.rows_dtype == FP8)}
+        expected |= {"wire": max(formats.values()), "zero_fill": 1}
+        expected |= {f"{name}_format": format for name, format in formats.items()}
     if operation == "combine":
         expected["weighted"] = int(sizes.weighted)
     assert {name: launch[name] for name in expected} == expected
@@ -165,17 +171,20 @@ def test_groups_launch_on_their_own_heaps(fake, make_group):
 # --- what is refused ---------------------------------------------------------------------------
 
 BUFFERS = [
-    (operation, name)
-    for operation in OPERATIONS
-    for name in buffers(operation, VARIANTS["rank"])
+    (operation, name, variant)
+    for variant in ("rank", "fp8")
+    for operation in (OPERATIONS if variant == "rank" else ("dispatch",))
+    for name in buffers(operation, VARIANTS[variant])
     if (operation, name) != ("plan", "row_source")  # says what the capacity is
 ]
 
 
-@pytest.mark.parametrize(("operation", "name"), BUFFERS)
+@pytest.mark.parametrize(("operation", "name", "variant"), BUFFERS)
 @pytest.mark.parametrize("change", ["shape", "rank", "dtype"])
-def test_a_bad_buffer_is_named_and_nothing_is_launched(operation, name, change, fake, make_group):
-    sizes = VARIANTS["rank"]
+def test_a_bad_buffer_is_named_and_nothing_is_launched(
+    operation, name, variant, change, fake, make_group
+):
+    sizes = VARIANTS[variant]
     group = _group_for(make_group, sizes)
     arrays = buffers(operation, sizes)
     good = arrays[name]
@@ -251,6 +260,31 @@ def test_rows_that_bulk_copies_cannot_reach_are_refused(operation, name, fake, m
     message = _refusal(fake, operation, group.group_id, arrays, SIZES)
     assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is at address 0x"), message
     assert "not a multiple of 16" in message
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize(("variant", "named"), [("fp8_in", "x"), ("fp8_out", "rows"), ("fp8", "x")])
+def test_quantized_rows_need_the_wire_that_carries_them(variant, named, fake, make_group):
+    sizes = VARIANTS[variant]
+    group = _group_for(make_group, sizes)
+    arrays = buffers("dispatch", sizes)
+    message = _refusal(fake, "dispatch", group.group_id, arrays, sizes, wire=np.int32(0))
+    assert message == (
+        f"INVALID_ARGUMENT: {named} is float8_e4m3fn, but wire is same; allowed: wire float8_e4m3fn"
+    )
+    assert not fake.launches()
+
+
+@pytest.mark.parametrize("name", ["x", "rows"])
+def test_quantized_rows_that_bulk_copies_cannot_reach_are_refused(name, fake, make_group):
+    sizes = VARIANTS["fp8"]
+    group = _group_for(make_group, sizes)
+    arrays = buffers("dispatch", sizes)
+    rows = arrays[name]
+    bytes_ = np.zeros(rows.nbytes + 16, np.uint8)
+    arrays[name] = bytes_[4 : 4 + rows.nbytes].view(rows.dtype).reshape(rows.shape)
+    message = _refusal(fake, "dispatch", group.group_id, arrays, sizes)
+    assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is at address 0x"), message
     assert not fake.launches()
 
 

@@ -70,13 +70,14 @@ TARGETS = {
         {
             "program_rank": ((1,), I32),
             "x": ((T, H), F32),
+            "x_scales": ((0,), F32),
             "token_scalars": ((T, K), F32),
             "topk_idx": ((T, K), I32),
             "slot": ((T, K), I32),
             "row_source": ((C,), I32),
         },
-        {"rows": ((C, H), F32), "row_scalars": ((C,), F32)},
-        {"wire": I32(0), "zero_fill": np.bool_(True)},
+        {"rows": ((C, H), F32), "rows_scales": ((0,), F32), "row_scalars": ((C,), F32)},
+        {"dtype": I32(0), "wire": I32(0), "zero_fill": np.bool_(True)},
     ),
     "jax_ep_combine": (
         {
@@ -179,13 +180,40 @@ def test_a_call_with_other_numbers_of_buffers_is_refused(target, group_id):
     assert got + expected in message, message
 
 
-@pytest.mark.parametrize("name", ["rows", "out"])
-def test_rows_in_and_out_have_one_dtype(name, group_id):
-    target = "jax_ep_dispatch" if name == "rows" else "jax_ep_combine"
-    shape = TARGETS[target][1][name][0]
-    message = _refusal(target, group_id, buffers={name: (shape, jnp.bfloat16)})
-    source = "x" if name == "rows" else "y"
-    assert f"buffer '{name}' is bfloat16; expected the dtype of '{source}', float32" in message
+def test_rows_of_combine_go_in_and_out_in_one_dtype(group_id):
+    shape = TARGETS["jax_ep_combine"][1]["out"][0]
+    message = _refusal("jax_ep_combine", group_id, buffers={"out": (shape, jnp.bfloat16)})
+    assert "buffer 'out' is bfloat16; expected the dtype of 'y', float32" in message
+
+
+@pytest.mark.parametrize("name", ["x", "rows"])
+def test_rows_of_dispatch_have_the_dtype_that_its_attribute_says(name, group_id):
+    operands, results, _ = TARGETS["jax_ep_dispatch"]
+    shape = {**operands, **results}[name][0]
+    message = _refusal("jax_ep_dispatch", group_id, buffers={name: (shape, jnp.bfloat16)})
+    assert (
+        f"buffer '{name}' is bfloat16[{shape[0]}, 4]; expected float32 or float8_e4m3f" in message
+    )
+
+
+FP8 = {"x": ((T, H), jnp.float8_e4m3fn), "rows": ((C, H), jnp.float8_e4m3fn)}
+SCALES = {"x_scales": ((T, 1), F32), "rows_scales": ((C, 1), F32)}
+
+
+@pytest.mark.parametrize("name", ["x", "rows"])
+def test_quantized_rows_come_with_their_scales_and_on_their_wire(name, group_id):
+    rows = {name: FP8[name]}
+    both = {**rows, f"{name}_scales": SCALES[f"{name}_scales"]}
+    wire = {"wire": I32(1)}
+    _call("jax_ep_dispatch", group_id, buffers=both, attrs=wire)
+    message = _refusal("jax_ep_dispatch", group_id, buffers=rows, attrs=wire)
+    expected = f"float32[{FP8[name][0][0]}, 1]"
+    assert f"buffer '{name}_scales' is float32[0]; expected {expected}" in message
+    message = _refusal("jax_ep_dispatch", group_id, buffers=both)
+    assert f"{name} is float8_e4m3fn, but wire is same; allowed: wire float8_e4m3fn" in message
+    scales = {f"{name}_scales": SCALES[f"{name}_scales"]}
+    message = _refusal("jax_ep_dispatch", group_id, buffers=scales, attrs=wire)
+    assert f"buffer '{name}_scales' is {expected}; expected float32[0]" in message
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -202,6 +230,13 @@ def test_rows_in_and_out_have_one_dtype(name, group_id):
 def test_a_bad_attribute_is_named(target, name, value, allowed, group_id):
     message = _refusal(target, group_id, ep={name: I32(value)})
     assert f"{name} is {value}; allowed: {allowed}" in message, message
+
+
+def test_a_bad_dtype_is_named(group_id):
+    for bad in (-1, 3):
+        message = _refusal("jax_ep_dispatch", group_id, attrs={"dtype": I32(bad)})
+        allowed = "0 (float32), 1 (bfloat16), 2 (float16)"
+        assert f"attribute dtype is {bad}; allowed: {allowed}" in message
 
 
 def test_a_bad_wire_is_named(group_id):

@@ -86,7 +86,7 @@ def test_the_bound_is_not_loose(dtype):
 @pytest.mark.parametrize("problem", problems.params())
 def test_gradients_are_transposes(problem):
     plan, kwargs = problem.plan, problem.dispatch_kwargs()
-    kwargs.update(dtype=np.float64, wire_dtype=None)
+    kwargs.update(dtype=np.float64, wire_dtype=None, recv_dtype=None)
     x = problem.random(problem.x.shape, salt=10).astype(np.float64)
     recv = reference.dispatch(x, problem.topk_idx, problem.topk_weights, **kwargs)
     x_bar = problem.random(recv.x.shape, salt=11).astype(np.float64)

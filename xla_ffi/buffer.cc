@@ -67,6 +67,21 @@ Status Buffer::check_rows(std::initializer_list<int64_t> dims, DType& dtype) con
   return mismatch(name(dtype), dims);
 }
 
+Status Buffer::check_rows_or_fp8(DType dtype,
+                                 std::initializer_list<int64_t> dims,
+                                 RowFormat& format) const {
+  const auto allowed = [&] { return std::string(name(dtype)) + " or float8_e4m3fn"; };
+  if (!buffer_.has_value()) return mismatch(allowed(), dims);
+  if (buffer_->element_type() == DataType::F8E4M3FN) {
+    format = RowFormat::kFloat8E4M3;
+    return check(DataType::F8E4M3FN, dims);
+  }
+  format = RowFormat::kDType;
+  DType got;
+  if (const Status status = check_rows(dims, got); status.ok() && got == dtype) return {};
+  return mismatch(allowed(), dims);
+}
+
 Buffer BufferReader::operand(std::string_view name) {
   const size_t i = num_operands_++;
   if (i >= operands_.size()) return Buffer(name);

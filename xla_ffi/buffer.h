@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "csrc/core/dtype.h"
+#include "csrc/core/ops.h"
 #include "csrc/core/status.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -30,6 +31,10 @@ class Buffer {
   [[nodiscard]] Status check(xla::ffi::DataType dtype, std::initializer_list<int64_t> dims) const;
   // The same, for one of the dtypes that token rows may have.
   [[nodiscard]] Status check_rows(std::initializer_list<int64_t> dims, DType& dtype) const;
+  // The same, for token rows of this dtype, or quantized ones.
+  [[nodiscard]] Status check_rows_or_fp8(DType dtype,
+                                         std::initializer_list<int64_t> dims,
+                                         RowFormat& format) const;
 
   // An operand that an op can do without is passed as an array of shape [0].
   [[nodiscard]] bool absent() const {

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "csrc/core/limits.h"
 #include "csrc/core/shape_check.h"
 #include "csrc/core/work_partition.h"
 
@@ -52,6 +53,26 @@ Status check_rows_out(const Buffer& out,
   return Status::invalid_argument("buffer '" + std::string(out_name) + "' is " +
                                   std::string(name(dtype)) + "; expected the dtype of '" +
                                   std::string(in_name) + "', " + std::string(name(in_dtype)));
+}
+
+// The scales of quantized rows; of others they are absent.
+Status check_scales(const Buffer& scales, RowFormat format, int64_t num_rows, int64_t hidden) {
+  if (format == RowFormat::kDType) return scales.check(F32, {0});
+  return scales.check(F32, {num_rows, ceil_div(hidden, kScaleBlock)});
+}
+
+Status read_attributes(const DispatchAttrs& attrs, DispatchOp& op) {
+  if (attrs.dtype < 0 || attrs.dtype > static_cast<int32_t>(DType::kFloat16)) {
+    return out_of_range("attribute dtype", attrs.dtype, "0 (float32), 1 (bfloat16), 2 (float16)");
+  }
+  if (attrs.wire != static_cast<int32_t>(Wire::kSame) &&
+      attrs.wire != static_cast<int32_t>(Wire::kFloat8E4M3)) {
+    return out_of_range("attribute wire", attrs.wire, "0 (same), 1 (float8_e4m3fn)");
+  }
+  op.dtype = static_cast<DType>(attrs.dtype);
+  op.wire = static_cast<Wire>(attrs.wire);
+  op.zero_fill = attrs.zero_fill;
+  return {};
 }
 
 // A scalar for each selection travels, or none does: then both buffers are absent.
@@ -119,50 +140,51 @@ Status read_plan(const ffi::RemainingArgs& operands,
 Status read_dispatch(const ffi::RemainingArgs& operands,
                      const ffi::RemainingRets& results,
                      const EpAttrs& attrs,
-                     int32_t wire,
-                     bool zero_fill,
+                     const DispatchAttrs& own,
                      Platform platform,
                      OpArguments<DispatchOp>& arguments) {
   const bool on_gpu = platform == Platform::kCuda;
   BufferReader reader(operands, results);
   const Buffer program_rank = reader.operand("program_rank");
   const Buffer x = reader.operand("x");
+  const Buffer x_scales = reader.operand("x_scales");
   const Buffer token_scalars = reader.operand("token_scalars");
   const Buffer topk_idx = reader.operand("topk_idx");
   const Buffer slot = reader.operand("slot");
   const Buffer row_source = reader.operand("row_source");
   const Buffer source_slot = on_gpu ? reader.operand("source_slot") : Buffer("source_slot");
   const Buffer rows = reader.result("rows");
+  const Buffer rows_scales = reader.result("rows_scales");
   const Buffer row_scalars = reader.result("row_scalars");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   JAX_EP_RETURN_IF_ERROR(row_source.check(S32, {kAny}));
   DispatchOp& op = arguments.op;
   const EpShape& shape = op.shape;
-  JAX_EP_RETURN_IF_ERROR(x.check_rows({kAny, kAny}, op.dtype));
+  JAX_EP_RETURN_IF_ERROR(read_attributes(own, op));
+  JAX_EP_RETURN_IF_ERROR(x.check_rows_or_fp8(op.dtype, {kAny, kAny}, op.x_format));
   JAX_EP_RETURN_IF_ERROR(make_shape(attrs, x.dim(0), row_source.dim(0), op.shape));
   op.hidden = x.dim(1);
   JAX_EP_RETURN_IF_ERROR(
-      check_rows_out(rows, "rows", "x", {shape.recv_capacity, op.hidden}, op.dtype));
+      rows.check_rows_or_fp8(op.dtype, {shape.recv_capacity, op.hidden}, op.rows_format));
+  JAX_EP_RETURN_IF_ERROR(check_scales(x_scales, op.x_format, shape.num_tokens, op.hidden));
+  JAX_EP_RETURN_IF_ERROR(check_scales(rows_scales, op.rows_format, shape.recv_capacity, op.hidden));
+  JAX_EP_RETURN_IF_ERROR(check_row_formats(op));
   JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
   if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
   const bool with_scalars = !token_scalars.absent();
   JAX_EP_RETURN_IF_ERROR(check_scalars(token_scalars, row_scalars, with_scalars, shape));
-  if (wire != static_cast<int32_t>(Wire::kSame) &&
-      wire != static_cast<int32_t>(Wire::kFloat8E4M3)) {
-    return out_of_range("attribute wire", wire, "0 (same), 1 (float8_e4m3fn)");
-  }
   op.num_scalars = with_scalars ? shape.num_topk : 0;
-  op.wire = static_cast<Wire>(wire);
-  op.zero_fill = zero_fill;
   arguments.program_rank = program_rank.data<const int32_t>();
   op.x = x.data<const void>();
+  op.x_scales = x_scales.data<const float>();
   op.token_scalars = token_scalars.data<const float>();
   op.topk_idx = topk_idx.data<const int32_t>();
   op.slot = slot.data<const int32_t>();
   op.row_source = row_source.data<const int32_t>();
   op.source_slot = source_slot.data<const int32_t>();
   op.rows = rows.data<void>();
+  op.rows_scales = rows_scales.data<float>();
   op.row_scalars = row_scalars.data<float>();
   return program_rank.check(S32, {1});
 }

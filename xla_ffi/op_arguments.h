@@ -26,6 +26,13 @@ struct EpAttrs {
   int32_t layout;  // Layout
 };
 
+// Those that a dispatch has besides.
+struct DispatchAttrs {
+  int32_t dtype;  // DType of rows that are not quantized
+  int32_t wire;   // Wire
+  bool zero_fill;
+};
+
 // Where a handler runs: on CUDA the plan also says which rows hold which token (source_slot), and
 // the other operations read it.
 enum class Platform { kCpu, kCuda };
@@ -49,8 +56,7 @@ Status read_plan(const ffi::RemainingArgs& operands,
 Status read_dispatch(const ffi::RemainingArgs& operands,
                      const ffi::RemainingRets& results,
                      const EpAttrs& attrs,
-                     int32_t wire,
-                     bool zero_fill,
+                     const DispatchAttrs& own,
                      Platform platform,
                      OpArguments<DispatchOp>& arguments);
 Status read_combine(const ffi::RemainingArgs& operands,

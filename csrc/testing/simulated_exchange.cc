@@ -113,8 +113,10 @@ class RankProgram {
     for (const Operand& operand : operands_) {
       machine.write(r, operand.device, operand.host, operand.bytes);
     }
-    // Dispatch may leave rows alone that hold no token: NaN in every dtype.
+    // Dispatch may leave rows alone that hold no token, and their scales: NaN in every dtype.
     if (!arrays_.rows.empty()) machine.fill(r, arrays_.rows.data(), 0xFF, arrays_.rows.size());
+    const std::span<std::byte> scales = std::as_writable_bytes(arrays_.rows_scales);
+    if (!scales.empty()) machine.fill(r, scales.data(), 0xFF, scales.size());
   }
 
   void download(sim::Machine& machine, int32_t call) const {

@@ -2,6 +2,7 @@
 """`dispatch` and `combine`: checks of what the user passes, then the group's backend."""
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from jax_ep._src.backends.plan import Plan
 from jax_ep._src.backends.xla import ops as xla
 from jax_ep._src.checks import check_array, check_call
 from jax_ep._src.compat import as_array
+from jax_ep._src.config import EpConfig
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.quantized import QuantizedRows, num_scales
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import Dispatched, DispatchHandle
 
@@ -20,8 +23,13 @@ _INT32 = np.dtype(np.int32)
 _FLOAT32 = np.dtype(np.float32)
 
 
+def backend_of(name: str) -> ModuleType:
+    """The implementation of what a group calls `EpGroup.backend`."""
+    return _BACKENDS[name]
+
+
 def dispatch(
-    x: jax.Array,
+    x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array | None = None,
     *,
@@ -31,11 +39,14 @@ def dispatch(
 
     Runs inside `jax.shard_map` over the group's axes; shapes are per rank, and the same on every
     rank. Differentiable in `x` and `topk_weights`: its backward is a `combine` over the same
-    handle (with the FP8 wire, as if the rows had not been rounded).
+    handle (with the FP8 wire, as if the rows had not been rounded). Rows that go in or come out as
+    `QuantizedRows` have no gradient: then it is differentiable in `topk_weights` only, and
+    `jax_ep.moe` in everything.
 
     Args:
         x: tokens, `[T, H]` of `config.dtype`; `T` is at most `config.max_tokens_per_rank` and may
-            be 0.
+            be 0. With `config.wire_dtype` float8_e4m3fn also a `QuantizedRows` of them, such as
+            `quantize` makes, which travels as it is.
         topk_idx: `[T, K]` int32: global experts, distinct for each token; -1 for no selection.
             Other values are an error when the program runs (backend `ffi`; `xla` cannot raise
             and takes them for -1).
@@ -43,18 +54,18 @@ def dispatch(
         group: an open `EpGroup`.
 
     Returns:
-        What this rank received, with the handle that `combine` takes.
+        What this rank received, with the handle that `combine` takes. `Dispatched.x` is a
+        `QuantizedRows` with `config.recv_dtype` float8_e4m3fn: the bits that traveled.
 
     Raises:
-        ValueError: an argument does not fit the group's config, or the call is not inside
-            `shard_map` over the group's axes.
+        ValueError: an argument does not fit the group's config, the call is not inside `shard_map`
+            over the group's axes, or it is traced to be differentiated in quantized rows.
         EpGroupClosed: the group has been closed.
     """
     check_call("dispatch", group)
-    x, topk_idx, topk_weights = as_array(x), as_array(topk_idx), as_array(topk_weights)
+    topk_idx, topk_weights = as_array(topk_idx), as_array(topk_weights)
     config = group.config
-    check_array("x", x, ("T", config.hidden), config.dtype)
-    num_tokens = x.shape[0]
+    x, num_tokens = _checked_tokens(x, config)
     if num_tokens > config.max_tokens_per_rank:
         raise ValueError(
             f"x has {num_tokens} tokens; allowed: up to config.max_tokens_per_rank, which is "
@@ -68,10 +79,11 @@ def dispatch(
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
         plan, counts = backend.plan(spec, topk_idx)
-        rows, weights = backend.dispatch(spec, x, topk_weights, plan)
+        received = backend.dispatch(spec, x, topk_weights, plan)
+    scales = received.rows_scales
     return Dispatched(
-        x=rows,
-        weights=weights,
+        x=received.rows if scales is None else QuantizedRows(received.rows, scales),
+        weights=received.row_scalars,
         topk_idx=plan.row_topk_idx,
         handle=DispatchHandle(
             **plan._asdict(),
@@ -81,6 +93,26 @@ def dispatch(
         ),
         **counts._asdict(),
     )
+
+
+def _checked_tokens(x: Any, config: EpConfig) -> tuple[jax.Array | QuantizedRows, int]:
+    """The tokens that came, arrays as arrays, and how many there are; raises if they do not fit."""
+    if not isinstance(x, QuantizedRows):
+        x = as_array(x)
+        also = ", or a QuantizedRows of such rows" if config.wire_dtype is not None else ""
+        check_array("x", x, ("T", config.hidden), config.dtype, of=also)
+        return x, x.shape[0]
+    if config.wire_dtype is None:
+        raise ValueError(
+            "x is a QuantizedRows, and EpConfig.wire_dtype is None; allowed: "
+            f"{config.dtype.name}[T, {config.hidden}], or EpConfig.wire_dtype float8_e4m3fn, on "
+            "which quantized rows travel"
+        )
+    values, scales = as_array(x.values), as_array(x.scales)
+    check_array("x.values", values, ("T", config.hidden), config.wire_dtype)
+    num_tokens = values.shape[0]
+    check_array("x.scales", scales, (num_tokens, num_scales(config.hidden)), _FLOAT32)
+    return QuantizedRows(values, scales), num_tokens
 
 
 def combine(

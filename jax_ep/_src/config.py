@@ -54,6 +54,8 @@ class EpConfig:
         dtype: of token rows: float32, bfloat16 or float16.
         wire_dtype: None (rows travel in `dtype`), or float8_e4m3fn: `dispatch` sends rows in
             FP8 with one float32 scale per 128 elements. Combine and gradients travel in `dtype`.
+        recv_dtype: None (rows are received in `dtype`), or float8_e4m3fn, with the same
+            `wire_dtype`: rows are received as they travel, as `QuantizedRows`, of half the size.
         layout: "expert" (one row per selection, grouped by local expert) or "rank" (one row per
             token and destination rank).
         recv_capacity: `C`, rows of a rank's receive buffer. None: the worst case of the group,
@@ -77,6 +79,7 @@ class EpConfig:
     max_tokens_per_rank: int
     dtype: Any = ml_dtypes.bfloat16
     wire_dtype: Any = None
+    recv_dtype: Any = None
     layout: Literal["expert", "rank"] = "expert"
     recv_capacity: int | None = None
     expert_alignment: int = 1
@@ -92,9 +95,16 @@ class EpConfig:
                 f"({self.num_experts}), because a token's experts are distinct"
             )
         object.__setattr__(self, "dtype", self._known_dtype("dtype", self.dtype, limits.DTYPES))
-        if self.wire_dtype is not None:
-            wire = self._known_dtype("wire_dtype", self.wire_dtype, limits.WIRE_DTYPES, "None")
-            object.__setattr__(self, "wire_dtype", wire)
+        for field in ("wire_dtype", "recv_dtype"):
+            if getattr(self, field) is not None:
+                fp8 = self._known_dtype(field, getattr(self, field), limits.WIRE_DTYPES, "None")
+                object.__setattr__(self, field, fp8)
+        if self.recv_dtype is not None and self.wire_dtype is None:
+            raise ValueError(
+                f"EpConfig.recv_dtype is {self.recv_dtype.name!r} and wire_dtype None; allowed: "
+                "recv_dtype None, or float8_e4m3fn for both, because rows are received as they "
+                "travel"
+            )
         if self.layout not in limits.LAYOUTS:
             raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
         for field in ("recv_capacity", "max_num_sms"):

@@ -26,6 +26,7 @@ class OpSpec:
         zero_fill: whether `dispatch` zeroes rows that hold no token.
         dtype: of rows.
         fp8_wire: whether rows of `dispatch` travel as float8_e4m3fn.
+        fp8_rows: whether they are received as such, with their scales.
     """
 
     group_id: int
@@ -40,6 +41,7 @@ class OpSpec:
     zero_fill: bool
     dtype: np.dtype
     fp8_wire: bool
+    fp8_rows: bool
 
     @classmethod
     def of(cls, group: EpGroup) -> "OpSpec":
@@ -58,11 +60,12 @@ class OpSpec:
             zero_fill=config.zero_fill,
             dtype=config.dtype,
             fp8_wire=config.wire_dtype is not None,
+            fp8_rows=config.recv_dtype is not None,
         )
 
     def for_cotangents(self) -> "OpSpec":
         """The same exchange of a gradient: in its own dtype, and with zeros in empty rows."""
-        return dataclasses.replace(self, zero_fill=True, fp8_wire=False)
+        return dataclasses.replace(self, zero_fill=True, fp8_wire=False, fp8_rows=False)
 
     @property
     def num_local_experts(self) -> int:

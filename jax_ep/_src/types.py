@@ -6,6 +6,7 @@ import dataclasses
 import jax
 
 from jax_ep._src.config import EpConfig
+from jax_ep._src.quantized import QuantizedRows
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +54,9 @@ class Dispatched:
     """What one rank received.
 
     Attributes:
-        x: `[C, H]`, `config.dtype`. Layout "expert": one row per selection, sorted by (local
-            expert, source rank, source token). Layout "rank": one row per token, sorted by
+        x: `[C, H]`, `config.dtype`; with `config.recv_dtype` float8_e4m3fn a `QuantizedRows`, of
+            whose zeros the scales are 0 too. Layout "expert": one row per selection, sorted by
+            (local expert, source rank, source token). Layout "rank": one row per token, sorted by
             (source rank, source token).
         weights: float32, `[C]` in layout "expert", `[C, K]` in layout "rank"; 0 where there is no
             selection. None if `dispatch` got none.
@@ -67,7 +69,7 @@ class Dispatched:
         handle: for `combine`.
     """
 
-    x: jax.Array
+    x: jax.Array | QuantizedRows
     weights: jax.Array | None
     topk_idx: jax.Array | None
     group_sizes: jax.Array

@@ -2,6 +2,7 @@
 """Comparisons that say which token of which rank went where."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -109,6 +110,23 @@ def assert_rows_equal(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> 
     if not problem.zero_fill:
         got = np.where(problem.plan.row_source[..., None] >= 0, got, want)
     assert np.array_equal(bits(got), bits(want)), describe_differing_rows(got, want, problem)
+
+
+def assert_received_rows_equal(got: Any, want: Any, problem: EpProblem) -> None:
+    """What arrived, in FP8 or not, agrees bit by bit with what the oracle or a backend received."""
+    if problem.recv_dtype is None:
+        assert_rows_equal(got, want, problem)
+        return
+    values, scales = np.asarray(got.values), np.asarray(got.scales)
+    # First what the rows stand for, because that message says whose they are.
+    for_reading = (
+        reference.dequantize_fp8(q.values, q.scales, problem.np_dtype) for q in (got, want)
+    )
+    assert_rows_equal(*for_reading, problem)
+    assert_rows_equal(values, want.values, problem)
+    _assert_same_shape_and_dtype(scales, want.scales)
+    held = problem.plan.row_source >= 0 if not problem.zero_fill else ...
+    np.testing.assert_array_equal(bits(scales[held]), bits(want.scales[held]), "scales")
 
 
 def assert_sums_equal(got: np.ndarray, want: np.ndarray, problem: EpProblem) -> None:

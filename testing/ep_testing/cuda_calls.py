@@ -13,10 +13,11 @@ RESULTS = {
         *("slot", "row_source", "row_topk_idx", "source_slot"),
         *("group_sizes", "tokens_per_expert", "num_dropped"),
     ),
-    "dispatch": ("rows", "row_scalars"),
+    "dispatch": ("rows", "rows_scales", "row_scalars"),
     "combine": ("out", "token_scalars"),
 }
 OPERATIONS = tuple(RESULTS)
+DTYPES = ("float32", "bfloat16", "float16")  # in the order in which they are numbered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Sizes:
     recv_capacity: int = 10
     layout: str = "expert"
     dtype: str = "float32"
+    x_dtype: str | None = None  # None: `dtype`
+    rows_dtype: str | None = None
     scalars: bool = True
     weighted: bool = True
 
@@ -60,8 +63,11 @@ def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
     def floats(there: bool, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape if there else (0,), np.float32)
 
-    def rows(count: int) -> np.ndarray:
-        return np.zeros((count, H), sizes.dtype)
+    def rows(count: int, dtype: str | None = None) -> np.ndarray:
+        return np.zeros((count, H), dtype or sizes.dtype)
+
+    def scales(count: int, dtype: str | None) -> np.ndarray:
+        return floats(dtype is not None, (count, -(-H // 128)))
 
     program_rank, topk_idx, slot = ints(1), ints(T, K), ints(T, K)
     row_source, source_slot = ints(C), ints(sizes.num_ranks * T, rows_per_token)
@@ -75,10 +81,12 @@ def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
         }  # fmt: skip
     if operation == "dispatch":
         return {
-            "program_rank": program_rank, "x": rows(T),
+            "program_rank": program_rank, "x": rows(T, sizes.x_dtype),
+            "x_scales": scales(T, sizes.x_dtype),
             "token_scalars": floats(sizes.scalars, (T, K)), "topk_idx": topk_idx, "slot": slot,
             "row_source": row_source, "source_slot": source_slot,
-            "rows": rows(C), "row_scalars": floats(sizes.scalars, per_row),
+            "rows": rows(C, sizes.rows_dtype), "rows_scales": scales(C, sizes.rows_dtype),
+            "row_scalars": floats(sizes.scalars, per_row),
         }  # fmt: skip
     return {
         "program_rank": program_rank, "y": rows(C), "weights": floats(sizes.weighted, per_row),
@@ -102,7 +110,11 @@ def call(
     """Calls a handler; `attributes` replace some of the call's, "ep_..." one of the dictionary."""
     all_attributes = {**sizes.attributes(group_id), "place": np.int32(0)}
     if operation == "dispatch":
-        all_attributes |= {"wire": np.int32(0), "zero_fill": np.bool_(True)}
+        all_attributes |= {
+            "dtype": np.int32(DTYPES.index(sizes.dtype)),
+            "wire": np.int32(sizes.x_dtype is not None or sizes.rows_dtype is not None),
+            "zero_fill": np.bool_(True),
+        }
     all_attributes |= {
         name.replace("ep_", "ep.", 1) if name.startswith("ep_") else name: value
         for name, value in attributes.items()

@@ -16,7 +16,7 @@ def assert_received_matches_oracle(problem: EpProblem, received) -> None:
         np.testing.assert_array_equal(getattr(received, field), getattr(want, field), field)
     np.testing.assert_array_equal(received.handle.slot, want.plan.slot, "slot")
     np.testing.assert_array_equal(received.handle.row_source, want.plan.row_source, "row_source")
-    assertions.assert_rows_equal(received.x, want.x, problem)
+    assertions.assert_received_rows_equal(received.x, want.x, problem)
     np.testing.assert_array_equal(received.weights, want.weights, "weights")
     if problem.layout == "rank":
         np.testing.assert_array_equal(received.topk_idx, want.topk_idx, "topk_idx")

@@ -33,6 +33,7 @@ class EpProblem:
         layout: "expert" or "rank".
         dtype: name of the dtype of token rows.
         wire_dtype: None or "float8_e4m3fn".
+        recv_dtype: None or "float8_e4m3fn", with the same `wire_dtype`.
         recv_capacity: rows; None: the worst case; "exact": as many as the fullest rank needs;
             "one_short": one fewer.
         expert_alignment: rows.
@@ -52,6 +53,7 @@ class EpProblem:
     layout: str = "expert"
     dtype: str = "float32"
     wire_dtype: str | None = None
+    recv_dtype: str | None = None
     recv_capacity: int | str | None = None
     expert_alignment: int = 1
     zero_fill: bool = True
@@ -100,8 +102,13 @@ class EpProblem:
 
     def dispatch_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `reference.dispatch`."""
-        wire = None if self.wire_dtype is None else ml_dtypes.float8_e4m3fn
-        return {**self.plan_kwargs(), "dtype": self.np_dtype, "wire_dtype": wire}
+        fp8 = {None: None, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
+        return {
+            **self.plan_kwargs(),
+            "dtype": self.np_dtype,
+            "wire_dtype": fp8[self.wire_dtype],
+            "recv_dtype": fp8[self.recv_dtype],
+        }
 
     def config_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `jax_ep.EpConfig`."""
@@ -299,6 +306,7 @@ def _problems_of_rows() -> list[EpProblem]:
     """Length of a row, dtypes, and the wire; then models' proportions."""
     both, wide = _in_both_layouts, _WIDE
     fp8 = "float8_e4m3fn"
+    rows = {"wire_dtype": fp8, "recv_dtype": fp8}
     return [
         *both("hidden_1", hidden=1, dtype="bfloat16"),
         *both("hidden_7", hidden=7, dtype="bfloat16", **wide),
@@ -312,6 +320,15 @@ def _problems_of_rows() -> list[EpProblem]:
         *both("fp8_float32", hidden=200, dtype="float32", wire_dtype=fp8, **wide),
         *both("fp8_float16", hidden=129, dtype="float16", wire_dtype=fp8, **wide),
         *both("fp8_hidden_1", hidden=1, dtype="bfloat16", wire_dtype=fp8),
+        *both("fp8_rows", hidden=256, dtype="bfloat16", **rows, **wide),
+        *both("fp8_rows_float32", hidden=200, recv_capacity=19, **rows, **wide),
+        *both("fp8_rows_float16", hidden=129, dtype="float16", routing="masked_half", **rows),
+        *both("fp8_rows_hidden_1", hidden=1, dtype="bfloat16", **rows),
+        *both("fp8_rows_no_tokens", hidden=144, num_tokens=0, max_tokens_per_rank=4, **rows),
+        *both(
+            "fp8_rows_no_zero_fill", hidden=272, zero_fill=False, recv_capacity=19, **rows, **wide
+        ),
+        EpProblem(name="fp8_rows_alignment_8", hidden=48, expert_alignment=8, **rows, **wide),
         *both("mixtral", num_ranks=4, num_tokens=16, hidden=64, num_experts=8, dtype="bfloat16"),
         *both(
             "deepseek",

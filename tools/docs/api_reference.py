@@ -26,6 +26,7 @@ SECTIONS = (
             "jax_ep._src.groups.health": ("EpHealth",),
             "jax_ep._src.api": ("dispatch", "combine"),
             "jax_ep._src.types": ("Dispatched", "DispatchHandle"),
+            "jax_ep._src.quantized": ("QuantizedRows", "quantize"),
             "jax_ep._src.routing": (
                 "route",
                 "load_balance_loss",

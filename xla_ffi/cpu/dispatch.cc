@@ -12,12 +12,13 @@ ffi::Future dispatch(CallSiteState* site,
                      ffi::RemainingArgs operands,
                      ffi::RemainingRets results,
                      EpAttrs attrs,
+                     int32_t dtype,
                      int32_t wire,
                      bool zero_fill) {
   const RankCall call{site, run_id, device};
+  const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
   OpArguments<DispatchOp> arguments;
-  if (Status status =
-          read_dispatch(operands, results, attrs, wire, zero_fill, Platform::kCpu, arguments);
+  if (Status status = read_dispatch(operands, results, attrs, own, Platform::kCpu, arguments);
       !status.ok()) {
     return refuse_call(call, status);
   }
@@ -35,6 +36,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cpu,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<EpAttrs>("ep")
+                                  .Attr<int32_t>("dtype")
                                   .Attr<int32_t>("wire")
                                   .Attr<bool>("zero_fill"));
 

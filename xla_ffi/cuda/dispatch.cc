@@ -14,12 +14,13 @@ ffi::Error dispatch(cudaStream_t stream,
                     ffi::RemainingArgs operands,
                     ffi::RemainingRets results,
                     EpAttrs attrs,
+                    int32_t dtype,
                     int32_t wire,
                     bool zero_fill,
                     int32_t place) {
+  const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
   OpArguments<DispatchOp> arguments;
-  JAX_EP_FAIL_IF_ERROR(
-      read_dispatch(operands, results, attrs, wire, zero_fill, Platform::kCuda, arguments));
+  JAX_EP_FAIL_IF_ERROR(read_dispatch(operands, results, attrs, own, Platform::kCuda, arguments));
   const DispatchOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
@@ -41,6 +42,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cuda,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<EpAttrs>("ep")
+                                  .Attr<int32_t>("dtype")
                                   .Attr<int32_t>("wire")
                                   .Attr<bool>("zero_fill")
                                   .Attr<int32_t>("place"),

@@ -8,7 +8,12 @@ operands, get an array of size 0 in its place; `ffi/primitives.py` makes it.
 
 from typing import Any, NamedTuple
 
+import jax
+
 from jax_ep._src.backends.plan import Counts, Plan, Value
+from jax_ep._src.quantized import QuantizedRows
+
+Rows = jax.Array | QuantizedRows
 
 
 class PlanOperands(NamedTuple):
@@ -30,12 +35,14 @@ class DispatchOperands(NamedTuple):
     Attributes:
         program_rank: as in `PlanOperands`.
         x: `[T, H]`.
+        x_scales: `[T, ceil(H / 128)]` float32, of an `x` that is quantized.
         token_scalars: `[T, K]` float32.
         plan: where the rows go.
     """
 
     program_rank: Value
     x: Value | None
+    x_scales: Value | None
     token_scalars: Value | None
     plan: Plan
 
@@ -66,9 +73,16 @@ class PlanResults(NamedTuple):
 
 
 class DispatchResults(NamedTuple):
-    """`rows` `[C, H]` where there is an `x`, `row_scalars` where there are `token_scalars`."""
+    """What of the operands there is, at its rows.
+
+    Attributes:
+        rows: `[C, H]`.
+        rows_scales: `[C, ceil(H / 128)]` float32, of rows that are received quantized.
+        row_scalars: float32.
+    """
 
     rows: Value | None
+    rows_scales: Value | None
     row_scalars: Value | None
 
 

@@ -19,6 +19,16 @@ def present(values: Sequence[Any]) -> bool:
     return any(value is not None for value in values)
 
 
+def refuse_quantized(dots: Sequence[Any], *, quantized: bool) -> None:
+    """Raises where rows that are quantized outside of the exchange are differentiated."""
+    if quantized and present([nonzero(dot) for dot in dots]):
+        raise ValueError(
+            "dispatch is differentiated in x, and rows that go in or come out in FP8 have no "
+            "gradient; allowed: jax_ep.moe with EpConfig.recv_dtype float8_e4m3fn and an x that is "
+            "not quantized, or jax.lax.stop_gradient around x"
+        )
+
+
 def tangents_of(results: Sequence[Any], dots: Sequence[Any]) -> list[Any]:
     """The tangents of the results that are there; zero where `dots` has none."""
     return [

@@ -25,6 +25,7 @@ from jax_ep._src.backends.tangents import (
     cotangents_of,
     nonzero,
     present,
+    refuse_quantized,
     tangents_of,
     weighted_rows_tangent,
 )
@@ -33,20 +34,20 @@ from jax_ep._src.spec import OpSpec
 # --- the linear pair ---------------------------------------------------------------------------
 
 
-def _dispatch_linear(
+def dispatch_linear(
     spec: OpSpec, program_rank: jax.Array, x: Any, token_scalars: Any, plan: Plan
 ) -> DispatchResults:
     """Those of rows and scalars that there are, as gradients travel."""
     if not present((x, token_scalars)):
-        return DispatchResults(None, None)
-    operands = DispatchOperands(program_rank, x, token_scalars, plan.unweighted())
+        return DispatchResults(None, None, None)
+    operands = DispatchOperands(program_rank, x, None, token_scalars, plan.unweighted())
     return bind(dispatch_p, operands, spec=spec.for_cotangents())
 
 
 def combine_linear(
     spec: OpSpec, program_rank: jax.Array, y: Any, row_scalars: Any, plan: Plan
 ) -> CombineResults:
-    """The transpose of `_dispatch_linear`."""
+    """The transpose of `dispatch_linear`."""
     if not present((y, row_scalars)):
         return CombineResults(None, None)
     operands = CombineOperands(program_rank, y, None, row_scalars, plan.unweighted())
@@ -67,8 +68,10 @@ def _dispatch_jvp(
 ) -> Any:
     operands: DispatchOperands = jax.tree.unflatten(tree, primals)
     dots: DispatchOperands = jax.tree.unflatten(tree, tangents)
+    quantized = spec.fp8_rows or operands.x_scales is not None
+    refuse_quantized((dots.x, dots.x_scales), quantized=quantized)
     results = bind(dispatch_p, operands, spec=spec)
-    results_dot = _dispatch_linear(
+    results_dot = dispatch_linear(
         spec, operands.program_rank, nonzero(dots.x), nonzero(dots.token_scalars), operands.plan
     )
     return jax.tree.leaves(results), tangents_of(results, results_dot)
@@ -115,7 +118,7 @@ def _dispatch_transpose(
     x_bar, token_scalars_bar = combine_linear(
         spec, operands.program_rank, bars.rows, bars.row_scalars, operands.plan
     )
-    operands_bar = DispatchOperands(None, x_bar, token_scalars_bar, NO_PLAN)
+    operands_bar = DispatchOperands(None, x_bar, None, token_scalars_bar, NO_PLAN)
     return cotangents_of(tree, primals, operands_bar)
 
 
@@ -128,7 +131,7 @@ def _combine_transpose(
     """
     operands: CombineOperands = jax.tree.unflatten(tree, primals)
     bars = _bars(combine_p, tree, primals, cotangents, spec)
-    y_bar, row_scalars_bar = _dispatch_linear(
+    y_bar, _, row_scalars_bar = dispatch_linear(
         spec, operands.program_rank, bars.out, bars.token_scalars, operands.plan
     )
     operands_bar = CombineOperands(None, y_bar, None, row_scalars_bar, NO_PLAN)

@@ -12,10 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src import compat
+from jax_ep._src.backends.ffi.differentiation import dispatch_linear
 from jax_ep._src.backends.ffi.primitives import bind, combine_p, dispatch_p, plan_p
 from jax_ep._src.backends.ffi.straight_through import dispatch_fp8
-from jax_ep._src.backends.operands import CombineOperands, DispatchOperands, PlanOperands
+from jax_ep._src.backends.operands import (
+    CombineOperands,
+    DispatchOperands,
+    DispatchResults,
+    PlanOperands,
+    Rows,
+)
 from jax_ep._src.backends.plan import Counts, Plan
+from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.spec import OpSpec
 
 
@@ -38,16 +46,27 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def dispatch(
-    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, plan: Plan
-) -> tuple[jax.Array, jax.Array | None]:
+def dispatch(spec: OpSpec, x: Rows, token_scalars: jax.Array | None, plan: Plan) -> DispatchResults:
     """Sends rows and, where given, one scalar per selection."""
+    values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
     operands = _varying_alike(
-        DispatchOperands(_program_rank(spec), x, token_scalars, plan.unweighted())
+        DispatchOperands(_program_rank(spec), values, scales, token_scalars, plan.unweighted())
     )
-    if spec.fp8_wire:
+    if spec.fp8_wire and not spec.fp8_rows and scales is None:
         return dispatch_fp8(spec, operands)
     return bind(dispatch_p, operands, spec=spec)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def dispatch_tangents(
+    spec: OpSpec, x: jax.Array | None, token_scalars: jax.Array | None, plan: Plan
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Sends those of both that there are as gradients travel: in `dtype`."""
+    program_rank, x, token_scalars, plan = _varying_alike(
+        (_program_rank(spec), x, token_scalars, plan)
+    )
+    results = dispatch_linear(spec, program_rank, x, token_scalars, plan)
+    return results.rows, results.row_scalars
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

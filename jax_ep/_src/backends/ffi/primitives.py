@@ -32,10 +32,13 @@ from jax_ep._src.backends.operands import (
 )
 from jax_ep._src.backends.plan import Counts, Plan
 from jax_ep._src.batching import one_by_one
+from jax_ep._src.limits import DTYPES, WIRE_DTYPES
+from jax_ep._src.quantized import num_scales
 from jax_ep._src.spec import OpSpec
 
 _INT32 = np.dtype(np.int32)
 _FLOAT32 = np.dtype(np.float32)
+_FLOAT8 = WIRE_DTYPES["float8_e4m3fn"]
 
 plan_p = Primitive("jax_ep_plan")
 dispatch_p = Primitive("jax_ep_dispatch")
@@ -81,9 +84,14 @@ def _plan_results(spec: OpSpec, operands: PlanOperands) -> PlanResults:
 
 def _dispatch_results(spec: OpSpec, operands: DispatchOperands) -> DispatchResults:
     x, scalars = operands.x, operands.token_scalars
-    shape = None if x is None else (spec.recv_capacity, x.shape[1])
+    rows, rows_scales = None, None
+    if x is not None:
+        shape = (spec.recv_capacity, x.shape[1])
+        rows = jax.ShapeDtypeStruct(shape, _FLOAT8 if spec.fp8_rows else spec.dtype)
+        rows_scales = _float32((shape[0], num_scales(shape[1]))) if spec.fp8_rows else None
     return DispatchResults(
-        rows=None if x is None else jax.ShapeDtypeStruct(shape, x.dtype),
+        rows=rows,
+        rows_scales=rows_scales,
         row_scalars=None if scalars is None else _float32(spec.row_scalars_shape),
     )
 
@@ -199,7 +207,11 @@ def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> 
     if platform == "cuda":
         attributes["place"] = np.int32(_call_site(ctx))
     if primitive is dispatch_p:
-        attributes |= {"wire": np.int32(spec.fp8_wire), "zero_fill": np.bool_(spec.zero_fill)}
+        attributes |= {
+            "dtype": np.int32(list(DTYPES).index(spec.dtype.name)),
+            "wire": np.int32(spec.fp8_wire),
+            "zero_fill": np.bool_(spec.zero_fill),
+        }
     return attributes
 
 

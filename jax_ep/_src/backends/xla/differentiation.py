@@ -13,6 +13,7 @@ from jax_ep._src.backends.tangents import (
     cotangents_of,
     nonzero,
     present,
+    refuse_quantized,
     tangents_of,
     weighted_rows_tangent,
 )
@@ -28,14 +29,14 @@ from jax_ep._src.backends.xla.primitives import (
 from jax_ep._src.spec import OpSpec
 
 
-def _linear(
+def linear(
     spec: OpSpec, rows: Any, scalars: Any, plan: Plan, *, is_dispatch: bool
 ) -> ExchangeResults:
     """Those of rows and scalars that there are, as gradients travel."""
     if not present((rows, scalars)):
-        return ExchangeResults(None, None)
+        return ExchangeResults(None, None, None)
     return exchange(
-        spec.for_cotangents(), ExchangeOperands(rows, scalars, plan), is_dispatch=is_dispatch
+        spec.for_cotangents(), ExchangeOperands(rows, None, scalars, plan), is_dispatch=is_dispatch
     )
 
 
@@ -44,8 +45,10 @@ def _exchange_jvp(
 ) -> Any:
     operands: ExchangeOperands = jax.tree.unflatten(tree, primals)
     dots: ExchangeOperands = jax.tree.unflatten(tree, tangents)
+    quantized = is_dispatch and (spec.fp8_rows or operands.scales is not None)
+    refuse_quantized((dots.rows, dots.scales), quantized=quantized)
     results = exchange(spec, operands, is_dispatch=is_dispatch)
-    results_dot = _linear(
+    results_dot = linear(
         spec, nonzero(dots.rows), nonzero(dots.scalars), operands.plan, is_dispatch=is_dispatch
     )
     return jax.tree.leaves(results), tangents_of(results, results_dot)
@@ -59,12 +62,13 @@ def _exchange_transpose(
     given = iter(cotangents)
     bars = ExchangeResults(
         rows=None if operands.rows is None else nonzero(next(given)),
+        scales=None,  # only an exchange that is linear is transposed
         scalars=None if operands.scalars is None else nonzero(next(given)),
     )
-    rows_bar, scalars_bar = _linear(
+    rows_bar, _, scalars_bar = linear(
         spec, bars.rows, bars.scalars, operands.plan, is_dispatch=not is_dispatch
     )
-    return cotangents_of(tree, primals, ExchangeOperands(rows_bar, scalars_bar, NO_PLAN))
+    return cotangents_of(tree, primals, ExchangeOperands(rows_bar, None, scalars_bar, NO_PLAN))
 
 
 def _combine_jvp(
@@ -80,7 +84,7 @@ def _combine_jvp(
         rows_dot = weighted_rows_tangent(
             operands.y, operands.weights, rows_dot, weights_dot, plan.row_source, plan.row_topk_idx
         )
-    out_dot = _linear(spec, rows_dot, None, plan, is_dispatch=False).rows
+    out_dot = linear(spec, rows_dot, None, plan, is_dispatch=False).rows
     return results, tangents_of(results, [out_dot])
 
 

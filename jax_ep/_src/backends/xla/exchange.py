@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src.backends.plan import Plan
-from jax_ep._src.backends.xla import fp8
 from jax_ep._src.backends.xla.indexing import or_past_end, take_rows
+from jax_ep._src.quantized import dequantize_rows, quantize_rows
 from jax_ep._src.spec import OpSpec
 
 
@@ -15,15 +15,17 @@ def gather(spec: OpSpec, array: jax.Array) -> jax.Array:
     return jax.lax.all_gather(array, spec.axis_names, tiled=True) if array.shape[0] else array
 
 
-def dispatch_rows(spec: OpSpec, x: jax.Array, plan: Plan) -> jax.Array:
+def dispatch_rows(
+    spec: OpSpec, x: jax.Array, x_scales: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, jax.Array | None]:
+    """The received rows, and their scales where they are received quantized."""
     if not spec.fp8_wire:
-        return take_rows(gather(spec, x), plan.row_source, 0)
-    quantized, scales = fp8.quantize(x)
-    return fp8.dequantize(
-        take_rows(gather(spec, quantized), plan.row_source, 0),
-        take_rows(gather(spec, scales), plan.row_source, 0.0),
-        x.dtype,
-    )
+        return take_rows(gather(spec, x), plan.row_source, 0), None
+    quantized = quantize_rows(x) if x_scales is None else (x, x_scales)
+    values, scales = (take_rows(gather(spec, part), plan.row_source, 0.0) for part in quantized)
+    if spec.fp8_rows:
+        return values, scales
+    return dequantize_rows(values, scales, spec.dtype), None
 
 
 def _arrived(plan: Plan) -> tuple[jax.Array, jax.Array]:

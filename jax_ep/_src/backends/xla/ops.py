@@ -13,13 +13,15 @@ from typing import Any
 import jax
 
 from jax_ep._src import compat
+from jax_ep._src.backends.operands import DispatchResults, Rows
 from jax_ep._src.backends.plan import Counts, Plan
 from jax_ep._src.backends.xla import (
-    differentiation,  # noqa: F401  its rules
+    differentiation,
     primitives,
 )
 from jax_ep._src.backends.xla import plan as plans
 from jax_ep._src.backends.xla.primitives import CombineOperands, ExchangeOperands, exchange
+from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.spec import OpSpec
 
 
@@ -38,13 +40,20 @@ def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def dispatch(
-    spec: OpSpec, x: jax.Array, token_scalars: jax.Array | None, plan: Plan
-) -> tuple[jax.Array, jax.Array | None]:
+def dispatch(spec: OpSpec, x: Rows, token_scalars: jax.Array | None, plan: Plan) -> DispatchResults:
     """Gathers all ranks' rows and keeps those of this rank."""
-    operands = _varying(spec, ExchangeOperands(x, token_scalars, plan))
-    rows, row_scalars = exchange(spec, operands, is_dispatch=True)
-    assert rows is not None
+    values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
+    operands = _varying(spec, ExchangeOperands(values, scales, token_scalars, plan))
+    return DispatchResults(*exchange(spec, operands, is_dispatch=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dispatch_tangents(
+    spec: OpSpec, x: jax.Array | None, token_scalars: jax.Array | None, plan: Plan
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Sends those of both that there are as gradients travel: in `dtype`."""
+    x, token_scalars, plan = _varying(spec, (x, token_scalars, plan))
+    rows, _, row_scalars = differentiation.linear(spec, x, token_scalars, plan, is_dispatch=True)
     return rows, row_scalars
 
 
@@ -53,7 +62,7 @@ def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -
     """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them on those."""
     if weights is not None:
         return primitives.combine(spec, _varying(spec, CombineOperands(y, weights, plan)))
-    operands = _varying(spec, ExchangeOperands(y, None, plan))
+    operands = _varying(spec, ExchangeOperands(y, None, None, plan))
     out = exchange(spec, operands, is_dispatch=False).rows
     assert out is not None
     return out

@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_ep._src import compat
-from jax_ep._src.backends.plan import Plan
+from jax_ep._src.backends.plan import Plan, Value
 from jax_ep._src.backends.xla.exchange import (
     combine_rows,
     combine_scalars,
@@ -24,6 +24,7 @@ from jax_ep._src.backends.xla.exchange import (
     gather,
 )
 from jax_ep._src.batching import one_by_one
+from jax_ep._src.quantized import num_scales
 from jax_ep._src.spec import OpSpec
 
 # Linear: rows, scalars or both, of a dispatch or of an unweighted combine.
@@ -38,6 +39,7 @@ class ExchangeOperands(NamedTuple):
     """Rows and scalars of tokens, or of received rows on their way back."""
 
     rows: jax.Array | None
+    scales: jax.Array | None  # of rows that are quantized before they travel
     scalars: jax.Array | None
     plan: Plan
 
@@ -45,8 +47,9 @@ class ExchangeOperands(NamedTuple):
 class ExchangeResults(NamedTuple):
     """Those of received rows, or of tokens."""
 
-    rows: jax.Array | None
-    scalars: jax.Array | None
+    rows: Value | None
+    scales: Value | None  # of rows that are received quantized
+    scalars: Value | None
 
 
 class CombineOperands(NamedTuple):
@@ -61,8 +64,29 @@ def exchange(spec: OpSpec, operands: ExchangeOperands, *, is_dispatch: bool) -> 
     """Rows and scalars from tokens to received rows (`is_dispatch`), or back to be summed."""
     leaves, tree = jax.tree.flatten(operands)
     results = exchange_p.bind(*leaves, tree=tree, spec=spec, is_dispatch=is_dispatch)
-    given = jax.tree.structure(ExchangeResults(operands.rows, operands.scalars))
-    return jax.tree.unflatten(given, results)
+    given = exchange_results(spec, operands, is_dispatch=is_dispatch)
+    return jax.tree.unflatten(jax.tree.structure(given), results)
+
+
+def exchange_results(
+    spec: OpSpec, operands: ExchangeOperands, *, is_dispatch: bool
+) -> ExchangeResults:
+    """The shapes of what an exchange gives."""
+    rows, _, scalars, plan = operands
+    num_tokens, num_topk = plan.slot.shape
+    results = ExchangeResults(None, None, None)
+    if rows is not None:
+        shape = (spec.recv_capacity if is_dispatch else num_tokens, rows.shape[1])
+        dtype = spec.dtype
+        if is_dispatch and spec.fp8_rows:
+            dtype = jnp.float8_e4m3fn
+            scales = jax.ShapeDtypeStruct((shape[0], num_scales(shape[1])), jnp.float32)
+            results = results._replace(scales=scales)
+        results = results._replace(rows=jax.ShapeDtypeStruct(shape, dtype))
+    if scalars is not None:
+        shape = spec.row_scalars_shape if is_dispatch else (num_tokens, num_topk)
+        results = results._replace(scalars=jax.ShapeDtypeStruct(shape, jnp.float32))
+    return results
 
 
 def combine(spec: OpSpec, operands: CombineOperands) -> jax.Array:
@@ -78,18 +102,20 @@ def combine(spec: OpSpec, operands: CombineOperands) -> jax.Array:
 def _exchange_program(
     *operands: jax.Array, tree: Any, spec: OpSpec, is_dispatch: bool
 ) -> list[jax.Array]:
-    rows, scalars, plan = jax.tree.unflatten(tree, operands)
-    outs = []
-    if rows is not None:
-        outs.append(
-            dispatch_rows(spec, rows, plan) if is_dispatch else combine_rows(spec, rows, None, plan)
-        )
+    rows, scales, scalars, plan = jax.tree.unflatten(tree, operands)
+    outs = ExchangeResults(None, None, None)
+    if rows is not None and is_dispatch:
+        received, received_scales = dispatch_rows(spec, rows, scales, plan)
+        outs = outs._replace(rows=received, scales=received_scales)
+    elif rows is not None:
+        outs = outs._replace(rows=combine_rows(spec, rows, None, plan))
     if scalars is not None and is_dispatch:
-        outs.append(dispatch_scalars(spec, gather(spec, scalars), plan))
+        outs = outs._replace(scalars=dispatch_scalars(spec, gather(spec, scalars), plan))
     elif scalars is not None:
-        outs.append(combine_scalars(spec, scalars, plan))
+        outs = outs._replace(scalars=combine_scalars(spec, scalars, plan))
     # Without tokens nothing that varies went into them.
-    return list(compat.as_varying(compat.varying_axes(plan.row_source), *outs))
+    axes = compat.varying_axes(plan.row_source)
+    return list(compat.as_varying(axes, *jax.tree.leaves(outs)))
 
 
 def _combine_program(*operands: jax.Array, tree: Any, spec: OpSpec) -> list[jax.Array]:
@@ -101,16 +127,9 @@ def _combine_program(*operands: jax.Array, tree: Any, spec: OpSpec) -> list[jax.
 
 
 def _exchange_abstract(*avals: Any, tree: Any, spec: OpSpec, is_dispatch: bool) -> list[Any]:
-    rows, scalars, plan = jax.tree.unflatten(tree, avals)
-    num_tokens, num_topk = plan.slot.shape
-    outs = []
-    if rows is not None:
-        num_rows = spec.recv_capacity if is_dispatch else num_tokens
-        outs.append(compat.like(rows, (num_rows, rows.shape[1]), rows.dtype))
-    if scalars is not None:
-        shape = spec.row_scalars_shape if is_dispatch else (num_tokens, num_topk)
-        outs.append(compat.like(scalars, shape, jnp.float32.dtype))
-    return outs
+    results = exchange_results(spec, jax.tree.unflatten(tree, avals), is_dispatch=is_dispatch)
+    # All operands vary over the same axes.
+    return [compat.like(avals[0], r.shape, r.dtype) for r in jax.tree.leaves(results)]
 
 
 def _combine_abstract(*avals: Any, tree: Any, spec: OpSpec) -> list[Any]:
