@@ -27,6 +27,7 @@ PROBLEMS_HERE = {
     "expert": EXPERT,
     "rank": EXPERT.replace(layout="rank"),
     "fp8": EXPERT.replace(wire_dtype="float8_e4m3fn"),
+    "fp8_rows": EXPERT.replace(wire_dtype="float8_e4m3fn", recv_dtype="float8_e4m3fn"),
     "bfloat16": EXPERT.replace(dtype="bfloat16"),
 }
 _MLIR_TYPES = {"int64_t": "i64", "int32_t": "i32", "bool": "i1"}
@@ -177,6 +178,35 @@ def test_calls_are_as_the_handlers_declare(name, kind, fake):
 def test_every_handler_may_be_recorded_in_a_cuda_graph():
     for target in TARGETS:
         assert "kCmdBufferCompatible" in _declaration(target), target
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("quantized_in", [False, True])
+@pytest.mark.parametrize("quantized_out", [False, True])
+def test_rows_in_fp8_are_passed_with_their_scales(layout, quantized_in, quantized_out, fake):
+    fp8 = "float8_e4m3fn"
+    problem = PROBLEMS["fp8"].replace(
+        hidden=200, layout=layout, recv_dtype=fp8 if quantized_out else None
+    )
+
+    def forward(x, idx, w, weights):
+        del weights
+        x = jax_ep.quantize(x) if quantized_in else x
+        return jax.tree.leaves(jax_ep.dispatch(x, idx, w, group=group).x)
+
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(forward, group, problem)
+    (call,) = [call for call in _calls(lowered) if _target(call) == "jax_ep_dispatch"]
+    x, x_scales = (str(operand.type) for operand in list(call.operands)[1:3])
+    rows, rows_scales = (str(result.type) for result in list(call.results)[:2])
+    tokens, capacity = problem.num_tokens, problem.plan.capacity
+    fp8_in, fp8_out = (quantized_in, "f8E4M3FN"), (quantized_out, "f8E4M3FN")
+    for (quantized, name), count, values, scales in (
+        (fp8_in, tokens, x, x_scales),
+        (fp8_out, capacity, rows, rows_scales),
+    ):
+        assert values == f"tensor<{count}x200x{name if quantized else 'bf16'}>"
+        assert scales == (f"tensor<{count}x2xf32>" if quantized else "tensor<0xf32>")
 
 
 @pytest.mark.parametrize(("layout", "rows_per_token"), [("expert", 2), ("rank", 1)])

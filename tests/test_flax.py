@@ -121,6 +121,34 @@ def test_gradients_are_those_of_a_dense_layer(group, x):
         assert grads[name][...].sharding.is_equivalent_to(params[name].sharding, want.ndim)
 
 
+@pytest.mark.parametrize("flavor", ["nnx", "linen"])
+def test_rows_received_in_fp8_change_nothing(flavor, x):
+    """The layer's output and gradients are those of the FP8 wire alone."""
+
+    def value_and_gradients(recv_dtype):
+        fp8 = {"wire_dtype": "float8_e4m3fn", "recv_dtype": recv_dtype}
+        with make_group(**fp8) as group:
+            moe = make_nnx(group)
+            params = to_linen(moe)["params"]
+            layer = ep_linen.MoE(group, FFN)
+
+            def linen_loss(params, x):
+                return jnp.square(layer.apply({"params": params}, x)).mean()
+
+            def nnx_loss(moe, x):
+                return jnp.square(moe(x)).mean()
+
+            if flavor == "linen":
+                results = jax.jit(jax.value_and_grad(linen_loss, (0, 1)))(params, x)
+            else:
+                results = nnx.jit(nnx.value_and_grad(nnx_loss, argnums=(0, 1)))(moe, x)
+            return jax.tree.map(np.asarray, jax.tree.leaves(results))
+
+    got, want = map(value_and_gradients, ("float8_e4m3fn", None))
+    for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [(5,), (), (3, 7), (0,), (8, 0), (16, 2)])
 def test_any_number_of_tokens(shape, group):
     x = jax.random.normal(jax.random.key(1), (*shape, HIDDEN))

@@ -70,6 +70,21 @@ def test_backward_is_one_dispatch_and_one_combine_and_no_plan(wire):
     assert _num_collectives(text) == 0
 
 
+def test_so_is_that_of_rows_received_in_fp8():
+    """Weights travel with the rows, in both directions."""
+    fp8 = "float8_e4m3fn"
+    with make_group(PROBLEM.replace(wire_dtype=fp8, recv_dtype=fp8), "ffi") as group:
+        experts, hidden = group.num_local_experts * group.num_ranks, PROBLEM.hidden
+        w = jnp.ones((experts, hidden, hidden))
+
+        def loss(x, idx, weights, w):
+            return jnp.sum(jnp.cos(jax_ep.moe(x, idx, weights, w, w, w, group=group)))
+
+        text = _compiled_text(jax.grad(loss, argnums=(0, 2, 3)), group, *_args(), w)
+    assert _custom_calls(text) == {"jax_ep_plan": 1, "jax_ep_dispatch": 2, "jax_ep_combine": 2}
+    assert _num_collectives(text) == 0
+
+
 def test_remat_of_everything_repeats_the_forward_once():
     with make_group(PROBLEM, "ffi") as group:
         block = jax.checkpoint(

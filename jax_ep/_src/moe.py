@@ -13,6 +13,8 @@ from jax_ep._src.checks import check_array, check_group, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.grouped_dot import grouped_dot
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.quantized import QuantizedRows
+from jax_ep._src.restored import Sent, dispatch_in_fp8, restore
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -36,7 +38,7 @@ class MoeStats:
 
 @overload
 def moe(
-    x: jax.Array,
+    x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
     w_gate: jax.Array,
@@ -51,7 +53,7 @@ def moe(
 
 @overload
 def moe(
-    x: jax.Array,
+    x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
     w_gate: jax.Array,
@@ -65,7 +67,7 @@ def moe(
 
 
 def moe(
-    x: jax.Array,
+    x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
     w_gate: jax.Array,
@@ -83,8 +85,13 @@ def moe(
     shapes are per rank, `L` is `group.num_local_experts` and `F` any size. Differentiable in
     everything but `topk_idx`. Under `vmap` it is a loop over the elements of the batch.
 
+    With `config.recv_dtype` float8_e4m3fn rows arrive in FP8 and are restored to `config.dtype` for
+    the products, of which the result is the same. The backward pass keeps them in FP8; gradients
+    are those of rows that had not been rounded, and travel in `config.dtype`.
+
     Args:
-        x: tokens, `[T, H]` of `config.dtype`.
+        x: tokens, as `dispatch` takes them: `[T, H]` of `config.dtype`, or a `QuantizedRows`, in
+            which it is not differentiable.
         topk_idx: `[T, K]` int32, as `dispatch` takes it: global experts, or -1.
         topk_weights: `[T, K]` float32, the factors in the sum.
         w_gate: `[L, H, F]` of `config.dtype`, this rank's experts.
@@ -99,8 +106,9 @@ def moe(
         lack of room counts as 0. With `with_stats`: a tuple of this and a `MoeStats`.
 
     Raises:
-        ValueError: an argument does not fit the group's config, the layout is "rank", or the call
-            is not inside `shard_map` over the group's axes.
+        ValueError: an argument does not fit the group's config, the layout is "rank", the call is
+            not inside `shard_map` over the group's axes, or it is traced to be differentiated in an
+            `x` that is quantized.
         EpGroupClosed: the group has been closed.
     """
     check_group(group, expert_layout_for="moe")
@@ -108,20 +116,48 @@ def moe(
     _check_weights(group, w_gate, w_up, w_down)
     if topk_weights is None:
         raise ValueError("topk_weights is None; allowed: float32[T, K]")
-    recv = dispatch(x, topk_idx, topk_weights, group=group)
+    if group.config.recv_dtype is None:
+        recv = dispatch(x, topk_idx, topk_weights, group=group)
+        with jax.named_scope("jax_ep.experts"):
+            gate, up = _gate_and_up(group, recv, recv.x, w_gate, w_up)
+        weights = recv.weights
+    else:
+        recv, sent = dispatch_in_fp8(x, topk_idx, topk_weights, group)
+        with jax.named_scope("jax_ep.experts"):
+            gate, up, weights = _gate_and_up_of_fp8(group, recv, sent, w_gate, w_up)
     with jax.named_scope("jax_ep.experts"):
-        rows = recv.x if group.config.zero_fill else _zero_empty_rows(recv)
-        gate = grouped_dot(rows, w_gate, recv.group_sizes)
-        up = grouped_dot(rows, w_up, recv.group_sizes)
         y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
-    out = combine(y, recv.handle, recv.weights, group=group)
+    out = combine(y, recv.handle, weights, group=group)
     if not with_stats:
         return out
     stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
     return out, stats
 
 
-def _zero_empty_rows(recv: Dispatched) -> jax.Array:
+def _gate_and_up(
+    group: EpGroup, recv: Dispatched, rows: Any, w_gate: jax.Array, w_up: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    if not group.config.zero_fill:
+        rows = _zero_empty_rows(recv, rows)
+    gate = grouped_dot(rows, w_gate, recv.group_sizes)
+    return gate, grouped_dot(rows, w_up, recv.group_sizes)
+
+
+def _gate_and_up_of_fp8(
+    group: EpGroup, recv: Dispatched, sent: Sent, w_gate: jax.Array, w_up: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same of rows in FP8, and the rows' weights, which travel with them."""
+
+    # Rematerialized, so that the backward pass keeps the rows in FP8 and restores them again.
+    @jax.checkpoint
+    def products(recv: Dispatched, sent: Sent, w_gate: jax.Array, w_up: jax.Array) -> tuple:
+        rows, weights = restore(recv, sent, group)
+        return (*_gate_and_up(group, recv, rows, w_gate, w_up), weights)
+
+    return products(recv, sent, w_gate, w_up)
+
+
+def _zero_empty_rows(recv: Dispatched, rows: jax.Array) -> jax.Array:
     """Received rows, zeros where they hold no token.
 
     Rows past the last group need no care: no product over groups reads them, and `combine` and
@@ -129,7 +165,7 @@ def _zero_empty_rows(recv: Dispatched) -> jax.Array:
     the weights multiplies those rows by zeros, which would not remove a NaN.
     """
     holds_token = (recv.handle.row_source >= 0)[:, None]
-    return jnp.where(holds_token, recv.x, jnp.zeros((), recv.x.dtype))
+    return jnp.where(holds_token, rows, jnp.zeros((), rows.dtype))
 
 
 def _check_weights(group: EpGroup, w_gate: Any, w_up: Any, w_down: Any) -> None:

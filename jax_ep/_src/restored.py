@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of rows that are received in FP8: straight through, in the rows' own dtype."""
+
+import functools
+from typing import Any
+
+import jax
+
+from jax_ep._src import compat
+from jax_ep._src.api import backend_of, dispatch
+from jax_ep._src.backends.plan import Plan
+from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.quantized import QuantizedRows, dequantize_rows
+from jax_ep._src.spec import OpSpec
+from jax_ep._src.types import Dispatched
+
+# What is sent, `x` and `topk_weights`, and what of it arrives.
+Sent = tuple[jax.Array | None, jax.Array]
+Received = tuple[QuantizedRows, jax.Array]
+
+
+def dispatch_in_fp8(
+    x: jax.Array | QuantizedRows, topk_idx: jax.Array, topk_weights: jax.Array, group: EpGroup
+) -> tuple[Dispatched, Sent]:
+    """A dispatch with `recv_dtype`, cut off from gradients, and what `restore` connects again."""
+    if isinstance(x, QuantizedRows):  # which `dispatch` refuses to differentiate
+        sent = (None, compat.as_array(topk_weights))
+    else:
+        sent = (compat.as_array(x), compat.as_array(topk_weights))
+        x = jax.lax.stop_gradient(sent[0])
+    return dispatch(x, topk_idx, jax.lax.stop_gradient(sent[1]), group=group), sent
+
+
+def restore(recv: Dispatched, sent: Sent, group: EpGroup) -> tuple[jax.Array, jax.Array]:
+    """The received rows in `config.dtype`, and their weights, with their gradients.
+
+    Differentiated, the rows are what an exchange in `config.dtype` would have brought, so that
+    cotangents travel in it. What stays alive for that is the plan: neither rows nor `sent`.
+    """
+    assert isinstance(recv.x, QuantizedRows)
+    assert recv.weights is not None
+    leaves, tree = jax.tree.flatten((sent, (recv.x, recv.weights), Plan.of(recv.handle)))
+    operands = jax.tree.unflatten(tree, compat.varying_alike(*leaves))
+    return _restore(group.backend, OpSpec.of(group), *operands)
+
+
+# By a rule for tangents, which transposes to one for cotangents, and can itself be differentiated.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _restore(
+    backend: str, spec: OpSpec, sent: Sent, received: Received, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    del backend, sent, plan
+    rows, weights = received
+    return dequantize_rows(rows.values, rows.scales, spec.dtype), weights
+
+
+def _restore_jvp(backend: str, spec: OpSpec, primals: tuple, tangents: tuple) -> Any:
+    out = _restore(backend, spec, *primals)
+    zeros = jax.custom_derivatives.zero_from_primal(out, symbolic_zeros=True)
+    dots = [None if _is_zero(dot) else dot for dot in tangents[0]]
+    arrived = backend_of(backend).dispatch_tangents(spec, *dots, primals[2])
+    # An exchange of scalars alone may vary over fewer axes than the rows do.
+    return out, tuple(
+        zero if dot is None else compat.as_varying(compat.varying_axes(primal), dot)[0]
+        for dot, primal, zero in zip(arrived, out, zeros, strict=True)
+    )
+
+
+def _is_zero(tangent: Any) -> bool:
+    return tangent is None or isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+_restore.defjvp(_restore_jvp, symbolic_zeros=True)
