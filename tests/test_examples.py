@@ -162,9 +162,10 @@ def test_a_platform_without_devices_gets_a_clear_error():
     assert "train_moe_lm.py: error: --platform cuda: JAX finds no devices" in stderr
 
 
-def test_the_tutorial_runs_and_checks_itself():
+@pytest.mark.parametrize("name", ["tutorial_dispatch_combine", "fp8_grouped_matmul"])
+def test_a_tour_runs_and_checks_itself(name):
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "tutorial_dispatch_combine.py")],
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
         env=_environment(),
         capture_output=True,
         text=True,
