@@ -372,6 +372,10 @@ def test_bad_options(options, message, group, x):
     [
         (jnp.ones((8, HIDDEN + 1)), r"x is float32\[8, 17\]; allowed: .* \[..., 16\]"),
         (jnp.ones((8, HIDDEN), jnp.int32), r"x is int32\[8, 16\]; allowed: floating point"),
+        (
+            jnp.ones((8, HIDDEN), jnp.float8_e4m3fn),
+            r"x is float8_e4m3fn\[8, 16\]; allowed: floating point of 16 bits or more",
+        ),
         ([1.0], "x is a list; allowed: an array"),
         (
             jnp.ones((8, 17, HIDDEN)),

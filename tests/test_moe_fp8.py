@@ -260,3 +260,8 @@ def test_errors_name_the_argument(backend):
             run(x[..., 1:], topk_idx, topk_weights, *weights)
         with pytest.raises(ValueError, match=r"topk_weights is float16.*allowed: float32"):
             run(x, topk_idx, topk_weights.astype(np.float16), *weights)
+        # JAX would make float32 of this one.
+        wide = np.zeros((8, 200), np.float64)
+        run = over_ranks(group, lambda *rest: jax_ep.moe(wide, *rest, group=group))
+        with pytest.raises(ValueError, match=r"x is float64\[8, 200\]; allowed: float32\[T, 200\]"):
+            run(topk_idx, topk_weights, *weights)

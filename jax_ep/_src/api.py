@@ -62,19 +62,8 @@ def dispatch(
             over the group's axes, or it is traced to be differentiated in quantized rows.
         EpGroupClosed: the group has been closed.
     """
-    check_call("dispatch", group)
-    topk_idx, topk_weights = as_array(topk_idx), as_array(topk_weights)
+    x, topk_idx, topk_weights = checked_tokens(x, topk_idx, topk_weights, group=group)
     config = group.config
-    x, num_tokens = _checked_tokens(x, config)
-    if num_tokens > config.max_tokens_per_rank:
-        raise ValueError(
-            f"x has {num_tokens} tokens; allowed: up to config.max_tokens_per_rank, which is "
-            f"{config.max_tokens_per_rank}"
-        )
-    check_array("topk_idx", topk_idx, (num_tokens, config.num_topk), _INT32)
-    if topk_weights is not None:
-        check_array("topk_weights", topk_weights, (num_tokens, config.num_topk), _FLOAT32)
-
     spec = OpSpec.of(group)
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
@@ -95,7 +84,26 @@ def dispatch(
     )
 
 
-def _checked_tokens(x: Any, config: EpConfig) -> tuple[jax.Array | QuantizedRows, int]:
+def checked_tokens(
+    x: Any, topk_idx: Any, topk_weights: Any, *, group: EpGroup
+) -> tuple[jax.Array | QuantizedRows, jax.Array, jax.Array | None]:
+    """What `dispatch` was given, arrays as arrays; raises if it does not fit the group."""
+    check_call("dispatch", group)
+    topk_idx, topk_weights = as_array(topk_idx), as_array(topk_weights)
+    config = group.config
+    x, num_tokens = _checked_rows(x, config)
+    if num_tokens > config.max_tokens_per_rank:
+        raise ValueError(
+            f"x has {num_tokens} tokens; allowed: up to config.max_tokens_per_rank, which is "
+            f"{config.max_tokens_per_rank}"
+        )
+    check_array("topk_idx", topk_idx, (num_tokens, config.num_topk), _INT32)
+    if topk_weights is not None:
+        check_array("topk_weights", topk_weights, (num_tokens, config.num_topk), _FLOAT32)
+    return x, topk_idx, topk_weights
+
+
+def _checked_rows(x: Any, config: EpConfig) -> tuple[jax.Array | QuantizedRows, int]:
     """The tokens that came, arrays as arrays, and how many there are; raises if they do not fit."""
     if not isinstance(x, QuantizedRows):
         x = as_array(x)

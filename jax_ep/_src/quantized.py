@@ -121,6 +121,9 @@ def num_scales(hidden: int) -> int:
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x [..., H]` -> float8_e4m3fn `[..., H]`, float32 scales `[..., ceil(H / 128)]`."""
+    # As whoever else reads x gets it: where it is made in the same program, XLA would leave out the
+    # rounding to its dtype.
+    x = jax.lax.optimization_barrier(x)
     *rows, hidden = x.shape
     num_blocks = num_scales(hidden)
     padding = [(0, 0)] * len(rows) + [(0, num_blocks * SCALE_BLOCK - hidden)]

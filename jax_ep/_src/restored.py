@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jax_ep._src import compat
-from jax_ep._src.api import backend_of, dispatch
+from jax_ep._src.api import backend_of, checked_tokens, dispatch
 from jax_ep._src.backends.plan import Plan
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.quantized import QuantizedRows, dequantize_rows
@@ -23,12 +23,14 @@ def dispatch_in_fp8(
     x: jax.Array | QuantizedRows, topk_idx: jax.Array, topk_weights: jax.Array, group: EpGroup
 ) -> tuple[Dispatched, Sent]:
     """A dispatch with `recv_dtype`, cut off from gradients, and what `restore` connects again."""
+    # Before anything makes JAX's arrays of them.
+    x, topk_idx, topk_weights = checked_tokens(x, topk_idx, topk_weights, group=group)
     if isinstance(x, QuantizedRows):  # which `dispatch` refuses to differentiate
-        sent = (None, compat.as_array(topk_weights))
+        sent = (None, topk_weights)
     else:
-        sent = (compat.as_array(x), compat.as_array(topk_weights))
-        x = jax.lax.stop_gradient(sent[0])
-    return dispatch(x, topk_idx, jax.lax.stop_gradient(sent[1]), group=group), sent
+        sent = (x, topk_weights)
+        x = jax.lax.stop_gradient(x)
+    return dispatch(x, topk_idx, jax.lax.stop_gradient(topk_weights), group=group), sent
 
 
 def restore(recv: Dispatched, sent: Sent, group: EpGroup) -> tuple[jax.Array, jax.Array]:

@@ -84,10 +84,12 @@ def _check_tokens(spec: LayerSpec, x: Any) -> None:
     if not is_array(x):
         raise ValueError(f"x is a {type(x).__name__}; allowed: an array")
     is_right = x.ndim > 0 and x.shape[-1] == config.hidden
-    if not is_right or not jnp.issubdtype(x.dtype, jnp.floating):
+    # Numbers of 8 bits mean nothing without their scales.
+    is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+    if not is_right or not is_float:
         raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}; allowed: floating point, [..., {config.hidden}] as "
-            "EpConfig.hidden says"
+            f"x is {x.dtype}{list(x.shape)}; allowed: floating point of 16 bits or more, "
+            f"[..., {config.hidden}] as EpConfig.hidden says"
         )
     num_tokens = math.prod(x.shape[:-1])
     per_device = -(-num_tokens // spec.num_token_shards)

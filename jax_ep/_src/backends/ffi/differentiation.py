@@ -115,6 +115,7 @@ def _dispatch_transpose(
     """The transpose of a dispatch is an unweighted combine over the same slots."""
     operands: DispatchOperands = jax.tree.unflatten(tree, primals)
     bars = _bars(dispatch_p, tree, primals, cotangents, spec)
+    refuse_quantized((bars.rows, bars.rows_scales), quantized=spec.fp8_rows)
     x_bar, token_scalars_bar = combine_linear(
         spec, operands.program_rank, bars.rows, bars.row_scalars, operands.plan
     )

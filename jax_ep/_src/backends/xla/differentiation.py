@@ -25,6 +25,7 @@ from jax_ep._src.backends.xla.primitives import (
     combine_p,
     exchange,
     exchange_p,
+    exchange_results,
 )
 from jax_ep._src.spec import OpSpec
 
@@ -59,12 +60,12 @@ def _exchange_transpose(
 ) -> list[Any]:
     """Dispatch and combine are each other's transposes over the same plan."""
     operands: ExchangeOperands = jax.tree.unflatten(tree, primals)
-    given = iter(cotangents)
-    bars = ExchangeResults(
-        rows=None if operands.rows is None else nonzero(next(given)),
-        scales=None,  # only an exchange that is linear is transposed
-        scalars=None if operands.scalars is None else nonzero(next(given)),
+    shaped = [p.aval if ad.is_undefined_primal(p) else p for p in primals]
+    results = exchange_results(spec, jax.tree.unflatten(tree, shaped), is_dispatch=is_dispatch)
+    bars: ExchangeResults = jax.tree.unflatten(
+        jax.tree.structure(results), [nonzero(bar) for bar in cotangents]
     )
+    refuse_quantized((bars.rows, bars.scales), quantized=is_dispatch and spec.fp8_rows)
     rows_bar, _, scalars_bar = linear(
         spec, bars.rows, bars.scalars, operands.plan, is_dispatch=not is_dispatch
     )
