@@ -139,7 +139,8 @@ template <int kPending>
 JAX_EP_DEVICE void bulk_wait_read() {
   cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<kPending>{});
 }
-// CCCL has these as parts of a pipeline that counts its stages itself. The first bypasses L1.
+// sm_80. CCCL has these as parts of a pipeline that counts its stages itself. The first bypasses
+// L1.
 template <int kOffset = 0>
 JAX_EP_DEVICE void async_load(Ptr<Vec16> to, Ptr<const Vec16> from) {
   asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(

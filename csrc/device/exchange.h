@@ -140,7 +140,7 @@ class Exchange {
     block_sync();
   }
 
-  // All threads, last thing in the kernel; every thread has waited for its own bulk copies.
+  // All threads, last thing in the kernel; every thread has waited for its own copies.
   JAX_EP_DEVICE void finish() const {
     block_sync();
     if (warp_id() != 0) return;

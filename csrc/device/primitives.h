@@ -28,7 +28,8 @@
 //   time      now_ns()  spin_pause(what)  trap()
 //             kPollsPerLook: polls of a wait between two looks at the clock
 //
-// Ordering is PTX's memory model. Bulk copies need 16-byte aligned addresses and sizes.
+// Ordering is PTX's memory model. Bulk copies need 16-byte aligned addresses and sizes, async loads
+// addresses.
 #ifndef JAX_EP_CSRC_DEVICE_PRIMITIVES_H_
 #define JAX_EP_CSRC_DEVICE_PRIMITIVES_H_
 

@@ -402,7 +402,7 @@ class SumStream {
   Sum sum_{};
 };
 
-// The same sum of one token, element by element, of rows that bulk copies cannot move.
+// The same sum of one token, element by element, of rows that are no multiple of 16 bytes.
 template <typename RowType, bool kHasOthers>
 JAX_EP_DEVICE void sum_elements(const SumTerms& terms, i64 hidden, Ptr<std::byte> out) {
   using Element = typename RowType::Element;

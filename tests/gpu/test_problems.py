@@ -37,6 +37,15 @@ LARGER = [
         wire_dtype=_FP8,
         recv_capacity=340,
     ),
+    *_in_both_layouts(
+        "fp8_rows_7168",
+        num_tokens=40,
+        hidden=7168,
+        dtype="bfloat16",
+        wire_dtype=_FP8,
+        recv_dtype=_FP8,
+        recv_capacity=340,
+    ),
     *_in_both_layouts("fp8_8191", num_tokens=9, hidden=8191, dtype="float32", wire_dtype=_FP8),
     *_in_both_layouts("many_tokens", num_tokens=128, hidden=24, dtype="bfloat16", routing="zipf"),
     *_in_both_layouts("many_masked", num_tokens=127, hidden=33, routing="masked_half"),
@@ -45,7 +54,10 @@ LARGER = [
     *_in_both_layouts("topk_32", num_topk=32, num_tokens=30, hidden=72, dtype="bfloat16"),
 ]
 DIFFERENTIATED = ("tiny", "masked_half", "capacity_one_short", "deepseek", "three_ranks", "fp8")
-BLOCKS = ("three_ranks", "alignment_8_drops", "no_zero_fill", "hidden_20", "fp8_float32")
+BLOCKS = (
+    *("three_ranks", "alignment_8_drops", "no_zero_fill", "hidden_20", "fp8_float32"),
+    *("fp8_rows", "fp8_rows_no_zero_fill"),
+)
 
 
 def _cases(num_ranks: int) -> list[Case]:

@@ -289,7 +289,7 @@ class CombineKernel {
   TermRing<typename Config::Stages> ring_;
   const i64 hidden_;
   const i64 row_bytes_;
-  const bool bulk_;  // rows are moved by bulk copies
+  const bool bulk_;  // rows are moved 16 bytes at a time
   const Segments segments_;
   const u32 num_senders_;  // of a block's warps
   const i32 rank_;

@@ -85,11 +85,20 @@ TEST(Kernels, ManyExpertsAndSelections) {
 
 TEST(Kernels, RowsOfManySegments) {
   const EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 6};
-  ScenarioStep step = step_of(shape, 6152, DType::kBFloat16);  // 7 segments, the last one short
+  ScenarioStep step = step_of(shape, 6152, DType::kBFloat16);  // the last segment is short
   EXPECT_TRUE(run_alone(step).report.ok()) << run_alone(step).report.text();
   step.options.wire = Wire::kFloat8E4M3;
   step.options.hidden = 6160;
   EXPECT_TRUE(run_alone(step).report.ok()) << run_alone(step).report.text();
+}
+
+TEST(Kernels, RowsOfFullSegments) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    const EpShape shape{
+        .num_ranks = 3, .num_experts = 12, .num_topk = 4, .num_tokens = 7, .layout = layout};
+    const Outcome outcome = run_alone(step_of(shape, 2048, DType::kBFloat16));
+    EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+  }
 }
 
 TEST(Kernels, RowsThatDoNotTravel) {

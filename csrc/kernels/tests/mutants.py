@@ -257,6 +257,13 @@ MUTANTS = [
     Mutant("loads that are nothing are forgotten", _SUM, "    ++loads_;\n    async_commit();",
            "    ++loads_;"),
     _removed("start of the ring anew", _SUM, "ring_.restart();"),
+    Mutant("a row with several weights is added once", _SUM,
+           "ring_.is_full() && terms.weights_per_row() == 1", "ring_.is_full()", seeds=120),
+    Mutant("a load is started after the last", _SUM, "if (loads) load_vectors(", "load_vectors("),
+    Mutant("a place is loaded again before it is read", _SUM,
+           "for (int v = 0; v < kVectors; ++v) row[v] = ld(at + v * kLanes);",
+           "if (loads) load_vectors(at, from + lane_id(), std::make_integer_sequence<int, kVectors>());"
+           " for (int v = 0; v < kVectors; ++v) row[v] = ld(at + v * kLanes);"),
     Mutant("lanes load more than the segment has", _SUM,
            "v * kLanes < spare ? v * kLanes : spare", "v * kLanes"),
     Mutant("the last segment is loaded as if it were full", _SUM,
