@@ -55,7 +55,8 @@ class EpConfig:
         wire_dtype: None (rows travel in `dtype`), or float8_e4m3fn: `dispatch` sends rows in
             FP8 with one float32 scale per 128 elements. Combine and gradients travel in `dtype`.
         recv_dtype: None (rows are received in `dtype`), or float8_e4m3fn, with the same
-            `wire_dtype`: rows are received as they travel, as `QuantizedRows`: a byte for each element.
+            `wire_dtype`: rows are received as they travel, as `QuantizedRows`, a byte for each
+            element.
         layout: "expert" (one row per selection, grouped by local expert) or "rank" (one row per
             token and destination rank).
         recv_capacity: `C`, rows of a rank's receive buffer. None: the worst case of the group,
