@@ -310,9 +310,9 @@ def test_layers_warn_once_that_a_normalized_single_weight_trains_no_router(x):
             warnings.simplefilter("default")
             for seed in range(2):
                 moe = make_nnx(group, seed)
-                moe(x)
+                jax.block_until_ready(moe(x))
             params = to_linen(moe)
-            ep_linen.MoE(group, FFN).apply(params, x)
+            jax.block_until_ready(ep_linen.MoE(group, FFN).apply(params, x))
         assert ["num_topk is 1 and normalize is True" in str(w.message) for w in shown] == [True]
 
         def router_gradient(layer):
@@ -394,6 +394,6 @@ def test_layout_rank_and_closed_groups(x):
         make_nnx(group)
     with make_group() as group:
         moe = make_nnx(group)
-        moe(x)
+        jax.block_until_ready(moe(x))
     with pytest.raises(jax_ep.EpGroupClosed):
         moe(x)

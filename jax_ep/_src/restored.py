@@ -24,13 +24,14 @@ def dispatch_in_fp8(
 ) -> tuple[Dispatched, Sent]:
     """A dispatch with `recv_dtype`, cut off from gradients, and what `restore` connects again."""
     # Before anything makes JAX's arrays of them.
-    x, topk_idx, topk_weights = checked_tokens(x, topk_idx, topk_weights, group=group)
+    x, topk_idx, weights = checked_tokens(x, topk_idx, topk_weights, group=group)
+    assert weights is not None
     if isinstance(x, QuantizedRows):  # which `dispatch` refuses to differentiate
-        sent = (None, topk_weights)
+        sent = (None, weights)
     else:
-        sent = (x, topk_weights)
+        sent = (x, weights)
         x = jax.lax.stop_gradient(x)
-    return dispatch(x, topk_idx, jax.lax.stop_gradient(topk_weights), group=group), sent
+    return dispatch(x, topk_idx, jax.lax.stop_gradient(weights), group=group), sent
 
 
 def restore(recv: Dispatched, sent: Sent, group: EpGroup) -> tuple[jax.Array, jax.Array]:
