@@ -135,7 +135,7 @@ def main() -> None:
     with jax_ep.EpGroup(mesh, "expert", config) as group:
 
         def on_rank(x: jax.Array, *args: jax.Array) -> tuple:
-            # Quantized once, where it is made: XLA fuses this with what made it.
+            # Quantized once, where it is made; the bits are those that dispatch would have sent.
             out, recv, gate = layer(group, jax_ep.quantize(x), *args)
             return out, recv.x, recv.group_sizes, gate
 

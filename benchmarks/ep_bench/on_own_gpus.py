@@ -107,7 +107,7 @@ def run_size(
         *(_comparison(args, case, compared_in(case)) for case in compared),
     ]
     where = args.placement.value
-    key = own_gpu_tables.where_of({"case": {"num_ranks": args.ranks}, "placement": where})
+    key = own_gpu_tables.where(args.ranks, where)
 
     def add(index: int, values: list[Any]) -> None:
         if index == 0:
@@ -182,11 +182,8 @@ def add_probe(args: argparse.Namespace, cases: list[GpuCase], found: dict[str, A
     """
     if args.link_probe is None:
         return
-    where = own_gpu_tables.where_of(
-        {"case": {"num_ranks": args.ranks}, "placement": args.placement.value}
-    )
     try:
-        found["probes"][where] = link_probe.run(
+        found["probes"][own_gpu_tables.where(args.ranks, args.placement.value)] = link_probe.run(
             args.link_probe, num_gpus=args.ranks, sms={case.num_sms for case in cases}
         )
     except (OSError, RuntimeError, ValueError) as error:

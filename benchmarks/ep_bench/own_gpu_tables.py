@@ -66,9 +66,14 @@ def links(values: ByRank) -> dict[str, float]:
     }
 
 
+def where(num_ranks: int, placement: str) -> str:
+    """The key of `links` and `probes` in the JSON."""
+    return f"{num_ranks} ranks, {placement}"
+
+
 def where_of(entry: Mapping[str, Any]) -> str:
-    """The key of `links` and `probes` in the JSON for a result."""
-    return f"{entry['case']['num_ranks']} ranks, {entry['placement']}"
+    """The same, for a result."""
+    return where(entry["case"]["num_ranks"], entry["placement"])
 
 
 def merged(parts: Sequence[Found]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def dispatch(
     Runs inside `jax.shard_map` over the group's axes; shapes are per rank, and the same on every
     rank. Differentiable in `x` and `topk_weights`: its backward is a `combine` over the same
     handle (with the FP8 wire, as if the rows had not been rounded). Rows that go in or come out as
-    `QuantizedRows` have no gradient: then it is differentiable in `topk_weights` only, and
-    `jax_ep.moe` in everything.
+    `QuantizedRows` have no gradient: then it is differentiable in `topk_weights` only.
+    `jax_ep.moe` also is in an `x` that is an array.
 
     Args:
         x: tokens, `[T, H]` of `config.dtype`; `T` is at most `config.max_tokens_per_rank` and may

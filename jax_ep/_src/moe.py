@@ -86,8 +86,8 @@ def moe(
     everything but `topk_idx`. Under `vmap` it is a loop over the elements of the batch.
 
     With `config.recv_dtype` float8_e4m3fn rows arrive in FP8 and are restored to `config.dtype` for
-    the products, of which the result is the same. The backward pass keeps them in FP8; gradients
-    are those of rows that had not been rounded, and travel in `config.dtype`.
+    the products, of which the result is the same. The backward pass keeps them in FP8; the gradient
+    of `x` is taken straight through their rounding, and travels in `config.dtype`.
 
     Args:
         x: tokens, as `dispatch` takes them: `[T, H]` of `config.dtype`, or a `QuantizedRows`, in

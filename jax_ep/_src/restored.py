@@ -38,7 +38,8 @@ def restore(recv: Dispatched, sent: Sent, group: EpGroup) -> tuple[jax.Array, ja
     """The received rows in `config.dtype`, and their weights, with their gradients.
 
     Differentiated, the rows are what an exchange in `config.dtype` would have brought, so that
-    cotangents travel in it. What stays alive for that is the plan: neither rows nor `sent`.
+    cotangents travel in it. What it needs for that is the plan: of `sent` the shapes alone, though
+    outside of jit JAX holds its arrays, too.
     """
     assert isinstance(recv.x, QuantizedRows)
     assert recv.weights is not None

@@ -260,28 +260,32 @@ void load_async(Ptr<u32> from) {
   async_commit();
 }
 
-TEST(AsyncLoad, UsedAfterItsWait) {
-  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
-           if (!who.is(0)) return;
-           st(as<Vec16>(word(0, 0)), kSevens);
-           load_async(word(0, 0));
-           async_wait<0>();
-           seen.a = ld(source());
+// A program of thread 0 of rank 0, which sees 7 if all is in order.
+void expect_alone(Outcome outcome, const std::function<void()>& program) {
+  expect(outcome, [] { return seen.a != 7; }, {[=](Who who) {
+           if (who.is(0)) program();
          }});
 }
+
+TEST(AsyncLoad, UsedAfterItsWait) {
+  expect_alone(Outcome::kOrdered, [] {
+    st(as<Vec16>(word(0, 0)), kSevens);
+    load_async(word(0, 0));
+    async_wait<0>();
+    seen.a = ld(source());
+  });
+}
 TEST(AsyncLoad, UsedBeforeItsWait) {
-  expect(Outcome::kRacy, [] { return seen.a != 7; }, {[](Who who) {
-           if (!who.is(0)) return;
-           set_source(1);
-           load_async(word(0, 0));
-           seen.a = ld(source()) == 1 ? 1 : 7;
-           async_wait<0>();
-         }});
+  expect_alone(Outcome::kRacy, [] {
+    set_source(1);
+    load_async(word(0, 0));
+    seen.a = ld(source()) == 1 ? 1 : 7;
+    async_wait<0>();
+  });
 }
 TEST(AsyncLoad, WaitForAllButTheLastGroup) {
   const auto program = [](bool of_last) {
-    return [of_last](Who who) {
-      if (!who.is(0)) return;
+    return [of_last] {
       st(as<Vec16>(word(0, 0)), kSevens);
       st(as<Vec16>(word(0, 0)) + 1, kSevens);
       st(source_vector() + 1, Vec16{{1, 1, 1, 1}});
@@ -294,30 +298,28 @@ TEST(AsyncLoad, WaitForAllButTheLastGroup) {
       async_wait<0>();
     };
   };
-  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {program(false)});
-  expect(Outcome::kRacy, [] { return seen.a != 7; }, {program(true)});
+  expect_alone(Outcome::kOrdered, program(false));
+  expect_alone(Outcome::kRacy, program(true));
 }
 TEST(AsyncLoad, PlaceLoadedAgainAfterItWasRead) {
-  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
-           if (!who.is(0)) return;
-           st(as<Vec16>(word(0, 0)), kSevens);
-           load_async(word(0, 0));
-           async_wait<0>();
-           seen.a = ld(source());
-           load_async(word(0, 4));
-           async_wait<0>();
-         }});
+  expect_alone(Outcome::kOrdered, [] {
+    st(as<Vec16>(word(0, 0)), kSevens);
+    load_async(word(0, 0));
+    async_wait<0>();
+    seen.a = ld(source());
+    load_async(word(0, 4));
+    async_wait<0>();
+  });
 }
 TEST(AsyncLoad, PlaceReadAfterItIsLoadedAgain) {
-  expect(Outcome::kRacy, [] { return seen.a != 7; }, {[](Who who) {
-           if (!who.is(0)) return;
-           st(as<Vec16>(word(0, 0)), kSevens);
-           load_async(word(0, 0));
-           async_wait<0>();
-           load_async(word(0, 4));
-           seen.a = ld(source());
-           async_wait<0>();
-         }});
+  expect_alone(Outcome::kRacy, [] {
+    st(as<Vec16>(word(0, 0)), kSevens);
+    load_async(word(0, 0));
+    async_wait<0>();
+    load_async(word(0, 4));
+    seen.a = ld(source());
+    async_wait<0>();
+  });
 }
 // It is no bulk copy.
 TEST(AsyncLoad, WhatAnAcquireMadeKnownNeedsNoProxyFence) {
