@@ -19,6 +19,7 @@ struct Words {
 constexpr Words kWords[kNumRegions] = {
     {"acknowledged", "u32 [channels, R]", "by peer, the last epoch whose rows of ours it has read"},
     {"aborted", "u32 [1]", "who has given up, and waiting for whom, once a peer has"},
+    {"sent", "u32 [channels, R]", "by source, the last epoch of which it has sent all"},
     {"arrived",
      "u64 [channels, R, chunks]",
      "by source and chunk, arrival_flag of what has arrived"},

@@ -33,6 +33,7 @@ struct HeapShape {
 enum class Region : int32_t {
   kAcknowledged,  // u32 [channels, R]: by peer, the last epoch whose rows of ours it has read
   kAborted,       // u32 [1]: an Aborted, once a peer has given up
+  kSent,          // u32 [channels, R]: by source, the last epoch of which it has sent all
   kArrived,  // u64 [channels, R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
   kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
   kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
@@ -41,7 +42,7 @@ enum class Region : int32_t {
   kCounts,  // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
   kTotals,  // u32 [bins]: selections per bin
 };
-inline constexpr int32_t kNumRegions = 8;
+inline constexpr int32_t kNumRegions = 9;
 inline constexpr int32_t kFirstOwnRegion = static_cast<int32_t>(Region::kCounts);
 
 struct RegionInfo {
@@ -78,6 +79,7 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   const int64_t bytes[kNumRegions] = {
       4 * channels * ranks,
       4,
+      4 * channels * ranks,
       8 * channels * ranks * kMaxChunks,
       4 * ranks * tokens * topk,
       4 * ranks * tokens * topk,

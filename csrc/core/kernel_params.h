@@ -33,6 +33,14 @@ struct RankView {
   int32_t chunk_target = kChunkTarget;  // see chunk_tokens; the same on all ranks
 };
 
+// The blocks of a call. Those of its tail are a launch of their own, behind the main one: they join
+// it once all rows have been sent, help to receive, and never wait for a peer.
+struct CallBlocks {
+  int32_t first = 0;     // of this launch, in the call
+  int32_t num_main = 1;  // these send, and receive
+  int32_t num_tail = 0;
+};
+
 // What a kernel of an operation is launched with.
 template <typename Op>
 struct KernelParams {
@@ -40,6 +48,7 @@ struct KernelParams {
   uint32_t call_tag;            // see call_tag_of
   const int32_t* program_rank;  // [1]: this rank, as the program says; must be the view's
   int32_t num_senders = 1;      // dispatch, combine: warps of a block that send before they receive
+  CallBlocks blocks = {};       // filled in by the launch
   Op op;
 };
 using PlanParams = KernelParams<PlanOp>;

@@ -153,12 +153,13 @@ enum class ChannelControl : int32_t {
   kEpoch,              // exchanges that this rank has finished
   kRunning,            // of the running kernel, see Exchange; 0 between kernels
   kBlocksDone,         // blocks of the running kernel that are done; 0 between kernels
+  kSendersDone,        // warps that have sent all they will; 0 between kernels
   kSendTickets,        // items of work that its warps have taken; 0 between kernels
   kReceiveTickets,     // likewise
   kBarrierCount,       // blocks that have come to the grid barrier; 0 between barriers
   kBarrierGeneration,  // grid barriers so far
 };
-inline constexpr int32_t kNumChannelControlWords = 7;
+inline constexpr int32_t kNumChannelControlWords = 8;
 inline constexpr int64_t kControlBytes = 256;  // of a rank: cache lines of its own
 static_assert(4 * (kNumControlWords + kNumChannelControlWords * kNumChannels) <= kControlBytes);
 constexpr int32_t control_index(Control word) { return static_cast<int32_t>(word); }

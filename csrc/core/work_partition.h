@@ -58,6 +58,12 @@ constexpr int32_t num_parts(int32_t chunks,
   return parts > 1 ? parts : 1;
 }
 
+// Whether a rank tells its peers when it has sent all of a dispatch: not in small calls, in which
+// nothing is left to do by then.
+constexpr bool tells_all_sent(int32_t chunks, int32_t chunk_target = kChunkTarget) {
+  return chunks >= chunk_target;
+}
+
 // What the parts of a row are made of, and so how many there are at most: segments of at most so
 // many bytes, of the rows that dispatch sends, and of those that combine sums.
 inline constexpr int32_t kDispatchSegmentBytes = 4096;

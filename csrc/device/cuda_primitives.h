@@ -162,6 +162,10 @@ JAX_EP_DEVICE void fence_proxy_async_global() {
   cuda::ptx::fence_proxy_async(cuda::ptx::space_global);
 }
 
+// --- launches ----------------------------------------------------------------------------------
+
+JAX_EP_DEVICE void launch_dependents() { cudaTriggerProgrammaticLaunchCompletion(); }
+
 // --- time --------------------------------------------------------------------------------------
 
 // A clock that all SMs share. Its steps are a microsecond on some GPUs.

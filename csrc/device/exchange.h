@@ -17,9 +17,14 @@ namespace jax_ep::dev {
 class Exchange {
  public:
   // All threads, first thing in the kernel.
-  JAX_EP_DEVICE Exchange(
-      const RankView& view, Channel channel, OpKind op, u32 call_tag, const i32* program_rank)
+  JAX_EP_DEVICE Exchange(const RankView& view,
+                         const CallBlocks& blocks,
+                         Channel channel,
+                         OpKind op,
+                         u32 call_tag,
+                         const i32* program_rank)
       : view_(view),
+        blocks_(blocks),
         channel_(channel),
         op_(op),
         call_tag_(call_tag),
@@ -30,46 +35,51 @@ class Exchange {
     const i32 rank = ld(Ptr<const i32>{program_rank});
     if (rank != view.rank) give_up(view, {WaitTag::kWrongRank, op, rank, epoch_, 0}, 0);
     // By a thread that is not the first to send.
-    if (block_id() == 0 && thread_id() + 1 == num_threads()) check_alone();
+    if (block_of_call() == 0 && thread_id() + 1 == num_threads()) check_alone();
   }
 
   // Whether the group has been closed. Then the kernel must touch no heap, and leave no result that
   // could be taken for one: see `poison`.
   JAX_EP_DEVICE bool closed() const { return closed_; }
-  // All threads of a closed group's kernel: fills results with ones, which are -1 or NaN.
+  // All threads of a closed group's main blocks: fills results with ones, which are -1 or NaN.
   template <typename T>
   JAX_EP_DEVICE void poison(T* results, i64 count) const {
     fill(Ptr<T>{results}, count, static_cast<T>(~T{0}));
   }
   template <typename T>
   JAX_EP_DEVICE void fill(Ptr<T> results, i64 count, T value) const {
-    const i64 num_workers = i64{num_blocks()} * num_threads();
-    for (i64 i = i64{block_id()} * num_threads() + thread_id(); i < count; i += num_workers) {
+    const i64 num_workers = i64{num_main()} * num_threads();
+    for (i64 i = i64{block_of_call()} * num_threads() + thread_id(); i < count; i += num_workers) {
       st(results + i, value);
     }
   }
-  // All threads of a closed group's kernel, last thing: tells the host.
+  // All threads of a closed group's main blocks, last thing: tells the host.
   JAX_EP_DEVICE void report_closed() const {
-    if (block_id() != 0 || thread_id() != 0) return;
+    if (block_of_call() != 0 || thread_id() != 0) return;
     write_record(view_, {WaitTag::kClosed, op_, view_.rank, epoch_, 0}, 0, 0, 0);
   }
 
   JAX_EP_DEVICE const RankView& view() const { return view_; }
 
-  // The work of a block's first `num_senders` warps, which send; all of them have a place.
+  JAX_EP_DEVICE bool has_tail() const { return blocks_.num_tail > 0; }
+  // Whether this block is of the call's tail.
+  JAX_EP_DEVICE bool in_tail() const { return block_of_call() >= num_main(); }
+
+  // The work of the first `num_senders` warps of a main block, which send; all have a place.
   JAX_EP_DEVICE WorkQueue sending(i32 num_items, u32 num_senders) const {
-    const auto place = static_cast<i32>(block_id() * num_senders + warp_id());
-    const auto num_places = static_cast<i32>(num_blocks() * num_senders);
+    const auto place = static_cast<i32>(block_of_call() * num_senders + warp_id());
+    const auto num_places = static_cast<i32>(num_main() * num_senders);
     return {control(view_, channel_, ChannelControl::kSendTickets), num_items, num_places, place};
   }
-  // The work of all warps. Those that also send come when they have sent; the others have a place,
-  // neighboring ones in different blocks.
+  // The work of all warps. Those that also send come when they have sent, those of the tail when
+  // all have; the others have a place, neighboring ones in different blocks.
   JAX_EP_DEVICE WorkQueue receiving(i32 num_items, u32 num_senders) const {
     const u32 num_warps = num_threads() / kWarpSize;
-    const bool sends = warp_id() < num_senders;
+    const bool comes_later = in_tail() || warp_id() < num_senders;
     const i32 place =
-        sends ? -1 : static_cast<i32>((warp_id() - num_senders) * num_blocks() + block_id());
-    const auto num_places = static_cast<i32>((num_warps - num_senders) * num_blocks());
+        comes_later ? -1
+                    : static_cast<i32>((warp_id() - num_senders) * num_main() + block_of_call());
+    const auto num_places = static_cast<i32>((num_warps - num_senders) * num_main());
     return {
         control(view_, channel_, ChannelControl::kReceiveTickets), num_items, num_places, place};
   }
@@ -101,6 +111,27 @@ class Exchange {
     if (lane_id() == 0) put_arrived(view_, channel_, peer, flag_idx, own_flag());
   }
 
+  // All lanes of each warp that sends, when it has announced its last chunk. The last of them tells
+  // the peers.
+  JAX_EP_DEVICE void count_sent(u32 num_senders) const {
+    u32 warps_before = 0;
+    if (lane_id() == 0) {
+      warps_before =
+          fetch_add_relaxed<Scope::kGpu>(control(view_, channel_, ChannelControl::kSendersDone), 1);
+    }
+    if (warp_shfl(warps_before, 0) + 1 != num_main() * num_senders) return;
+    share_out_peers(view_, [this](i32 peer) { put_sent(view_, channel_, peer, epoch_); });
+  }
+  // All lanes of a warp: whether all peers have said so. What they sent is yet to be waited for.
+  JAX_EP_DEVICE bool all_sent() const {
+    bool sent_all = true;
+    share_out_peers(view_, [this, &sent_all](i32 peer) {
+      const u32 seen = ld_relaxed<Scope::kSys>(sent(view_, channel_, view_.rank, peer));
+      sent_all = sent_all && seen == epoch_;
+    });
+    return warp_ballot(!sent_all) == 0;
+  }
+
   // One lane; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag_idx) const {
     const WaitContext context = {
@@ -120,16 +151,16 @@ class Exchange {
     }
   }
 
-  // All threads: returns when every block of the kernel has come.
+  // All threads of the main blocks: returns when every one has come.
   JAX_EP_DEVICE void grid_barrier() const {
     block_sync();
-    if (thread_id() == 0 && num_blocks() > 1) {
+    if (thread_id() == 0 && num_main() > 1) {
       const Ptr<u32> count = control(view_, channel_, ChannelControl::kBarrierCount);
       const Ptr<u32> generation = control(view_, channel_, ChannelControl::kBarrierGeneration);
       const u32 next = ld_relaxed<Scope::kGpu>(generation) + 1;
       // RELEASE(grid): what this block stored. ACQUIRE(grid) by the last block, which passes all
       // of it on with the generation.
-      if (fetch_add_acq_rel<Scope::kGpu>(count, 1) + 1 == num_blocks()) {
+      if (fetch_add_acq_rel<Scope::kGpu>(count, 1) + 1 == num_main()) {
         st_relaxed<Scope::kGpu>(count, 0);
         st_release<Scope::kGpu>(generation, next);
       } else {
@@ -140,7 +171,8 @@ class Exchange {
     block_sync();
   }
 
-  // All threads, last thing in the kernel; every thread has waited for its own copies.
+  // All threads of all blocks, last thing in the kernel; every thread has waited for its own
+  // copies.
   JAX_EP_DEVICE void finish() const {
     block_sync();
     if (warp_id() != 0) return;
@@ -152,7 +184,7 @@ class Exchange {
           fetch_add_acq_rel<Scope::kGpu>(control(view_, channel_, ChannelControl::kBlocksDone), 1);
     }
     blocks_before = warp_shfl(blocks_before, 0);
-    if (blocks_before + 1 != num_blocks()) return;
+    if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return;
     warp_sync();
     share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
     if (lane_id() != 0) return;
@@ -160,6 +192,7 @@ class Exchange {
     if (ld(control(view_, channel_, ChannelControl::kEpoch)) + 1 != epoch_)
       give_up_overlapping(kMaxOps);
     st(control(view_, channel_, ChannelControl::kBlocksDone), 0);
+    st(control(view_, channel_, ChannelControl::kSendersDone), 0);
     st(control(view_, channel_, ChannelControl::kSendTickets), 0);
     st(control(view_, channel_, ChannelControl::kReceiveTickets), 0);
     st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
@@ -167,6 +200,8 @@ class Exchange {
   }
 
  private:
+  JAX_EP_DEVICE u32 num_main() const { return static_cast<u32>(blocks_.num_main); }
+  JAX_EP_DEVICE u32 block_of_call() const { return static_cast<u32>(blocks_.first) + block_id(); }
   JAX_EP_DEVICE u64 own_flag() const { return arrival_flag(epoch_, op_, call_tag_); }
 
   // One thread. kRunning holds kUnit + op for each kernel that runs: 0 before this one, or two
@@ -198,6 +233,7 @@ class Exchange {
   }
 
   const RankView& view_;
+  const CallBlocks& blocks_;
   const Channel channel_;
   const OpKind op_;
   const u32 call_tag_;

@@ -30,6 +30,12 @@ JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, Channel channel, i32 h
          (static_cast<i32>(channel) * view.num_ranks + reader);
 }
 
+// Where `source` tells `holder` of which epoch it has sent all.
+JAX_EP_DEVICE Ptr<u32> sent(const RankView& view, Channel channel, i32 holder, i32 source) {
+  return region<u32>(view, holder, Region::kSent) +
+         (static_cast<i32>(channel) * view.num_ranks + source);
+}
+
 // Where any peer tells `holder` that it has given up.
 JAX_EP_DEVICE Ptr<u32> aborted(const RankView& view, i32 holder) {
   return region<u32>(view, holder, Region::kAborted);

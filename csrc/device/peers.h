@@ -72,6 +72,10 @@ JAX_EP_DEVICE void put_acknowledged(const RankView& view, Channel channel, i32 p
   // RELEASE(acknowledged): this rank has read all that the peer sent; the peer may overwrite.
   st_release<Scope::kSys>(acknowledged(view, channel, peer, view.rank), epoch);
 }
+JAX_EP_DEVICE void put_sent(const RankView& view, Channel channel, i32 peer, u32 epoch) {
+  // A hint, which may come before the flags of the last chunks: nothing is published with it.
+  st_relaxed<Scope::kSys>(sent(view, channel, peer, view.rank), epoch);
+}
 JAX_EP_DEVICE void put_aborted(const RankView& view, i32 peer, u32 word) {
   // One word says all: nothing is published with it.
   st_relaxed<Scope::kSys>(aborted(view, peer), word);

@@ -25,6 +25,9 @@
 //             of 16 bytes, at an offset of so many from both   async_commit()
 //             async_wait<N>()      all but the last N groups of this thread are there, for it
 //             (no bulk copies: they see what the thread has seen, without a fence)
+//   launch    launch_dependents(): this block lets the launch behind this one begin; it does when
+//   all
+//             blocks have, or have ended
 //   time      now_ns()  spin_pause(what)  trap()
 //             kPollsPerLook: polls of a wait between two looks at the clock
 //

@@ -5,15 +5,23 @@
 
 #include <cuda_runtime.h>
 
+#include "csrc/device/primitives.h"
 #include "csrc/kernels/launch.h"
 
 namespace jax_ep {
 
-// One block per SM: all blocks run at once, which their waits for each other rely on.
+// One block per SM: all main blocks run at once, which their waits for each other rely on.
+//
+// The blocks of a tail begin while the main ones still run, without what the start of a kernel is
+// in a stream: what the SM has cached may be older than what the stream did before. And they must
+// not be the stream's last ones while main blocks run: one of them stays for these.
 template <typename Kernel, typename Config, typename Params>
 __global__ void __launch_bounds__(Config::kWarps * 32, 1)
     run_kernel(const __grid_constant__ Params params) {
+  const bool joins = Kernel::kHasTail && params.blocks.first > 0;
+  if (joins) dev::fence_acq_rel<dev::Scope::kGpu>();
   Kernel(params).run();
+  if (joins && blockIdx.x == 0) cudaGridDependencySynchronize();
 }
 
 template <typename Kernel, typename Config, typename Params>
@@ -30,21 +38,32 @@ template <typename Kernel, typename Config, typename Params>
   // A kernel with a pipeline moves rows: somebody has to send them.
   const bool sends = Config::kStages > 0;
   if (shape.num_warps != Config::kWarps || shape.num_stages != Config::kStages ||
+      shape.num_tail_blocks < 0 || (shape.num_tail_blocks > 0 && !Kernel::kHasTail) ||
       shape.num_senders < (sends ? 1 : 0) || shape.num_senders > (sends ? Config::kWarps : 0)) {
     return cudaErrorInvalidConfiguration;
   }
   Params launched = params;
   launched.num_senders = shape.num_senders;
+  launched.blocks = {.first = 0, .num_main = shape.num_blocks, .num_tail = shape.num_tail_blocks};
+  cudaLaunchAttribute joins{};
+  joins.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  joins.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.num_blocks);
   config.blockDim = Config::kWarps * 32;
   config.dynamicSmemBytes = sizeof(typename Config::SharedStorage);
   config.stream = stream;
+  config.attrs = &joins;
   void* arguments[] = {&launched};
+  const auto* const function = reinterpret_cast<const void*>(&run_kernel<Kernel, Config, Params>);
   // Not <<<>>> and cudaGetLastError, which would report what an earlier call of this thread left
   // behind, after this kernel has been launched.
-  return cudaLaunchKernelExC(
-      &config, reinterpret_cast<const void*>(&run_kernel<Kernel, Config, Params>), arguments);
+  const cudaError_t error = cudaLaunchKernelExC(&config, function, arguments);
+  if (error != cudaSuccess || shape.num_tail_blocks == 0) return error;
+  launched.blocks.first = shape.num_blocks;
+  config.gridDim = static_cast<unsigned>(shape.num_tail_blocks);
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, function, arguments);
 }
 
 // What each kernel file loads.

@@ -185,6 +185,10 @@ void async_wait(Location at = Location::current()) {
   sim::ops::async_wait(kPending, at);
 }
 
+// ---- launches -----------------------------------------------------------------------------------
+// The simulator runs both launches of a call as one, whose blocks begin in any order.
+inline void launch_dependents() {}
+
 // ---- time ---------------------------------------------------------------------------------------
 inline u64 now_ns() { return sim::ops::now_ns(); }
 inline constexpr u32 kPollsPerLook = 1;  // a thread is woken to poll only where something changed

@@ -43,6 +43,33 @@ class GroupRun {
 
   SimulatedGroup& group() { return group_; }
 
+  // After a run without mishap. The words are hints that nothing waits for, so no result tells.
+  std::string check_sent() {
+    uint32_t epoch = scenario_.first_epoch;
+    uint32_t last_told = 0;
+    for (const ScenarioStep& step : mine_.steps) {
+      const int32_t chunks =
+          num_chunks(OpKind::kDispatch, step.options.shape.num_tokens, mine_.chunk_target);
+      for (const OpKind op : step.ops) {
+        ++epoch;
+        if (op == OpKind::kDispatch && tells_all_sent(chunks, mine_.chunk_target))
+          last_told = epoch;
+      }
+    }
+    const int32_t absent = mine_.steps[0].options.absent_rank;
+    const int32_t num_ranks = mine_.steps[0].options.shape.num_ranks;
+    for (int32_t rank = 0; rank < num_ranks; ++rank) {
+      for (int32_t source = 0; source < num_ranks; ++source) {
+        if (rank == absent || source == absent || group_.sent(rank, source) == last_told) continue;
+        return "rank " + std::to_string(rank) + " was told last that rank " +
+               std::to_string(source) + " sent all of exchange " +
+               std::to_string(group_.sent(rank, source)) + " instead of " +
+               std::to_string(last_told);
+      }
+    }
+    return {};
+  }
+
   static uint64_t memory_bytes(const GroupScenario& scenario) {
     uint64_t arrays = 0;
     for (const ScenarioStep& step : scenario.steps) {
@@ -61,6 +88,13 @@ class GroupRun {
   }
 
  private:
+  [[nodiscard]] SimulatedLaunch launch_on(uint32_t stream, uint32_t place) const {
+    return {.stream = stream,
+            .blocks = scenario_.blocks,
+            .tail_blocks = scenario_.tail_blocks,
+            .place = place};
+  }
+
   void append(size_t step, int32_t rank) {
     const int32_t absent = mine_.steps[step].options.absent_rank;
     if (rank == absent) return;
@@ -80,7 +114,7 @@ class GroupRun {
       if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
       RankView view = group_.view(rank);
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
-      append_op(ops[i], view, *arrays, {stream_, scenario_.blocks});
+      append_op(ops[i], view, *arrays, launch_on(stream_, 0));
       append_check(
           rank, "step " + std::to_string(step), ops[i], [op = ops[i], arrays](auto& device) {
             return check(op, *arrays, device);
@@ -102,7 +136,7 @@ class GroupRun {
   // The last operation, with what goes wrong.
   void append_mishap(OpKind op, int32_t rank, const RankArrays& arrays) {
     const bool is_it = rank == scenario_.rank;
-    const SimulatedLaunch launch{stream_, scenario_.blocks, 1};
+    const SimulatedLaunch launch = launch_on(stream_, 1);
     RankView view = group_.view(rank);
     const auto host_call = [this, rank](const auto& call) {
       machine_.host_call(static_cast<uint32_t>(rank), stream_, call);
@@ -123,11 +157,11 @@ class GroupRun {
         if (is_it) op = OpKind::kPlan;
         break;
       case Mishap::kOtherPlace:
-        return append_op(op, view, arrays, {launch.stream, launch.blocks, is_it ? 2U : 1U});
+        return append_op(op, view, arrays, launch_on(stream_, is_it ? 2 : 1));
       case Mishap::kOtherTokens: return append_op(op, view, arrays, launch, is_it ? 1 : 0);
       case Mishap::kOverlap:
         host_call([this, op, view, &arrays, launch] {
-          append_op(op, view, arrays, {stream_ + 1, launch.blocks, launch.place});
+          append_op(op, view, arrays, launch_on(stream_ + 1, launch.place));
         });
         break;
       case Mishap::kHostileHandle:
@@ -235,7 +269,7 @@ Outcome run_scenario(const Scenario& scenario, uint64_t seed) {
     ++config.streams;
   config.clock_skew_ns = 16;
   config.survive_traps = scenario.mishap != Mishap::kNone;  // see what each rank says
-  config.max_blocks = scenario.blocks;
+  config.max_blocks = scenario.blocks + scenario.tail_blocks;
   config.max_threads = SimulatedGroup::kMaxThreads;
   config.shared_bytes = SimulatedGroup::max_shared_bytes();
   config.check_races = scenario.check_races;
@@ -258,6 +292,14 @@ Outcome run_scenario(const Scenario& scenario, uint64_t seed) {
     runs.back()->append();
   }
   Outcome outcome{machine.run(), {}, {}};
+  if (outcome.report.ok() && scenario.mishap == Mishap::kNone) {
+    for (const std::unique_ptr<GroupRun>& run : runs) {
+      const std::string error = run->check_sent();
+      if (error.empty()) continue;
+      outcome.report.kind = "wrong result";
+      outcome.report.what = error;
+    }
+  }
   for (uint32_t rank = 0; rank < config.num_ranks; ++rank) {
     SimulatedGroup& group = runs[0]->group();
     outcome.errors.push_back(group.error(static_cast<int32_t>(rank)));

@@ -126,13 +126,16 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
       for (ScenarioStep& step : group.steps) step.options.absent_rank = absent;
     }
   }
+  scenario.tail_blocks = std::min(others.one_of<uint32_t>({0, 1, 2}),
+                                  kMaxBlocks / static_cast<uint32_t>(num_ranks) - scenario.blocks);
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   return scenario;
 }
 
 std::string describe(const Scenario& scenario) {
-  std::string text = std::to_string(scenario.blocks) + " blocks";
+  std::string text =
+      std::to_string(scenario.blocks) + "+" + std::to_string(scenario.tail_blocks) + " blocks";
   if (scenario.mishap != Mishap::kNone) text += std::string(", ") + name(scenario.mishap);
   for (const GroupScenario& group : scenario.groups) {
     text += "\n  group, chunk target " + std::to_string(group.chunk_target) + ":";

@@ -48,6 +48,7 @@ enum class Mishap {
 struct Scenario {
   std::vector<GroupScenario> groups;  // each on a stream of its own, of the same ranks
   uint32_t blocks = 2;                // of every kernel
+  uint32_t tail_blocks = 0;           // of dispatch, more
   bool check_races = true;
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
   Mishap mishap = Mishap::kNone;

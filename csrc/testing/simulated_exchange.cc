@@ -84,13 +84,16 @@ class RankProgram {
 
   [[nodiscard]] uint64_t bytes() const { return arrays_.bytes(); }
 
-  void append_call(sim::Machine& machine, SimulatedGroup& group, int32_t call, uint32_t blocks) {
+  void append_call(sim::Machine& machine,
+                   SimulatedGroup& group,
+                   int32_t call,
+                   const SimulatedLaunch& launch) {
     const auto r = static_cast<uint32_t>(rank_);
     machine.host_call(r, 0, [this, &machine] { upload(machine); });
-    group.launch(plan_, {.blocks = blocks});
-    group.launch(dispatch_, {.blocks = blocks});
-    group.launch(weighted_, {.blocks = blocks});
-    group.launch(unweighted_, {.blocks = blocks});
+    group.launch(plan_, launch);
+    group.launch(dispatch_, launch);
+    group.launch(weighted_, launch);
+    group.launch(unweighted_, launch);
     machine.host_call(r, 0, [this, &machine, call] { download(machine, call); });
   }
 
@@ -166,13 +169,14 @@ const char* jax_ep_simulate(const SimulatedExchange* exchange) {
   using namespace jax_ep;
   const HeapShape heap = heap_shape_of(*exchange);
   const auto num_ranks = static_cast<uint32_t>(exchange->num_ranks);
-  const auto blocks = static_cast<uint32_t>(exchange->blocks);
+  const SimulatedLaunch launch{.blocks = static_cast<uint32_t>(exchange->blocks),
+                               .tail_blocks = static_cast<uint32_t>(exchange->tail_blocks)};
   const uint64_t heap_bytes = SimulatedGroup::memory_bytes(heap);
   const uint64_t arrays_bytes = RankProgram(*exchange, 0, {}, nullptr).bytes();
 
   sim::Config config;
   config.num_ranks = num_ranks;
-  config.max_blocks = blocks;
+  config.max_blocks = launch.blocks + launch.tail_blocks;
   config.max_threads = SimulatedGroup::kMaxThreads;
   config.granule_bytes = granule_bytes(heap.hidden, heap.dtype, heap.wire);
   config.memory_bytes =
@@ -187,7 +191,7 @@ const char* jax_ep_simulate(const SimulatedExchange* exchange) {
     programs.push_back(std::make_unique<RankProgram>(
         *exchange, r, group.view(r), machine.memory(rank) + heap_bytes));
     for (int32_t call = 0; call < exchange->calls; ++call) {
-      programs.back()->append_call(machine, group, call, blocks);
+      programs.back()->append_call(machine, group, call, launch);
     }
   }
   const sim::Report report = machine.run();

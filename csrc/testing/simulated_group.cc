@@ -17,12 +17,17 @@ constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
 template <typename Params>
 void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
   params.call_tag = call_tag_of(params.op, launch.place);
+  const bool has_tail = params.op.kKind == OpKind::kDispatch;
+  params.blocks = {.first = 0,
+                   .num_main = static_cast<int32_t>(launch.blocks),
+                   .num_tail = has_tail ? static_cast<int32_t>(launch.tail_blocks) : 0};
+  // Both launches as one: blocks of the tail may begin at any time.
+  const auto blocks = static_cast<uint32_t>(params.blocks.num_main + params.blocks.num_tail);
   SimulatedKernel kernel = simulated_kernel(params);
-  machine.launch(
-      static_cast<uint32_t>(params.view.rank),
-      launch.stream,
-      {.blocks = launch.blocks, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes},
-      std::move(kernel.body));
+  machine.launch(static_cast<uint32_t>(params.view.rank),
+                 launch.stream,
+                 {.blocks = blocks, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes},
+                 std::move(kernel.body));
 }
 
 }  // namespace
@@ -55,7 +60,8 @@ SimulatedGroup::SimulatedGroup(sim::Machine& machine,
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
     const auto r = static_cast<uint32_t>(rank);
     // Rows, scalars and scales are written before they are read: they start uninitialized.
-    for (const Region region : {Region::kAcknowledged, Region::kAborted, Region::kArrived}) {
+    for (const Region region :
+         {Region::kAcknowledged, Region::kAborted, Region::kSent, Region::kArrived}) {
       machine_.fill(r,
                     heap(rank) + layout_.at(region),
                     0,
@@ -134,6 +140,13 @@ ErrorRecord SimulatedGroup::error(int32_t rank) {
   ErrorRecord record{};
   machine_.read(static_cast<uint32_t>(rank), view(rank).error, &record, sizeof record);
   return record;
+}
+
+uint32_t SimulatedGroup::sent(int32_t rank, int32_t source) {
+  uint32_t epoch = 0;
+  const std::byte* const word = heap(rank) + layout_.at(Region::kSent) + 4 * source;
+  machine_.read(static_cast<uint32_t>(rank), word, &epoch, sizeof epoch);
+  return epoch;
 }
 
 LongWait SimulatedGroup::long_wait(int32_t rank, int32_t peer) {

@@ -38,7 +38,8 @@ uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire);
 struct SimulatedLaunch {
   uint32_t stream = 0;
   uint32_t blocks = 1;
-  uint32_t place = 0;  // of the call in the program
+  uint32_t tail_blocks = 0;  // of a dispatch
+  uint32_t place = 0;        // of the call in the program
 };
 
 class SimulatedGroup {
@@ -67,6 +68,8 @@ class SimulatedGroup {
 
   [[nodiscard]] RankView view(int32_t rank) const;
   [[nodiscard]] ErrorRecord error(int32_t rank);
+  // Of which epoch the rank was told last that a source has sent all; 0: of none.
+  [[nodiscard]] uint32_t sent(int32_t rank, int32_t source);
   // What the rank reported last of its waits for a peer; level 0: nothing.
   [[nodiscard]] LongWait long_wait(int32_t rank, int32_t peer);
 

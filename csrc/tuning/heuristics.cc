@@ -2,6 +2,7 @@
 #include "csrc/tuning/heuristics.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "csrc/core/work_partition.h"
@@ -23,10 +24,12 @@ constexpr int64_t kBinsPerBlock = 16;
 // Of a block's warps, those that send first: so many that the link is busy while the others write
 // what has arrived. Quantizing takes more of them, and so does summing; in a small call, in which
 // no warp has much to do, half of them sum what arrives from the start. Measured on two H200
-// (docs/measurements/performance.md).
-int32_t num_senders(OpKind op, Layout layout, Wire wire, bool small) {
+// (docs/measurements/performance.md). Before a tail more of them send, for the others need not keep
+// up: measured on one H200.
+int32_t num_senders(OpKind op, Layout layout, Wire wire, bool small, bool has_tail) {
   const bool by_rank = layout == Layout::kRank;
   if (op == OpKind::kCombine) return small ? kCompiledCombine.num_warps / 2 : by_rank ? 8 : 10;
+  if (has_tail) return wire == Wire::kSame ? 8 : 12;
   if (wire == Wire::kSame) return 5;
   return by_rank ? 8 : 6;
 }
@@ -63,6 +66,37 @@ int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
   return ceil_div(items, row_bytes == 0 ? kSmallChunksPerBlock : kPartsPerBlock);
 }
 
+// What one SM stores, and what travels over NVLink each way, measured on two H200
+// (docs/measurements/performance.md): bytes in a microsecond.
+constexpr double kSmStoreRate = 54'000;
+constexpr double kLinkRate = 341'000;
+// So much left to expand is worth a second launch.
+constexpr double kMinTailBytes = 20e6;
+
+// Bytes of rows that so many SMs have not yet written when the last row has been sent, if routing
+// is even: until then they have sent, and expanded as fast as an SM can store.
+double bytes_left(const EpShape& shape, int64_t row_bytes, Wire wire, int32_t num_blocks) {
+  const double ranks = shape.num_ranks;
+  const double tokens = static_cast<double>(shape.num_tokens);
+  const double ranks_of_token = ranks * (1 - std::pow(1 - 1 / ranks, shape.num_topk));
+  const double rows = shape.layout == Layout::kRank ? ranks_of_token : shape.num_topk;
+  const double expanded = tokens * rows * static_cast<double>(row_bytes);
+  const double wire_bytes = static_cast<double>(row_bytes) * (wire == Wire::kFloat8E4M3 ? 0.52 : 1);
+  const double sent = tokens * ranks_of_token * (1 - 1 / ranks) * wire_bytes;
+  return expanded + sent - sent / kLinkRate * kSmStoreRate * num_blocks;
+}
+
+int32_t num_tail_blocks(const EpShape& shape,
+                        int64_t row_bytes,
+                        Wire wire,
+                        const SmBudget& budget,
+                        int32_t num_blocks) {
+  if (!tells_all_sent(num_chunks(OpKind::kDispatch, shape.num_tokens))) return 0;
+  if (bytes_left(shape, row_bytes, wire, num_blocks) < kMinTailBytes) return 0;
+  const int32_t idle = std::max(budget.available - num_blocks, 0);
+  return budget.tail < 0 ? idle : std::min(budget.tail, idle);
+}
+
 }  // namespace
 
 LaunchShape launch_shape(
@@ -82,7 +116,10 @@ LaunchShape launch_shape(
     launch.num_stages = config.num_stages;
     const int64_t num_warps = int64_t{launch.num_blocks} * config.num_warps;
     const bool small = num_items(op, shape, row_bytes) <= 2 * num_warps;
-    launch.num_senders = num_senders(op, shape.layout, wire, small);
+    if (op == OpKind::kDispatch) {
+      launch.num_tail_blocks = num_tail_blocks(shape, row_bytes, wire, budget, launch.num_blocks);
+    }
+    launch.num_senders = num_senders(op, shape.layout, wire, small, launch.num_tail_blocks > 0);
   }
   return launch;
 }

@@ -16,11 +16,13 @@ namespace jax_ep {
 struct SmBudget {
   int32_t available;  // SMs of the device that this rank can have
   int32_t requested;  // EpConfig.max_num_sms; 0: the default of each operation
+  int32_t tail = -1;  // EpConfig.tail_num_sms; -1: all that are available
 };
 
 // Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel), which
 // dispatch sends as `wire` says. As many blocks as the budget allows, fewer where there is little
-// to do, at least 1. Depends on nothing else, so that every rank of a group, and every run, does
+// to do, at least 1. Dispatch gets a tail on idle SMs where much is left to expand when all has been
+// sent. Depends on nothing else, so that every rank of a group, and every run, does
 // the same.
 LaunchShape launch_shape(
     OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire = Wire::kSame);

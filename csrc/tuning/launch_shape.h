@@ -13,6 +13,7 @@ struct LaunchShape {
   int32_t num_warps;        // of a block
   int32_t num_stages;       // of each warp's pipeline through shared memory; 0: it has none
   int32_t num_senders = 0;  // warps of a block that send before they receive; plan has none
+  int32_t num_tail_blocks = 0;  // see CallBlocks; dispatch alone has them
 };
 
 }  // namespace jax_ep

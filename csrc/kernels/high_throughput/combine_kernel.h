@@ -27,10 +27,13 @@ struct CombineConfig {
 template <typename Config, typename RowType>
 class CombineKernel {
  public:
+  static constexpr bool kHasTail = false;
+
   JAX_EP_DEVICE explicit CombineKernel(const CombineParams& params)
       : params_(params),
         shape_(params.op.shape),
         exchange_(params.view,
+                  params.blocks,
                   Channel::kHighThroughput,
                   OpKind::kCombine,
                   params.call_tag,

@@ -23,6 +23,7 @@ struct DispatchContext {
       : params(params),
         shape(params.op.shape),
         exchange(params.view,
+                 params.blocks,
                  Channel::kHighThroughput,
                  OpKind::kDispatch,
                  params.call_tag,

@@ -14,33 +14,24 @@ template <typename Config, typename RowType>
 class DispatchReceiver {
  public:
   JAX_EP_DEVICE explicit DispatchReceiver(DispatchContext<Config, RowType>& context)
-      : c_(context) {}
+      : c_(context), calls_tail_(c_.exchange.has_tail() && !c_.exchange.in_tail()) {}
 
   JAX_EP_DEVICE void receive() {
-    const auto warp = static_cast<i32>(warp_id() * num_blocks() + block_id());
-    clear_rows_without_token(warp, static_cast<i32>(num_blocks() * Config::kWarps));
-    // In the order in which chunks arrive; each rank begins with itself.
-    for (WorkQueue work =
-             c_.exchange.receiving(c_.chunks * c_.parts * c_.num_ranks, c_.num_senders);
-         work.has_item();
+    const bool has_tail = c_.exchange.has_tail();
+    // While the first chunks are on their way; or last, when the tail helps.
+    if (!has_tail) {
+      const auto warp = static_cast<i32>(warp_id() * num_blocks() + block_id());
+      const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
+      for (i32 run = warp; run < num_clear_runs(); run += num_warps) clear_rows_without_token(run);
+    }
+    const i32 num_tokens = c_.chunks * c_.parts * c_.num_ranks * c_.tokens_per_chunk;
+    const i32 num_items = num_tokens + (has_tail ? num_clear_runs() : 0);
+    for (WorkQueue work = c_.exchange.receiving(num_items, c_.num_senders); work.has_item();
          work.next()) {
-      const i32 flag_idx = work.item() / c_.num_ranks;
-      const i32 source = peer_at_turn(c_.exchange.view(), work.item() % c_.num_ranks);
-      if (source < 0) continue;
-      if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);
-      warp_sync();
-      // The copy engine, too, sees what has arrived.
-      fence_proxy_async_global();
-      const i64 first = c_.first_token(flag_idx / c_.parts);
-      const i64 last = c_.last_token(flag_idx / c_.parts);
-      if (c_.hidden > 0 && c_.bulk) {
-        expand_segments(source, first, last, flag_idx % c_.parts);
-        continue;
-      }
-      for (i64 token = first; token < last; ++token) {
-        const i32 row = held_row(source, token);
-        expand_scalars(source, token, row);
-        if (c_.hidden > 0) expand_elements(source, token, row);
+      if (work.item() < num_tokens) {
+        receive_token(work.item());
+      } else {
+        clear_rows_without_token(work.item() - num_tokens);
       }
     }
   }
@@ -66,6 +57,38 @@ class DispatchReceiver {
  private:
   using Element = typename RowType::Element;
 
+  // In the order in which chunks arrive; each rank begins with itself. A warp takes one token of a
+  // chunk, not all, so that all warps end at about the same time.
+  JAX_EP_DEVICE void receive_token(i32 item) {
+    const i32 flag_of_source = item / c_.tokens_per_chunk;
+    const i32 flag_idx = flag_of_source / c_.num_ranks;
+    const i32 source = peer_at_turn(c_.exchange.view(), flag_of_source % c_.num_ranks);
+    const i64 token = c_.first_token(flag_idx / c_.parts) + item % c_.tokens_per_chunk;
+    if (source < 0 || token >= c_.num_tokens) return;
+    if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);
+    warp_sync();
+    // The copy engine, too, sees what has arrived.
+    fence_proxy_async_global();
+    const i32 part = flag_idx % c_.parts;
+    const i32 row = held_row(source, token);
+    call_tail_if_all_sent();
+    if (part == 0) expand_scalars(source, token, row);
+    if (c_.hidden == 0) return;
+    if (c_.bulk) {
+      expand_segments(source, token, row, part);
+    } else {
+      expand_elements(source, token, row);
+    }
+  }
+
+  // Lets the blocks of the tail begin, once they need not wait for a peer. They do when a warp of
+  // each main block has been here.
+  JAX_EP_DEVICE void call_tail_if_all_sent() {
+    if (!calls_tail_ || !c_.exchange.all_sent()) return;
+    calls_tail_ = false;
+    launch_dependents();
+  }
+
   JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
     return row_of_lane(c_.shape, Ptr<const i32>{c_.params.op.source_slot}, source, token);
   }
@@ -76,26 +99,22 @@ class DispatchReceiver {
     return {row.raw};
   }
 
-  JAX_EP_DEVICE void expand_segments(i32 source, i64 first, i64 last, i32 part) {
-    const auto row_of = [this, source, part](i64 token) {
-      const i32 row = held_row(source, token);
-      if (part == 0) expand_scalars(source, token, row);
-      return row;
-    };
-    const auto source_of = [this, source](i64 token, i32 segment) {
-      return SegmentSource{arrived_row(source, token) + c_.staged_at(c_.segments.first(segment)),
+  JAX_EP_DEVICE void expand_segments(i32 source, i64 token, i32 row, i32 part) {
+    const auto source_of = [this, source](i64 of_token, i32 segment) {
+      return SegmentSource{arrived_row(source, of_token) + c_.staged_at(c_.segments.first(segment)),
                            c_.staged_bytes(c_.segments.size(segment, c_.hidden))};
     };
-    stream_segments(c_.ring,
-                    first,
-                    last,
-                    c_.first_segment(part),
-                    c_.first_segment(part + 1),
-                    row_of,
-                    source_of,
-                    [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {
-                      expand_segment(row, segment, stage);
-                    });
+    stream_segments(
+        c_.ring,
+        token,
+        token + 1,
+        c_.first_segment(part),
+        c_.first_segment(part + 1),
+        [row](i64 /*token*/) { return row; },
+        source_of,
+        [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {
+          expand_segment(row, segment, stage);
+        });
   }
 
   JAX_EP_DEVICE void expand_segment(i32 row, i32 segment, Ptr<u32> stage) {
@@ -164,15 +183,18 @@ class DispatchReceiver {
 
   // --- rows that hold no token -----------------------------------------------------------------
 
-  JAX_EP_DEVICE void clear_rows_without_token(i32 warp, i32 num_warps) {
-    if (!c_.params.op.zero_fill && c_.params.op.num_scalars == 0) return;
-    const i64 capacity = c_.shape.recv_capacity;
-    for (i64 first = i64{warp} * kWarpSize; first < capacity; first += i64{num_warps} * kWarpSize) {
-      const i64 row = first + lane_id();
-      const bool empty = row < capacity && ld(Ptr<const i32>{c_.params.op.row_source} + row) < 0;
-      for (u32 rows = warp_ballot(empty); rows != 0; rows &= rows - 1) {
-        clear_row(first + lowest_bit(rows));
-      }
+  // They are cleared in runs of as many rows as a warp has lanes.
+  JAX_EP_DEVICE i32 num_clear_runs() const {
+    if (!c_.params.op.zero_fill && c_.params.op.num_scalars == 0) return 0;
+    return static_cast<i32>(ceil_div(c_.shape.recv_capacity, kWarpSize));
+  }
+  JAX_EP_DEVICE void clear_rows_without_token(i32 run) {
+    const i64 first = i64{run} * kWarpSize;
+    const i64 row = first + lane_id();
+    const bool empty =
+        row < c_.shape.recv_capacity && ld(Ptr<const i32>{c_.params.op.row_source} + row) < 0;
+    for (u32 rows = warp_ballot(empty); rows != 0; rows &= rows - 1) {
+      clear_row(first + lowest_bit(rows));
     }
   }
 
@@ -198,6 +220,7 @@ class DispatchReceiver {
   }
 
   DispatchContext<Config, RowType>& c_;
+  bool calls_tail_;
 };
 
 }  // namespace jax_ep::dev

@@ -17,6 +17,16 @@ class DispatchSender {
   JAX_EP_DEVICE explicit DispatchSender(DispatchContext<Config, RowType>& context) : c_(context) {}
 
   JAX_EP_DEVICE void send() {
+    send_chunks();
+    if (tells_all_sent(c_.chunks, c_.params.view.chunk_target)) {
+      c_.exchange.count_sent(c_.num_senders);
+    }
+  }
+
+ private:
+  using Element = typename RowType::Element;
+
+  JAX_EP_DEVICE void send_chunks() {
     WorkQueue work = c_.exchange.sending(c_.chunks * c_.parts, c_.num_senders);
     if (!work.has_item()) return;
     c_.exchange.wait_until_writable();
@@ -39,9 +49,6 @@ class DispatchSender {
     }
     announce_all();
   }
-
- private:
-  using Element = typename RowType::Element;
 
   // So many segments after a chunk's end it is announced: by then its stores have been written, and
   // the warp need not stand still for them.

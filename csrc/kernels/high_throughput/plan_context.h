@@ -28,6 +28,7 @@ struct PlanContext {
       : params(params),
         shape(params.op.shape),
         exchange(params.view,
+                 params.blocks,
                  Channel::kHighThroughput,
                  OpKind::kPlan,
                  params.call_tag,

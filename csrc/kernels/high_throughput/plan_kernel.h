@@ -25,6 +25,8 @@ namespace jax_ep::dev {
 template <typename RowLayout>
 class PlanKernel {
  public:
+  static constexpr bool kHasTail = false;
+
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
       : context_(params, RowLayout::kLayout) {}
 

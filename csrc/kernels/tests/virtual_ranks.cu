@@ -3,6 +3,7 @@
 // several. Runs the simulator's random scenarios on the hardware, and times the kernels.
 //   virtual_ranks scenarios [FIRST LAST [GPUS]]
 //   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [gpus=N] [senders=N]
+//                [tail=N]
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -147,17 +148,20 @@ class VirtualRanks {
 };
 
 // What tuning chooses, on so many SMs.
-LaunchShape launch_of(OpKind op, const ClusterOptions& options, int32_t blocks) {
+LaunchShape launch_of(OpKind op, const ClusterOptions& options, int32_t blocks, int32_t tail = 0) {
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
-  LaunchShape shape =
-      launch_shape(op, options.shape, row_bytes, {.available = 132, .requested = 0}, options.wire);
+  LaunchShape shape = launch_shape(op,
+                                   options.shape,
+                                   row_bytes,
+                                   {.available = 132, .requested = blocks, .tail = tail},
+                                   options.wire);
   shape.num_blocks = blocks;
   return shape;
 }
 
 // --- scenarios -----------------------------------------------------------------------------------
 
-std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t blocks) {
+std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenario& scenario) {
   Problem problem(step.options, step.x_format, step.rows_format);
   if (!problem.ok) return "the CPU backend failed";
   GpuMemory memory;
@@ -179,10 +183,11 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, int32_t bloc
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
       cudaStream_t stream = ranks.stream(rank);
-      const LaunchShape shape = launch_of(op, step.options, blocks);
+      LaunchShape shape = launch_of(op, step.options, static_cast<int32_t>(scenario.blocks));
       switch (op) {
         case OpKind::kPlan: check(launch_plan(mine.plan(view), shape, stream), "plan"); break;
         case OpKind::kDispatch:
+          shape.num_tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
           check(launch_dispatch(mine.dispatch(view), shape, stream), "dispatch");
           break;
         case OpKind::kCombine:
@@ -214,7 +219,7 @@ int run_scenarios(uint64_t first, uint64_t last, int num_gpus) {
     const GroupScenario& group = scenario.groups[0];
     VirtualRanks ranks(heap_shape(group), num_gpus, group.chunk_target);
     for (const ScenarioStep& step : group.steps) {
-      const std::string error = run_step(ranks, step, static_cast<int32_t>(scenario.blocks));
+      const std::string error = run_step(ranks, step, scenario);
       if (error.empty()) continue;
       std::printf("seed %lu: %s\n%s\n", seed, describe(scenario).c_str(), error.c_str());
       return 1;
@@ -259,10 +264,11 @@ std::vector<int32_t> random_routing(const EpShape& shape, std::mt19937& random) 
 // The ops of all ranks of one layer, on arrays that nobody looks at.
 class TimedRanks {
  public:
-  // senders: warps of a block that send first; 0: as tuning says.
-  TimedRanks(const ClusterOptions& options, int num_gpus, int32_t senders)
+  // senders: warps of a block that send first; 0: as tuning says. tail: blocks of dispatch's.
+  TimedRanks(const ClusterOptions& options, int num_gpus, int32_t senders, int32_t tail)
       : options_(options),
         senders_(senders),
+        tail_(tail),
         shape_(options.shape),
         ranks_(heap_shape(
                    GroupScenario{.max_tokens = shape_.num_tokens, .steps = {{.options = options}}}),
@@ -291,7 +297,7 @@ class TimedRanks {
 
  private:
   [[nodiscard]] LaunchShape transfer(OpKind op, int32_t sms) const {
-    LaunchShape shape = launch_of(op, options_, sms);
+    LaunchShape shape = launch_of(op, options_, sms, tail_);
     if (senders_ > 0) shape.num_senders = senders_;
     return shape;
   }
@@ -372,6 +378,7 @@ class TimedRanks {
 
   const ClusterOptions options_;
   const int32_t senders_;
+  const int32_t tail_;
   const EpShape shape_;
   VirtualRanks ranks_;
   std::vector<DeviceArray> storage_;
@@ -403,17 +410,19 @@ int main(int argc, char** argv) {
   options.dtype = DType::kBFloat16;
   int num_gpus = 1;
   int32_t senders = 0;
+  int32_t tail = 0;
   for (int i = 8; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
     if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;
     if (std::strncmp(argv[i], "gpus=", 5) == 0) num_gpus = std::atoi(argv[i] + 5);
     if (std::strncmp(argv[i], "senders=", 8) == 0) senders = std::atoi(argv[i] + 8);
+    if (std::strncmp(argv[i], "tail=", 5) == 0) tail = std::atoi(argv[i] + 5);
   }
   open_gpus(num_gpus);
   const EpShape& shape = options.shape;
   options.shape.recv_capacity = shape.num_tokens * shape.num_topk * 5 / 4 + 1024;
   const int sms = std::atoi(argv[7]);
   std::printf("%s, %d SMs a rank, %d GPUs\n", describe(options).c_str(), sms, num_gpus);
-  TimedRanks(options, num_gpus, senders).time(sms);
+  TimedRanks(options, num_gpus, senders, tail).time(sms);
   return 0;
 }
