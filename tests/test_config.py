@@ -38,6 +38,7 @@ def test_defaults():
     assert config.expert_alignment == 1
     assert config.zero_fill is True
     assert config.max_num_sms is None
+    assert config.tail_num_sms is None
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,10 @@ _DTYPES = "allowed: float32, bfloat16, float16"
             for value in (0, -1, 2.5, False, INT32_MAX + 1)
         ],
         ({"max_num_sms": 0}, f"EpConfig.max_num_sms is 0; allowed: None or {_INT}"),
+        (
+            {"tail_num_sms": -1},
+            f"EpConfig.tail_num_sms is -1; allowed: None or an int from 0 to {INT32_MAX}",
+        ),
         ({"max_num_sms": 1.5}, f"EpConfig.max_num_sms is 1.5; allowed: None or {_INT}"),
         (
             {"num_topk": 9},

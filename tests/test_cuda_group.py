@@ -52,7 +52,7 @@ def test_steps_of_a_life(mesh, fake):
         assert len(held["mapped"]) == 4
     made.close()
     assert fake.log == [
-        ("register", "jax_ep_plan"), ("create", 0), *CONNECTS, ("disconnect",), ("close",),
+        ("register", "jax_ep_plan"), ("create", 0, -1), *CONNECTS, ("disconnect",), ("close",),
     ]  # fmt: skip
     assert not fake.groups
     assert not fake.left
@@ -72,10 +72,13 @@ def test_groups_have_nonces_of_their_own(mesh, fake):
         assert fake.groups[one.group_id]["nonce"] != fake.groups[other.group_id]["nonce"]
 
 
-@pytest.mark.parametrize(("max_num_sms", "passed"), [(None, 0), (24, 24)])
-def test_max_num_sms_reaches_the_kernels(max_num_sms, passed, mesh, fake):
-    jax_ep.EpGroup(mesh, "expert", _config(max_num_sms=max_num_sms)).close()
-    assert ("create", passed) in fake.log
+@pytest.mark.parametrize(
+    ("sms", "passed"),
+    [({}, (0, -1)), ({"max_num_sms": 24}, (24, -1)), ({"tail_num_sms": 0}, (0, 0))],
+)
+def test_numbers_of_sms_reach_the_kernels(sms, passed, mesh, fake):
+    jax_ep.EpGroup(mesh, "expert", _config(**sms)).close()
+    assert ("create", *passed) in fake.log
 
 
 def test_a_rank_is_a_place_in_the_mesh_and_not_a_device_number():
@@ -191,7 +194,7 @@ def test_a_heap_that_does_not_fit_is_an_error_that_says_what_to_lower(mesh, fake
     with pytest.raises(jax_ep.EpUnavailable, match=re.escape(text)) as caught:
         jax_ep.EpGroup(mesh, "expert", CONFIG)
     assert "cannot serve EpGroup" in str(caught.value)
-    assert fake.log == [("register", "jax_ep_plan"), ("create", 0)]
+    assert fake.log == [("register", "jax_ep_plan"), ("create", 0, -1)]
 
 
 def test_a_peer_that_cannot_be_mapped_leaves_nothing_behind(mesh, fake):

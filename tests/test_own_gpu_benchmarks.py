@@ -88,7 +88,11 @@ def test_the_ragged_baseline_is_lowered_for_gpus_to_two_collectives():
 
 def test_the_default_cases_are_part_of_the_product():
     full = own_gpu_cases(8, 4096, full=True)
-    assert len(full) == len(set(full)) == 3 * 2 * 3
+    throughout = [c for c in full if not c.tail]  # on so many SMs
+    assert [(c.layout, c.wire_dtype, c.num_sms) for c in throughout] == [
+        ("expert", wire, 24) for wire in (None, FP8)
+    ]
+    assert len(full) == len(set(full)) == 3 * 2 * 3 + len(throughout)
     some = own_gpu_cases(8, 4096, full=False)
     assert set(some) < set(full)
     assert {c.num_sms for c in some} == {24, 64, 132}

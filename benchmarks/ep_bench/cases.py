@@ -212,6 +212,7 @@ class GpuCase:
         num_sms: SMs of each rank, for each kernel.
         routing: "uniform" or "zipf".
         zero_fill: of the config.
+        tail: whether dispatch may end on idle SMs, beyond `num_sms`.
     """
 
     num_tokens: int
@@ -221,6 +222,7 @@ class GpuCase:
     num_sms: int = 16
     routing: str = "uniform"
     zero_fill: bool = False
+    tail: bool = True
 
     @property
     def name(self) -> str:
@@ -279,6 +281,7 @@ class GpuCase:
             "recv_capacity": self.recv_capacity,
             "zero_fill": self.zero_fill,
             "max_num_sms": self.num_sms,
+            "tail_num_sms": None if self.tail else 0,
         }
 
 
@@ -336,8 +339,8 @@ MEASURED = tuple(OPERATIONS)  # of our operations
 def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCase]:
     """Of one number of tokens: both wires, routings and layouts; zipf only in layout "expert".
 
-    Other SMs at T 4096 with uniform routing, or with `full` everywhere. The first two, uniform and
-    zipf on the BF16 wire, are those of the comparisons too.
+    Other SMs at T 4096 with uniform routing, or with `full` everywhere; without a tail at T 4096,
+    last. The first two, uniform and zipf on the BF16 wire, are those of the comparisons too.
     """
     wires = (None, FP8)
     layouts = [("expert", routing) for routing in ROUTINGS] + [("rank", ROUTINGS[0])]
@@ -345,7 +348,7 @@ def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCas
     more = [kind for kind in first if full or (num_tokens == 4096 and kind[2] == ROUTINGS[0])]
     kinds = [(OWN_SMS[0], *kind) for kind in first]
     kinds += [(sms, *kind) for sms in OWN_SMS[1:] for kind in more]
-    return [
+    found = [
         GpuCase(
             num_tokens=num_tokens,
             num_ranks=num_ranks,
@@ -356,9 +359,12 @@ def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCas
         )
         for sms, wire, layout, routing in kinds
     ]
+    if num_tokens == 4096:  # on so many SMs throughout
+        found += [dataclasses.replace(found[i], tail=False) for i in range(len(wires))]
+    return found
 
 
 def routings_of(found: Sequence[GpuCase]) -> list[GpuCase]:
     """One case for each routing: layout "expert", BF16 wire, the first number of SMs."""
     kind = (None, "expert", OWN_SMS[0])
-    return [c for c in found if (c.wire_dtype, c.layout, c.num_sms) == kind]
+    return [c for c in found if c.tail and (c.wire_dtype, c.layout, c.num_sms) == kind]

@@ -48,6 +48,7 @@ def label(case: Mapping[str, Any]) -> list[str]:
     words = [case["layout"]]
     words += [case["routing"]] if case["routing"] != "uniform" else []
     words += ["zeros filled"] if case["zero_fill"] else []
+    words += [] if case.get("tail", True) else ["no tail"]
     return [f"{case['num_tokens']}, {case['num_ranks']}", wire, ", ".join(words), case["num_sms"]]
 
 

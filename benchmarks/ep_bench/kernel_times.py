@@ -13,9 +13,9 @@ _LINE = re.compile(r"^\s+(plan|dispatch|combine)\s+([\d.]+) us$", re.MULTILINE)
 
 def _arguments(case: GpuCase) -> list[str]:
     sizes = (case.num_ranks, case.num_tokens, HIDDEN, NUM_TOPK, NUM_EXPERTS, case.num_sms)
-    words = (["fp8"] if case.wire_dtype == FP8 else []) + (
-        ["rank"] if case.layout == "rank" else []
-    )
+    words = ["fp8"] if case.wire_dtype == FP8 else []
+    words += ["rank"] if case.layout == "rank" else []
+    words += [] if case.tail else ["tail=0"]
     return ["time", *map(str, sizes), *words]
 
 

@@ -117,7 +117,7 @@ def read(path: pathlib.Path = MEASURED) -> Measurements:
     rates = {name: {int(n): r for n, r in of.items()} for name, of in probe["rates"].items()}
 
     def line(operation: str, us: float, *, fitted: bool, **case: Any) -> Line:
-        return Line(operation=operation, us=us, fitted=fitted, case=GpuCase(**case))
+        return Line(operation=operation, us=us, fitted=fitted, case=GpuCase(**case, tail=False))
 
     return Measurements(
         source=found["source"],

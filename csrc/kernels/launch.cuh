@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(Config::kWarps * 32, 1)
   const bool joins = Kernel::kHasTail && params.blocks.first > 0;
   if (joins) dev::fence_acq_rel<dev::Scope::kGpu>();
   Kernel(params).run();
-  if (joins && blockIdx.x == 0) cudaGridDependencySynchronize();
+  if (joins && dev::block_id() == 0) cudaGridDependencySynchronize();
 }
 
 template <typename Kernel, typename Config, typename Params>

@@ -106,7 +106,8 @@ Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing
   // Ranks that share a device wait for each other, or hold what others of them need: the blocks of
   // all must fit on it at once.
   budget_ = {.available = std::max(device_sms_ / std::max(sharing, 1), 1),
-             .requested = config_.group.max_num_sms};
+             .requested = config_.group.max_num_sms,
+             .tail = config_.group.tail_num_sms};
   words_.publish();
   peers_ = std::move(peers);
   view_ = view;

@@ -23,7 +23,8 @@ struct GroupSettings {
   GroupNonce nonce;
   double warn_after_s;
   double timeout_s;
-  int32_t max_num_sms;  // 0: the default of each operation
+  int32_t max_num_sms;   // 0: the default of each operation
+  int32_t tail_num_sms;  // -1: all that idle
   HeapShape heap;
 };
 

@@ -21,9 +21,8 @@ struct SmBudget {
 
 // Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel), which
 // dispatch sends as `wire` says. As many blocks as the budget allows, fewer where there is little
-// to do, at least 1. Dispatch gets a tail on idle SMs where much is left to expand when all has been
-// sent. Depends on nothing else, so that every rank of a group, and every run, does
-// the same.
+// to do, at least 1. Dispatch gets a tail on idle SMs where much is left to expand when all has
+// been sent. Depends on nothing else, so that every rank of a group, and every run, does the same.
 LaunchShape launch_shape(
     OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire = Wire::kSame);
 

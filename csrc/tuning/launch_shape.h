@@ -9,10 +9,10 @@ namespace jax_ep {
 // How a kernel is launched; csrc/tuning/heuristics.h chooses it. Warps and stages are compiled in:
 // a kernel exists for the combinations that tuning names, and no others.
 struct LaunchShape {
-  int32_t num_blocks;       // one per SM, all resident at once
-  int32_t num_warps;        // of a block
-  int32_t num_stages;       // of each warp's pipeline through shared memory; 0: it has none
-  int32_t num_senders = 0;  // warps of a block that send before they receive; plan has none
+  int32_t num_blocks;           // one per SM, all resident at once
+  int32_t num_warps;            // of a block
+  int32_t num_stages;           // of each warp's pipeline through shared memory; 0: it has none
+  int32_t num_senders = 0;      // warps of a block that send before they receive; plan has none
   int32_t num_tail_blocks = 0;  // see CallBlocks; dispatch alone has them
 };
 

@@ -17,6 +17,8 @@ import numpy as np
 from jax_ep._src import limits
 
 _Class = TypeVar("_Class", bound=type)
+# Fields that may be None, or an int.
+_OPTIONAL_INTS = ("recv_capacity", "max_num_sms", "tail_num_sms")
 
 
 def _refuse_old_names(**new_names: str) -> Callable[[_Class], _Class]:
@@ -64,8 +66,12 @@ class EpConfig:
         expert_alignment: rows; every expert starts at a multiple of it. Layout "expert" only.
         zero_fill: whether received rows that hold no token are zeros. False leaves them
             unspecified, which saves the time to write them.
-        max_num_sms: SMs that each of the GPU kernels may take at most. None: chosen from the
-            sizes. Without effect on the numbers, and on other devices.
+        max_num_sms: SMs that each of the GPU kernels that wait for a peer may take at most. None:
+            chosen from the sizes. Without effect on the numbers, and on other devices.
+        tail_num_sms: SMs beyond these that the end of a large dispatch may take at most, when all
+            has been sent and no peer is waited for any more. None: all that idle; 0: none, for
+            programs that keep those SMs busy with something else. Without effect on the numbers,
+            and on other devices.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the
@@ -86,6 +92,7 @@ class EpConfig:
     expert_alignment: int = 1
     zero_fill: bool = True
     max_num_sms: int | None = None
+    tail_num_sms: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):
@@ -108,9 +115,9 @@ class EpConfig:
             )
         if self.layout not in limits.LAYOUTS:
             raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
-        for field in ("recv_capacity", "max_num_sms"):
+        for field in _OPTIONAL_INTS:
             if getattr(self, field) is not None:
-                self._check_positive_int(field)
+                self._check_int(field, least=0 if field == "tail_num_sms" else 1)
         self._check_positive_int("expert_alignment")
         if self.layout == "rank" and self.expert_alignment != 1:
             raise ValueError(
@@ -122,11 +129,15 @@ class EpConfig:
         object.__setattr__(self, "zero_fill", bool(self.zero_fill))
 
     def _check_positive_int(self, field: str) -> None:
+        self._check_int(field, least=1)
+
+    def _check_int(self, field: str, least: int) -> None:
         value = getattr(self, field)
-        if not limits.is_int(value):
-            none = "None or " if field in ("recv_capacity", "max_num_sms") else ""
+        if not limits.is_int(value, least):
+            none = "None or " if field in _OPTIONAL_INTS else ""
             raise ValueError(
-                f"EpConfig.{field} is {value!r}; allowed: {none}an int from 1 to {limits.INT32_MAX}"
+                f"EpConfig.{field} is {value!r}; allowed: {none}an int from {least} to "
+                f"{limits.INT32_MAX}"
             )
         object.__setattr__(self, field, int(value))
 

@@ -73,10 +73,11 @@ class FakeCuda:
         warn_after_s,
         timeout_s,
         max_num_sms,
+        tail_num_sms,
         heap,
         ranks,
     ) -> list[bytes]:
-        self._called("create", max_num_sms)
+        self._called("create", max_num_sms, tail_num_sms)
         assert group_id not in self.groups
         self.groups[group_id] = {
             "nonce": nonce,

@@ -36,6 +36,9 @@ TURNS = EpProblem(
     name="turns", num_ranks=8, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
 )
 
+# So large that dispatch has a tail with two ranks: see Tuning.* in csrc/tuning/tests.
+LARGE_TURNS = TURNS.replace(name="large_turns", num_tokens=1024, hidden=2048, num_topk=8)
+
 
 def _check_turns(problem: EpProblem, runs, index: int, turns_each: int) -> int:
     """No element was wrong in any turn, and each round's last turn is the oracle's."""
@@ -122,6 +125,17 @@ def test_graphs_hold_our_calls_and_replay_with_changing_routing(
     lines = [line for line in thunks if "kCustomCall" in line]
     assert len(lines) >= 6, "a program of one turn, and one with two places for turns"
     assert all(line.startswith("  ") for line in lines), "\n".join(lines)
+
+
+@pytest.mark.parametrize("flags", [SHORT, GRAPHS], ids=["short", "graphs"])
+def test_large_dispatches_end_on_idle_sms(flags, num_ranks, on_ranks):
+    # Eight ranks that share a GPU leave no SM idle.
+    ranks = 2 if Placement.chosen() is Placement.SHARED else num_ranks
+    problem = LARGE_TURNS.replace(num_ranks=ranks)
+    cases = [case_of(turns, problem, rounds=2, turns_each=100)]
+    runs = on_ranks(cases, num_ranks=ranks, environment={"XLA_FLAGS": flags})
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    _check_turns(problem, runs, 0, turns_each=100)
 
 
 def test_soak(num_ranks, on_ranks):

@@ -222,6 +222,7 @@ void define_groups(nb::module_& m) {
          double warn_after_s,
          double timeout_s,
          int32_t max_num_sms,
+         int32_t tail_num_sms,
          const HeapShape& heap,
          const std::vector<std::tuple<int32_t, int32_t, int32_t>>& ranks) {
         CudaGroupConfig config{.group = {.name = std::move(name),
@@ -229,6 +230,7 @@ void define_groups(nb::module_& m) {
                                          .warn_after_s = warn_after_s,
                                          .timeout_s = timeout_s,
                                          .max_num_sms = max_num_sms,
+                                         .tail_num_sms = tail_num_sms,
                                          .heap = heap},
                                .ranks = {}};
         for (const auto& [device, group_index, rank] : ranks) {
@@ -243,6 +245,7 @@ void define_groups(nb::module_& m) {
       nb::arg("warn_after_s"),
       nb::arg("timeout_s"),
       nb::arg("max_num_sms"),
+      nb::arg("tail_num_sms"),
       nb::arg("heap"),
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"

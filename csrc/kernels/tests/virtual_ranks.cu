@@ -147,15 +147,11 @@ class VirtualRanks {
   HostWords* words_ = nullptr;  // by rank
 };
 
-// What tuning chooses, on so many SMs.
-LaunchShape launch_of(OpKind op, const ClusterOptions& options, int32_t blocks, int32_t tail = 0) {
+// What tuning chooses, with as many blocks as are requested.
+LaunchShape launch_of(OpKind op, const ClusterOptions& options, const SmBudget& sms) {
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
-  LaunchShape shape = launch_shape(op,
-                                   options.shape,
-                                   row_bytes,
-                                   {.available = 132, .requested = blocks, .tail = tail},
-                                   options.wire);
-  shape.num_blocks = blocks;
+  LaunchShape shape = launch_shape(op, options.shape, row_bytes, sms, options.wire);
+  shape.num_blocks = sms.requested;
   return shape;
 }
 
@@ -183,7 +179,8 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
       cudaStream_t stream = ranks.stream(rank);
-      LaunchShape shape = launch_of(op, step.options, static_cast<int32_t>(scenario.blocks));
+      const auto blocks = static_cast<int32_t>(scenario.blocks);
+      LaunchShape shape = launch_of(op, step.options, {.available = blocks, .requested = blocks});
       switch (op) {
         case OpKind::kPlan: check(launch_plan(mine.plan(view), shape, stream), "plan"); break;
         case OpKind::kDispatch:
@@ -264,9 +261,11 @@ std::vector<int32_t> random_routing(const EpShape& shape, std::mt19937& random) 
 // The ops of all ranks of one layer, on arrays that nobody looks at.
 class TimedRanks {
  public:
-  // senders: warps of a block that send first; 0: as tuning says. tail: blocks of dispatch's.
+  // senders: warps of a block that send first; 0: as tuning says. tail: SMs of
+  // dispatch's; -1: likewise.
   TimedRanks(const ClusterOptions& options, int num_gpus, int32_t senders, int32_t tail)
       : options_(options),
+        num_gpus_(num_gpus),
         senders_(senders),
         tail_(tail),
         shape_(options.shape),
@@ -284,21 +283,23 @@ class TimedRanks {
   void time(int32_t sms) {
     const auto at = [](int32_t rank) { return static_cast<size_t>(rank); };
     time("plan", [&](int32_t r) {
-      return launch_plan(plans_[at(r)], launch_of(OpKind::kPlan, options_, sms), ranks_.stream(r));
+      return launch_plan(plans_[at(r)], launch_on(OpKind::kPlan, sms), ranks_.stream(r));
     });
     time("dispatch", [&](int32_t r) {
       return launch_dispatch(
-          dispatches_[at(r)], transfer(OpKind::kDispatch, sms), ranks_.stream(r));
+          dispatches_[at(r)], launch_on(OpKind::kDispatch, sms), ranks_.stream(r));
     });
     time("combine", [&](int32_t r) {
-      return launch_combine(combines_[at(r)], transfer(OpKind::kCombine, sms), ranks_.stream(r));
+      return launch_combine(combines_[at(r)], launch_on(OpKind::kCombine, sms), ranks_.stream(r));
     });
   }
 
  private:
-  [[nodiscard]] LaunchShape transfer(OpKind op, int32_t sms) const {
-    LaunchShape shape = launch_of(op, options_, sms, tail_);
-    if (senders_ > 0) shape.num_senders = senders_;
+  [[nodiscard]] LaunchShape launch_on(OpKind op, int32_t sms) const {
+    const int32_t available = std::max(132 * num_gpus_ / shape_.num_ranks, sms);
+    LaunchShape shape =
+        launch_of(op, options_, {.available = available, .requested = sms, .tail = tail_});
+    if (senders_ > 0 && shape.num_senders > 0) shape.num_senders = senders_;
     return shape;
   }
 
@@ -377,6 +378,7 @@ class TimedRanks {
   }
 
   const ClusterOptions options_;
+  const int num_gpus_;
   const int32_t senders_;
   const int32_t tail_;
   const EpShape shape_;
@@ -410,7 +412,7 @@ int main(int argc, char** argv) {
   options.dtype = DType::kBFloat16;
   int num_gpus = 1;
   int32_t senders = 0;
-  int32_t tail = 0;
+  int32_t tail = -1;
   for (int i = 8; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
     if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;

@@ -87,6 +87,7 @@ TEST_F(RankContextTest, SharesTheSmsOfADevice) {
   fake_cudart::reset(machine);
   RankConfig config = rank_config(0, 3, 0);
   config.group.max_num_sms = 20;
+  config.group.tail_num_sms = 0;
   RankContext rank = create(config);
   const RankContext here = create(rank_config(1, 3, 0));
   const RankContext elsewhere = create(rank_config(2, 3, 1));
@@ -94,6 +95,7 @@ TEST_F(RankContextTest, SharesTheSmsOfADevice) {
       rank.connect(std::vector<HeapHandle>{rank.handle(), here.handle(), elsewhere.handle()}, 2)));
   EXPECT_EQ(rank.sm_budget().available, 2);
   EXPECT_EQ(rank.sm_budget().requested, 20);
+  EXPECT_EQ(rank.sm_budget().tail, 0);
 }
 
 TEST_F(RankContextTest, HasOneSmAtLeast) {

@@ -43,6 +43,7 @@ inline GroupSettings group_settings(int32_t num_ranks) {
           .warn_after_s = 10,
           .timeout_s = 60,
           .max_num_sms = 0,
+          .tail_num_sms = -1,
           .heap = small_shape(num_ranks)};
 }
 

@@ -87,6 +87,35 @@ TEST(Tuning, SomeWarpsOfABlockSendAndSomeDoNot) {
   EXPECT_LT(senders(OpKind::kCombine), of_large);
 }
 
+// Where the link keeps the SMs waiting for long, they have expanded all by the time it is done.
+TEST(Tuning, IdleSmsHelpWhereMuchIsLeftWhenAllHasBeenSent) {
+  const SmBudget h200{.available = 132, .requested = 24};
+  EpShape shape{.num_ranks = 2, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
+  const auto tail = [&](SmBudget budget, Wire wire = Wire::kSame) {
+    return launch_shape(OpKind::kDispatch, shape, kRowBytes, budget, wire).num_tail_blocks;
+  };
+  EXPECT_EQ(tail(h200), 108);
+  // As in tests/gpu/test_programs.py.
+  const EpShape turns{.num_ranks = 2, .num_experts = 64, .num_topk = 8, .num_tokens = 1024};
+  EXPECT_EQ(launch_shape(OpKind::kDispatch, turns, 4 * 2048, {.available = 66, .requested = 0})
+                .num_tail_blocks,
+            42);
+  EXPECT_EQ(tail({.available = 132, .requested = 24, .tail = 0}), 0);
+  EXPECT_EQ(tail({.available = 132, .requested = 24, .tail = 40}), 40);
+  EXPECT_EQ(tail({.available = 60, .requested = 24, .tail = 40}), 36);
+  EXPECT_EQ(tail({.available = 16, .requested = 24}), 0);
+  shape.layout = Layout::kRank;
+  EXPECT_EQ(tail(h200), 0);
+  shape.layout = Layout::kExpert;
+  shape.num_ranks = 8;
+  EXPECT_EQ(tail(h200), 0);
+  EXPECT_EQ(tail(h200, Wire::kFloat8E4M3), 108);
+  shape.num_ranks = 2;
+  shape.num_tokens = 128;
+  EXPECT_EQ(tail(h200), 0);
+  EXPECT_EQ(launch_shape(OpKind::kCombine, shape, kRowBytes, h200).num_tail_blocks, 0);
+}
+
 TEST(Tuning, ScalarsAloneAreLittleWork) {
   const SmBudget h200{.available = 132, .requested = 0};
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200), 24);

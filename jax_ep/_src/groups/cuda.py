@@ -205,6 +205,7 @@ class CudaGroup:
         boot.forget("join", "handles")
 
     def _create(self, nonce: int, heap: object) -> list[bytes]:
+        config = self._parameters.config
         try:
             return self._module.create_group(
                 group_id=self.group_id,
@@ -212,7 +213,8 @@ class CudaGroup:
                 nonce=nonce,
                 warn_after_s=self._parameters.warn_after,
                 timeout_s=self._parameters.timeout,
-                max_num_sms=self._parameters.config.max_num_sms or 0,
+                max_num_sms=config.max_num_sms or 0,
+                tail_num_sms=-1 if config.tail_num_sms is None else config.tail_num_sms,
                 heap=heap,
                 ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
