@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The project's own checks of its sources find what they are there to find."""
 
+import graphlib
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ from ep_testing import program_files
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 
+includes = program_files.load(ROOT / "tools" / "lint" / "check_includes.py")
 sizes = program_files.load(ROOT / "tools" / "lint" / "check_size.py")
 
 
@@ -103,3 +105,43 @@ def test_the_page_for_contributors_says_the_same_numbers():
     python, cpp = sizes.MAX_PYTHON_LINES, sizes.MAX_CPP_LINES
     assert f"functions of at most {python} lines (Python, without docstring) or {cpp} (C++)" in page
     assert f"files of more than {sizes.MANY_LINES} lines" in page
+
+
+# --- includes ------------------------------------------------------------------------------------
+
+
+def test_the_rules_of_includes_are_of_whole_folders_and_go_one_way():
+    ours = {
+        folder: [other for other in allowed if other.startswith(("csrc/", "xla_ffi/"))]
+        for folder, allowed in includes.ALLOWED.items()
+        if not folder.endswith(("/tests", "/testing"))
+    }
+    assert all(other.endswith("/") for others in ours.values() for other in others)
+    below = {
+        folder: {f for f in ours if f != folder and f"{f}/" in others}
+        for folder, others in ours.items()
+    }
+    order = list(graphlib.TopologicalSorter(below).static_order())  # raises if there is a circle
+    assert order.index("csrc/launch") < order.index("csrc/kernels")
+    assert order.index("csrc/device") < order.index("csrc/sim")
+
+
+@pytest.mark.parametrize(
+    ("folder", "include", "status"),
+    [
+        ("csrc/device", "csrc/device/heap.h", 0),
+        ("csrc/device", "csrc/sim/engine.h", 1),
+        ("csrc/device", "csrc/kernels/launch.cuh", 1),
+        ("csrc/runtime/transport", "csrc/launch/launch.h", 0),
+        ("csrc/runtime/transport", "csrc/kernels/launch.cuh", 1),
+        ("csrc/core", "cuda_runtime_api.h", 1),
+        ("csrc/nowhere", "csrc/core/limits.h", 1),
+    ],
+)
+def test_an_include_that_goes_up_is_found(folder, include, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(includes, "ROOT", tmp_path)
+    path = tmp_path / folder / "file.h"
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#include <vector>\n#include "{include}"\n')
+    assert includes.main() == status
+    assert bool(capsys.readouterr().err) == (status == 1)

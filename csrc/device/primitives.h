@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The hardware, as the kernels see it. Kernels reach memory, barriers and copy engines through
-// this header alone. nvcc gets PTX (cuda_primitives.h); g++ gets the simulator
-// (csrc/sim/primitives.h), which runs the same kernels under adversarial schedules.
+// this header alone. nvcc gets PTX (cuda_primitives.h); g++ gets calls into the
+// simulator (simulated_primitives.h), which runs the same kernels under adversarial schedules.
 //
 // Both provide, in namespace jax_ep::dev (Ptr<T> is an address of global or shared memory):
 //
@@ -94,7 +94,7 @@ struct Mbar {
 #ifdef __CUDACC__
 #include "csrc/device/cuda_primitives.h"
 #else
-#include "csrc/sim/primitives.h"
+#include "csrc/device/simulated_primitives.h"
 #endif
 
 #endif  // JAX_EP_CSRC_DEVICE_PRIMITIVES_H_

@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "csrc/device/primitives.h"
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 
 namespace jax_ep {
 

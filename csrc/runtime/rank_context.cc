@@ -14,7 +14,7 @@
 
 #include "csrc/core/heap_description.h"
 #include "csrc/core/wait_times.h"
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 #include "csrc/runtime/cuda_status.h"
 
 namespace jax_ep {

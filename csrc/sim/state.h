@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/sim/device_api.h"
+#include "csrc/device/simulator.h"
 #include "csrc/sim/fiber.h"
 #include "csrc/sim/machine.h"
 #include "csrc/sim/memory.h"

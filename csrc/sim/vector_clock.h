@@ -12,7 +12,7 @@
 #include <cstring>
 #include <utility>
 
-#include "csrc/sim/device_api.h"
+#include "csrc/device/simulator.h"
 
 namespace jax_ep::sim {
 

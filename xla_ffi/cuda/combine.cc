@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/core/heap_fit.h"
 #include "csrc/core/row_alignment.h"
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/rank_call.h"
 #include "xla_ffi/op_arguments.h"

@@ -23,7 +23,7 @@
 #include "csrc/core/heap_description.h"
 #include "csrc/core/shape_check.h"
 #include "csrc/core/wait_times.h"
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 #include "csrc/runtime/cuda_registry.h"
 #include "csrc/runtime/rank_words.h"
 #include "xla_ffi/cuda/handlers.h"

@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "csrc/core/float_formats.h"
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 #include "csrc/testing/kernel_arrays.h"
 #include "csrc/testing/rank_arrays.h"
 #include "csrc/testing/scenario.h"

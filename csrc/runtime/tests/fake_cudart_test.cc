@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 
 namespace jax_ep::fake_cudart {
 namespace {

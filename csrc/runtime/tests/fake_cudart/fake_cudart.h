@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A CUDA runtime for tests, without GPUs: the functions of cuda_runtime_api.h and the launches of
-// csrc/kernels/launch.h, over memory of the host. Processes map each other's memory for real.
+// csrc/launch/launch.h, over memory of the host. Processes map each other's memory for real.
 //
 // It behaves as CUDA 13.0 was seen to on two H200 (driver 580), in what our code can notice: which
 // calls make a context, which wait for kernels, what fails after a kernel has trapped, which error

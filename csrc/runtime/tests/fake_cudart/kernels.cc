@@ -4,7 +4,7 @@
 
 #include <string_view>
 
-#include "csrc/kernels/launch.h"
+#include "csrc/launch/launch.h"
 #include "csrc/runtime/tests/fake_cudart/process.h"
 
 extern "C" cudaError_t cudaFuncSetAttribute(const void* function,

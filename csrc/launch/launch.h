@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels' entry points for the host. Nothing here allocates, synchronizes or reads back, so
 // every call can be captured in a CUDA graph and replayed.
-#ifndef JAX_EP_CSRC_KERNELS_LAUNCH_H_
-#define JAX_EP_CSRC_KERNELS_LAUNCH_H_
+#ifndef JAX_EP_CSRC_LAUNCH_LAUNCH_H_
+#define JAX_EP_CSRC_LAUNCH_LAUNCH_H_
 
 #include <cuda_runtime_api.h>
 
@@ -32,4 +32,4 @@ namespace jax_ep {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_CSRC_KERNELS_LAUNCH_H_
+#endif  // JAX_EP_CSRC_LAUNCH_LAUNCH_H_

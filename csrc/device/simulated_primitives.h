@@ -2,15 +2,15 @@
 // The primitives for kernels that g++ compiles: calls into the simulator. Included by
 // csrc/device/primitives.h, which says what they mean. Each takes its caller's source location,
 // so that reports name the kernel's line.
-#ifndef JAX_EP_CSRC_SIM_PRIMITIVES_H_
-#define JAX_EP_CSRC_SIM_PRIMITIVES_H_
+#ifndef JAX_EP_CSRC_DEVICE_SIMULATED_PRIMITIVES_H_
+#define JAX_EP_CSRC_DEVICE_SIMULATED_PRIMITIVES_H_
 
 #include <bit>
 #include <cstddef>
 #include <type_traits>
 
 #include "csrc/device/primitives.h"
-#include "csrc/sim/device_api.h"
+#include "csrc/device/simulator.h"
 
 namespace jax_ep::dev {
 
@@ -199,4 +199,4 @@ inline void spin_pause(const char* what, Location at = Location::current()) {
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_SIM_PRIMITIVES_H_
+#endif  // JAX_EP_CSRC_DEVICE_SIMULATED_PRIMITIVES_H_

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What csrc/sim/primitives.h needs of the engine: the primitives, with sizes and types erased.
-// Each is called on the fiber of a simulated thread. Meanings are those of
-// csrc/device/primitives.h.
-#ifndef JAX_EP_CSRC_SIM_DEVICE_API_H_
-#define JAX_EP_CSRC_SIM_DEVICE_API_H_
+// What simulated_primitives.h calls: the primitives, with sizes and types erased, on the fiber of a
+// simulated thread. Their meanings are those of primitives.h; csrc/sim, the layer above, implements
+// them.
+#ifndef JAX_EP_CSRC_DEVICE_SIMULATOR_H_
+#define JAX_EP_CSRC_DEVICE_SIMULATOR_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -57,4 +57,4 @@ void spin_pause(const char* what, Location at);
 }  // namespace ops
 }  // namespace jax_ep::sim
 
-#endif  // JAX_EP_CSRC_SIM_DEVICE_API_H_
+#endif  // JAX_EP_CSRC_DEVICE_SIMULATOR_H_
