@@ -3,6 +3,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONTEXT_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONTEXT_H_
 
+#include "csrc/device/chunk_parts.h"
 #include "csrc/device/exchange.h"
 #include "csrc/device/token_selections.h"
 #include "csrc/device/warp_scan.h"
@@ -45,6 +46,7 @@ struct PlanContext {
         tokens_per_tile(tile_tokens(shape.num_tokens, num_ranks)),
         tiles(num_tiles(shape.num_tokens, num_ranks)),
         num_items(num_ranks * tiles),
+        chunks(OpKind::kPlan, shape.num_tokens, params.view.chunk_target),
         capacity(static_cast<u32>(shape.recv_capacity)),
         // Neighboring items to different blocks.
         warp(static_cast<i32>(warp_id() * num_blocks() + block_id())),
@@ -159,6 +161,7 @@ struct PlanContext {
   const i32 tokens_per_tile;
   const i32 tiles;
   const i32 num_items;  // tiles of all sources
+  const Chunks chunks;
   const u32 capacity;
   const i32 warp;  // among all blocks
   const i32 num_warps;

@@ -17,14 +17,11 @@ class PlanCounter {
 
   // 1. Each chunk of topk_idx goes to all ranks.
   JAX_EP_DEVICE void send() {
-    const i32 chunks = num_chunks(OpKind::kPlan, c_.num_tokens, c_.params.view.chunk_target);
-    const i32 tokens = chunk_tokens(OpKind::kPlan, c_.num_tokens, c_.params.view.chunk_target);
-    if (c_.warp >= chunks) return;
+    if (c_.warp >= c_.chunks.count) return;
     c_.exchange.wait_until_writable();
-    for (i32 chunk = c_.warp; chunk < chunks; chunk += c_.num_warps) {
-      const i64 first = i64{chunk} * tokens;
-      const i64 last = first + tokens < c_.num_tokens ? first + tokens : c_.num_tokens;
-      const i64 elements = (last - first) * c_.num_topk;
+    for (i32 chunk = c_.warp; chunk < c_.chunks.count; chunk += c_.num_warps) {
+      const i64 first = c_.chunks.first_token(chunk);
+      const i64 elements = (c_.chunks.last_token(chunk) - first) * c_.num_topk;
       const auto from = Ptr<const i32>{c_.params.op.topk_idx} + first * c_.num_topk;
       for (i64 i = lane_id(); i < elements; i += kWarpSize) {
         const i32 expert = ld(from + i);
@@ -57,9 +54,8 @@ class PlanCounter {
 
   JAX_EP_DEVICE void count(i32 item) {
     const typename Context::TokenTile tile = c_.tile_of(item);
-    const i32 tokens = chunk_tokens(OpKind::kPlan, c_.num_tokens, c_.params.view.chunk_target);
-    const i32 last_chunk = (tile.last - 1) / tokens;
-    for (i32 chunk = tile.first / tokens + static_cast<i32>(lane_id());
+    const i32 last_chunk = c_.chunks.chunk_of(tile.last - 1);
+    for (i32 chunk = c_.chunks.chunk_of(tile.first) + static_cast<i32>(lane_id());
          chunk <= last_chunk && tile.active;
          chunk += kWarpSize) {
       c_.exchange.wait_arrived(tile.source, chunk);
