@@ -7,6 +7,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONTEXT_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONTEXT_H_
 
+#include "csrc/device/chunk_parts.h"
 #include "csrc/device/exchange.h"
 #include "csrc/device/quantize.h"
 #include "csrc/device/segment_ring.h"
@@ -46,10 +47,10 @@ struct DispatchContext {
         rank(params.view.rank),
         num_ranks(params.view.num_ranks),
         num_topk(shape.num_topk),
-        num_tokens(shape.num_tokens),
-        tokens_per_chunk(chunk_tokens(OpKind::kDispatch, num_tokens, params.view.chunk_target)),
-        chunks(num_chunks(OpKind::kDispatch, num_tokens, params.view.chunk_target)),
-        parts(bulk ? num_parts(chunks, segments.count, params.view.chunk_target) : 1) {}
+        parts(Chunks(OpKind::kDispatch, shape.num_tokens, params.view.chunk_target),
+              segments.count,
+              bulk,
+              params.view.chunk_target) {}
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
@@ -63,11 +64,6 @@ struct DispatchContext {
   JAX_EP_DEVICE bool restores() const {
     return fp8_wire() && params.op.rows_format == RowFormat::kDType;
   }
-  JAX_EP_DEVICE i64 first_token(i32 chunk) const { return i64{chunk} * tokens_per_chunk; }
-  JAX_EP_DEVICE i64 last_token(i32 chunk) const {
-    const i64 last = first_token(chunk) + tokens_per_chunk;
-    return last < num_tokens ? last : num_tokens;
-  }
   JAX_EP_DEVICE Ptr<const std::byte> x_row(i64 token) const {
     return Ptr<const std::byte>{static_cast<const std::byte*>(params.op.x)} +
            token * hidden * x_bytes;
@@ -80,8 +76,6 @@ struct DispatchContext {
     return Selections(
         shape, Ptr<const i32>{params.op.topk_idx}, Ptr<const i32>{params.op.slot}, token);
   }
-
-  JAX_EP_DEVICE i32 first_segment(i32 part) const { return part * segments.count / parts; }
 
   // Where a segment lies in a staged row, and how long it is.
   JAX_EP_DEVICE i64 staged_at(i64 first) const {
@@ -122,10 +116,7 @@ struct DispatchContext {
   const i32 rank;
   const i32 num_ranks;
   const i32 num_topk;
-  const i64 num_tokens;
-  const i32 tokens_per_chunk;
-  const i32 chunks;
-  const i32 parts;  // of a row: runs of segments
+  const ChunkParts parts;
 };
 
 }  // namespace jax_ep::dev

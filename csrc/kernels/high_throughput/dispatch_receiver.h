@@ -24,7 +24,7 @@ class DispatchReceiver {
       const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
       for (i32 run = warp; run < num_clear_runs(); run += num_warps) clear_rows_without_token(run);
     }
-    const i32 num_tokens = c_.chunks * c_.parts * c_.num_ranks * c_.tokens_per_chunk;
+    const i32 num_tokens = c_.parts.count() * c_.num_ranks * c_.parts.chunks.tokens_per_chunk;
     const i32 num_items = num_tokens + (has_tail ? num_clear_runs() : 0);
     for (WorkQueue work = c_.exchange.receiving(num_items, c_.num_senders); work.has_item();
          work.next()) {
@@ -60,19 +60,20 @@ class DispatchReceiver {
   // In the order in which chunks arrive; each rank begins with itself. A warp takes one token of a
   // chunk, not all, so that all warps end at about the same time.
   JAX_EP_DEVICE void receive_token(i32 item) {
-    const i32 flag_of_source = item / c_.tokens_per_chunk;
+    const i32 tokens_per_chunk = c_.parts.chunks.tokens_per_chunk;
+    const i32 flag_of_source = item / tokens_per_chunk;
     const i32 flag_idx = flag_of_source / c_.num_ranks;
     const i32 source = peer_at_turn(c_.exchange.view(), flag_of_source % c_.num_ranks);
-    const i64 token = c_.first_token(flag_idx / c_.parts) + item % c_.tokens_per_chunk;
-    if (source < 0 || token >= c_.num_tokens) return;
+    const ChunkPart part = c_.parts.at(flag_idx);
+    const i64 token = part.first_token + item % tokens_per_chunk;
+    if (source < 0 || token >= part.last_token) return;
     if (lane_id() == 0) c_.exchange.wait_arrived(source, flag_idx);
     warp_sync();
     // The copy engine, too, sees what has arrived.
     fence_proxy_async_global();
-    const i32 part = flag_idx % c_.parts;
     const i32 row = held_row(source, token);
     call_tail_if_all_sent();
-    if (part == 0) expand_scalars(source, token, row);
+    if (part.has_scalars) expand_scalars(source, token, row);
     if (c_.hidden == 0) return;
     if (c_.bulk) {
       expand_segments(source, token, row, part);
@@ -99,7 +100,7 @@ class DispatchReceiver {
     return {row.raw};
   }
 
-  JAX_EP_DEVICE void expand_segments(i32 source, i64 token, i32 row, i32 part) {
+  JAX_EP_DEVICE void expand_segments(i32 source, i64 token, i32 row, const ChunkPart& part) {
     const auto source_of = [this, source](i64 of_token, i32 segment) {
       return SegmentSource{arrived_row(source, of_token) + c_.staged_at(c_.segments.first(segment)),
                            c_.staged_bytes(c_.segments.size(segment, c_.hidden))};
@@ -108,8 +109,8 @@ class DispatchReceiver {
         c_.ring,
         token,
         token + 1,
-        c_.first_segment(part),
-        c_.first_segment(part + 1),
+        part.first_segment,
+        part.last_segment,
         [row](i64 /*token*/) { return row; },
         source_of,
         [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {

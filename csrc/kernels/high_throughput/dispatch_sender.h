@@ -18,7 +18,7 @@ class DispatchSender {
 
   JAX_EP_DEVICE void send() {
     send_chunks();
-    if (tells_all_sent(c_.chunks, c_.params.view.chunk_target)) {
+    if (tells_all_sent(c_.parts.chunks.count, c_.params.view.chunk_target)) {
       c_.exchange.count_sent(c_.num_senders);
     }
   }
@@ -27,17 +27,16 @@ class DispatchSender {
   using Element = typename RowType::Element;
 
   JAX_EP_DEVICE void send_chunks() {
-    WorkQueue work = c_.exchange.sending(c_.chunks * c_.parts, c_.num_senders);
+    WorkQueue work = c_.exchange.sending(c_.parts.count(), c_.num_senders);
     if (!work.has_item()) return;
     c_.exchange.wait_until_writable();
     for (; work.has_item(); work.next()) {
       const i32 flag_idx = work.item();
-      const i64 first = c_.first_token(flag_idx / c_.parts);
-      const i64 last = c_.last_token(flag_idx / c_.parts);
+      const ChunkPart part = c_.parts.at(flag_idx);
       if (c_.hidden > 0 && c_.bulk) {
-        send_segments(first, last, flag_idx % c_.parts);
+        send_segments(part);
       } else {
-        for (i64 token = first; token < last; ++token) {
+        for (i64 token = part.first_token; token < part.last_token; ++token) {
           const Selections selections = c_.selections_of(token);
           send_scalars(selections, token);
           if (c_.hidden > 0) send_elements(selections, token);
@@ -71,10 +70,10 @@ class DispatchSender {
     unannounced_ = -1;
   }
 
-  JAX_EP_DEVICE void send_segments(i64 first, i64 last, i32 part) {
-    const auto dest_of = [this, part](i64 token) {
+  JAX_EP_DEVICE void send_segments(const ChunkPart& part) {
+    const auto dest_of = [this, &part](i64 token) {
       const Selections selections = c_.selections_of(token);
-      if (part == 0) send_scalars(selections, token);
+      if (part.has_scalars) send_scalars(selections, token);
       const bool sends = selections.leads() && selections.dest() != c_.unstaged_rank;
       return sends ? selections.dest() : -1;
     };
@@ -83,10 +82,10 @@ class DispatchSender {
                            static_cast<u32>(c_.segments.size(segment, c_.hidden) * c_.x_bytes)};
     };
     stream_segments(c_.ring,
-                    first,
-                    last,
-                    c_.first_segment(part),
-                    c_.first_segment(part + 1),
+                    part.first_token,
+                    part.last_token,
+                    part.first_segment,
+                    part.last_segment,
                     dest_of,
                     source_of,
                     [this](i64 token, i32 dest, i32 segment, Ptr<u32> stage) {
