@@ -72,11 +72,9 @@ class Selections {
 
 // Lane j gets the j-th row of this rank that holds a token of `source`, from a plan's source_slot;
 // -1: it has none.
-JAX_EP_DEVICE i32 row_of_lane(const EpShape& shape,
-                              Ptr<const i32> source_slot,
-                              i32 source,
-                              i64 token) {
-  const i32 max_rows = max_rows_per_token(shape.layout, shape.num_topk, shape.num_local_experts());
+JAX_EP_DEVICE i32 row_of_lane(
+    const EpShape& shape, Layout layout, Ptr<const i32> source_slot, i32 source, i64 token) {
+  const i32 max_rows = max_rows_per_token(layout, shape.num_topk, shape.num_local_experts());
   if (static_cast<i32>(lane_id()) >= max_rows) return -1;
   const i64 global_token = source * shape.num_tokens + token;
   const i32 row = ld(source_slot + (global_token * max_rows + lane_id()));

@@ -9,8 +9,11 @@ using Config = dev::CombineConfig<3, 4, 1024>;
 
 template <typename RowType>
 SimulatedKernel kernel_of(CombineParams params) {
+  using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
   params.num_senders = 1 + params.view.rank % 2;  // ranks need not agree
-  return simulated_kernel_of<dev::CombineKernel<Config, RowType>, Config>(params);
+  if (params.op.shape.layout == Layout::kRank)
+    return simulated_kernel_of<CombineKernel<CombineRankLayout<Config, RowType>>, Config>(params);
+  return simulated_kernel_of<CombineKernel<CombineExpertLayout<Config, RowType>>, Config>(params);
 }
 
 }  // namespace

@@ -12,11 +12,27 @@ using Config = dev::
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
 template <typename RowType>
-using Kernel = dev::CombineKernel<Config, RowType>;
+cudaError_t load() {
+  using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
+  if (cudaError_t e =
+          load_kernel<CombineKernel<CombineExpertLayout<Config, RowType>>, Config, CombineParams>();
+      e != cudaSuccess)
+    return e;
+  return load_kernel<CombineKernel<CombineRankLayout<Config, RowType>>, Config, CombineParams>();
+}
 
 template <typename RowType>
-cudaError_t load() {
-  return load_kernel<Kernel<RowType>, Config, CombineParams>();
+cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
+  switch (params.op.shape.layout) {
+    case Layout::kExpert:
+      return launch_kernel<CombineKernel<CombineExpertLayout<Config, RowType>>, Config>(
+          params, shape, stream);
+    case Layout::kRank:
+      return launch_kernel<CombineKernel<CombineRankLayout<Config, RowType>>, Config>(
+          params, shape, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -33,12 +49,9 @@ cudaError_t launch_combine(const CombineParams& params,
                            const LaunchShape& shape,
                            cudaStream_t stream) {
   switch (params.op.dtype) {
-    case DType::kFloat32:
-      return launch_kernel<Kernel<dev::Float32Rows>, Config>(params, shape, stream);
-    case DType::kBFloat16:
-      return launch_kernel<Kernel<dev::BFloat16Rows>, Config>(params, shape, stream);
-    case DType::kFloat16:
-      return launch_kernel<Kernel<dev::Float16Rows>, Config>(params, shape, stream);
+    case DType::kFloat32: return launch<dev::Float32Rows>(params, shape, stream);
+    case DType::kBFloat16: return launch<dev::BFloat16Rows>(params, shape, stream);
+    case DType::kFloat16: return launch<dev::Float16Rows>(params, shape, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -91,7 +91,8 @@ class DispatchReceiver {
   }
 
   JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
-    return row_of_lane(c_.shape, Ptr<const i32>{c_.params.op.source_slot}, source, token);
+    return row_of_lane(
+        c_.shape, c_.shape.layout, Ptr<const i32>{c_.params.op.source_slot}, source, token);
   }
 
   JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {

@@ -62,6 +62,7 @@ _RING = DEVICE + "segment_ring.h"
 _SUM = DEVICE + "row_sum.h"
 _QUEUE = DEVICE + "work_queue.h"
 _QUANTIZE = DEVICE + "quantize.h"
+_PARTS = DEVICE + "chunk_parts.h"
 _PLAN = KERNELS + "plan_kernel.h"
 _PLAN_CONTEXT = KERNELS + "plan_context.h"
 _PLAN_COUNT = KERNELS + "plan_count.h"
@@ -72,6 +73,8 @@ _DISPATCH = KERNELS + "dispatch_kernel.h"
 _SENDER = KERNELS + "dispatch_sender.h"
 _RECEIVER = KERNELS + "dispatch_receiver.h"
 _COMBINE = KERNELS + "combine_kernel.h"
+_COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
+_COMBINE_RANK = KERNELS + "combine_rank_layout.h"
 
 MUTANTS = [
     # --- flags -----------------------------------------------------------------------------------
@@ -182,15 +185,15 @@ MUTANTS = [
            "if (!in_tail) receiver.leave_no_results();",
            "if (in_tail) receiver.leave_no_results();", mishaps=True),
     Mutant("a closed group's kernel runs (combine)", _COMBINE,
-           "if (exchange_.closed()) return leave_no_results();", "", mishaps=True),
+           "if (c_.exchange.closed()) return leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel says nothing", _EXCHANGE,
            "write_record(view_, {WaitTag::kClosed", "if (false) write_record(view_, {WaitTag::kClosed",
            mishaps=True),
     Mutant("a closed group's kernel leaves results as they are", _EXCHANGE,
            "for (i64 i = i64{block_of_call()}", "for (i64 i = count + i64{block_of_call()}", mishaps=True),
-    Mutant("rows of a handle from elsewhere may have holes", _COMBINE,
+    Mutant("rows of a handle from elsewhere may have holes", _COMBINE_EXPERT,
            "count_bits(holders & lanes_below(lane_id()))", "lane_id()", mishaps=True),
-    Mutant("selections of a handle from elsewhere may be equal", _COMBINE,
+    Mutant("selections of a handle from elsewhere may be equal", _COMBINE_RANK,
            "other < local || earlier", "other < local", mishaps=True),
     Mutant("rows of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
            "return row < shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
@@ -247,9 +250,9 @@ MUTANTS = [
     Mutant("wrong slot", DEVICE + "token_selections.h", "(1U << lane) - 1",
            "(2U << lane) - 1"),
     # --- combine -----------------------------------------------------------------------------------
-    _removed("wait to write (combine)", _COMBINE, "exchange_.wait_until_writable();"),
+    _removed("wait to write (combine)", _COMBINE, "c_.exchange.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
-             "exchange_.wait_arrived(source, flag_idx);"),
+             "c_.exchange.wait_arrived(source, flag_idx);"),
     _removed("wait for a term", _SUM, "async_wait<kStages - 1>();", "void exchange("),
     Mutant("waits for all terms but one more", _SUM, "async_wait<kStages - 1>();",
            "async_wait<kStages>();", "void exchange("),
@@ -275,12 +278,24 @@ MUTANTS = [
            "own = sum;"),
     Mutant("a rank's own sum comes first", _SUM, "if (kHasOthers && term == terms.own_sum_at()) {",
            "if (kHasOthers && term == terms.own()) {"),
-    Mutant("waits for all ranks but one (combine)", _COMBINE, "exchange_.wait_arrived(source, flag_idx);",
-           "if (source + 1 < num_ranks_) exchange_.wait_arrived(source, flag_idx);"),
+    Mutant("waits for all ranks but one (combine)", _COMBINE, "c_.exchange.wait_arrived(source, flag_idx);",
+           "if (source + 1 < c_.num_ranks) c_.exchange.wait_arrived(source, flag_idx);"),
     Mutant("early flag (combine)", _COMBINE, "if (owner < 0) continue;",
-           "if (owner < 0) continue; exchange_.signal_arrived_at(owner, flag_idx);", "void send()"),
+           "if (owner < 0) continue; c_.exchange.signal_arrived_at(owner, flag_idx);", "void send()"),
     Mutant("ranks summed in another order", _COMBINE, "other < selections.dest()",
            "other > selections.dest()"),
+    Mutant("a row of several selections counts once", _COMBINE_RANK,
+           "terms.set(terms.own(), count > 0 ? count : 1);", "terms.set(terms.own(), 1);"),
+    Mutant("a selection's scalar is that of another", _COMBINE_EXPERT,
+           "return selections.position(c_.num_topk);", "return lane_id();"),
+    Mutant("scalars of this rank are those of another selection", _COMBINE_RANK,
+           "i64{selections.slot()} * c_.num_topk + lane_id();", "i64{selections.slot()} * c_.num_topk;"),
+    # --- chunks and parts ----------------------------------------------------------------------------
+    Mutant("the last token of a chunk is left out", _PARTS, "return last < num_tokens ? last : num_tokens;",
+           "return last < num_tokens ? last : num_tokens - 1;"),
+    Mutant("the last segment of a part is left out", _PARTS, ".last_segment = first_segment(part + 1),",
+           ".last_segment = first_segment(part + 1) - static_cast<i32>(per_chunk > 1),", seeds=120),
+    Mutant("scalars go with no part", _PARTS, ".has_scalars = part == 0", ".has_scalars = part == 1"),
     # --- tickets -------------------------------------------------------------------------------------
     Mutant("a ticket is left out", _QUEUE, "(tickets_, 1);", "(tickets_, 2);"),
     Mutant("two warps have one item", _QUEUE, "item_ = num_places_ + ", "item_ = num_places_ - 1 + "),
@@ -334,7 +349,7 @@ MUTANTS = [
            "warp_sync(); c_.exchange.signal_arrived(unannounced_);", harmless=True, seeds=25),
     Mutant("work items in reverse order (combine)", _COMBINE,
            "const i32 flag_idx = work.item() / num_others;",
-           "const i32 flag_idx = num_chunks_ * num_parts_ - 1 - work.item() / num_others;",
+           "const i32 flag_idx = c_.parts.count() - 1 - work.item() / num_others;",
            harmless=True, seeds=25),
 ]  # fmt: skip
 
@@ -358,7 +373,7 @@ def _operations(path: str) -> list[str]:
     only = dict.fromkeys((_DISPATCH, _SENDER, _RECEIVER, _RING, _QUANTIZE), "dispatch")
     plan = (_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN, _PLAN_EXPERT, _PLAN_RANK)
     only |= dict.fromkeys(plan, "plan")
-    only |= dict.fromkeys((_COMBINE, _SUM), "combine")
+    only |= dict.fromkeys((_COMBINE, _COMBINE_EXPERT, _COMBINE_RANK, _SUM), "combine")
     if path in only:
         return [only[path]]
     return ["plan", "dispatch", "combine"] + ["wait"] * (path == _WAIT)

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the senders, the receivers and the layouts of a combine share: the sizes of the call, and
+// where rows lie.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_CONTEXT_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_CONTEXT_H_
+
+#include "csrc/device/chunk_parts.h"
+#include "csrc/device/exchange.h"
+#include "csrc/device/row_sum.h"
+#include "csrc/device/token_selections.h"
+
+namespace jax_ep::dev {
+
+template <int kWarpCount, int kStageCount, int kSegmentBytes>
+struct CombineConfig {
+  static constexpr int kWarps = kWarpCount;
+  static constexpr int kStages = kStageCount;
+  using Stages = TermStages<kStages, kSegmentBytes>;
+
+  struct SharedStorage {
+    Stages stages[kWarps];
+  };
+};
+
+template <typename Config, typename RowType>
+struct CombineContext {
+  static constexpr i32 kElementBytes = sizeof(typename RowType::Element);
+
+  JAX_EP_DEVICE explicit CombineContext(const CombineParams& params)
+      : params(params),
+        shape(params.op.shape),
+        exchange(params.view,
+                 params.blocks,
+                 Channel::kHighThroughput,
+                 OpKind::kCombine,
+                 params.call_tag,
+                 params.program_rank),
+        ring(shared<typename Config::SharedStorage>().stages[warp_id()]),
+        hidden(params.op.hidden),
+        row_bytes(hidden * kElementBytes),
+        bulk(row_bytes % 16 == 0),
+        segments(hidden, Config::Stages::kSegmentBytes / kElementBytes),
+        num_senders(static_cast<u32>(params.num_senders)),
+        rank(params.view.rank),
+        num_ranks(params.view.num_ranks),
+        num_topk(shape.num_topk),
+        parts(Chunks(OpKind::kCombine, shape.num_tokens, params.view.chunk_target),
+              segments.count,
+              bulk,
+              params.view.chunk_target) {}
+
+  JAX_EP_DEVICE Ptr<const std::byte> y_row(i32 row) const {
+    return Ptr<const std::byte>{static_cast<const std::byte*>(params.op.y)} + row * row_bytes;
+  }
+  JAX_EP_DEVICE Ptr<std::byte> out_row(i64 token) const {
+    return Ptr<std::byte>{static_cast<std::byte*>(params.op.out)} + token * row_bytes;
+  }
+  JAX_EP_DEVICE float row_scalar(i64 at) const {
+    return ld(Ptr<const float>{params.op.row_scalars} + at);
+  }
+  JAX_EP_DEVICE float weight(i64 at) const { return ld(Ptr<const float>{params.op.weights} + at); }
+
+  const CombineParams& params;
+  const EpShape& shape;
+  const Exchange exchange;
+  TermRing<typename Config::Stages> ring;
+  const i64 hidden;
+  const i64 row_bytes;
+  const bool bulk;  // rows are moved 16 bytes at a time
+  const Segments segments;
+  const u32 num_senders;  // of a block's warps
+  const i32 rank;
+  const i32 num_ranks;
+  const i32 num_topk;
+  const ChunkParts parts;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_CONTEXT_H_
