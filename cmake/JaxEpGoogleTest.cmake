@@ -57,13 +57,18 @@ if(JAX_EP_SANITIZE MATCHES "thread")
 endif()
 
 # A program NAME_test of each NAME_test.cc of this folder, linked with the library; ctest knows each
-# of its tests by the prefix and the test's name. With WHOLE before the names, sanitized programs
+# of its tests by the prefix, csrc. or csrc.sim., and the test's name. With WHOLE before the names, sanitized programs
 # run in one piece, which ctest knows by the prefix and NAME: to start one a thousand times takes
 # longer than its tests. Not for programs whose tests leave the process larger than it was.
 function(jax_ep_add_tests prefix library)
   cmake_parse_arguments(PARSE_ARGV 2 arg "WHOLE" "" "")
+  set(group jax_ep_unit_tests)
+  if(prefix MATCHES "^csrc[.]sim[.]")
+    set(group jax_ep_sim_tests)
+  endif()
   foreach(name IN LISTS arg_UNPARSED_ARGUMENTS)
     add_executable(${name}_test ${name}_test.cc)
+    add_dependencies(${group} ${name}_test)
     target_link_libraries(${name}_test PRIVATE ${library} GTest::gtest_main)
     target_compile_options(${name}_test PRIVATE ${JAX_EP_TEST_OPTIONS})
     target_precompile_headers(${name}_test REUSE_FROM jax_ep_gtest_headers)
