@@ -4,7 +4,7 @@
 Each mutant is one edit of one header. It is compiled, and random scenarios are run on it until one
 fails. A mutant that survives all its seeds is either dead code or a hole in the simulator's model.
 
-    python csrc/kernels/tests/mutants.py --build build/cpp/plain [--only TEXT] [--jobs 2]
+    python csrc/kernels/tests/mutants.py --build build/csrc/plain [--only TEXT] [--jobs 2]
 """
 
 import argparse
@@ -387,6 +387,19 @@ def _compiler(build: pathlib.Path, source: str) -> list[str]:
     return compiler[: compiler.index("-o")]
 
 
+# Read once for all mutants: that is a third of what a compilation takes.
+_STANDARD = ("bit", "cstddef", "cstdint", "functional", "limits", "source_location", "utility")
+_OPTIONS = ("-Og", "-g0", "-w")
+
+
+def _precompile(build: pathlib.Path, folder: pathlib.Path) -> None:
+    """Makes a header of the standard library's, precompiled with the options of mutants."""
+    header = folder / "standard.h"
+    header.write_text("".join(f"#include <{name}>\n" for name in _STANDARD))
+    command = [*_compiler(build, SOURCES.format("plan")), *_OPTIONS, "-x", "c++-header"]
+    subprocess.run([*command, "-o", f"{header}.gch", header], cwd=build, check=True)
+
+
 def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """`simulate` with the mutant in it."""
     header = folder / mutant.path
@@ -397,7 +410,8 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
         source = SOURCES.format(operation)
         compiler = _compiler(build, source)
         num_items.append(str(folder / f"{operation}.o"))
-        command = [compiler[0], f"-I{folder}", *compiler[1:], "-Og", "-g0", "-w"]
+        command = [compiler[0], f"-I{folder}", *compiler[1:], *_OPTIONS]
+        command += ["-include", folder.parent / "standard.h"]
         subprocess.run([*command, "-o", num_items[-1], "-c", ROOT / source], cwd=build, check=True)
     program = folder / "simulate"
     main = build / "kernels/tests/CMakeFiles/simulate.dir/simulate.cc.o"
@@ -457,6 +471,7 @@ def main() -> int:
         tempfile.TemporaryDirectory() as work,
         concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
     ):
+        _precompile(build, pathlib.Path(work))
         verdicts = list(pool.map(lambda m: run(m, build, pathlib.Path(work)), chosen))
     wrong = [(m, v) for m, v in zip(chosen, verdicts, strict=True) if v is not None]
     for mutant, verdict in wrong:
