@@ -24,8 +24,10 @@ pytestmark = pytest.mark.example
 def _environment(**variables: str) -> dict[str, str]:
     """Without the test suite's own devices: the programs ask for what they need."""
     path = os.pathsep.join(p for p in sys.path if p)
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return {**kept, "PYTHONPATH": path, "MPLBACKEND": "Agg", **variables}
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    flags = [f for f in kept.pop("XLA_FLAGS").split() if "device_count" not in f]
+    own = {"PYTHONPATH": path, "MPLBACKEND": "Agg", "XLA_FLAGS": " ".join(flags)}
+    return {**kept, **own, **variables}
 
 
 def _start(*args: object, out: pathlib.Path | None = None, **variables: str) -> subprocess.Popen:
