@@ -5,9 +5,6 @@ Nothing here looks at how long anything takes.
 """
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -25,8 +22,8 @@ from ep_bench.variants import (
     open_variant,
     put,
 )
+from ep_testing import program_files
 
-PROGRAM = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
 # Sizes that no other size divides, so that a mixed-up axis shows.
 CASE = Case.parse("13x40x24x3")
 
@@ -154,13 +151,8 @@ def test_markdown_goes_between_the_markers_and_nowhere_else(tmp_path):
 @pytest.mark.timeout(600)
 def test_smoke_run_writes_every_number(tmp_path):
     out, page = tmp_path / "out.json", tmp_path / "page.md"
-    command = [sys.executable, str(PROGRAM), "--smoke", "--dtypes", "bfloat16"]
-    done = subprocess.run(
-        [*command, "--json", str(out), "--markdown", str(page)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ["--smoke", "--dtypes", "bfloat16", "--json", out, "--markdown", page]
+    done = program_files.run_benchmarks(*options)
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     assert {"machine", "versions", "commit", "command", "date"} <= written["environment"].keys()
@@ -199,7 +191,7 @@ def test_smoke_run_writes_every_number(tmp_path):
         (["--ranks", "2"], "--ranks is not for placement cpu"),
         (["--plot", "x.svg"], "--plot is not for placement cpu"),
         (["--placement", "shared", "--no-memory"], "--no-memory is not for placement shared"),
-        (["--placement", "own", "--virtual-ranks", str(PROGRAM)], "is not for placement own"),
+        (["--placement", "own", "--virtual-ranks", __file__], "is not for placement own"),
         (["--placement", "own", "--smoke"], "placement one_process"),
         (["--placement", "one_process", "--smoke", "--ranks", "4"], "--smoke has its own ranks"),
         (["--placement", "own", "--ranks", "3"], "3 ranks; allowed"),
@@ -211,7 +203,6 @@ def test_smoke_run_writes_every_number(tmp_path):
     ],
 )
 def test_a_bad_option_is_refused_before_anything_runs(args, message):
-    command = [sys.executable, str(PROGRAM), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = program_files.run_benchmarks(*args)
     assert done.returncode == 2
     assert message in done.stderr

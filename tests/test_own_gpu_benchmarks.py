@@ -32,15 +32,10 @@ from ep_bench.checks import Expected, WrongResultError, check_against_oracle
 from ep_bench.variants import as_numpy, ep_config, open_variant, put
 from ep_launch.placement import Placement
 from ep_launch.ranks import Case
+from ep_testing import program_files
 from ep_testing.programs import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PROGRAM = ROOT / "benchmarks" / "run.py"
-
-
-def _program(*args):
-    command = [sys.executable, str(PROGRAM), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # --- ragged_all_to_all, which XLA does not compile for CPUs ------------------------------------
@@ -207,7 +202,7 @@ def test_a_smoke_run_writes_every_number(tmp_path):
         f"<!-- {word}: written by benchmarks/run.py, placement own -->" for word in ("begin", "end")
     ]
     page.write_text("\n".join(["before", *marks, "after"]))
-    done = _program(
+    done = program_files.run_benchmarks(
         "--placement",
         "one_process",
         "--smoke",
@@ -370,7 +365,7 @@ def test_runs_are_reported_together(tmp_path):
         found = _canned(placement, 8e-4, 3.5e-3) | {"failures": [f"something, {placement}"]}
         files.append(tmp_path / f"{placement}.json")
         files[-1].write_text(json.dumps(found))
-    done = _program("--report", *files, "--json", tmp_path / "both.json")
+    done = program_files.run_benchmarks("--report", *files, "--json", tmp_path / "both.json")
     assert done.returncode == 0, done.stderr
     both = json.loads((tmp_path / "both.json").read_text())
     assert both["links"].keys() == {"8 ranks, own", "8 ranks, one_process"}

@@ -9,8 +9,6 @@ import importlib
 import json
 import pathlib
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import jax
@@ -27,16 +25,11 @@ from ep_bench.cases import (
     all_shared_cases,
     some_shared_cases,
 )
+from ep_testing import program_files
 from ep_testing.programs import make_mesh, over_ranks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PROGRAM = ROOT / "benchmarks" / "run.py"
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-
-
-def _program(*args):
-    command = [sys.executable, str(PROGRAM), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # --- cases and bytes ---------------------------------------------------------------------------
@@ -218,7 +211,7 @@ def test_a_report_is_made_of_a_json(tmp_path):
         for word in ("begin", "end")
     ]
     page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    done = _program("--report", numbers, "--markdown", page)
+    done = program_files.run_benchmarks("--report", numbers, "--markdown", page)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert text.startswith("before\n")

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <limits>
-#include <string>
 #include <vector>
 
 #include "csrc/cpu/calls.h"
@@ -167,69 +164,6 @@ TEST(Combine, WithoutWeightsIsTheAdjointOfDispatch) {
     EXPECT_EQ(inner(&RankBuffers::row_scalars, &RankBuffers::weights),
               inner(&RankBuffers::token_scalars, &RankBuffers::returned_scalars));
   }
-}
-
-class CombineErrors : public testing::TestWithParam<Layout> {
- protected:
-  CombineErrors() { EXPECT_TRUE(cluster_.plan().ok()); }
-
-  void expect_error(const std::string& message) {
-    const Status status = cluster_.combine();
-    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
-    EXPECT_EQ(status.message(), message);
-  }
-
-  Cluster cluster_{{.shape = {.num_ranks = 2,
-                              .num_experts = 4,
-                              .num_topk = 2,
-                              .num_tokens = 5,
-                              .recv_capacity = 20,
-                              .layout = GetParam()}}};
-};
-
-INSTANTIATE_TEST_SUITE_P(Layouts,
-                         CombineErrors,
-                         testing::Values(Layout::kExpert, Layout::kRank),
-                         [](const auto& info) { return std::string(name(info.param)); });
-
-TEST_P(CombineErrors, Slot) {
-  for (const int32_t bad :
-       {20, -2, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
-    cluster_.rank(1).slot[7] = bad;
-    expect_error("rank 1: slot[3, 1] is " + std::to_string(bad) +
-                 ", but must be -1 (no row) or a row in [0, 20)");
-  }
-}
-
-TEST_P(CombineErrors, Expert) {
-  for (const int32_t bad :
-       {4, -2, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
-    cluster_.rank(0).topk_idx[8] = bad;
-    expect_error("rank 0: topk_idx[4, 0] is " + std::to_string(bad) +
-                 ", but must be -1 (no selection) or an expert in [0, 4)");
-  }
-}
-
-TEST_P(CombineErrors, SlotWithoutExpert) {
-  cluster_.rank(0).topk_idx[8] = -1;
-  cluster_.rank(0).slot[8] = 3;
-  expect_error(
-      "rank 0: slot[4, 0] is 3, but topk_idx there is -1 (no selection): slot and topk_idx must "
-      "come from the same plan");
-}
-
-TEST_P(CombineErrors, TheFirstOfSeveralIsNamed) {
-  cluster_.rank(1).slot[9] = 99;
-  cluster_.rank(1).slot[2] = 98;
-  expect_error("rank 1: slot[1, 0] is 98, but must be -1 (no row) or a row in [0, 20)");
-}
-
-TEST_P(CombineErrors, AHandleOfZerosStaysInside) {
-  for (RankBuffers& rank : cluster_.ranks()) {
-    std::fill(rank.slot.begin(), rank.slot.end(), 0);
-    std::fill(rank.topk_idx.begin(), rank.topk_idx.end(), 0);
-  }
-  EXPECT_TRUE(cluster_.combine().ok());
 }
 
 }  // namespace

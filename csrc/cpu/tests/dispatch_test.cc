@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -294,86 +293,6 @@ TEST(Dispatch, OfManyBytesIsAsDefined) {
       EXPECT_TRUE(cluster.all(&RankBuffers::rows) == expected) << options;
     }
   }
-}
-
-// Handles are arrays of the user's program. Whatever is in them, nothing outside the buffers is
-// written (the address sanitizer watches), and the message names the place.
-class DispatchErrors : public testing::TestWithParam<Layout> {
- protected:
-  DispatchErrors() { EXPECT_TRUE(cluster_.plan().ok()); }
-
-  void expect_error(const std::string& message) {
-    const Status status = cluster_.dispatch();
-    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
-    EXPECT_EQ(status.message(), message);
-  }
-
-  Cluster cluster_{{.shape = {.num_ranks = 2,
-                              .num_experts = 4,
-                              .num_topk = 2,
-                              .num_tokens = 5,
-                              .recv_capacity = 20,
-                              .layout = GetParam()}}};
-};
-
-INSTANTIATE_TEST_SUITE_P(Layouts,
-                         DispatchErrors,
-                         testing::Values(Layout::kExpert, Layout::kRank),
-                         [](const auto& info) { return std::string(name(info.param)); });
-
-TEST_P(DispatchErrors, Slot) {
-  for (const int32_t bad :
-       {20, -2, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
-    cluster_.rank(1).slot[7] = bad;
-    expect_error("rank 1: slot[3, 1] is " + std::to_string(bad) +
-                 ", but must be -1 (no row) or a row in [0, 20)");
-  }
-}
-
-TEST_P(DispatchErrors, Expert) {
-  for (const int32_t bad :
-       {4, -2, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
-    cluster_.rank(0).topk_idx[8] = bad;
-    expect_error("rank 0: topk_idx[4, 0] is " + std::to_string(bad) +
-                 ", but must be -1 (no selection) or an expert in [0, 4)");
-  }
-}
-
-TEST_P(DispatchErrors, SlotWithoutExpert) {
-  cluster_.rank(0).topk_idx[8] = -1;
-  cluster_.rank(0).slot[8] = 3;
-  expect_error(
-      "rank 0: slot[4, 0] is 3, but topk_idx there is -1 (no selection): slot and topk_idx must "
-      "come from the same plan");
-}
-
-TEST_P(DispatchErrors, RowSource) {
-  for (const int32_t bad : {10, -2, std::numeric_limits<int32_t>::min()}) {
-    cluster_.rank(1).row_source[6] = bad;
-    expect_error("rank 1: row_source[6] is " + std::to_string(bad) +
-                 ", but must be -1 (no token) or a token of all ranks in [0, 10)");
-  }
-}
-
-TEST_P(DispatchErrors, AllGarbage) {
-  for (RankBuffers& rank : cluster_.ranks()) {
-    std::fill(rank.slot.begin(), rank.slot.end(), kUntouched);
-    std::fill(rank.topk_idx.begin(), rank.topk_idx.end(), 0x7FFFFFFF);
-    std::fill(rank.row_source.begin(), rank.row_source.end(), kUntouched);
-  }
-  expect_error(
-      "rank 0: topk_idx[0, 0] is 2147483647, but must be -1 (no selection) or an expert in "
-      "[0, 4)");
-}
-
-// Zeros pass every check: any row may be written, but only inside the buffers.
-TEST_P(DispatchErrors, AHandleOfZerosStaysInside) {
-  for (RankBuffers& rank : cluster_.ranks()) {
-    std::fill(rank.slot.begin(), rank.slot.end(), 0);
-    std::fill(rank.topk_idx.begin(), rank.topk_idx.end(), 0);
-    std::fill(rank.row_source.begin(), rank.row_source.end(), 0);
-  }
-  EXPECT_TRUE(cluster_.dispatch().ok());
 }
 
 }  // namespace
