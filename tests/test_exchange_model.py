@@ -13,7 +13,7 @@ import pytest
 from ep_bench import fit, kernel_work, predictions
 from ep_bench.bounds import port_bytes
 from ep_bench.cases import FP8, GpuCase
-from ep_bench.exchange_model import Launch, Machine, Receive, Step, Work, simulate
+from ep_bench.exchange_model import Launch, Machine, Receive, Step, Tail, Work, simulate
 from ep_bench.kernel_work import Instructions, combine_work, dispatch_work
 from ep_testing import program_files
 from marked_part import replaced
@@ -104,6 +104,19 @@ def test_a_ticket_taken_ahead_keeps_an_item_from_who_is_idle():
     assert when_done == pytest.approx(20 + 2 * (0.25 + 1) + 10 + 0.1)
 
 
+def test_a_tail_takes_what_is_left_when_all_has_been_sent():
+    receives = [Receive(needs=[0], steps=[_step(out=500)])] * 10
+    work = Work(sends=[[_step(link=1000)]], receives=receives)
+    machine = dataclasses.replace(MACHINE, into=1e9, out=1e9)
+    launch = dataclasses.replace(LAUNCH, num_senders=1)
+    arrived, item = 1 + 100 + 3 + 0.5, 0.25 + 1 + 10
+    assert simulate(work, machine, launch) == pytest.approx(20 + arrived + 10 * item)
+    tail = Tail(num_sms=9, into=1e9, out=1e9, launch_us=5)
+    assert simulate(work, machine, launch, tail) == pytest.approx(20 + arrived + 5 + item)
+    slower = dataclasses.replace(tail, out=100)  # of all ten SMs together
+    assert simulate(work, machine, launch, slower) > 20 + arrived + 9 * 5
+
+
 # --- the kernels' work -------------------------------------------------------------------------
 
 
@@ -135,12 +148,33 @@ def test_senders_are_those_of_tuning():
     source = (ROOT / "csrc/tuning/heuristics.cc").read_text()
     body = re.search(r"int32_t num_senders\(.*?\n}", source, re.DOTALL)[0]
     assert "small ? kCompiledCombine.num_warps / 2 : by_rank ? 8 : 10;" in body
+    assert "if (has_tail && shape.num_ranks <= 2) return wire == Wire::kSame ? 8 : 12;" in body
     assert "if (wire == Wire::kSame) return 5;\n  return by_rank ? 8 : 6;" in body
     case = GpuCase(num_tokens=4096, num_ranks=2, num_sms=24)
     by_rank = dataclasses.replace(case, layout="rank")
     found = [kernel_work.num_senders("combine", c) for c in (case, by_rank)]
     few = GpuCase(num_tokens=256, num_ranks=2, num_sms=24)
     assert [*found, kernel_work.num_senders("combine", few)] == [10, 8, 8]
+
+
+def test_tails_are_those_of_tuning():
+    source = (ROOT / "csrc/tuning/heuristics.cc").read_text()
+    for name, value in (
+        ("kSmStoreRate", f"{kernel_work.SM_STORE_RATE // 1000}'000"),
+        ("kLinkRate", f"{kernel_work.LINK_RATE // 1000}'000"),
+        ("kMinTailBytes", f"{kernel_work.MIN_TAIL_BYTES / 1e6:.0f}e6"),
+    ):
+        assert f"double {name} = {value};" in source
+    case = GpuCase(num_tokens=4096, num_ranks=2, num_sms=24)
+    # As Tuning.IdleSmsHelpWhereMuchIsLeftWhenAllHasBeenSent has it.
+    for more, expected in (
+        ({}, True),
+        ({"tail": False}, False),
+        ({"layout": "rank"}, False),
+        ({"num_ranks": 8}, False),
+        ({"num_ranks": 8, "wire_dtype": FP8}, True),
+    ):
+        assert kernel_work.has_tail(dataclasses.replace(case, **more)) == expected
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])

@@ -113,6 +113,23 @@ class Launch:
     tickets_ahead: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tail:
+    """More SMs, which begin to receive when all has been sent.
+
+    Attributes:
+        num_sms: beside those of `Machine`.
+        into: bytes per microsecond, of loads, of all SMs that there are then.
+        out: likewise, of stores.
+        launch_us: from the last flag to the first ticket.
+    """
+
+    num_sms: int
+    into: float
+    out: float
+    launch_us: float
+
+
 class _Server:
     """Serves one after another."""
 
@@ -121,6 +138,10 @@ class _Server:
     def __init__(self, rate: float) -> None:
         self._rate = rate
         self._free = 0.0
+
+    def set_rate(self, rate: float) -> None:
+        """For what is asked for from now on."""
+        self._rate = rate
 
     def serve(self, now: float, amount: float) -> float:
         """When so much that is asked for now has been served."""
@@ -163,8 +184,9 @@ _Part = Generator[float | int, float, float]
 
 
 class _Simulation:
-    def __init__(self, work: Work, machine: Machine, launch: Launch) -> None:
+    def __init__(self, work: Work, machine: Machine, launch: Launch, tail: Tail | None) -> None:
         self._work, self._machine, self._launch = work, machine, launch
+        self._tail = tail
         self._link = _Server(machine.link)
         self._into, self._out = _Server(machine.into), _Server(machine.out)
         self._sending = _Queue(len(work.sends), launch.num_senders * machine.num_sms)
@@ -207,11 +229,23 @@ class _Simulation:
         self._arrived[item] = at
         for warp in self._waiting.pop(item, []):
             self._go_on(at, warp)
+        if self._tail is not None and len(self._arrived) == len(self._work.sends):
+            self._begin_tail(max(self._arrived.values()) + self._tail.launch_us, self._tail)
+
+    def _begin_tail(self, at: float, tail: Tail) -> None:
+        self._into.set_rate(tail.into)
+        self._out.set_rate(tail.out)
+        sms = [_Sm(self._machine) for _ in range(tail.num_sms)]
+        for _ in range(self._launch.num_warps):
+            for sm in sms:
+                of_warp = self._warp_of_tail(sm)
+                next(of_warp)
+                self._go_on(at, of_warp)
 
     def _warp(self, sm: _Sm, block: int, warp: int) -> _Warp:
         launch, machine = self._launch, self._machine
         now = yield 0.0
-        read = [0.0] * launch.ahead  # when the stages of the last steps may be loaded again
+        read = self._stages()  # when the stages of the last steps may be loaded again
         place = block * launch.num_senders + warp if warp < launch.num_senders else None
         for item in self._sending.items(place, launch) if place is not None else ():
             written = yield from self._stream(sm, self._work.sends[item], now, read)
@@ -219,11 +253,21 @@ class _Simulation:
             self._arrives(item, announced + machine.flag_us)
             now = yield announced if launch.waits_for_stores else read[-1] + machine.release_us
         rest = (warp - launch.num_senders) * machine.num_sms + block
-        for item in self._receiving.items(None if place is not None else rest, launch):
+        yield from self._receive(sm, None if place is not None else rest, now, read)
+
+    def _warp_of_tail(self, sm: _Sm) -> _Warp:
+        now = yield 0.0
+        yield from self._receive(sm, None, now, self._stages())
+
+    def _stages(self) -> list[float]:
+        return [0.0] * self._launch.ahead
+
+    def _receive(self, sm: _Sm, place: int | None, now: float, read: list[float]) -> _Warp:
+        for item in self._receiving.items(place, self._launch):
             receive = self._work.receives[item]
             for needed in receive.needs:
                 now = yield needed
-            now = yield now + machine.poll_us
+            now = yield now + self._machine.poll_us
             yield from self._stream(sm, receive.steps, now, read)
             now = yield read[-1]
 
@@ -255,10 +299,10 @@ class _Simulation:
         return written
 
 
-def simulate(work: Work, machine: Machine, launch: Launch) -> float:
+def simulate(work: Work, machine: Machine, launch: Launch, tail: Tail | None = None) -> float:
     """Microseconds of a kernel.
 
     Raises:
         RuntimeError: a receiver needs what nobody sends.
     """
-    return _Simulation(work, machine, launch).run()
+    return _Simulation(work, machine, launch, tail).run()

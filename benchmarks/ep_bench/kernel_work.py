@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from ep_bench.bytes_moved import FP8_ROW, ROW
-from ep_bench.cases import GpuCase
+from ep_bench.cases import NUM_TOPK, GpuCase
 from ep_bench.exchange_model import Launch, Receive, Step, Steps, Work
 
 # Of csrc/core/work_partition.h and csrc/tuning; the test compares them.
@@ -20,6 +20,8 @@ SEGMENT_BYTES = {"dispatch": 4096, "combine": 2048}
 DISPATCH_WARPS, COMBINE_WARPS = 14, 16
 COMBINE_STAGES = 8
 ELEMENTS_OF_A_STEP = 256
+SM_STORE_RATE, LINK_RATE = 54_000, 341_000  # bytes in a microsecond
+MIN_TAIL_BYTES = 20e6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,16 @@ def chunk_tokens(operation: str, num_tokens: int) -> int:
     return max(few, math.ceil(num_tokens / MAX_CHUNKS))
 
 
+def has_tail(case: GpuCase) -> bool:
+    """Whether tuning lets a dispatch of at least `CHUNK_TARGET` tokens end on idle SMs."""
+    ranks, tokens = case.num_ranks, case.num_tokens
+    of_token = ranks * (1 - (1 - 1 / ranks) ** NUM_TOPK)
+    rows = of_token if case.layout == "rank" else NUM_TOPK
+    sent = tokens * of_token * (1 - 1 / ranks) * ROW * (0.52 if case.wire_dtype else 1)
+    left = tokens * rows * ROW + sent - sent / LINK_RATE * SM_STORE_RATE * case.num_sms
+    return case.tail and left >= MIN_TAIL_BYTES
+
+
 def num_senders(operation: str, case: GpuCase) -> int:
     """Of a block's warps."""
     if operation == "combine":
@@ -52,6 +64,8 @@ def num_senders(operation: str, case: GpuCase) -> int:
         if items * case.num_ranks <= 2 * COMBINE_WARPS * case.num_sms:
             return COMBINE_WARPS // 2
         return 8 if case.layout == "rank" else 10
+    if has_tail(case) and case.num_ranks <= 2:
+        return 8 if case.wire_dtype is None else 12
     if case.wire_dtype is None:
         return 5
     return 8 if case.layout == "rank" else 6
@@ -92,8 +106,14 @@ def _segments(operation: str) -> int:
     return math.ceil(ROW / SEGMENT_BYTES[operation])
 
 
-def dispatch_work(case: GpuCase, cost: Instructions) -> Work:
-    """What rank 0 does; all ranks are alike."""
+def dispatch_work(case: GpuCase, cost: Instructions, *, whole_chunks: bool = False) -> Work:
+    """What rank 0 does; all ranks are alike.
+
+    Args:
+        case: what is moved.
+        cost: of what is converted.
+        whole_chunks: whether a receiver takes a chunk at once, as it once did, and no token.
+    """
     counts, segments = _counts(case), _segments("dispatch")
     fp8 = case.wire_dtype is not None
     row, wire = ROW / segments, (FP8_ROW if fp8 else ROW) / segments
@@ -125,10 +145,11 @@ def dispatch_work(case: GpuCase, cost: Instructions) -> Work:
         receives=[
             Receive(
                 needs=[i] if source or fp8 else [],
-                steps=[step for token in chunk for step in receive(source, token)],
+                steps=[step for token in tokens for step in receive(source, token)],
             )
             for i, chunk in enumerate(chunks)
             for source in range(case.num_ranks)
+            for tokens in ([chunk] if whole_chunks else [[token] for token in chunk])
         ],
     )
 

@@ -17,12 +17,14 @@ from ep_bench import environment, kernel_times, kernel_work, link_probe
 from ep_bench.bounds import Bound, bound, port_bytes
 from ep_bench.cases import FP8, GpuCase
 from ep_bench.cells import table
-from ep_bench.exchange_model import Machine, Work, simulate
+from ep_bench.exchange_model import Machine, Tail, Work, simulate
 from ep_bench.kernel_work import Instructions
 
 MEASURED = pathlib.Path(__file__).resolve().parents[1] / "calibration" / "two_h200.json"
 # So few that what binds is an SM, and neither memory nor link.
 FEW_SMS = 8
+# From the last flag to the first ticket of a tail: what a launch takes. Not measured.
+TAIL_LAUNCH_US = 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,8 @@ class Measurements:
         probe: as of `link_probe.parse`.
         calibration: fitted to lines.
         lines: measured.
-        tickets_ahead: whether the kernels that were measured took their tickets an item early.
-            Those that there are now do not.
+        tickets_ahead: whether the kernels that were measured took their tickets an item early, and
+            received whole chunks. Those that there are now do neither.
     """
 
     source: str
@@ -204,25 +206,52 @@ def machine(
     )
 
 
-def predict(operation: str, case: GpuCase, known: Measurements, **launch: Any) -> float:
+def _tail(work: Work, case: GpuCase, known: Measurements) -> Tail:
+    """All SMs that the kernel does not take."""
+    rates = known.probe["rates"]
+    all_sms = max(rates["load"])
+    moved = machine(work, all_sms, known.probe, known.calibration)
+    return Tail(
+        num_sms=all_sms - case.num_sms, into=moved.into, out=moved.out, launch_us=TAIL_LAUNCH_US
+    )
+
+
+def predict(
+    operation: str,
+    case: GpuCase,
+    known: Measurements,
+    *,
+    whole_chunks: bool = False,
+    **launch: Any,
+) -> float:
     """Microseconds of a kernel alone, by the model.
 
     Args:
         operation: "dispatch" or "combine".
         case: of 1024 tokens or more, and uniform routing.
         known: rates and calibration.
+        whole_chunks: see `kernel_work.dispatch_work`.
         launch: what to change about the launch that the kernels' tuning chooses.
     """
-    of = {"dispatch": kernel_work.dispatch_work, "combine": kernel_work.combine_work}
-    work = of[operation](case, known.calibration.instructions)
+    cost = known.calibration.instructions
+    if operation == "dispatch":
+        work = kernel_work.dispatch_work(case, cost, whole_chunks=whole_chunks)
+    else:
+        work = kernel_work.combine_work(case, cost)
+    has_tail = operation == "dispatch" and kernel_work.has_tail(case)
+    tail = _tail(work, case, known) if has_tail else None
     chosen = dataclasses.replace(kernel_work.launch(operation, case), **launch)
-    return simulate(work, machine(work, case.num_sms, known.probe, known.calibration), chosen)
+    of_main = machine(work, case.num_sms, known.probe, known.calibration)
+    return simulate(work, of_main, chosen, tail)
 
 
 def modeled_lines(known: Measurements) -> list[float]:
     """Microseconds of each measured line, by the model."""
     ahead = known.tickets_ahead
-    return [predict(line.operation, line.case, known, tickets_ahead=ahead) for line in known.lines]
+    return [
+        predict(line.operation, line.case, known, whole_chunks=ahead, tickets_ahead=ahead)
+        for line in known.lines
+    ]
 
 
 def _least(operation: str, case: GpuCase, known: Measurements) -> Bound:
@@ -265,7 +294,7 @@ PREDICTED = (
     ("combine", None, "expert", 830),
     ("combine", None, "rank", 830),
 )
-PREDICTED_RANKS, PREDICTED_SMS, PREDICTED_TOKENS = (4, 8), (24, 64), 4096
+PREDICTED_RANKS, PREDICTED_SMS, PREDICTED_TOKENS = (2, 4, 8), (24, 64), 4096
 
 
 def _predicted_cells(operation: str, case: GpuCase, known: Measurements) -> list[str]:

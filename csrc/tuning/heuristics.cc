@@ -25,11 +25,11 @@ constexpr int64_t kBinsPerBlock = 16;
 // what has arrived. Quantizing takes more of them, and so does summing; in a small call, in which
 // no warp has much to do, half of them sum what arrives from the start. Measured on two H200
 // (docs/measurements/performance.md). Before a tail more of them send, for the others need not keep
-// up: measured on one H200.
-int32_t num_senders(OpKind op, Layout layout, Wire wire, bool small, bool has_tail) {
-  const bool by_rank = layout == Layout::kRank;
+// up; but among more than two ranks the link is the limit, as the event model there says.
+int32_t num_senders(OpKind op, const EpShape& shape, Wire wire, bool small, bool has_tail) {
+  const bool by_rank = shape.layout == Layout::kRank;
   if (op == OpKind::kCombine) return small ? kCompiledCombine.num_warps / 2 : by_rank ? 8 : 10;
-  if (has_tail) return wire == Wire::kSame ? 8 : 12;
+  if (has_tail && shape.num_ranks <= 2) return wire == Wire::kSame ? 8 : 12;
   if (wire == Wire::kSame) return 5;
   return by_rank ? 8 : 6;
 }
@@ -119,7 +119,7 @@ LaunchShape launch_shape(
     if (op == OpKind::kDispatch) {
       launch.num_tail_blocks = num_tail_blocks(shape, row_bytes, wire, budget, launch.num_blocks);
     }
-    launch.num_senders = num_senders(op, shape.layout, wire, small, launch.num_tail_blocks > 0);
+    launch.num_senders = num_senders(op, shape, wire, small, launch.num_tail_blocks > 0);
   }
   return launch;
 }
