@@ -44,7 +44,9 @@ constexpr std::string_view name(RowFormat format) {
   return format == RowFormat::kDType ? "dtype" : "float8_e4m3fn";
 }
 
-// Rows and scalars travel from their tokens to their slots.
+// Rows and scalars travel from their tokens to their slots. As the backward of a weighted combine a
+// dispatch also makes the products: where a row arrives, it is multiplied by the row's weight, and
+// its dot product with the same row of `y` is taken, before it is multiplied.
 struct DispatchOp {
   static constexpr OpKind kKind = OpKind::kDispatch;
 
@@ -56,9 +58,13 @@ struct DispatchOp {
   RowFormat x_format = RowFormat::kDType;     // kFloat8E4M3: on the FP8 wire only
   RowFormat rows_format = RowFormat::kDType;  // likewise
   bool zero_fill = true;            // rows that hold no token become zeros, else are left alone
+  bool weighted = false;            // rows are multiplied by row_weights; Wire::kSame only
+  bool with_dots = false;           // row_dots are taken; Wire::kSame only
   const void* x = nullptr;          // [T, H] in
   const float* x_scales = nullptr;  // [T, ceil(H / 128)] in, x_format kFloat8E4M3 only
   const float* token_scalars = nullptr;  // [T, num_scalars] in
+  const float* row_weights = nullptr;    // [C] in if weighted
+  const void* y = nullptr;               // [C, H] in if with_dots
   const int32_t* topk_idx = nullptr;     // [T, K] in, as given to the plan
   const int32_t* slot = nullptr;         // [T, K] in, from the plan
   const int32_t* row_source = nullptr;   // [C] in, from the plan
@@ -67,7 +73,14 @@ struct DispatchOp {
   float* rows_scales = nullptr;          // [C, ceil(H / 128)] out, rows_format kFloat8E4M3 only
   float* row_scalars = nullptr;  // [C] (kExpert) or [C, K] (kRank) out if num_scalars > 0; zeros
                                  // where there is no selection
+  float* row_dots = nullptr;     // [C] out if with_dots; zeros where there is no token
 };
+
+// How a dot product is summed: element h goes to sum h % kDotSums, in ascending order, by fused
+// multiply-adds in float32 that begin with 0; then neighboring sums are added, 0 and 1, 2 and 3,
+// ..., until one is left. A warp has eight elements in each lane, and a vector processor some
+// registers full.
+inline constexpr int64_t kDotSums = 256;
 
 // Rows travel back and are summed; row scalars travel back to their selections.
 struct CombineOp {
@@ -94,12 +107,17 @@ constexpr Wire wire_of(const PlanOp& /*op*/) { return Wire::kSame; }
 constexpr Wire wire_of(const DispatchOp& op) { return op.wire; }
 constexpr Wire wire_of(const CombineOp& /*op*/) { return Wire::kSame; }
 
+// Which products a dispatch makes, as bits.
+constexpr uint32_t products_of(const DispatchOp& op) {
+  return static_cast<uint32_t>(op.weighted) | static_cast<uint32_t>(op.with_dots) << 1;
+}
+
 // The tag of an op's call (see csrc/core/protocol.h, which says what `place` is).
 constexpr uint32_t call_tag_of(const PlanOp& op, uint32_t place) {
-  return call_tag(op.shape, 0, DType::kFloat32, Wire::kSame, 0, false, place);
+  return call_tag(op.shape, 0, DType::kFloat32, Wire::kSame, 0, 0, place);
 }
 constexpr uint32_t call_tag_of(const DispatchOp& op, uint32_t place) {
-  return call_tag(op.shape, op.hidden, op.dtype, op.wire, op.num_scalars, false, place);
+  return call_tag(op.shape, op.hidden, op.dtype, op.wire, op.num_scalars, products_of(op), place);
 }
 constexpr uint32_t call_tag_of(const CombineOp& op, uint32_t place) {
   return call_tag(op.shape, op.hidden, op.dtype, Wire::kSame, op.num_scalars, op.weighted, place);

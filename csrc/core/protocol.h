@@ -46,19 +46,20 @@ constexpr uint32_t hash_byte(uint64_t value) {
   return static_cast<uint32_t>((value ^ (value >> 31)) & 0xFF);
 }
 
-// `place` is a number of the call's place in the program, the same on all ranks; 0: not known.
+// `products` is 0 for what is moved and summed as it is. `place` is a number of the call's place in
+// the program, the same on all ranks; 0: not known.
 constexpr uint32_t call_tag(const EpShape& shape,
                             int64_t hidden,
                             DType dtype,
                             Wire wire,
                             int32_t scalars,
-                            bool weighted,
+                            uint32_t products,
                             uint32_t place) {
   uint64_t sizes = static_cast<uint64_t>(hidden);
   const uint64_t more[] = {static_cast<uint64_t>(dtype),
                            static_cast<uint64_t>(wire),
                            static_cast<uint64_t>(scalars),
-                           static_cast<uint64_t>(weighted),
+                           uint64_t{products},
                            static_cast<uint64_t>(shape.recv_capacity),
                            static_cast<uint64_t>(shape.expert_alignment)};
   for (const uint64_t value : more) sizes = sizes * 0x9e3779b97f4a7c15 + value + 1;

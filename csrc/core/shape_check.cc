@@ -54,4 +54,11 @@ Status check_row_formats(const DispatchOp& op) {
                                   std::string(name(op.wire)) + "; allowed: wire float8_e4m3fn");
 }
 
+Status check_products(const DispatchOp& op) {
+  if (op.wire == Wire::kSame || (!op.weighted && !op.with_dots)) return {};
+  return Status::invalid_argument(std::string(op.weighted ? "row_weights" : "y") +
+                                  " is given, and wire is " + std::string(name(op.wire)) +
+                                  "; allowed: wire " + std::string(name(Wire::kSame)));
+}
+
 }  // namespace jax_ep

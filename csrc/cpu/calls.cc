@@ -20,7 +20,7 @@ struct Field {
 };
 
 struct Fields {
-  std::array<Field, 14> items;
+  std::array<Field, 16> items;
   size_t size = 0;
 
   void add(std::string_view name, int64_t value, std::string_view text = {}) {
@@ -61,6 +61,8 @@ Fields fields_of(const DispatchOp& call) {
   fields.add_enum("x_format", call.x_format);
   fields.add_enum("rows_format", call.rows_format);
   fields.add_flag("zero_fill", call.zero_fill);
+  fields.add_flag("weighted", call.weighted);
+  fields.add_flag("with_dots", call.with_dots);
   return fields;
 }
 
@@ -132,7 +134,8 @@ Status check_parameters(const PlanOp& call, size_t num_calls) {
 Status check_parameters(const DispatchOp& call, size_t num_calls) {
   JAX_EP_RETURN_IF_ERROR(check_sizes(call.shape, num_calls));
   JAX_EP_RETURN_IF_ERROR(check_rows(call.shape, call.hidden, call.num_scalars));
-  return check_row_formats(call);
+  JAX_EP_RETURN_IF_ERROR(check_row_formats(call));
+  return check_products(call);
 }
 
 Status check_parameters(const CombineOp& call, size_t num_calls) {

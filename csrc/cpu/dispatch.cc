@@ -3,8 +3,11 @@
 // has. The rows that hold no token are cleared from the destinations' side. Slots are distinct,
 // so no two tasks write the same bytes.
 //
-// Extra memory, per thread: one row (FP8 wire, unless x and rows are both in FP8) and 8 R bytes
-// (rank layout).
+// As the backward of a weighted combine it makes the products meanwhile, while the token's row is in
+// the cache: so y is read once, the rows are written once, and nothing else of their size is.
+//
+// Extra memory, per thread: one row (FP8 wire, unless x and rows are both in FP8; or products) and
+// 8 R bytes (rank layout).
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -54,12 +57,14 @@ class Dispatcher {
 
   Status run() {
     // kRank copies a row less often than K times, but that is known only when it is done.
-    const int64_t token_bytes = num_topk_ * (row_bytes_ + scale_bytes_ + 4 * scalars_per_row_ + 16);
+    const int64_t moved_bytes = row_bytes_ * (first_.with_dots ? 2 : 1);
+    const int64_t token_bytes =
+        num_topk_ * (moved_bytes + scale_bytes_ + 4 * scalars_per_row_ + 16);
     workers_.parallel_for(shape_.num_ranks * shape_.num_tokens,
                           items_per_chunk(token_bytes),
                           [this](int64_t begin, int64_t end) { copy_tokens(begin, end); });
-    const int64_t cleared_bytes =
-        (first_.zero_fill ? row_bytes_ + scale_bytes_ : 0) + 4 * scalars_per_row_;
+    const int64_t cleared_bytes = (first_.zero_fill ? row_bytes_ + scale_bytes_ : 0) +
+                                  4 * scalars_per_row_ + (first_.with_dots ? 4 : 0);
     if (cleared_bytes == 0) return first_error_.take();
     workers_.parallel_for(shape_.num_ranks * shape_.recv_capacity,
                           items_per_chunk(cleared_bytes),
@@ -85,7 +90,9 @@ class Dispatcher {
     // The last token that was copied to the rank.
     std::vector<int64_t> copied(once_per_rank ? static_cast<size_t>(shape_.num_ranks) : 0, -1);
     const bool converts = first_.wire != Wire::kSame && !(quantized_in_ && quantized_out_);
-    std::vector<std::byte> converted(converts ? static_cast<size_t>(scale_bytes_ + row_bytes_) : 0);
+    // A row that is not x's own: as it was converted, or as it is multiplied.
+    std::vector<std::byte> scratch(
+        converts || first_.weighted ? static_cast<size_t>(scale_bytes_ + row_bytes_) : 0);
     for (int64_t token = begin; token < end; ++token) {
       const DispatchOp& source = op_of(token / shape_.num_tokens);
       const int64_t first = token % shape_.num_tokens * num_topk_;
@@ -96,15 +103,15 @@ class Dispatcher {
         if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
         if (slot < 0) continue;
         const int32_t dest = owner_of(expert, num_local_);
-        if (row.values == nullptr) row = traveler(source, token, converted.data());
+        if (row.values == nullptr) row = traveler(source, token, scratch.data());
         if (once_per_rank) {
           int64_t& last = copied[static_cast<size_t>(dest)];
           const bool is_new = last != token;
           last = token;
-          if (is_new) put(writer, row, dest, slot);
+          if (is_new) put(writer, row, dest, slot, scratch.data());
           copy_rank_major_scalar(source, first, k, dest, slot, is_new);
         } else {
-          put(writer, row, dest, slot);
+          put(writer, row, dest, slot, scratch.data());
           if (scalars_per_row_ > 0) op_of(dest).row_scalars[slot] = source.token_scalars[first + k];
         }
       }
@@ -133,9 +140,23 @@ class Dispatcher {
     return {.values = values, .scales = scratch};
   }
 
-  void put(const RowWriter& writer, const Traveler& row, int32_t dest, int64_t slot) const {
+  // `scratch` holds a row that is multiplied.
+  void put(const RowWriter& writer,
+           const Traveler& row,
+           int32_t dest,
+           int64_t slot,
+           std::byte* scratch) const {
     const DispatchOp& to = op_of(dest);
-    writer.copy(static_cast<std::byte*>(to.rows) + slot * row_bytes_, row.values, row_bytes_);
+    const std::byte* values = row.values;
+    if (first_.with_dots) {
+      const auto* const y = static_cast<const std::byte*>(to.y) + slot * row_bytes_;
+      to.row_dots[slot] = kernels_.dot(values, y, first_.hidden);
+    }
+    if (first_.weighted) {
+      kernels_.scale(values, to.row_weights[slot], first_.hidden, scratch);
+      values = scratch;
+    }
+    writer.copy(static_cast<std::byte*>(to.rows) + slot * row_bytes_, values, row_bytes_);
     if (scale_bytes_ == 0) return;
     writer.copy(reinterpret_cast<std::byte*>(to.rows_scales + slot * num_scales_),
                 row.scales,
@@ -192,6 +213,7 @@ class Dispatcher {
       std::fill_n(
           dest.row_scalars + begin * scalars_per_row_, (end - begin) * scalars_per_row_, 0.0F);
     }
+    if (first_.with_dots) std::fill_n(dest.row_dots + begin, end - begin, 0.0F);
   }
 
   void report(int64_t token, int32_t k, int32_t expert, int32_t slot) {

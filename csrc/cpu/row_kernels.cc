@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "csrc/core/float_formats.h"
+#include "csrc/core/ops.h"
 
 // The bodies are inlined into one function per instruction set, whose attributes they take on.
 #define JAX_EP_INLINE_BODY [[gnu::always_inline]] inline
@@ -80,6 +81,37 @@ JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms,
   }
 }
 
+template <typename Format>
+JAX_EP_INLINE_BODY void scale_body(const void* x,
+                                   float weight,
+                                   int64_t hidden,
+                                   void* __restrict out) {
+  using Storage = typename Format::Storage;
+  const auto* const from = static_cast<const Storage*>(x);
+  auto* const to = static_cast<Storage*>(out);
+  for (int64_t i = 0; i < hidden; ++i) {
+    to[i] = Format::from_float(weight * Format::to_float(from[i]));
+  }
+}
+
+template <typename Format>
+JAX_EP_INLINE_BODY float dot_body(const void* x, const void* y, int64_t hidden) {
+  using Storage = typename Format::Storage;
+  alignas(64) float sums[kDotSums] = {};
+  for (int64_t begin = 0; begin < hidden; begin += kDotSums) {
+    const int64_t count = std::min(kDotSums, hidden - begin);
+    const Storage* const a = static_cast<const Storage*>(x) + begin;
+    const Storage* const b = static_cast<const Storage*>(y) + begin;
+    for (int64_t i = 0; i < count; ++i) {
+      sums[i] = std::fma(Format::to_float(a[i]), Format::to_float(b[i]), sums[i]);
+    }
+  }
+  for (int64_t left = kDotSums / 2; left > 0; left /= 2) {
+    for (int64_t i = 0; i < left; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  }
+  return sums[0];
+}
+
 // The scale of one block.
 template <typename Format>
 JAX_EP_INLINE_BODY float scale_of(const typename Format::Storage* block, int64_t count) {
@@ -149,6 +181,12 @@ struct Baseline {
                         void* out) {
     sum_terms_body<Format>(terms, next, hidden, out);
   }
+  static void scale(const void* x, float weight, int64_t hidden, void* out) {
+    scale_body<Format>(x, weight, hidden, out);
+  }
+  static float dot(const void* x, const void* y, int64_t hidden) {
+    return dot_body<Format>(x, y, hidden);
+  }
   static void quantize(const void* x, int64_t hidden, uint8_t* values, float* scales) {
     quantize_body<Format>(x, hidden, values, scales);
   }
@@ -168,6 +206,12 @@ struct Avx2 {
                                     int64_t hidden,
                                     void* out) {
     sum_terms_body<Format>(terms, next, hidden, out);
+  }
+  JAX_EP_AVX2 static void scale(const void* x, float weight, int64_t hidden, void* out) {
+    scale_body<Format>(x, weight, hidden, out);
+  }
+  JAX_EP_AVX2 static float dot(const void* x, const void* y, int64_t hidden) {
+    return dot_body<Format>(x, y, hidden);
   }
   JAX_EP_AVX2 static void quantize(const void* x, int64_t hidden, uint8_t* values, float* scales) {
     quantize_body<Format>(x, hidden, values, scales);
@@ -191,6 +235,12 @@ struct Avx512 {
                                       void* out) {
     sum_terms_body<Format>(terms, next, hidden, out);
   }
+  JAX_EP_AVX512 static void scale(const void* x, float weight, int64_t hidden, void* out) {
+    scale_body<Format>(x, weight, hidden, out);
+  }
+  JAX_EP_AVX512 static float dot(const void* x, const void* y, int64_t hidden) {
+    return dot_body<Format>(x, y, hidden);
+  }
   JAX_EP_AVX512 static void quantize(const void* x,
                                      int64_t hidden,
                                      uint8_t* values,
@@ -212,14 +262,20 @@ struct Avx512 {
 template <template <typename> class Compiled>
 const RowKernels& kernels_of(DType dtype) {
   static constexpr RowKernels kFloat32{&Compiled<Float32>::sum_terms,
+                                       &Compiled<Float32>::scale,
+                                       &Compiled<Float32>::dot,
                                        &Compiled<Float32>::quantize,
                                        &Compiled<Float32>::restore,
                                        &Compiled<Float32>::round_to_fp8};
   static constexpr RowKernels kBFloat16{&Compiled<BFloat16>::sum_terms,
+                                        &Compiled<BFloat16>::scale,
+                                        &Compiled<BFloat16>::dot,
                                         &Compiled<BFloat16>::quantize,
                                         &Compiled<BFloat16>::restore,
                                         &Compiled<BFloat16>::round_to_fp8};
   static constexpr RowKernels kFloat16{&Compiled<Float16>::sum_terms,
+                                       &Compiled<Float16>::scale,
+                                       &Compiled<Float16>::dot,
                                        &Compiled<Float16>::quantize,
                                        &Compiled<Float16>::restore,
                                        &Compiled<Float16>::round_to_fp8};

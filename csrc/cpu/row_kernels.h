@@ -26,6 +26,10 @@ struct RowKernels {
                     std::span<const Term> next,
                     int64_t hidden,
                     void* out);
+  // out [H] = weight * x [H], in float32, rounded.
+  void (*scale)(const void* x, float weight, int64_t hidden, void* out);
+  // The dot product of x [H] and y [H], see kDotSums.
+  float (*dot)(const void* x, const void* y, int64_t hidden);
   // x [H] as it travels over the FP8 wire: float8_e4m3fn values [H], scales [ceil(H / 128)].
   void (*quantize)(const void* x, int64_t hidden, uint8_t* values, float* scales);
   // out [H] = what those stand for.

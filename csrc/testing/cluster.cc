@@ -30,6 +30,8 @@ std::string describe(const ClusterOptions& options) {
   if (!options.scalars) text += "_noscalars";
   if (options.absent_rank >= 0) text += "_absent" + std::to_string(options.absent_rank);
   if (!options.weighted) text += "_unweighted";
+  if (options.row_weights) text += "_rowweights";
+  if (options.row_dots) text += "_rowdots";
   return text;
 }
 
@@ -66,6 +68,8 @@ Cluster::Cluster(const ClusterOptions& options) : options_(options), random_(opt
       rank.row_scalars.assign(at(row_scalars), kUntouched);
       rank.returned_scalars.assign(at(selections), kUntouched);
     }
+    if (options.row_weights) rank.row_weights = random_floats(shape.recv_capacity);
+    if (options.row_dots) rank.row_dots.assign(at(shape.recv_capacity), kUntouched);
   }
 }
 
@@ -173,13 +177,18 @@ std::vector<Call> Cluster::dispatch_calls() {
                                .dtype = options_.dtype,
                                .wire = options_.wire,
                                .zero_fill = options_.zero_fill,
+                               .weighted = options_.row_weights,
+                               .with_dots = options_.row_dots,
                                .x = rank.x.data(),
                                .token_scalars = rank.token_scalars.data(),
+                               .row_weights = rank.row_weights.data(),
+                               .y = options_.row_dots ? rank.y.data() : nullptr,
                                .topk_idx = rank.topk_idx.data(),
                                .slot = rank.slot.data(),
                                .row_source = rank.row_source.data(),
                                .rows = rank.rows.data(),
-                               .row_scalars = rank.row_scalars.data()});
+                               .row_scalars = rank.row_scalars.data(),
+                               .row_dots = rank.row_dots.data()});
   }
   return calls;
 }

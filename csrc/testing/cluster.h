@@ -27,6 +27,8 @@ struct ClusterOptions {
   bool zero_fill = true;
   bool scalars = true;
   bool weighted = true;
+  bool row_weights = false;  // dispatch multiplies rows
+  bool row_dots = false;     // dispatch takes dot products with y
   uint32_t seed = 1;
   // A rank without tokens, whose experts nobody selects; -1: none.
   int32_t absent_rank = -1;
@@ -47,7 +49,8 @@ struct RankBuffers {
   int32_t num_dropped = kUntouched;
   std::vector<std::byte> x, rows;  // dispatch: in, out
   std::vector<float> token_scalars, row_scalars;
-  std::vector<std::byte> y, out;        // combine: in, out
+  std::vector<float> row_weights, row_dots;  // dispatch: in, out
+  std::vector<std::byte> y, out;             // combine: in, out; dispatch: y, too
   std::vector<float> weights;           // combine: in, and as row scalars
   std::vector<float> returned_scalars;  // combine: out
 };

@@ -260,6 +260,42 @@ PerRank<float> dispatch_rows(const EpShape& shape,
   return rows;
 }
 
+std::vector<float> scale_rows(const std::vector<float>& rows,
+                              const std::vector<float>& row_weights,
+                              int64_t hidden,
+                              DType dtype) {
+  std::vector<float> scaled;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    // Exact in double, so that this is the product in float32.
+    const double weight = row_weights[i / at(hidden)];
+    const auto product = static_cast<float>(weight * rows[i]);
+    scaled.push_back(static_cast<float>(round_to(format_of(dtype), product)));
+  }
+  return scaled;
+}
+
+std::vector<float> row_dots(const std::vector<float>& rows,
+                            const std::vector<float>& y,
+                            const std::vector<int32_t>& row_source,
+                            int64_t hidden) {
+  std::vector<float> dots(row_source.size());
+  for (size_t row = 0; row < dots.size(); ++row) {
+    if (row_source[row] < 0) continue;
+    std::vector<float> sums(256);
+    for (size_t h = 0; h < at(hidden); ++h) {
+      float& sum = sums[h % sums.size()];
+      sum = fused_multiply_add(rows[row * at(hidden) + h], y[row * at(hidden) + h], sum);
+    }
+    while (sums.size() > 1) {
+      std::vector<float> pairs;
+      for (size_t i = 0; i < sums.size(); i += 2) pairs.push_back(sums[i] + sums[i + 1]);
+      sums = pairs;
+    }
+    dots[row] = sums[0];
+  }
+  return dots;
+}
+
 PerRank<float> dispatch_scalars(const EpShape& shape,
                                 const PerRank<int32_t>& topk_idx,
                                 const Plan& plan,

@@ -68,6 +68,17 @@ PerRank<float> dispatch_rows(const EpShape& shape,
                              const Plan& plan,
                              const PerRank<float>& x,
                              int64_t hidden);
+// What a dispatch makes of rows and weights of one rank, rows first: `weight * row`, rounded.
+std::vector<float> scale_rows(const std::vector<float>& rows,
+                              const std::vector<float>& row_weights,
+                              int64_t hidden,
+                              DType dtype);
+// The dot products of the rows of one rank with those of `y`, see kDotSums in csrc/core/ops.h; 0
+// where `row_source` says that there is no token.
+std::vector<float> row_dots(const std::vector<float>& rows,
+                            const std::vector<float>& y,
+                            const std::vector<int32_t>& row_source,
+                            int64_t hidden);
 PerRank<float> dispatch_scalars(const EpShape& shape,
                                 const PerRank<int32_t>& topk_idx,
                                 const Plan& plan,

@@ -46,11 +46,24 @@ TEST(Calls, HaveProperties) {
   EXPECT_EQ(texts(dispatch_call()),
             "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
             "expert_alignment=1 layout=expert hidden=512 num_scalars=2 dtype=float32 wire=same "
-            "x_format=dtype rows_format=dtype zero_fill=true ");
+            "x_format=dtype rows_format=dtype zero_fill=true weighted=false with_dots=false ");
   EXPECT_EQ(
       texts(combine_call()),
       "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
       "expert_alignment=1 layout=expert hidden=512 weighted=false num_scalars=0 dtype=float32 ");
+}
+
+TEST(Calls, MakeProductsOfRowsThatTravelAsTheyAre) {
+  DispatchOp call = dispatch_call();
+  call.weighted = true;
+  call.wire = Wire::kFloat8E4M3;
+  WorkerPool workers(0);
+  EXPECT_EQ(execute(copies(call), workers).message(),
+            "row_weights is given, and wire is float8_e4m3fn; allowed: wire same");
+  call.weighted = false;
+  call.with_dots = true;
+  EXPECT_EQ(execute(copies(call), workers).message(),
+            "y is given, and wire is float8_e4m3fn; allowed: wire same");
 }
 
 TEST(Agreement, OfEqualCalls) {
@@ -105,7 +118,9 @@ TEST(Agreement, CoversEveryParameter) {
        [](auto& c) { c.x_format = RowFormat::kFloat8E4M3; }},
       {"rows_format is dtype on ranks 0-2 and float8_e4m3fn on rank 3",
        [](auto& c) { c.rows_format = RowFormat::kFloat8E4M3; }},
-      {"zero_fill is true on ranks 0-2 and false on rank 3", [](auto& c) { c.zero_fill = false; }}};
+      {"zero_fill is true on ranks 0-2 and false on rank 3", [](auto& c) { c.zero_fill = false; }},
+      {"weighted is false on ranks 0-2 and true on rank 3", [](auto& c) { c.weighted = true; }},
+      {"with_dots is false on ranks 0-2 and true on rank 3", [](auto& c) { c.with_dots = true; }}};
   for (const auto& [message, change] : changes) {
     std::vector<Call> calls = copies(dispatch_call());
     change(std::get<DispatchOp>(calls[3]));

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <string>
 #include <vector>
@@ -37,6 +38,14 @@ class DispatchOf : public testing::TestWithParam<ClusterOptions> {
     }
     return x;
   }
+  // The rows of x at their slots.
+  static reference::PerRank<float> arrived(const Cluster& cluster) {
+    return reference::dispatch_rows(cluster.options().shape,
+                                    cluster.all(&RankBuffers::topk_idx),
+                                    cluster.planned(),
+                                    traveled(cluster),
+                                    cluster.options().hidden);
+  }
 };
 
 TEST_P(DispatchOf, RowsArriveAtTheirSlots) {
@@ -45,12 +54,12 @@ TEST_P(DispatchOf, RowsArriveAtTheirSlots) {
   ASSERT_TRUE(cluster.plan().ok());
   const Status status = cluster.dispatch();
   ASSERT_TRUE(status.ok()) << status.message();
-  const reference::PerRank<float> expected =
-      reference::dispatch_rows(options.shape,
-                               cluster.all(&RankBuffers::topk_idx),
-                               cluster.planned(),
-                               traveled(cluster),
-                               options.hidden);
+  reference::PerRank<float> expected = arrived(cluster);
+  for (int32_t rank = 0; rank < options.shape.num_ranks && options.row_weights; ++rank) {
+    std::vector<float>& rows = expected[at(rank)];
+    rows = reference::scale_rows(
+        rows, cluster.rank(rank).row_weights, options.hidden, options.dtype);
+  }
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
   const std::vector<std::byte> empty(at(row_bytes),
                                      options.zero_fill ? std::byte{0} : kUntouchedByte);
@@ -77,6 +86,31 @@ TEST_P(DispatchOf, ScalarsArriveAtTheirSlots) {
                                         cluster.all(&RankBuffers::topk_idx),
                                         cluster.planned(),
                                         cluster.all(&RankBuffers::token_scalars)));
+}
+
+TEST_P(DispatchOf, DotProductsAreOfTheRowsAsTheyArrive) {
+  const ClusterOptions& options = GetParam();
+  if (!options.row_dots) return;
+  Cluster cluster(options);
+  ASSERT_TRUE(cluster.plan().ok());
+  // What rows without a token hold must not matter.
+  for (RankBuffers& rank : cluster.ranks()) {
+    std::vector<float> y = cluster.decode(rank.y);
+    for (size_t row = 0; row < rank.row_source.size(); ++row) {
+      if (rank.row_source[row] >= 0) continue;
+      std::fill_n(y.begin() + static_cast<int64_t>(row) * options.hidden, options.hidden, NAN);
+    }
+    rank.y = cluster.encode(y);
+  }
+  ASSERT_TRUE(cluster.dispatch().ok());
+  const reference::PerRank<float> rows = arrived(cluster);
+  for (int32_t dest = 0; dest < options.shape.num_ranks; ++dest) {
+    const RankBuffers& rank = cluster.rank(dest);
+    EXPECT_EQ(rank.row_dots,
+              reference::row_dots(
+                  rows[at(dest)], cluster.decode(rank.y), rank.row_source, options.hidden))
+        << "rank " << dest;
+  }
 }
 
 std::vector<ClusterOptions> problems() {
@@ -140,6 +174,19 @@ std::vector<ClusterOptions> problems() {
     }
     add(fp8, capacity(6));
     add(fp8, hidden(0));
+    const auto row_weights = [](ClusterOptions& o) { o.row_weights = true; };
+    const auto row_dots = [](ClusterOptions& o) { o.row_dots = true; };
+    for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const int64_t elements : {0, 1, 33, 256, 700}) {
+        add(row_weights, row_dots, dtype(type), hidden(elements));
+      }
+    }
+    add(row_weights);
+    add(row_dots);
+    add(row_weights, row_dots, no_fill, no_scalars);
+    add(row_weights, row_dots, no_tokens);
+    add(row_weights, row_dots, capacity(6));
+    add(row_weights, row_dots, capacity(0));
   }
   return all;
 }

@@ -129,6 +129,39 @@ TYPED_TEST(RowKernelsOf, SumTermsKeepsNansAndInfinities) {
   });
 }
 
+TYPED_TEST(RowKernelsOf, ScaleAndDotAsDefined) {
+  for (const int64_t hidden : {0, 1, 3, 17, 255, 256, 257, 1000, 2500}) {
+    const std::vector<float> row = this->random_row(hidden, 5);
+    const std::vector<float> other = this->random_row(hidden, 5);
+    const float weight = std::normal_distribution<float>()(this->random_);
+    const std::vector<float> scaled =
+        reference::scale_rows(row, {weight}, hidden, TypeParam::kDType);
+    const float dot = reference::row_dots(row, other, {0}, hidden)[0];
+    const auto x = this->encode(row);
+    const auto y = this->encode(other);
+    this->for_each_isa([&](const RowKernels& kernels) {
+      std::vector<typename TypeParam::Storage> out(x.size(), 7);
+      kernels.scale(x.data(), weight, hidden, out.data());
+      this->expect_same(out, scaled);
+      EXPECT_EQ(kernels.dot(x.data(), y.data(), hidden), dot) << hidden;
+    });
+  }
+}
+
+TYPED_TEST(RowKernelsOf, ProductsKeepNansAndInfinities) {
+  const std::vector<float> values = {NAN, INFINITY, -INFINITY, 0.0F, -0.0F};
+  const auto x = this->encode(values);
+  const auto ones = this->encode(std::vector<float>(5, 1.0F));
+  this->for_each_isa([&](const RowKernels& kernels) {
+    std::vector<typename TypeParam::Storage> out(5);
+    kernels.scale(x.data(), 0.0F, 5, out.data());
+    this->expect_same(out, {NAN, NAN, NAN, 0.0F, -0.0F});
+    EXPECT_TRUE(std::isnan(kernels.dot(x.data(), ones.data(), 2)));
+    EXPECT_EQ(kernels.dot(x.data() + 1, ones.data(), 1), INFINITY);
+    EXPECT_FALSE(std::signbit(kernels.dot(x.data() + 4, ones.data(), 1)));
+  });
+}
+
 TYPED_TEST(RowKernelsOf, RoundToFp8AsDefined) {
   for (const int64_t hidden : {1, 2, 100, 127, 128, 129, 255, 256, 700}) {
     for (const int max_exponent : {0, 6, 13}) {
@@ -202,6 +235,8 @@ TEST(RowKernels, ThisProcessorHasABaseline) {
   EXPECT_TRUE(is_supported(Isa::kBaseline));
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     EXPECT_NE(row_kernels(dtype).sum_terms, nullptr);
+    EXPECT_NE(row_kernels(dtype).scale, nullptr);
+    EXPECT_NE(row_kernels(dtype).dot, nullptr);
     EXPECT_NE(row_kernels(dtype).quantize, nullptr);
     EXPECT_NE(row_kernels(dtype).restore, nullptr);
     EXPECT_NE(row_kernels(dtype).round_to_fp8, nullptr);
