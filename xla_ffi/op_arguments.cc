@@ -41,18 +41,15 @@ Status check_source_slot(const Buffer& buffer, const EpShape& shape) {
   return buffer.check(S32, {shape.num_tokens * shape.num_ranks, rows});
 }
 
-// Rows go in and out in one dtype.
-Status check_rows_out(const Buffer& out,
-                      std::string_view out_name,
-                      std::string_view in_name,
-                      std::initializer_list<int64_t> dims,
-                      DType in_dtype) {
-  DType dtype;
-  JAX_EP_RETURN_IF_ERROR(out.check_rows(dims, dtype));
-  if (dtype == in_dtype) return {};
-  return Status::invalid_argument("buffer '" + std::string(out_name) + "' is " +
+// All rows of a call that are not quantized have one dtype.
+Status check_same_dtype(std::string_view buffer,
+                        DType dtype,
+                        std::string_view other,
+                        DType of_other) {
+  if (dtype == of_other) return {};
+  return Status::invalid_argument("buffer '" + std::string(buffer) + "' is " +
                                   std::string(name(dtype)) + "; expected the dtype of '" +
-                                  std::string(in_name) + "', " + std::string(name(in_dtype)));
+                                  std::string(other) + "', " + std::string(name(of_other)));
 }
 
 // The scales of quantized rows; of others they are absent.
@@ -73,6 +70,23 @@ Status read_attributes(const DispatchAttrs& attrs, DispatchOp& op) {
   op.wire = static_cast<Wire>(attrs.wire);
   op.zero_fill = attrs.zero_fill;
   return {};
+}
+
+// Factors of received rows, the same rows of another array, and their dot products: what of them is
+// absent has no elements.
+Status check_product_buffers(const Buffer& row_weights,
+                             const Buffer& y,
+                             const Buffer& row_dots,
+                             DispatchOp& op) {
+  const int64_t capacity = op.shape.recv_capacity;
+  op.weighted = !row_weights.absent();
+  JAX_EP_RETURN_IF_ERROR(row_weights.check(F32, {op.weighted ? capacity : 0}));
+  op.with_dots = y.dim(1) != 0 || !row_dots.absent();
+  DType dtype;
+  JAX_EP_RETURN_IF_ERROR(y.check_rows({capacity, op.with_dots ? op.hidden : 0}, dtype));
+  JAX_EP_RETURN_IF_ERROR(check_same_dtype("y", dtype, "x", op.dtype));
+  JAX_EP_RETURN_IF_ERROR(row_dots.check(F32, {op.with_dots ? capacity : 0}));
+  return check_products(op);
 }
 
 // A scalar for each selection travels, or none does: then both buffers are absent.
@@ -149,6 +163,8 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
   const Buffer x = reader.operand("x");
   const Buffer x_scales = reader.operand("x_scales");
   const Buffer token_scalars = reader.operand("token_scalars");
+  const Buffer row_weights = reader.operand("row_weights");
+  const Buffer y = reader.operand("y");
   const Buffer topk_idx = reader.operand("topk_idx");
   const Buffer slot = reader.operand("slot");
   const Buffer row_source = reader.operand("row_source");
@@ -156,6 +172,7 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
   const Buffer rows = reader.result("rows");
   const Buffer rows_scales = reader.result("rows_scales");
   const Buffer row_scalars = reader.result("row_scalars");
+  const Buffer row_dots = reader.result("row_dots");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   JAX_EP_RETURN_IF_ERROR(row_source.check(S32, {kAny}));
   DispatchOp& op = arguments.op;
@@ -175,10 +192,13 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
   const bool with_scalars = !token_scalars.absent();
   JAX_EP_RETURN_IF_ERROR(check_scalars(token_scalars, row_scalars, with_scalars, shape));
   op.num_scalars = with_scalars ? shape.num_topk : 0;
+  JAX_EP_RETURN_IF_ERROR(check_product_buffers(row_weights, y, row_dots, op));
   arguments.program_rank = program_rank.data<const int32_t>();
   op.x = x.data<const void>();
   op.x_scales = x_scales.data<const float>();
   op.token_scalars = token_scalars.data<const float>();
+  op.row_weights = row_weights.data<const float>();
+  op.y = y.data<const void>();
   op.topk_idx = topk_idx.data<const int32_t>();
   op.slot = slot.data<const int32_t>();
   op.row_source = row_source.data<const int32_t>();
@@ -186,6 +206,7 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
   op.rows = rows.data<void>();
   op.rows_scales = rows_scales.data<float>();
   op.row_scalars = row_scalars.data<float>();
+  op.row_dots = row_dots.data<float>();
   return program_rank.check(S32, {1});
 }
 
@@ -212,7 +233,9 @@ Status read_combine(const ffi::RemainingArgs& operands,
   JAX_EP_RETURN_IF_ERROR(y.check_rows({kAny, kAny}, op.dtype));
   JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), y.dim(0), op.shape));
   op.hidden = y.dim(1);
-  JAX_EP_RETURN_IF_ERROR(check_rows_out(out, "out", "y", {shape.num_tokens, op.hidden}, op.dtype));
+  DType out_dtype;
+  JAX_EP_RETURN_IF_ERROR(out.check_rows({shape.num_tokens, op.hidden}, out_dtype));
+  JAX_EP_RETURN_IF_ERROR(check_same_dtype("out", out_dtype, "y", op.dtype));
   JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
   if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));

@@ -32,11 +32,16 @@ class PlanOperands(NamedTuple):
 class DispatchOperands(NamedTuple):
     """What goes from tokens to received rows: rows, scalars or both.
 
+    With `row_weights` or `y` it is the backward of a weighted combine, which makes the products
+    where the rows arrive.
+
     Attributes:
         program_rank: as in `PlanOperands`.
         x: `[T, H]`.
         x_scales: `[T, ceil(H / 128)]` float32, of an `x` that is quantized.
         token_scalars: `[T, K]` float32.
+        row_weights: `[C]` float32, factors of the received rows.
+        y: `[C, H]`, whose rows are multiplied with the received rows as they arrived.
         plan: where the rows go.
     """
 
@@ -44,7 +49,14 @@ class DispatchOperands(NamedTuple):
     x: Value | None
     x_scales: Value | None
     token_scalars: Value | None
+    row_weights: Value | None
+    y: Value | None
     plan: Plan
+
+    @property
+    def with_products(self) -> bool:
+        """Whether rows are multiplied where they arrive."""
+        return self.row_weights is not None or self.y is not None
 
 
 class CombineOperands(NamedTuple):
@@ -79,11 +91,13 @@ class DispatchResults(NamedTuple):
         rows: `[C, H]`.
         rows_scales: `[C, ceil(H / 128)]` float32, of rows that are received quantized.
         row_scalars: float32.
+        row_dots: `[C]` float32, the inner products with the rows of `y`; 0 where no token is.
     """
 
-    rows: Value | None
-    rows_scales: Value | None
-    row_scalars: Value | None
+    rows: Value | None = None
+    rows_scales: Value | None = None
+    row_scalars: Value | None = None
+    row_dots: Value | None = None
 
 
 class CombineResults(NamedTuple):

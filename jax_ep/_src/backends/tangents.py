@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the rules of differentiation of both backends share."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,13 +57,31 @@ def _where_valid(index: jax.Array, values: jax.Array) -> jax.Array:
     return jax.lax.select(index >= 0, values, jnp.zeros_like(values))
 
 
-def row_weights(
-    weights: jax.Array, row_source: jax.Array, row_topk_idx: jax.Array | None
-) -> jax.Array:
-    """`[C, 1]` float32: the factor of each row in a weighted combine; 0 for rows without token."""
-    if row_topk_idx is not None:
-        weights = jnp.sum(_where_valid(row_topk_idx, weights), axis=1)
-    return _where_valid(row_source, weights)[:, None]
+def row_weights(weights: jax.Array, row_topk_idx: jax.Array | None) -> jax.Array:
+    """`[C]` float32: the factor of each row in a weighted combine; of no meaning without a token.
+
+    In layout "rank" the sum of the row's weights, in the order of selections.
+    """
+    if row_topk_idx is None:
+        return weights
+    used = _where_valid(row_topk_idx, weights)
+    return functools.reduce(jnp.add, [used[:, k] for k in range(used.shape[1])])
+
+
+def weights_cotangent(row_dots: jax.Array, row_topk_idx: jax.Array | None) -> jax.Array:
+    """The transpose of `row_weights`."""
+    if row_topk_idx is None:
+        return row_dots
+    return _where_valid(row_topk_idx, jnp.broadcast_to(row_dots[:, None], row_topk_idx.shape))
+
+
+def _valid_rows(row_source: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows without a token, which may hold NaN, as 0."""
+    return _where_valid(jnp.broadcast_to(row_source[:, None], rows.shape), rows)
+
+
+def _float32(rows: jax.Array) -> jax.Array:
+    return rows.astype(jnp.float32)
 
 
 # Rematerialized, so that the backward keeps the rows in their own dtype and not in float32. What
@@ -70,21 +89,47 @@ def row_weights(
 # crosses the border of what is rematerialized.
 @jax.checkpoint
 def weighted_rows_tangent(
-    y: jax.Array,
-    weights: jax.Array,
+    y: jax.Array | None,
+    weights: jax.Array | None,
     y_dot: jax.Array | None,
     weights_dot: jax.Array | None,
     row_source: jax.Array,
     row_topk_idx: jax.Array | None,
 ) -> jax.Array:
-    """The tangent of `row_weights(weights) * y`; y counts as 0 in rows without a token."""
+    """The tangent of `row_weights(weights) * y`; y counts as 0 in rows without a token.
+
+    `weights` is the factor of `y_dot`, 1 if None; `y` that of `weights_dot`.
+    """
     terms = []
+
+    def add(factor: jax.Array, rows: jax.Array) -> None:
+        valid_factor = _where_valid(row_source, row_weights(factor, row_topk_idx))
+        terms.append(valid_factor[:, None] * _float32(rows))
+
     if y_dot is not None:
-        factor = row_weights(weights, row_source, row_topk_idx)
-        terms.append(factor * y_dot.astype(jnp.float32))
+        if weights is None:
+            terms.append(_float32(y_dot))
+        else:
+            add(weights, y_dot)
     if weights_dot is not None:
-        factor = row_weights(weights_dot, row_source, row_topk_idx)
-        # Rows without a token may hold NaN.
-        valid_rows = _where_valid(jnp.broadcast_to(row_source[:, None], y.shape), y)
-        terms.append(factor * valid_rows.astype(jnp.float32))
-    return sum(terms[1:], terms[0]).astype(y.dtype)
+        assert y is not None
+        add(weights_dot, _valid_rows(row_source, y))
+    rows = y if y_dot is None else y_dot
+    assert rows is not None
+    return sum(terms[1:], terms[0]).astype(rows.dtype)
+
+
+# Likewise.
+@jax.checkpoint
+def products_of_rows(
+    rows: jax.Array, factors: jax.Array | None, y: jax.Array | None, row_source: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """What `DispatchOperands.row_weights` and `y` make of received rows: rows, and `row_dots`."""
+    row_dots = None
+    if y is not None:
+        valid_y = _valid_rows(row_source, y)
+        row_dots = jnp.sum(_float32(rows) * _float32(valid_y), axis=1)
+    if factors is not None:
+        valid = _where_valid(row_source, factors)
+        rows = (valid[:, None] * _float32(rows)).astype(rows.dtype)
+    return rows, row_dots

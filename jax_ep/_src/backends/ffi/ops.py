@@ -50,7 +50,15 @@ def dispatch(spec: OpSpec, x: Rows, token_scalars: jax.Array | None, plan: Plan)
     """Sends rows and, where given, one scalar per selection."""
     values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
     operands = _varying_alike(
-        DispatchOperands(_program_rank(spec), values, scales, token_scalars, plan.unweighted())
+        DispatchOperands(
+            program_rank=_program_rank(spec),
+            x=values,
+            x_scales=scales,
+            token_scalars=token_scalars,
+            row_weights=None,
+            y=None,
+            plan=plan.unweighted(),
+        )
     )
     if spec.fp8_wire and not spec.fp8_rows and scales is None:
         return dispatch_fp8(spec, operands)

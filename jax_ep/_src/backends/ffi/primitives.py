@@ -2,7 +2,8 @@
 """JAX primitives over the FFI targets: shapes, lowering, batching.
 
 * `plan_p` (not differentiable): routing -> slots and counts.
-* `dispatch_p`: rows and scalars travel from tokens to slots. Linear.
+* `dispatch_p`: rows and scalars travel from tokens to slots. Linear in them; it may also make
+  products of the rows that arrive.
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
   and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
 
@@ -93,6 +94,7 @@ def _dispatch_results(spec: OpSpec, operands: DispatchOperands) -> DispatchResul
         rows=rows,
         rows_scales=rows_scales,
         row_scalars=None if scalars is None else _float32(spec.row_scalars_shape),
+        row_dots=None if operands.y is None else _float32((spec.recv_capacity,)),
     )
 
 

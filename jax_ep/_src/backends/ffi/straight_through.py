@@ -27,7 +27,7 @@ def _dispatch_fp8_fwd(spec: OpSpec, operands: DispatchOperands) -> tuple:
 def _dispatch_fp8_bwd(spec: OpSpec, residuals: tuple, bars: DispatchResults) -> tuple:
     program_rank, plan = residuals
     x_bar, scalars_bar = combine_linear(spec, program_rank, bars.rows, bars.row_scalars, plan)
-    return (DispatchOperands(None, x_bar, None, scalars_bar, NO_PLAN),)
+    return (DispatchOperands(None, x_bar, None, scalars_bar, None, None, NO_PLAN),)
 
 
 dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
