@@ -14,6 +14,7 @@
 #include "csrc/cpu/check_selections.h"
 #include "csrc/cpu/chunks.h"
 #include "csrc/cpu/first_error.h"
+#include "csrc/cpu/huge_pages.h"
 #include "csrc/cpu/row_kernels.h"
 
 namespace jax_ep {
@@ -60,6 +61,7 @@ class Combiner {
         kernels_(row_kernels(first_.dtype)) {}
 
   Status run() {
+    for (const CombineOp& op : ops_) advise_huge_pages(op.out, shape_.num_tokens * row_bytes_);
     const int64_t token_bytes = (num_topk_ + 1) * row_bytes_ + num_topk_ * 64;
     workers_.parallel_for(shape_.num_ranks * shape_.num_tokens,
                           items_per_chunk(token_bytes),

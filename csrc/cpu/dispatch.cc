@@ -20,6 +20,7 @@
 #include "csrc/cpu/check_selections.h"
 #include "csrc/cpu/chunks.h"
 #include "csrc/cpu/first_error.h"
+#include "csrc/cpu/huge_pages.h"
 #include "csrc/cpu/row_kernels.h"
 #include "csrc/cpu/row_writer.h"
 
@@ -56,6 +57,9 @@ class Dispatcher {
         kernels_(row_kernels(first_.dtype)) {}
 
   Status run() {
+    for (const DispatchOp& op : ops_) {
+      advise_huge_pages(op.rows, shape_.recv_capacity * row_bytes_);
+    }
     // kRank copies a row less often than K times, but that is known only when it is done.
     const int64_t moved_bytes = row_bytes_ * (first_.with_dots ? 2 : 1);
     const int64_t token_bytes =
