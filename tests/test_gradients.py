@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from ep_testing import strategies
+from ep_testing import assertions, strategies
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.programs import make_group, over_ranks
 from jax_ep import reference
@@ -22,14 +22,32 @@ GRADIENT_PROBLEMS = [
 ] + ["all_masked", "alignment_8_drops", "one_hot_drops_by_rank", "no_zero_fill"]
 
 
+# Rows of more elements than a dot product has sums, in every dtype; the last not of whole vectors.
+WIDE_PROBLEMS = {
+    f"{dtype}_{hidden}{layout}": PROBLEMS[f"masked_half{layout}"].replace(
+        dtype=dtype, hidden=hidden, num_tokens=8
+    )
+    for dtype, hidden, layout in [
+        ("float32", 520, ""),
+        ("bfloat16", 1024, "_by_rank"),
+        ("float16", 301, ""),
+    ]
+}
+
+
+def _combine_operands(problem: EpProblem):
+    """Random rows, weights and a cotangent of the result."""
+    y = problem.expert_outputs(poison=False)
+    shape = y.shape[:2] if problem.layout == "expert" else (*y.shape[:2], problem.num_topk)
+    weights = problem.random(shape, salt=7).astype(np.float32)
+    return y, weights, problem.random(problem.x.shape, salt=10)
+
+
 def _vjps(problem: EpProblem, backend: str):
     """Cotangents of dispatch and of a weighted combine for random output cotangents."""
-    y = problem.expert_outputs(poison=False)
-    weights_shape = y.shape[:2] if problem.layout == "expert" else (*y.shape[:2], problem.num_topk)
-    weights = problem.random(weights_shape, salt=7).astype(np.float32)
+    y, weights, out_bar = _combine_operands(problem)
     rows_bar = problem.random(y.shape, salt=8)
-    weights_bar = problem.random(weights_shape, salt=9).astype(np.float32)
-    out_bar = problem.random(problem.x.shape, salt=10)
+    weights_bar = problem.random(weights.shape, salt=9).astype(np.float32)
     with make_group(problem, backend) as group:
 
         def on_rank(x, topk_idx, topk_weights, y, weights, rows_bar, weights_bar, out_bar):
@@ -53,6 +71,24 @@ def _vjps(problem: EpProblem, backend: str):
         reference.combine_vjp(y, problem.plan, weights, out_bar),
     )
     return jax.tree.map(np.asarray, got), want
+
+
+def _same_bits(got: np.ndarray, want: np.ndarray, what: str) -> None:
+    np.testing.assert_array_equal(assertions.bits(got), assertions.bits(want), what)
+
+
+@pytest.mark.parametrize("name", [*GRADIENT_PROBLEMS, *WIDE_PROBLEMS])
+def test_vjps_of_combine_have_the_oracles_bits(name, backend):
+    problem = WIDE_PROBLEMS[name] if name in WIDE_PROBLEMS else PROBLEMS[name]
+    y, weights, out_bar = _combine_operands(problem)
+    (_, _, (y_bar, weights_bar)), _ = _vjps(problem, backend)
+    want_y, want_weights = reference.combine_vjp(
+        y, problem.plan, weights, out_bar, dtype=problem.np_dtype
+    )
+    _same_bits(y_bar, want_y, "y_bar")
+    assert weights_bar.dtype == np.float32
+    if backend == "ffi":  # XLA chooses the order of its sum
+        _same_bits(weights_bar, want_weights, "weights_bar")
 
 
 @pytest.mark.parametrize("name", GRADIENT_PROBLEMS)
@@ -183,6 +219,92 @@ def test_forward_mode_and_second_derivatives(name, backend):
         want = derivatives(dense, x, problem.topk_weights)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def _dense_combine(problem: EpProblem, y, weights):
+    """`combine` from all ranks' rows in layout "expert", without an exchange."""
+    experts, slot = problem.topk_idx, problem.plan.slot
+    rank = np.maximum(experts, 0) // problem.plan.num_local_experts
+    terms = y[rank, slot] * weights[rank, slot][..., None]
+    return jnp.sum(jnp.where((slot >= 0)[..., None], terms, 0.0), axis=2)
+
+
+@pytest.mark.parametrize("name", ["masked_half", "alignment_8_drops"])
+def test_second_derivatives_of_combine_in_both_of_its_factors(name, backend):
+    """The gradient's own gradient, and its derivative along a direction, against a dense sum."""
+    problem = PROBLEMS[name].replace(dtype="float32")
+    y, weights, out_bar = _combine_operands(problem)
+    directions = problem.random(y.shape, salt=11), np.ones_like(weights)
+    with make_group(problem, backend) as group:
+
+        def second(combine, out_bar, y, weights, directions):
+            def gradient(y, weights):
+                return jax.vjp(combine, y, weights)[1](jnp.sin(out_bar) * combine(y, weights))
+
+            def size(y, weights):
+                return sum(jnp.sum(bar**2) for bar in gradient(y, weights))
+
+            return jax.grad(size, (0, 1))(y, weights), jax.jvp(gradient, (y, weights), directions)
+
+        def on_rank(x, topk_idx, *operands):
+            handle = jax_ep.dispatch(x, topk_idx, group=group).handle
+            return second(lambda y, w: jax_ep.combine(y, handle, w, group=group), *operands)
+
+        operands = out_bar, y, weights, directions
+        got = over_ranks(group, on_rank)(problem.x, problem.topk_idx, *operands)
+    want = jax.jit(functools.partial(second, functools.partial(_dense_combine, problem)))(*operands)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * np.max(np.abs(w)))
+
+
+@pytest.mark.parametrize("name", ["masked_half", "masked_half_by_rank"])
+def test_the_backward_of_combine_can_be_transposed(name, backend):
+    """It is linear in the result's cotangent, and its transpose is the tangent of combine."""
+    problem = PROBLEMS[name].replace(dtype="float32")
+    y, weights, out_bar = _combine_operands(problem)
+    dots = problem.random(y.shape, salt=11), problem.random(weights.shape, salt=12)
+    dots = (dots[0], dots[1].astype(np.float32))
+    with make_group(problem, backend) as group:
+
+        def on_rank(x, topk_idx, y, weights, out_bar, dots):
+            handle = jax_ep.dispatch(x, topk_idx, group=group).handle
+
+            def combine(y, weights):
+                return jax_ep.combine(y, handle, weights, group=group)
+
+            _, vjp = jax.vjp(combine, y, weights)
+            (transposed,) = jax.linear_transpose(vjp, out_bar)(dots)
+            return transposed, jax.jvp(combine, (y, weights), dots)[1]
+
+        transposed, tangent = over_ranks(group, on_rank)(
+            problem.x, problem.topk_idx, y, weights, out_bar, dots
+        )
+    np.testing.assert_allclose(transposed, tangent, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("name", ["masked_half", "masked_half_by_rank"])
+def test_the_gradient_in_one_factor_is_that_of_both(name, wanted, backend):
+    problem = PROBLEMS[name]
+    y, weights, out_bar = _combine_operands(problem)
+    with make_group(problem, backend) as group:
+
+        def on_rank(x, topk_idx, y, weights, out_bar):
+            handle = jax_ep.dispatch(x, topk_idx, group=group).handle
+
+            def combine(*factors):
+                return jax_ep.combine(factors[0], handle, factors[1], group=group)
+
+            def in_one(factor):
+                factors = [y, weights]
+                factors[wanted] = factor
+                return combine(*factors)
+
+            both = jax.vjp(combine, y, weights)[1](out_bar)
+            return both[wanted], jax.vjp(in_one, (y, weights)[wanted])[1](out_bar)[0]
+
+        both, one = over_ranks(group, on_rank)(problem.x, problem.topk_idx, y, weights, out_bar)
+    _same_bits(np.asarray(one), np.asarray(both), "the gradient")
 
 
 def test_forward_mode_is_straight_through_the_fp8_wire_of_xla():

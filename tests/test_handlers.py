@@ -209,7 +209,7 @@ SCALES = {"x_scales": ((T, 1), F32), "rows_scales": ((C, 1), F32)}
 
 @pytest.mark.parametrize("name", ["x", "rows"])
 def test_quantized_rows_come_with_their_scales_and_on_their_wire(name, group_id):
-    rows = {name: FP8[name]}
+    rows = {name: FP8[name], **NO_WEIGHTS, **NO_DOTS}
     both = {**rows, f"{name}_scales": SCALES[f"{name}_scales"]}
     wire = {"wire": I32(1)}
     _call("jax_ep_dispatch", group_id, buffers=both, attrs=wire)
@@ -218,9 +218,39 @@ def test_quantized_rows_come_with_their_scales_and_on_their_wire(name, group_id)
     assert f"buffer '{name}_scales' is float32[0]; expected {expected}" in message
     message = _refusal("jax_ep_dispatch", group_id, buffers=both)
     assert f"{name} is float8_e4m3fn, but wire is same; allowed: wire float8_e4m3fn" in message
-    scales = {f"{name}_scales": SCALES[f"{name}_scales"]}
+    scales = {f"{name}_scales": SCALES[f"{name}_scales"], **NO_WEIGHTS, **NO_DOTS}
     message = _refusal("jax_ep_dispatch", group_id, buffers=scales, attrs=wire)
     assert f"buffer '{name}_scales' is {expected}; expected float32[0]" in message
+
+
+NO_WEIGHTS = {"row_weights": ((0,), F32)}
+NO_DOTS = {"y": ((C, 0), F32), "row_dots": ((0,), F32)}
+
+
+def test_products_of_dispatch_can_be_left_out(group_id):
+    for absent in (NO_WEIGHTS, NO_DOTS, NO_WEIGHTS | NO_DOTS):
+        _call("jax_ep_dispatch", group_id, buffers=absent)
+
+
+@pytest.mark.parametrize("name", NO_DOTS)
+def test_dot_products_come_with_their_operand(name, group_id):
+    message = _refusal("jax_ep_dispatch", group_id, buffers={name: NO_DOTS[name]})
+    expected = {"y": f"float32[{C}, {H}]", "row_dots": f"float32[{C}]"}[name]
+    assert f"buffer '{name}' is float32" in message
+    assert f"; expected {expected}" in message
+
+
+def test_rows_of_products_have_one_dtype(group_id):
+    message = _refusal("jax_ep_dispatch", group_id, buffers={"y": ((C, H), jnp.bfloat16)})
+    assert "buffer 'y' is bfloat16; expected the dtype of 'x', float32" in message
+
+
+@pytest.mark.parametrize(("name", "absent"), [("row_weights", NO_DOTS), ("y", NO_WEIGHTS)])
+def test_products_are_of_rows_that_are_not_quantized(name, absent, group_id):
+    wire = {"wire": I32(1)}
+    message = _refusal("jax_ep_dispatch", group_id, buffers=absent, attrs=wire)
+    assert f"{name} is given, and wire is float8_e4m3fn; allowed: wire same" in message
+    _call("jax_ep_dispatch", group_id, buffers=NO_WEIGHTS | NO_DOTS, attrs=wire)
 
 
 @pytest.mark.parametrize("target", TARGETS)

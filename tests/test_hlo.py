@@ -70,6 +70,32 @@ def test_backward_is_one_dispatch_and_one_combine_and_no_plan(wire):
     assert _num_collectives(text) == 0
 
 
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_the_backward_of_combine_is_one_dispatch_with_its_products(layout):
+    """No array of rows is made beside the dispatch's own result."""
+    problem = PROBLEMS["deepseek" if layout == "expert" else "deepseek_by_rank"]
+    with make_group(problem, "ffi") as group:
+
+        def backward(y, weights, handle, out_bar):
+            _, vjp = jax.vjp(lambda y, w: jax_ep.combine(y, handle, w, group=group), y, weights)
+            return vjp(out_bar)
+
+        def on_rank(x, idx, w):
+            received = jax_ep.dispatch(x, idx, w, group=group)
+            return received.x, received.weights, received.handle
+
+        args = _global(problem.x), _global(problem.topk_idx), _global(problem.topk_weights)
+        spec = P(group.axis_name)
+        forward = jax.shard_map(on_rank, mesh=group.mesh, in_specs=spec, out_specs=spec)
+        y, weights, handle = jax.eval_shape(forward, *args)
+        text = _compiled_text(backward, group, y, weights, handle, args[0])
+        rows = rf"\[{group.recv_capacity},{problem.hidden}\]"
+    assert _custom_calls(text) == {"jax_ep_dispatch": 1}
+    assert re.findall(rf"{rows}\S* parameter\(", text)
+    made = re.findall(rf"= \w+{rows}\S* (\S+)\(", text)
+    assert set(made) <= {"parameter", "get-tuple-element", "bitcast", "copy"}, made
+
+
 def test_so_is_that_of_rows_received_in_fp8():
     """Weights travel with the rows, in both directions."""
     fp8 = "float8_e4m3fn"

@@ -2,6 +2,7 @@
 """What arrives in the rows of a plan, what combine makes of them, and both gradients."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax_ep.reference._plan import plan as make_plan
 from jax_ep.reference._rounding import (
     QuantizedRows,
     dequantize_fp8,
+    dot32,
     fma32,
     quantize_fp8,
     round_to,
@@ -292,29 +294,48 @@ def dispatch_vjp(
 
 
 def combine_vjp(
-    y: ArrayLike, plan: Plan, weights: ArrayLike | None, grad_out: ArrayLike
+    y: ArrayLike,
+    plan: Plan,
+    weights: ArrayLike | None,
+    grad_out: ArrayLike,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The gradient of `combine` in float64.
+    """The gradient of `combine`.
 
     Args:
         y: `[R, C, H]` of the forward pass.
         plan: of the forward pass.
         weights: of the forward pass, or None.
         grad_out: `[R, T, H]` cotangent of the result.
+        dtype: None: the mathematical value, in float64. Or that of rows: the defined float32
+            operations, roundings and order, giving `dtype` and float32.
 
     Returns:
         The cotangents of `y [R, C, H]` and of `weights` (None if there were none); 0 in rows that
         hold no token.
     """
-    rows = _rows_of_tokens(plan, np.asarray(grad_out).astype(np.float64))
+    exact_bits = dtype is not None
+    given = np.dtype(dtype if exact_bits else np.float64)
+    number = np.float32 if exact_bits else np.float64
+    rows = _rows_of_tokens(plan, np.asarray(grad_out).astype(given))
     if weights is None:
         return rows, None
-    weights = np.asarray(weights).astype(np.float64)
+    rows = rows.astype(number)
     holds_token = plan.row_source >= 0
-    y = np.where(holds_token[..., None], np.asarray(y).astype(np.float64), 0.0)
-    inner = (rows * y).sum(axis=-1)
+    y = np.where(holds_token[..., None], np.asarray(y).astype(given), 0).astype(number)
+    inner = dot32(rows, y) if exact_bits else (rows * y).sum(axis=-1)
+    factor = np.where(holds_token, _row_weights(plan, np.asarray(weights).astype(number)), 0)
+    with np.errstate(all="ignore"):
+        y_bar = round_to(rows * factor[..., None].astype(number), given)
     if plan.row_topk_idx is None:
-        return rows * np.where(holds_token, weights, 0.0)[..., None], inner
-    selected = plan.row_topk_idx >= 0
-    row_weight = np.where(selected, weights, 0.0).sum(axis=-1)
-    return rows * row_weight[..., None], np.where(selected, inner[..., None], 0.0)
+        return y_bar, inner
+    return y_bar, np.where(plan.row_topk_idx >= 0, inner[..., None], 0)
+
+
+def _row_weights(plan: Plan, weights: np.ndarray) -> np.ndarray:
+    """`[R, C]`: what combine multiplies a row by, in all."""
+    if plan.row_topk_idx is None:
+        return weights
+    used = np.where(plan.row_topk_idx >= 0, weights, 0).astype(weights.dtype)
+    return functools.reduce(np.add, np.moveaxis(used, -1, 0))

@@ -156,7 +156,7 @@ def _tangent_transpose(
         program_rank=None,
         y=None,
         weights=None,
-        y_dot=arrived.rows,
+        y_dot=None if operands.y_dot is None else arrived.rows,
         weights_dot=None if row_dots is None else weights_cotangent(row_dots, plan.row_topk_idx),
         row_scalars_dot=arrived.row_scalars,
         plan=NO_PLAN,
