@@ -24,6 +24,8 @@ VARIANTS = {
     "bfloat16": Sizes(dtype="bfloat16"),
     "no_tokens": Sizes(num_tokens=0),
     "without_scalars": Sizes(scalars=False, weighted=False),
+    "products": Sizes(products=True, dtype="float16"),
+    "products_by_rank": Sizes(products=True, layout="rank", recv_capacity=12, scalars=False),
     "rank_unweighted": Sizes(layout="rank", weighted=False),
     "fp8_in": Sizes(x_dtype=FP8),
     "fp8_out": Sizes(rows_dtype=FP8, layout="rank", recv_capacity=12, dtype="float16"),
@@ -95,6 +97,7 @@ def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_gr
         formats = {"x": int(sizes.x_dtype == FP8), "rows": int(sizes.rows_dtype == FP8)}
         expected |= {"wire": max(formats.values()), "zero_fill": 1}
         expected |= {f"{name}_format": format for name, format in formats.items()}
+        expected |= {"weighted": int(sizes.products), "with_dots": int(sizes.products)}
     if operation == "combine":
         expected["weighted"] = int(sizes.weighted)
     assert {name: launch[name] for name in expected} == expected

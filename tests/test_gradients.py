@@ -28,8 +28,8 @@ WIDE_PROBLEMS = {
         dtype=dtype, hidden=hidden, num_tokens=8
     )
     for dtype, hidden, layout in [
-        ("float32", 520, ""),
-        ("bfloat16", 1024, "_by_rank"),
+        ("float32", 1540, ""),
+        ("bfloat16", 2048, "_by_rank"),
         ("float16", 301, ""),
     ]
 }

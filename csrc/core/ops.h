@@ -76,11 +76,12 @@ struct DispatchOp {
   float* row_dots = nullptr;     // [C] out if with_dots; zeros where there is no token
 };
 
-// How a dot product is summed: element h goes to sum h % kDotSums, in ascending order, by fused
-// multiply-adds in float32 that begin with 0; then neighboring sums are added, 0 and 1, 2 and 3,
-// ..., until one is left. A warp has eight elements in each lane, and a vector processor some
-// registers full.
+// How a dot product is summed, in float32. Of each block of elements, element i goes to sum
+// i % kDotSums, in ascending order, by fused multiply-adds that begin with 0; then neighboring sums
+// are added, 0 and 1, 2 and 3, ..., until one is left. The blocks' sums are added in ascending
+// order, to 0. So a warp has eight sums in each lane for a block, and one between blocks.
 inline constexpr int64_t kDotSums = 256;
+inline constexpr int64_t kDotBlock = 1024;
 
 // Rows travel back and are summed; row scalars travel back to their selections.
 struct CombineOp {

@@ -97,19 +97,24 @@ JAX_EP_INLINE_BODY void scale_body(const void* x,
 template <typename Format>
 JAX_EP_INLINE_BODY float dot_body(const void* x, const void* y, int64_t hidden) {
   using Storage = typename Format::Storage;
-  alignas(64) float sums[kDotSums] = {};
-  for (int64_t begin = 0; begin < hidden; begin += kDotSums) {
-    const int64_t count = std::min(kDotSums, hidden - begin);
-    const Storage* const a = static_cast<const Storage*>(x) + begin;
-    const Storage* const b = static_cast<const Storage*>(y) + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      sums[i] = std::fma(Format::to_float(a[i]), Format::to_float(b[i]), sums[i]);
+  float dot = 0.0F;
+  for (int64_t block = 0; block < hidden; block += kDotBlock) {
+    const int64_t end = std::min(block + kDotBlock, hidden);
+    alignas(64) float sums[kDotSums] = {};
+    for (int64_t begin = block; begin < end; begin += kDotSums) {
+      const int64_t count = std::min(kDotSums, end - begin);
+      const Storage* const a = static_cast<const Storage*>(x) + begin;
+      const Storage* const b = static_cast<const Storage*>(y) + begin;
+      for (int64_t i = 0; i < count; ++i) {
+        sums[i] = std::fma(Format::to_float(a[i]), Format::to_float(b[i]), sums[i]);
+      }
     }
+    for (int64_t left = kDotSums / 2; left > 0; left /= 2) {
+      for (int64_t i = 0; i < left; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+    }
+    dot += sums[0];
   }
-  for (int64_t left = kDotSums / 2; left > 0; left /= 2) {
-    for (int64_t i = 0; i < left; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-  }
-  return sums[0];
+  return dot;
 }
 
 // The scale of one block.

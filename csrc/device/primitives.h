@@ -17,6 +17,7 @@
 //   bulk      mbar_init(Mbar*, arrivals)  mbar_init_fence()  mbar_arrive_expect(Mbar*, bytes)
 //             mbar_wait(Mbar*, parity)  bulk_load(Ptr shared, Ptr global, bytes, Mbar*)
 //             bulk_store(Ptr global, Ptr shared, bytes)  bulk_commit()
+//             bulk_prefetch(Ptr global, bytes): into the L2 cache; nothing that is seen
 //             bulk_wait<N>()       all but the last N groups of this thread are written
 //             bulk_wait_read<N>()  ... have been read from shared memory
 //             fence_proxy_async_shared()  fence_proxy_async_global(): bulk copies that the thread,

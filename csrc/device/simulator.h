@@ -41,6 +41,7 @@ void mbar_init(void* mbar, uint32_t arrivals, Location at);
 void mbar_init_fence(Location at);
 void mbar_arrive_expect(void* mbar, uint32_t bytes, Location at);
 void mbar_wait(void* mbar, uint32_t parity, Location at);
+void bulk_prefetch(const void* from, uint32_t bytes, Location at);
 void bulk_load(void* to, const void* from, uint32_t bytes, void* mbar, Location at);
 void bulk_store(void* to, const void* from, uint32_t bytes, Location at);
 void bulk_commit(Location at);

@@ -69,9 +69,15 @@ template <typename Kernel, typename Config, typename Params>
 // What each kernel file loads.
 [[nodiscard]] cudaError_t load_plan();
 [[nodiscard]] cudaError_t load_dispatch();
+[[nodiscard]] cudaError_t load_dispatch_products();
 [[nodiscard]] cudaError_t load_combine();
 
-// Bytes of shared memory that a block of each takes.
+// What launch_dispatch launches where the op makes products.
+[[nodiscard]] cudaError_t launch_dispatch_products(const DispatchParams& params,
+                                                   const LaunchShape& shape,
+                                                   cudaStream_t stream);
+
+// Bytes of shared memory that a block of each takes, those that make products as much.
 [[nodiscard]] int32_t shared_bytes_of_plan();
 [[nodiscard]] int32_t shared_bytes_of_dispatch();
 [[nodiscard]] int32_t shared_bytes_of_combine();

@@ -8,6 +8,7 @@ namespace jax_ep {
 cudaError_t load_kernels() {
   if (cudaError_t e = load_plan(); e != cudaSuccess) return e;
   if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_dispatch_products(); e != cudaSuccess) return e;
   return load_combine();
 }
 

@@ -163,6 +163,13 @@ void mbar_wait(void* address, uint32_t parity, Location at) {
   thread.sync_location = thread.location;
 }
 
+// Nothing that a thread could see; but an address that is no good is a fault.
+void bulk_prefetch(const void* from, uint32_t bytes, Location at) {
+  Engine& e = *engine;
+  e.step(at);
+  (void)e.resolve(from, bytes, kBulkAlignment, Reach::kGlobal);
+}
+
 void bulk_load(void* to, const void* from, uint32_t bytes, void* address, Location at) {
   Engine& e = *engine;
   Thread& thread = e.step(at);

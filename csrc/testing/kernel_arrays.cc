@@ -31,6 +31,8 @@ KernelArrays::KernelArrays(const ExchangeSizes& sizes, std::byte* memory)
   rows = place<std::byte>(capacity * (rows_quantized ? sizes.hidden : row_bytes));
   rows_scales = place<float>(rows_quantized ? capacity * blocks : 0);
   row_scalars = place<float>(scalars);
+  row_weights = place<float>(sizes.row_weights ? capacity : 0);
+  row_dots = place<float>(sizes.row_dots ? capacity : 0);
   y = sizes.y_is_rows ? rows : place<std::byte>(capacity * row_bytes);
   weights = sizes.weights_are_row_scalars ? row_scalars
                                           : place<float>(capacity * shape.scalars_per_row());
@@ -61,16 +63,21 @@ DispatchParams KernelArrays::dispatch(const RankView& view) const {
                              .x_format = sizes_.x_format,
                              .rows_format = sizes_.rows_format,
                              .zero_fill = sizes_.zero_fill,
+                             .weighted = sizes_.row_weights,
+                             .with_dots = sizes_.row_dots,
                              .x = x.data(),
                              .x_scales = x_scales.data(),
                              .token_scalars = token_scalars.data(),
+                             .row_weights = row_weights.data(),
+                             .y = y.data(),
                              .topk_idx = topk_idx.data(),
                              .slot = slot.data(),
                              .row_source = row_source.data(),
                              .source_slot = source_slot.data(),
                              .rows = rows.data(),
                              .rows_scales = rows_scales.data(),
-                             .row_scalars = row_scalars.data()});
+                             .row_scalars = row_scalars.data(),
+                             .row_dots = row_dots.data()});
 }
 
 CombineParams KernelArrays::combine(const RankView& view) const {

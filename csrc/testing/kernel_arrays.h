@@ -23,6 +23,8 @@ struct ExchangeSizes {
   RowFormat rows_format = RowFormat::kDType;
   bool zero_fill = true;
   bool weighted = true;
+  bool row_weights = false;  // dispatch multiplies rows
+  bool row_dots = false;     // dispatch takes dot products with y
   // Combine reads what dispatch has written.
   bool y_is_rows = false;
   bool weights_are_row_scalars = false;
@@ -64,6 +66,8 @@ class KernelArrays {
   std::span<std::byte> rows;
   std::span<float> rows_scales;
   std::span<float> row_scalars;
+  std::span<float> row_weights;
+  std::span<float> row_dots;
   std::span<std::byte> y;
   std::span<float> weights;  // combine's row scalars too
   std::span<std::byte> out;

@@ -105,7 +105,9 @@ ExchangeSizes sizes_of(const Problem& problem) {
           .x_format = problem.x_format,
           .rows_format = problem.rows_format,
           .zero_fill = options.zero_fill,
-          .weighted = options.weighted};
+          .weighted = options.weighted,
+          .row_weights = options.row_weights,
+          .row_dots = options.row_dots};
 }
 
 }  // namespace
@@ -167,6 +169,7 @@ void RankArrays::upload(DeviceMemory& memory) const {
   put(arrays_.x, x_);
   put(arrays_.x_scales, x_scales_);
   put(arrays_.token_scalars, mine.token_scalars);
+  put(arrays_.row_weights, mine.row_weights);
   put(arrays_.y, mine.y);
   put(arrays_.weights, mine.weights);
   untouched(arrays_.rows);
@@ -247,7 +250,8 @@ std::string RankArrays::check_dispatch(DeviceMemory& memory) const {
                            "row_scalars",
                            arrays_.row_scalars,
                            buffers().row_scalars,
-                           options().shape.scalars_per_row())});
+                           options().shape.scalars_per_row()),
+                   compare(memory, "row_dots", arrays_.row_dots, buffers().row_dots, 1)});
 }
 
 std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
@@ -270,7 +274,8 @@ std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
     case OpKind::kDispatch:
       return first_of({ones("rows", arrays_.rows),
                        ones("rows_scales", arrays_.rows_scales),
-                       ones("row_scalars", arrays_.row_scalars)});
+                       ones("row_scalars", arrays_.row_scalars),
+                       ones("row_dots", arrays_.row_dots)});
     case OpKind::kCombine:
       return first_of({ones("out", arrays_.out), ones("token_scalars", arrays_.returned_scalars)});
   }

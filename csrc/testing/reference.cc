@@ -281,17 +281,19 @@ std::vector<float> row_dots(const std::vector<float>& rows,
   std::vector<float> dots(row_source.size());
   for (size_t row = 0; row < dots.size(); ++row) {
     if (row_source[row] < 0) continue;
-    std::vector<float> sums(256);
-    for (size_t h = 0; h < at(hidden); ++h) {
-      float& sum = sums[h % sums.size()];
-      sum = fused_multiply_add(rows[row * at(hidden) + h], y[row * at(hidden) + h], sum);
+    for (size_t block = 0; block < at(hidden); block += 1024) {
+      std::vector<float> sums(256);
+      for (size_t h = block; h < std::min(at(hidden), block + 1024); ++h) {
+        float& sum = sums[h % sums.size()];
+        sum = fused_multiply_add(rows[row * at(hidden) + h], y[row * at(hidden) + h], sum);
+      }
+      while (sums.size() > 1) {
+        std::vector<float> pairs;
+        for (size_t i = 0; i < sums.size(); i += 2) pairs.push_back(sums[i] + sums[i + 1]);
+        sums = pairs;
+      }
+      dots[row] += sums[0];
     }
-    while (sums.size() > 1) {
-      std::vector<float> pairs;
-      for (size_t i = 0; i < sums.size(); i += 2) pairs.push_back(sums[i] + sums[i + 1]);
-      sums = pairs;
-    }
-    dots[row] = sums[0];
   }
   return dots;
 }

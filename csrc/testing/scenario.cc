@@ -70,6 +70,15 @@ GroupScenario random_group(Draw& draw, int32_t num_ranks, const ScenarioLimits& 
   return scenario;
 }
 
+// Some dispatches of rows that travel as they are become backwards of a weighted combine.
+void draw_products(Draw& draw, GroupScenario& scenario) {
+  for (ScenarioStep& step : scenario.steps) {
+    if (step.options.wire != Wire::kSame || !draw.one_in(3)) continue;
+    step.options.row_weights = !draw.one_in(4);
+    step.options.row_dots = !step.options.row_weights || !draw.one_in(4);
+  }
+}
+
 }  // namespace
 
 const char* name(Mishap mishap) {
@@ -128,6 +137,8 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
   }
   scenario.tail_blocks = std::min(others.one_of<uint32_t>({0, 1, 2}),
                                   kMaxBlocks / static_cast<uint32_t>(num_ranks) - scenario.blocks);
+  Draw products(seed ^ 0xbf58476d1ce4e5b9);
+  for (GroupScenario& group : scenario.groups) draw_products(products, group);
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   return scenario;

@@ -5,12 +5,18 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::DispatchConfig<3, 3, 2048>;
+template <typename RowType, typename Config>
+SimulatedKernel kernel_of(const DispatchParams& params) {
+  return simulated_kernel_of<dev::DispatchKernel<Config, RowType>, Config>(params);
+}
 
 template <typename RowType>
 SimulatedKernel kernel_of(DispatchParams params) {
   params.num_senders = 1 + params.view.rank % 2;  // ranks need not agree
-  return simulated_kernel_of<dev::DispatchKernel<Config, RowType>, Config>(params);
+  if (products_of(params.op) != 0) {
+    return kernel_of<RowType, dev::DispatchConfig<3, 3, 4096, true>>(params);
+  }
+  return kernel_of<RowType, dev::DispatchConfig<3, 3, 2048>>(params);
 }
 
 }  // namespace

@@ -38,8 +38,11 @@ uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire) {
 }
 
 uint32_t SimulatedGroup::max_shared_bytes() {
+  DispatchParams products{};
+  products.op.weighted = true;
   return std::max({simulated_kernel(PlanParams{}).shared_bytes,
                    simulated_kernel(DispatchParams{}).shared_bytes,
+                   simulated_kernel(products).shared_bytes,
                    simulated_kernel(CombineParams{}).shared_bytes});
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 DOT_SUMS = 256
+DOT_BLOCK = 1024
 FP8_BLOCK = 128
 FP8_MAX = np.float32(448.0)
 FP8_MIN_AMAX = np.float32(1e-4)
@@ -53,19 +54,24 @@ def fma32(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> np.ndarray:
 def dot32(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     """The inner products of float32 rows `[..., H]`, summed in the order that is defined.
 
-    Element h goes to sum h % 256, in ascending order, by fused multiply-adds that begin with 0.
-    Then neighboring sums are added, 0 and 1, 2 and 3, and so on, until one is left.
+    Of each block of 1024 elements, element i goes to sum i % 256, in ascending order, by fused
+    multiply-adds that begin with 0; then neighboring sums are added, 0 and 1, 2 and 3, and so on,
+    until one is left. The blocks' sums are added in ascending order, to 0.
     """
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    sums = np.zeros((*a.shape[:-1], DOT_SUMS), np.float32)
-    for begin in range(0, a.shape[-1], DOT_SUMS):
-        columns = slice(begin, min(begin + DOT_SUMS, a.shape[-1]))
-        used = slice(0, columns.stop - begin)
-        sums[..., used] = fma32(a[..., columns], b[..., columns], sums[..., used])
-    with np.errstate(all="ignore"):
-        while sums.shape[-1] > 1:
-            sums = sums[..., 0::2] + sums[..., 1::2]
-    return sums[..., 0]
+    dot = np.zeros(a.shape[:-1], np.float32)
+    for block in range(0, a.shape[-1], DOT_BLOCK):
+        end = min(block + DOT_BLOCK, a.shape[-1])
+        sums = np.zeros((*a.shape[:-1], DOT_SUMS), np.float32)
+        for begin in range(block, end, DOT_SUMS):
+            columns = slice(begin, min(begin + DOT_SUMS, end))
+            used = slice(0, columns.stop - begin)
+            sums[..., used] = fma32(a[..., columns], b[..., columns], sums[..., used])
+        with np.errstate(all="ignore"):
+            while sums.shape[-1] > 1:
+                sums = sums[..., 0::2] + sums[..., 1::2]
+            dot = dot + sums[..., 0]
+    return dot
 
 
 class QuantizedRows(NamedTuple):

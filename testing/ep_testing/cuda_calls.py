@@ -13,7 +13,7 @@ RESULTS = {
         *("slot", "row_source", "row_topk_idx", "source_slot"),
         *("group_sizes", "tokens_per_expert", "num_dropped"),
     ),
-    "dispatch": ("rows", "rows_scales", "row_scalars"),
+    "dispatch": ("rows", "rows_scales", "row_scalars", "row_dots"),
     "combine": ("out", "token_scalars"),
 }
 OPERATIONS = tuple(RESULTS)
@@ -36,6 +36,7 @@ class Sizes:
     rows_dtype: str | None = None
     scalars: bool = True
     weighted: bool = True
+    products: bool = False  # of dispatch
 
     def attributes(self, group_id: int) -> dict[str, np.generic]:
         """The dictionary that every call has."""
@@ -83,10 +84,14 @@ def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
         return {
             "program_rank": program_rank, "x": rows(T, sizes.x_dtype),
             "x_scales": scales(T, sizes.x_dtype),
-            "token_scalars": floats(sizes.scalars, (T, K)), "topk_idx": topk_idx, "slot": slot,
+            "token_scalars": floats(sizes.scalars, (T, K)),
+            "row_weights": floats(sizes.products, (C,)),
+            "y": rows(C) if sizes.products else rows(C)[:, :0],
+            "topk_idx": topk_idx, "slot": slot,
             "row_source": row_source, "source_slot": source_slot,
             "rows": rows(C, sizes.rows_dtype), "rows_scales": scales(C, sizes.rows_dtype),
             "row_scalars": floats(sizes.scalars, per_row),
+            "row_dots": floats(sizes.products, (C,)),
         }  # fmt: skip
     return {
         "program_rank": program_rank, "y": rows(C), "weights": floats(sizes.weighted, per_row),

@@ -177,7 +177,7 @@ std::vector<ClusterOptions> problems() {
     const auto row_weights = [](ClusterOptions& o) { o.row_weights = true; };
     const auto row_dots = [](ClusterOptions& o) { o.row_dots = true; };
     for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-      for (const int64_t elements : {0, 1, 33, 256, 700}) {
+      for (const int64_t elements : {0, 1, 33, 700, 1100}) {
         add(row_weights, row_dots, dtype(type), hidden(elements));
       }
     }

@@ -130,7 +130,7 @@ TYPED_TEST(RowKernelsOf, SumTermsKeepsNansAndInfinities) {
 }
 
 TYPED_TEST(RowKernelsOf, ScaleAndDotAsDefined) {
-  for (const int64_t hidden : {0, 1, 3, 17, 255, 256, 257, 1000, 2500}) {
+  for (const int64_t hidden : {0, 1, 3, 17, 255, 256, 257, 1000, 1024, 1025, 2500}) {
     const std::vector<float> row = this->random_row(hidden, 5);
     const std::vector<float> other = this->random_row(hidden, 5);
     const float weight = std::normal_distribution<float>()(this->random_);

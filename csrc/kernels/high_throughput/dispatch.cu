@@ -32,6 +32,7 @@ cudaError_t load_dispatch() {
 cudaError_t launch_dispatch(const DispatchParams& params,
                             const LaunchShape& shape,
                             cudaStream_t stream) {
+  if (products_of(params.op) != 0) return launch_dispatch_products(params, shape, stream);
   switch (params.op.dtype) {
     case DType::kFloat32:
       return launch_kernel<Kernel<dev::Float32Rows>, Config>(params, shape, stream);

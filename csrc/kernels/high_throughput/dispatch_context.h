@@ -37,9 +37,7 @@ struct DispatchContext {
         bulk(hidden * min_of(min_of(x_bytes, wire_bytes), rows_bytes) % 16 == 0),
         segments(hidden,
                  Config::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
-                 // Rows, and the scales behind them, are copied 16 bytes at a time.
-                 params.op.wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
-                                                     : 16 / static_cast<i32>(sizeof(Element))),
+                 granule(params.op.wire)),
         num_scale_blocks(ceil_div(hidden, kScaleBlock)),
         // Rows that stay on this rank, and stay as they are, need no staging.
         unstaged_rank(params.op.wire == Wire::kSame ? params.view.rank : -1),
@@ -49,15 +47,26 @@ struct DispatchContext {
         num_topk(shape.num_topk),
         parts(Chunks(OpKind::kDispatch, shape.num_tokens, params.view.chunk_target),
               segments.count,
-              bulk,
+              bulk && !with_dots(),  // a dot product is summed by one warp
               params.view.chunk_target) {}
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
   }
+  // What segments are multiples of: rows, and the scales behind them, are copied 16 bytes at a time;
+  // dot products are summed block by block.
+  JAX_EP_DEVICE static i32 granule(Wire wire) {
+    if (Config::kProducts) return static_cast<i32>(kDotBlock);
+    return wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)
+                                     : 16 / static_cast<i32>(sizeof(Element));
+  }
   JAX_EP_DEVICE static i32 min_of(i32 a, i32 b) { return a < b ? a : b; }
   JAX_EP_DEVICE bool is_rank_major() const { return shape.layout == Layout::kRank; }
-  JAX_EP_DEVICE bool fp8_wire() const { return params.op.wire == Wire::kFloat8E4M3; }
+  JAX_EP_DEVICE bool fp8_wire() const {
+    return !Config::kProducts && params.op.wire == Wire::kFloat8E4M3;
+  }
+  JAX_EP_DEVICE bool weighted() const { return Config::kProducts && params.op.weighted; }
+  JAX_EP_DEVICE bool with_dots() const { return Config::kProducts && params.op.with_dots; }
   JAX_EP_DEVICE bool quantizes() const {
     return fp8_wire() && params.op.x_format == RowFormat::kDType;
   }

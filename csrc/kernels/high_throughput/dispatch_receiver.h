@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The receivers of a dispatch: they expand what arrives to the rows of the receive buffer.
 //
-// They read this rank's staging, source_slot and row_source, and from x the rows that stay; they
-// write rows, rows_scales and row_scalars. They wait for arrived.
+// They read this rank's staging, source_slot and row_source, from x the rows that stay, and
+// row_weights and y; they write rows, rows_scales, row_scalars and row_dots. They wait for arrived.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_RECEIVER_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_RECEIVER_H_
 
 #include "csrc/kernels/high_throughput/dispatch_context.h"
+#include "csrc/kernels/high_throughput/dispatch_products.h"
 
 namespace jax_ep::dev {
 
@@ -51,6 +52,9 @@ class DispatchReceiver {
       const i64 scalars = c_.is_rank_major() ? c_.num_topk : 1;
       c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.row_scalars), capacity * scalars);
     }
+    if (c_.with_dots()) {
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.row_dots), capacity);
+    }
     c_.exchange.report_closed();
   }
 
@@ -74,8 +78,8 @@ class DispatchReceiver {
     const i32 row = held_row(source, token);
     call_tail_if_all_sent();
     if (part.has_scalars) expand_scalars(source, token, row);
-    if (c_.hidden == 0) return;
-    if (c_.bulk) {
+    if (c_.hidden == 0 && !c_.with_dots()) return;
+    if (c_.hidden > 0 && c_.bulk) {
       expand_segments(source, token, row, part);
     } else {
       expand_elements(source, token, row);
@@ -102,6 +106,7 @@ class DispatchReceiver {
   }
 
   JAX_EP_DEVICE void expand_segments(i32 source, i64 token, i32 row, const ChunkPart& part) {
+    if constexpr (Config::kProducts) products_.prefetch(row);
     const auto source_of = [this, source](i64 of_token, i32 segment) {
       return SegmentSource{arrived_row(source, of_token) + c_.staged_at(c_.segments.first(segment)),
                            c_.staged_bytes(c_.segments.size(segment, c_.hidden))};
@@ -115,6 +120,7 @@ class DispatchReceiver {
         [row](i64 /*token*/) { return row; },
         source_of,
         [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {
+          if constexpr (Config::kProducts) products_.take_segment(row, segment, stage);
           expand_segment(row, segment, stage);
         });
   }
@@ -130,7 +136,7 @@ class DispatchReceiver {
                     ceil_div(num_elements, kScaleBlock),
                     row);
     }
-    if (row < 0) return;
+    if (row < 0 || c_.weighted()) return;
     bulk_store(c_.out_row(row) + first * c_.rows_bytes,
                stage,
                static_cast<u32>(num_elements * c_.rows_bytes));
@@ -177,17 +183,18 @@ class DispatchReceiver {
         c_.copy_elements(as<u8>(c_.out_row(to)), as<const u8>(from));
         c_.copy_scales(Ptr<float>{c_.params.op.rows_scales} + to * c_.num_scale_blocks,
                        {scales.raw});
-      } else {
+      } else if (!c_.weighted()) {
         c_.copy_elements(as<Element>(c_.out_row(to)), as<const Element>(from));
       }
     }
+    if constexpr (Config::kProducts) products_.take_elements(row, as<const Element>(from));
   }
 
   // --- rows that hold no token -----------------------------------------------------------------
 
   // They are cleared in runs of as many rows as a warp has lanes.
   JAX_EP_DEVICE i32 num_clear_runs() const {
-    if (!c_.params.op.zero_fill && c_.params.op.num_scalars == 0) return 0;
+    if (!c_.params.op.zero_fill && c_.params.op.num_scalars == 0 && !c_.with_dots()) return 0;
     return static_cast<i32>(ceil_div(c_.shape.recv_capacity, kWarpSize));
   }
   JAX_EP_DEVICE void clear_rows_without_token(i32 run) {
@@ -205,6 +212,7 @@ class DispatchReceiver {
     if (c_.params.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
       st(Ptr<float>{c_.params.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
     }
+    if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.params.op.row_dots} + row, 0.0F);
     if (!c_.params.op.zero_fill) return;
     if (c_.params.op.rows_format == RowFormat::kFloat8E4M3) {
       for (i64 block = lane_id(); block < c_.num_scale_blocks; block += kWarpSize) {
@@ -223,6 +231,7 @@ class DispatchReceiver {
 
   DispatchContext<Config, RowType>& c_;
   bool calls_tail_;
+  RowProducts<Config, RowType> products_{c_};
 };
 
 }  // namespace jax_ep::dev

@@ -101,10 +101,30 @@ TEST(Kernels, RowsOfFullSegments) {
   }
 }
 
+// Rows of several segments, each of several blocks of sums; of one; and of what is no whole vector.
+TEST(Kernels, ProductsOfRows) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    const EpShape shape{
+        .num_ranks = 2, .num_experts = 8, .num_topk = 5, .num_tokens = 6, .layout = layout};
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const int64_t hidden : {5128, 2048, 300, 8, 1051}) {
+        ScenarioStep step = step_of(shape, hidden, dtype);
+        step.options.row_weights = step.options.row_dots = true;
+        step.options.zero_fill = hidden != 300;
+        step.ops = {OpKind::kPlan, OpKind::kDispatch};
+        const Outcome outcome = run_alone(step);
+        EXPECT_TRUE(outcome.report.ok()) << describe(step.options) << outcome.report.text();
+      }
+    }
+  }
+}
+
 TEST(Kernels, RowsThatDoNotTravel) {
   const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 5};
-  const Outcome outcome = run_alone(step_of(shape, 0, DType::kFloat32));
-  EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+  ScenarioStep step = step_of(shape, 0, DType::kFloat32);
+  EXPECT_TRUE(run_alone(step).report.ok()) << run_alone(step).report.text();
+  step.options.row_weights = step.options.row_dots = true;
+  EXPECT_TRUE(run_alone(step).report.ok()) << run_alone(step).report.text();
 }
 
 TEST(Kernels, ASeedReproducesARun) {

@@ -72,6 +72,8 @@ _PLAN_RANK = KERNELS + "plan_rank_layout.h"
 _DISPATCH = KERNELS + "dispatch_kernel.h"
 _SENDER = KERNELS + "dispatch_sender.h"
 _RECEIVER = KERNELS + "dispatch_receiver.h"
+_CONTEXT = KERNELS + "dispatch_context.h"
+_PRODUCTS = KERNELS + "dispatch_products.h"
 _COMBINE = KERNELS + "combine_kernel.h"
 _COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
 _COMBINE_RANK = KERNELS + "combine_rank_layout.h"
@@ -249,6 +251,29 @@ MUTANTS = [
            "exchange.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
     Mutant("wrong slot", DEVICE + "token_selections.h", "(1U << lane) - 1",
            "(2U << lane) - 1"),
+    # --- products of dispatch ----------------------------------------------------------------------
+    _removed("start of a dot product anew", _PRODUCTS, "if (segment == 0) dot_ = 0.0F;"),
+    Mutant("a dot product is summed by several warps", _CONTEXT, "bulk && !with_dots() ?", "bulk ?",
+           seeds=120),
+    Mutant("a dot product is written before its last segment", _PRODUCTS,
+           "segment + 1 == c_.segments.count", "segment == 0", seeds=120),
+    Mutant("a dot product of another lane's row goes on", _PRODUCTS,
+           "if (lane_id() == lane) dot_ = dot;", "dot_ = dot;", seeds=120),
+    Mutant("neighboring sums are added in another order", _PRODUCTS,
+           "u32 distance = 1; distance < kWarpSize; distance *= 2",
+           "u32 distance = kWarpSize / 2; distance > 0; distance /= 2"),
+    Mutant("segments of any size for dot products", _CONTEXT,
+           "if (Config::kProducts) return static_cast<i32>(kDotBlock);", "", seeds=120),
+    Mutant("rows that are multiplied go out as they came, too", _RECEIVER,
+           "row < 0 || c_.weighted()", "row < 0"),
+    Mutant("elements that are multiplied go out as they came, too", _RECEIVER,
+           "} else if (!c_.weighted()) {", "} else {"),
+    _removed("dot products of rows without token", _RECEIVER,
+             "if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.params.op.row_dots} + row, 0.0F);"),
+    Mutant("dot products of rows that do not travel", _RECEIVER,
+           "c_.hidden == 0 && !c_.with_dots()", "c_.hidden == 0", seeds=120),
+    Mutant("a closed group leaves its dot products alone", _RECEIVER, "    if (c_.with_dots()) {",
+           "    if (false) {", "void leave_no_results()", mishaps=True),
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", _COMBINE, "c_.exchange.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
@@ -370,7 +395,8 @@ def mutate(mutant: Mutant) -> str:
 
 def _operations(path: str) -> list[str]:
     """The operations whose kernels include a header; "wait" is a kernel that does but that."""
-    only = dict.fromkeys((_DISPATCH, _SENDER, _RECEIVER, _RING, _QUANTIZE), "dispatch")
+    of_dispatch = (_DISPATCH, _CONTEXT, _SENDER, _RECEIVER, _PRODUCTS, _RING, _QUANTIZE)
+    only = dict.fromkeys(of_dispatch, "dispatch")
     plan = (_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN, _PLAN_EXPERT, _PLAN_RANK)
     only |= dict.fromkeys(plan, "plan")
     only |= dict.fromkeys((_COMBINE, _COMBINE_EXPERT, _COMBINE_RANK, _SUM), "combine")

@@ -2,8 +2,8 @@
 // All ranks of a group in one process, a heap and a stream each, on one GPU or shared out among
 // several. Runs the simulator's random scenarios on the hardware, and times the kernels.
 //   virtual_ranks scenarios [FIRST LAST [GPUS]]
-//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [gpus=N] [senders=N]
-//                [tail=N]
+//   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [products] [gpus=N]
+//                [senders=N] [tail=N]
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -311,7 +311,9 @@ class TimedRanks {
                                  .dtype = options_.dtype,
                                  .wire = options_.wire,
                                  .zero_fill = false,
-                                 .y_is_rows = true,
+                                 .row_weights = options_.row_weights,
+                                 .row_dots = options_.row_dots,
+                                 .y_is_rows = !options_.row_dots,
                                  .weights_are_row_scalars = true};
     storage_.push_back(allocate(KernelArrays(sizes, nullptr).bytes()));
     const KernelArrays arrays(sizes, storage_.back().get());
@@ -416,6 +418,7 @@ int main(int argc, char** argv) {
   for (int i = 8; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
     if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;
+    if (std::strcmp(argv[i], "products") == 0) options.row_weights = options.row_dots = true;
     if (std::strncmp(argv[i], "gpus=", 5) == 0) num_gpus = std::atoi(argv[i] + 5);
     if (std::strncmp(argv[i], "senders=", 8) == 0) senders = std::atoi(argv[i] + 8);
     if (std::strncmp(argv[i], "tail=", 5) == 0) tail = std::atoi(argv[i] + 5);

@@ -85,17 +85,22 @@ Fields fields_of(const DispatchParams& params) {
       .add("x_format", params.op.x_format)
       .add("rows_format", params.op.rows_format)
       .add("zero_fill", params.op.zero_fill)
+      .add("weighted", params.op.weighted)
+      .add("with_dots", params.op.with_dots)
       .add("program_rank", params.program_rank)
       .add("x", params.op.x)
       .add("x_scales", params.op.x_scales)
       .add("token_scalars", params.op.token_scalars)
+      .add("row_weights", params.op.row_weights)
+      .add("y", params.op.y)
       .add("topk_idx", params.op.topk_idx)
       .add("slot", params.op.slot)
       .add("row_source", params.op.row_source)
       .add("source_slot", params.op.source_slot)
       .add("rows", params.op.rows)
       .add("rows_scales", params.op.rows_scales)
-      .add("row_scalars", params.op.row_scalars);
+      .add("row_scalars", params.op.row_scalars)
+      .add("row_dots", params.op.row_dots);
 }
 
 Fields fields_of(const CombineParams& params) {

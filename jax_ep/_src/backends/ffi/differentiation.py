@@ -150,7 +150,7 @@ def _tangent_transpose(
             y=operands.y,
             plan=plan.unweighted(),
         )
-        arrived = _dispatch_with_products(spec.for_cotangents(), sent)
+        arrived = bind(dispatch_p, sent, spec=spec.for_cotangents())
     row_dots = arrived.row_dots
     operands_bar = TangentOperands(
         program_rank=None,
@@ -162,14 +162,6 @@ def _tangent_transpose(
         plan=NO_PLAN,
     )
     return cotangents_of(tree, primals, operands_bar)
-
-
-def _dispatch_with_products(spec: OpSpec, operands: DispatchOperands) -> DispatchResults:
-    if not spec.gpu:
-        return bind(dispatch_p, operands, spec=spec)
-    # The kernels do not make them yet.
-    leaves, tree = jax.tree.flatten(operands)
-    return jax.tree.unflatten(results_tree(dispatch_p, operands, spec), _products_apart(*leaves, tree=tree, spec=spec))
 
 
 # --- rules -------------------------------------------------------------------------------------
