@@ -50,9 +50,14 @@ def test_bytes_through_the_sms_are_those_of_the_busiest_rank():
     assert port_bytes("combine", _case(layout="rank")).into == 5 * ROW
 
 
-def test_what_moves_no_rows_or_lets_xla_move_them_has_no_bound():
+def test_the_backward_of_combine_is_a_dispatch_that_reads_its_rows_too():
+    sent, back = port_bytes("dispatch", _case()), port_bytes("combine_vjp", _case())
+    assert (back.out, back.link) == (sent.out, sent.link)
+    assert back.into == sent.into + 28 * ROW
+
+
+def test_what_moves_no_rows_has_no_bound():
     assert port_bytes("plan", _case()) is None
-    assert port_bytes("combine_vjp", _case()) is None
 
 
 def test_the_bytes_of_even_routing_are_those_of_the_arithmetic():

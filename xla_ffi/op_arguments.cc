@@ -81,7 +81,7 @@ Status check_product_buffers(const Buffer& row_weights,
   const int64_t capacity = op.shape.recv_capacity;
   op.weighted = !row_weights.absent();
   JAX_EP_RETURN_IF_ERROR(row_weights.check(F32, {op.weighted ? capacity : 0}));
-  op.with_dots = y.dim(1) != 0 || !row_dots.absent();
+  op.with_dots = op.hidden > 0 ? y.dim(1) != 0 : !row_dots.absent();
   DType dtype;
   JAX_EP_RETURN_IF_ERROR(y.check_rows({capacity, op.with_dots ? op.hidden : 0}, dtype));
   JAX_EP_RETURN_IF_ERROR(check_same_dtype("y", dtype, "x", op.dtype));

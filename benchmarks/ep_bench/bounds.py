@@ -69,8 +69,7 @@ def _rows(case: GpuCase) -> _Rows:
 def port_bytes(operation: str, case: GpuCase) -> PortBytes | None:
     """The bytes of an operation.
 
-    None for the plan, which moves no rows, and for the backward pass of combine, in which XLA moves
-    them too, on all SMs.
+    None for the plan, which moves no rows.
     """
     rows = _rows(case)
     link = np.maximum(rows.sent, rows.arriving)
@@ -81,10 +80,12 @@ def port_bytes(operation: str, case: GpuCase) -> PortBytes | None:
             out=int((staged * FP8_ROW + rows.held * ROW).max()),
             link=int(link.max()) * FP8_ROW,
         )
-    if operation == "dispatch":
-        # A row that stays is not staged: its receiver reads it from x.
+    if operation in ("dispatch", "combine_vjp"):
+        # A row that stays is not staged: its receiver reads it from x. As the backward pass of
+        # combine, a dispatch reads the rows of y, too.
+        of_y = rows.held if operation == "combine_vjp" else 0
         return PortBytes(
-            into=int((rows.leave + rows.home + rows.arriving).max()) * ROW,
+            into=int((rows.leave + rows.home + rows.arriving + of_y).max()) * ROW,
             out=int((rows.sent + rows.held).max()) * ROW,
             link=int(link.max()) * ROW,
         )

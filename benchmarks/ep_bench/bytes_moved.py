@@ -48,9 +48,9 @@ def floor(operation: str, rows: Rows, *, fp8_wire: bool = False) -> Floor | None
     if operation in ("combine", "dispatch_vjp"):
         return Floor(own=ends, through_heap=ends + 2 * rows.away * ROW)
     if operation == "combine_vjp":
-        # out_bar and y in, y_bar out; the rows in between are written by the dispatch, and read
-        # to be multiplied by the weights.
-        return Floor(own=ends + rows.held * ROW, through_heap=sent + 3 * rows.held * ROW)
+        # A dispatch that reads y's rows, too, where it writes its own.
+        held = rows.held * ROW
+        return Floor(own=ends + held, through_heap=sent + held)
     return None
 
 

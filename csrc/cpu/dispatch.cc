@@ -3,8 +3,8 @@
 // has. The rows that hold no token are cleared from the destinations' side. Slots are distinct,
 // so no two tasks write the same bytes.
 //
-// As the backward of a weighted combine it makes the products meanwhile, while the token's row is in
-// the cache: so y is read once, the rows are written once, and nothing else of their size is.
+// As the backward of a weighted combine it makes the products meanwhile, while the token's row is
+// in the cache: so y is read once, the rows are written once, and nothing else of their size is.
 //
 // Extra memory, per thread: one row (FP8 wire, unless x and rows are both in FP8; or products) and
 // 8 R bytes (rank layout).

@@ -132,9 +132,9 @@ JAX_EP_DEVICE void bulk_store(Ptr<std::byte> to, Ptr<u32> from, u32 bytes) {
 }
 // sm_90. CCCL of CUDA 13.0 has it for tensors only.
 JAX_EP_DEVICE void bulk_prefetch(Ptr<const std::byte> from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                   __cvta_generic_to_global(from.raw)),
-               "r"(bytes));
+  asm volatile(
+      "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from.raw)),
+      "r"(bytes));
 }
 JAX_EP_DEVICE void bulk_commit() { cuda::ptx::cp_async_bulk_commit_group(); }
 template <int kPending>

@@ -158,9 +158,7 @@ template <typename T, typename U>
 void bulk_store(Ptr<T> to, Ptr<U> shared_from, u32 bytes, Location at = Location::current()) {
   sim::ops::bulk_store(to.raw, shared_from.raw, bytes, at);
 }
-inline void bulk_prefetch(Ptr<const std::byte> from,
-                          u32 bytes,
-                          Location at = Location::current()) {
+inline void bulk_prefetch(Ptr<const std::byte> from, u32 bytes, Location at = Location::current()) {
   sim::ops::bulk_prefetch(from.raw, bytes, at);
 }
 inline void bulk_commit(Location at = Location::current()) { sim::ops::bulk_commit(at); }

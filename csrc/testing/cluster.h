@@ -51,8 +51,8 @@ struct RankBuffers {
   std::vector<float> token_scalars, row_scalars;
   std::vector<float> row_weights, row_dots;  // dispatch: in, out
   std::vector<std::byte> y, out;             // combine: in, out; dispatch: y, too
-  std::vector<float> weights;           // combine: in, and as row scalars
-  std::vector<float> returned_scalars;  // combine: out
+  std::vector<float> weights;                // combine: in, and as row scalars
+  std::vector<float> returned_scalars;       // combine: out
 };
 
 // The buffers of all ranks of one problem, with random routing and values, and the calls on them.

@@ -57,8 +57,8 @@ TEST_P(DispatchOf, RowsArriveAtTheirSlots) {
   reference::PerRank<float> expected = arrived(cluster);
   for (int32_t rank = 0; rank < options.shape.num_ranks && options.row_weights; ++rank) {
     std::vector<float>& rows = expected[at(rank)];
-    rows = reference::scale_rows(
-        rows, cluster.rank(rank).row_weights, options.hidden, options.dtype);
+    rows =
+        reference::scale_rows(rows, cluster.rank(rank).row_weights, options.hidden, options.dtype);
   }
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
   const std::vector<std::byte> empty(at(row_bytes),

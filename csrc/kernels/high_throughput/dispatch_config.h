@@ -8,8 +8,8 @@
 
 namespace jax_ep::dev {
 
-// A dispatch's block: its warps, and the stages of each in shared memory. kMakesProducts: the kernel
-// is that of the backward of a weighted combine.
+// A dispatch's block: its warps, and the stages of each in shared memory. kMakesProducts: the
+// kernel is that of the backward of a weighted combine.
 template <int kWarpCount, int kStageCount, int kSegmentBytes, bool kMakesProducts = false>
 struct DispatchConfig {
   static constexpr int kWarps = kWarpCount;

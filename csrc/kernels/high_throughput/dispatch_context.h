@@ -53,8 +53,8 @@ struct DispatchContext {
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
   }
-  // What segments are multiples of: rows, and the scales behind them, are copied 16 bytes at a time;
-  // dot products are summed block by block.
+  // What segments are multiples of: rows, and the scales behind them, are copied 16 bytes at a
+  // time; dot products are summed block by block.
   JAX_EP_DEVICE static i32 granule(Wire wire) {
     if (Config::kProducts) return static_cast<i32>(kDotBlock);
     return wire == Wire::kFloat8E4M3 ? 4 * static_cast<i32>(kScaleBlock)

@@ -80,8 +80,8 @@ class RowProducts {
 
   // Adds neighbors until one sum is left, which all lanes get.
   JAX_EP_DEVICE static float add_neighbors(const float (&sums)[kPerLane]) {
-    float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-                ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    float sum =
+        ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
       sum += as_float(warp_shfl(as_bits(sum), lane_id() ^ distance));
     }

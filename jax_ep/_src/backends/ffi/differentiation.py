@@ -48,9 +48,7 @@ def dispatch_linear(
     """Those of rows and scalars that there are, as gradients travel."""
     if not present((x, token_scalars)):
         return DispatchResults()
-    operands = DispatchOperands(
-        program_rank, x, None, token_scalars, None, None, plan.unweighted()
-    )
+    operands = DispatchOperands(program_rank, x, None, token_scalars, None, None, plan.unweighted())
     return bind(dispatch_p, operands, spec=spec.for_cotangents())
 
 
