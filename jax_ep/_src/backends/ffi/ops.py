@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src import compat
-from jax_ep._src.backends.ffi.differentiation import dispatch_linear
+from jax_ep._src.backends.ffi import differentiation  # noqa: F401 (its rules are registered)
+from jax_ep._src.backends.ffi.linear import dispatch_linear
 from jax_ep._src.backends.ffi.primitives import bind, combine_p, dispatch_p, plan_p
 from jax_ep._src.backends.ffi.straight_through import dispatch_fp8
 from jax_ep._src.backends.operands import (

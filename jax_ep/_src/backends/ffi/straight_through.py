@@ -5,7 +5,7 @@ import functools
 
 import jax
 
-from jax_ep._src.backends.ffi.differentiation import combine_linear
+from jax_ep._src.backends.ffi.linear import combine_linear
 from jax_ep._src.backends.ffi.primitives import bind, dispatch_p
 from jax_ep._src.backends.operands import NO_PLAN, DispatchOperands, DispatchResults
 from jax_ep._src.spec import OpSpec
