@@ -267,7 +267,7 @@ MUTANTS = [
     Mutant("rows that are multiplied go out as they came, too", _RECEIVER,
            "row < 0 || c_.weighted()", "row < 0"),
     Mutant("elements that are multiplied go out as they came, too", _RECEIVER,
-           "} else if (!c_.weighted()) {", "} else {"),
+           "} else if (!c_.weighted()) {", "} else {", seeds=120),
     _removed("dot products of rows without token", _RECEIVER,
              "if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.params.op.row_dots} + row, 0.0F);"),
     Mutant("dot products of rows that do not travel", _RECEIVER,
