@@ -50,6 +50,11 @@ JAX_EP_DEVICE S& shared() {
 // --- blocks and warps --------------------------------------------------------------------------
 
 JAX_EP_DEVICE void block_sync() { __syncthreads(); }
+// Any architecture. CUDA C++ has no barrier for some of a block's warps but cooperative groups,
+// which keep theirs in shared memory.
+JAX_EP_DEVICE void named_sync(u32 barrier, u32 threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 JAX_EP_DEVICE void warp_sync() { __syncwarp(); }
 JAX_EP_DEVICE u32 warp_shfl(u32 value, u32 lane) {
   return __shfl_sync(0xFFFF'FFFF, value, static_cast<int>(lane));

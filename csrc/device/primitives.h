@@ -7,6 +7,8 @@
 //
 //   identity  thread_id() block_id() num_threads() num_blocks() lane_id() warp_id()
 //   block     block_sync()  shared<S>()  Shared<T>  address_of(Shared<T>&)
+//             named_sync(barrier, threads): block_sync of the so many threads, whole warps, that
+//             come to it; barriers 1 to 15 (0 is block_sync's)
 //   warp      warp_sync()  warp_shfl(value, lane)  warp_ballot(bool)  warp_match(value)
 //             (all 32 lanes take part; the last three order execution, never memory)
 //   weak      ld(Ptr<T>)  st(Ptr<T>, T)                  T of 1, 2, 4, 8 or 16 bytes

@@ -85,6 +85,9 @@ S& shared() {
 inline void block_sync(Location at = Location::current()) {
   sim::ops::barrier(0, num_threads(), at);
 }
+inline void named_sync(u32 barrier, u32 threads, Location at = Location::current()) {
+  sim::ops::barrier(barrier, threads, at);
+}
 inline void warp_sync(Location at = Location::current()) {
   sim::ops::collective(sim::Collective::kSync, 0, 0, at);
 }

@@ -162,6 +162,23 @@ TEST(Barriers, AnotherThreadReleasesWithoutBlockSync) {
            if (who.is(1)) receive();
          }});
 }
+// A warp meets itself at a barrier of its own.
+TEST(Barriers, NamedSyncThenAnotherThreadReleases) {
+  expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
+           if (who.is(0, 33)) st(word(1, 0), 7);
+           if (who.rank == 0 && who.thread >= 32) named_sync(1, 32);
+           if (who.is(0, 32)) st_release<kSys>(word(1, 1), 1);
+           if (who.is(1)) receive();
+         }});
+}
+TEST(Barriers, NamedSyncOfOthersThenAnotherThreadReleases) {
+  expect(Outcome::kRacy, [] { return seen.a != 7; }, {[](Who who) {
+           if (who.is(0, 33)) st(word(1, 0), 7);
+           if (who.rank == 0 && who.thread < 32) named_sync(1, 32);
+           if (who.is(0)) st_release<kSys>(word(1, 1), 1);
+           if (who.is(1)) receive();
+         }});
+}
 TEST(Barriers, WarpSyncThenLane0Releases) {
   expect(Outcome::kOrdered, [] { return seen.a != 7; }, {[](Who who) {
            if (who.is(0, 5)) st(word(1, 0), 7);

@@ -44,6 +44,32 @@ TEST(Deadlock, OneWarpSkipsTheBarrier) {
   });
   expect_report(report, "deadlock", {"rank 1, at a barrier at misuse_test.cc:", "64 threads"});
 }
+TEST(Deadlock, OneWarpSkipsTheNamedBarrier) {
+  const Report report = report_of([](Who who) {
+    if (who.rank == 1 && who.thread < 32) named_sync(1, 64);
+  });
+  expect_report(report, "deadlock", {"rank 1, at a barrier at misuse_test.cc:", "64 threads"});
+}
+TEST(Deadlock, TwoBarriersAreNotOne) {
+  const Report report = report_of([](Who who) {
+    if (who.rank == 1) named_sync(1 + who.thread / 32, 64);
+  });
+  expect_report(report, "deadlock", {"rank 1, at a barrier at misuse_test.cc:", "128 threads"});
+}
+TEST(Barriers, NamedForAnotherNumberOfThreads) {
+  const Report report = report_of([](Who who) {
+    if (who.is(0)) named_sync(1, 64);
+    if (who.is(0, 32)) named_sync(1, 32);
+  });
+  expect_report(report, "barrier", {"barrier 1 for", "others came to it for"});
+}
+TEST(Barriers, NamedAsNoneIs) {
+  expect_report(report_of([](Who who) {
+                  if (who.is(0)) named_sync(16, 64);
+                }),
+                "barrier",
+                {"no barrier 16 for 64 threads"});
+}
 TEST(Deadlock, ALaneSkipsTheWarpSync) {
   const Report report = report_of([](Who who) {
     if (who.thread != 3) warp_sync();
