@@ -69,8 +69,8 @@ def test_a_header_that_marks_no_region_as_the_ranks_own_is_an_error(
 def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
     shape = heap_table.HeapShape(6, 30, 5, 1001, 333, 4)
     sizes = heap_table.region_bytes(shape)
-    assert list(sizes.values()) == [24, 4, 24, 98304, 120120, 120120, 8072064, 46080, 120]
-    assert heap_table.heap_bytes(shape) == 8457984 + 256
+    assert list(sizes.values()) == [24, 4, 24, 196608, 120120, 120120, 8072064, 46080, 120]
+    assert heap_table.heap_bytes(shape) == 8556544
 
 
 def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):

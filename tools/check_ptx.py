@@ -24,7 +24,7 @@ from collections.abc import Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "kernels" / "ptx_table.txt"
-SOURCES = ("plan", "dispatch", "dispatch_products", "combine")
+SOURCES = ("plan", "dispatch", "dispatch_products", "plan_dispatch", "combine")
 # What of csrc/kernels/CMakeLists.txt makes another program; and the PTX that wheels have.
 FLAGS = ("-std=c++20", "--expt-relaxed-constexpr", "-fmad=false", "-O3", "-arch=compute_90")
 HEAD = """\

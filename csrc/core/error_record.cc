@@ -3,6 +3,8 @@
 
 #include <cstdio>
 
+#include "csrc/core/work_partition.h"
+
 namespace jax_ep {
 namespace {
 
@@ -12,28 +14,50 @@ std::string seconds_text(double seconds) {
   return text;
 }
 
+bool waits_for_own_blocks(WaitTag tag) {
+  return tag == WaitTag::kGridBarrier || tag == WaitTag::kPlanned;
+}
+
 std::string advice(const ErrorRecord& record) {
-  if (static_cast<WaitTag>(record.tag) == WaitTag::kGridBarrier) {
+  if (waits_for_own_blocks(static_cast<WaitTag>(record.tag))) {
     return "do all of them fit on the device beside what else runs on it? (lower max_num_sms)";
   }
   return "is rank " + std::to_string(record.peer) +
          " alive, and does it run the same operations in the same order?";
 }
 
+// What a record says of an arrival: a chunk of routing or of rows.
+std::string arrival_text(const ErrorRecord& record) {
+  uint32_t op = record.op;
+  uint32_t chunk = record.chunk;
+  if (static_cast<OpKind>(op) == OpKind::kPlanDispatch) {
+    const bool rows = chunk >= kRowFlags;
+    op = static_cast<uint32_t>(rows ? OpKind::kDispatch : OpKind::kPlan);
+    chunk -= rows ? kRowFlags : 0;
+  }
+  const std::string awaited = awaited_text(WaitTag::kArrived, op, record.peer);
+  if (static_cast<OpKind>(op) == OpKind::kPlan) return awaited;
+  return awaited + " (chunk " + std::to_string(chunk) + ")";
+}
+
+// What it waited for to be, and what it was.
+std::string seen_text(const ErrorRecord& record) {
+  const auto tag = static_cast<WaitTag>(record.tag);
+  if (tag == WaitTag::kPlanned) return "";
+  return ": expected " + std::string(tag == WaitTag::kGridBarrier ? "generation " : "exchange ") +
+         std::to_string(record.expected) + ", saw " + std::to_string(record.seen);
+}
+
 std::string deadline_text(const ErrorRecord& record, double timeout_s) {
   const auto tag = static_cast<WaitTag>(record.tag);
-  std::string awaited = awaited_text(tag, record.op, record.peer);
-  if (tag == WaitTag::kArrived && static_cast<OpKind>(record.op) != OpKind::kPlan) {
-    awaited += " (chunk " + std::to_string(record.chunk) + ")";
-  }
+  const std::string awaited =
+      tag == WaitTag::kArrived ? arrival_text(record) : awaited_text(tag, record.op, record.peer);
   // Kernels give their own rank twice the time.
-  const bool own = tag == WaitTag::kGridBarrier || record.peer == record.rank;
+  const bool own = waits_for_own_blocks(tag) || record.peer == record.rank;
   return "rank " + std::to_string(record.rank) + " waited " +
          seconds_text(own ? 2 * timeout_s : timeout_s) + " in " +
-         std::string(name(static_cast<OpKind>(record.op))) + " for " + awaited + ": expected " +
-         (tag == WaitTag::kGridBarrier ? "generation " : "exchange ") +
-         std::to_string(record.expected) + ", saw " + std::to_string(record.seen) + "; " +
-         advice(record);
+         std::string(name(static_cast<OpKind>(record.op))) + " for " + awaited + seen_text(record) +
+         "; " + advice(record);
 }
 
 std::string wrong_call_text(const ErrorRecord& record) {
@@ -69,8 +93,13 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
   switch (tag) {
     case WaitTag::kAcknowledged: return rank + " to have read the rows of the exchange before";
     case WaitTag::kArrived:
-      return (static_cast<OpKind>(op) == OpKind::kPlan ? "the routing of " : "the rows of ") + rank;
+      switch (static_cast<OpKind>(op)) {
+        case OpKind::kPlan: return "the routing of " + rank;
+        case OpKind::kPlanDispatch: return "the routing or the rows of " + rank;
+        default: return "the rows of " + rank;
+      }
     case WaitTag::kGridBarrier: return "the other blocks of its own kernel";
+    case WaitTag::kPlanned: return "the other blocks of its own kernel to have made the plan";
     case WaitTag::kWrongOp:
     case WaitTag::kWrongCall: return rank + ", which runs something else";
     case WaitTag::kWrongRank:

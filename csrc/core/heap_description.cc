@@ -21,7 +21,7 @@ constexpr Words kWords[kNumRegions] = {
     {"aborted", "u32 [1]", "who has given up, and waiting for whom, once a peer has"},
     {"sent", "u32 [channels, R]", "by source, the last epoch of which it has sent all"},
     {"arrived",
-     "u64 [channels, R, chunks]",
+     "u64 [channels, R, flags]",
      "by source and chunk, arrival_flag of what has arrived"},
     {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
     {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},

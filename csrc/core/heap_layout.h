@@ -34,7 +34,7 @@ enum class Region : int32_t {
   kAcknowledged,  // u32 [channels, R]: by peer, the last epoch whose rows of ours it has read
   kAborted,       // u32 [1]: an Aborted, once a peer has given up
   kSent,          // u32 [channels, R]: by source, the last epoch of which it has sent all
-  kArrived,  // u64 [channels, R, kMaxChunks]: by source and chunk, arrival_flag of what has arrived
+  kArrived,  // u64 [channels, R, kMaxFlags]: by source and chunk, arrival_flag of what has arrived
   kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
   kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
   kRows,     // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
@@ -80,7 +80,7 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
       4 * channels * ranks,
       4,
       4 * channels * ranks,
-      8 * channels * ranks * kMaxChunks,
+      8 * channels * ranks * kMaxFlags,
       4 * ranks * tokens * topk,
       4 * ranks * tokens * topk,
       ranks * tokens * layout.row_stride,

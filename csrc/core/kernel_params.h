@@ -47,13 +47,14 @@ struct KernelParams {
   RankView view;
   uint32_t call_tag;            // see call_tag_of
   const int32_t* program_rank;  // [1]: this rank, as the program says; must be the view's
-  int32_t num_senders = 1;      // dispatch, combine: warps of a block that send before they receive
+  int32_t num_senders = 1;      // of a block's warps, those that send rows before they receive some
   CallBlocks blocks = {};       // filled in by the launch
   Op op;
 };
 using PlanParams = KernelParams<PlanOp>;
 using DispatchParams = KernelParams<DispatchOp>;
 using CombineParams = KernelParams<CombineOp>;
+using PlanDispatchParams = KernelParams<PlanDispatchOp>;
 
 }  // namespace jax_ep
 

@@ -103,10 +103,34 @@ struct CombineOp {
   float* token_scalars = nullptr;         // [T, K] out if num_scalars > 0; 0 where slot < 0
 };
 
+// A plan and the dispatch that it is for, as one operation. What the dispatch reads of a plan is
+// what this one writes.
+struct PlanDispatchOp {
+  static constexpr OpKind kKind = OpKind::kPlanDispatch;
+
+  PlanOp plan;
+  DispatchOp dispatch;
+};
+// `dispatch` as far as it has nothing of a plan.
+constexpr PlanDispatchOp plan_dispatch_op(const PlanOp& plan, DispatchOp dispatch) {
+  dispatch.shape = plan.shape;
+  dispatch.topk_idx = plan.topk_idx;
+  dispatch.slot = plan.slot;
+  dispatch.row_source = plan.row_source;
+  dispatch.source_slot = plan.source_slot;
+  return {plan, dispatch};
+}
+
+constexpr const EpShape& shape_of(const PlanOp& op) { return op.shape; }
+constexpr const EpShape& shape_of(const DispatchOp& op) { return op.shape; }
+constexpr const EpShape& shape_of(const CombineOp& op) { return op.shape; }
+constexpr const EpShape& shape_of(const PlanDispatchOp& op) { return op.dispatch.shape; }
+
 // How the rows of an operation travel.
 constexpr Wire wire_of(const PlanOp& /*op*/) { return Wire::kSame; }
 constexpr Wire wire_of(const DispatchOp& op) { return op.wire; }
 constexpr Wire wire_of(const CombineOp& /*op*/) { return Wire::kSame; }
+constexpr Wire wire_of(const PlanDispatchOp& op) { return op.dispatch.wire; }
 
 // Which products a dispatch makes, as bits.
 constexpr uint32_t products_of(const DispatchOp& op) {
@@ -122,6 +146,9 @@ constexpr uint32_t call_tag_of(const DispatchOp& op, uint32_t place) {
 }
 constexpr uint32_t call_tag_of(const CombineOp& op, uint32_t place) {
   return call_tag(op.shape, op.hidden, op.dtype, Wire::kSame, op.num_scalars, op.weighted, place);
+}
+constexpr uint32_t call_tag_of(const PlanDispatchOp& op, uint32_t place) {
+  return call_tag_of(op.dispatch, place);
 }
 
 }  // namespace jax_ep

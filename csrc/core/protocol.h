@@ -14,16 +14,18 @@
 namespace jax_ep {
 
 // An exchange's operation.
-enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2 };
+// kPlanDispatch is both in one exchange: the plan of a dispatch, and the dispatch.
+enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kPlanDispatch = 3 };
 constexpr std::string_view name(OpKind op) {
   switch (op) {
     case OpKind::kPlan: return "plan";
     case OpKind::kDispatch: return "dispatch";
     case OpKind::kCombine: return "combine";
+    case OpKind::kPlanDispatch: return "plan_dispatch";
   }
   return "an unknown operation";
 }
-inline constexpr uint32_t kNumOps = 3;
+inline constexpr uint32_t kNumOps = 4;
 inline constexpr uint32_t kMaxOps = 255;  // a flag has a byte for operation + 1
 static_assert(kNumOps < kMaxOps, "the words of this header have a byte for an operation");
 
@@ -87,8 +89,9 @@ static_assert(tag_of(arrival_flag(1, OpKind::kCombine, 0xABCDEF)) == 0xABCDEF);
 enum class WaitTag : uint32_t {
   kNone = 0,
   kAcknowledged,  // waited for a peer to have read the rows of the exchange before
-  kArrived,       // waited for a peer's rows (dispatch, combine) or routing (plan)
+  kArrived,       // waited for a peer's rows or routing
   kGridBarrier,   // waited for the other blocks of its own kernel
+  kPlanned,       // waited for the plan that its own kernel makes
   kWrongRank,     // did not wait: the program runs on another rank than the group says
   kWrongOp,       // waited for a peer, and found it in another operation
   kWrongCall,     // waited for a peer, and found it in another call of the same operation
@@ -157,10 +160,12 @@ enum class ChannelControl : int32_t {
   kSendersDone,        // warps that have sent all they will; 0 between kernels
   kSendTickets,        // items of work that its warps have taken; 0 between kernels
   kReceiveTickets,     // likewise
-  kBarrierCount,       // blocks that have come to the grid barrier; 0 between barriers
+  kBarrierCount,       // blocks that have come to the grid barrier, or made their part of the plan;
+                       // 0 between them
   kBarrierGeneration,  // grid barriers so far
+  kPlanned,            // 1 once the running kernel has made its plan; 0 between kernels
 };
-inline constexpr int32_t kNumChannelControlWords = 8;
+inline constexpr int32_t kNumChannelControlWords = 9;
 inline constexpr int64_t kControlBytes = 256;  // of a rank: cache lines of its own
 static_assert(4 * (kNumControlWords + kNumChannelControlWords * kNumChannels) <= kControlBytes);
 constexpr int32_t control_index(Control word) { return static_cast<int32_t>(word); }

@@ -15,6 +15,11 @@ namespace jax_ep {
 
 // Rows are signaled chunk by chunk; a chunk is a run of consecutive tokens of one source rank.
 inline constexpr int32_t kMaxChunks = 2048;
+// Flags of one source: where routing and rows travel in the same exchange, those of the routing
+// come first, and those of the rows follow from kRowFlags on. Else what travels has the first ones.
+inline constexpr int32_t kMaxFlags = 4096;
+inline constexpr int32_t kRowFlags = kMaxChunks;
+static_assert(kMaxFlags == 2 * kMaxChunks);
 // The plan counts selections per tile: a longer run of tokens of one source rank.
 inline constexpr int32_t kMaxTiles = 64;
 
@@ -28,6 +33,7 @@ constexpr int32_t max_chunk_tokens(OpKind op) {
   switch (op) {
     case OpKind::kPlan: return kMaxPlanChunkTokens;
     case OpKind::kDispatch: return kMaxDispatchChunkTokens;
+    case OpKind::kPlanDispatch: break;  // has the chunks of both
     case OpKind::kCombine: break;
   }
   return kMaxCombineChunkTokens;

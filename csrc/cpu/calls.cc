@@ -76,6 +76,8 @@ Fields fields_of(const CombineOp& call) {
   return fields;
 }
 
+Fields fields_of(const PlanDispatchOp& call) { return fields_of(call.dispatch); }
+
 Fields fields_of(const Call& call) {
   return std::visit([](const auto& typed) { return fields_of(typed); }, call);
 }
@@ -143,12 +145,19 @@ Status check_parameters(const CombineOp& call, size_t num_calls) {
   return check_rows(call.shape, call.hidden, call.num_scalars);
 }
 
+Status check_parameters(const PlanDispatchOp& call, size_t num_calls) {
+  return check_parameters(call.dispatch, num_calls);
+}
+
 Status run(std::span<const PlanOp> ops, WorkerPool& workers) { return run_plan(ops, workers); }
 Status run(std::span<const DispatchOp> ops, WorkerPool& workers) {
   return run_dispatch(ops, workers);
 }
 Status run(std::span<const CombineOp> ops, WorkerPool& workers) {
   return run_combine(ops, workers);
+}
+Status run(std::span<const PlanDispatchOp> ops, WorkerPool& workers) {
+  return run_plan_dispatch(ops, workers);
 }
 
 }  // namespace
@@ -202,6 +211,17 @@ Status execute(std::span<const Call> calls, WorkerPool& workers) {
         return run(ops, workers);
       },
       calls[0]);
+}
+
+Status run_plan_dispatch(std::span<const PlanDispatchOp> ops, WorkerPool& workers) {
+  std::vector<PlanOp> plans;
+  std::vector<DispatchOp> dispatches;
+  for (const PlanDispatchOp& op : ops) {
+    plans.push_back(op.plan);
+    dispatches.push_back(op.dispatch);
+  }
+  JAX_EP_RETURN_IF_ERROR(run_plan(plans, workers));
+  return run_dispatch(dispatches, workers);
 }
 
 }  // namespace jax_ep

@@ -18,9 +18,9 @@
 
 namespace jax_ep {
 
-using Call = std::variant<PlanOp, DispatchOp, CombineOp>;
+using Call = std::variant<PlanOp, DispatchOp, CombineOp, PlanDispatchOp>;
 
-// The op's name: "plan", "dispatch" or "combine".
+// The op's name: "plan", "dispatch", "combine" or "plan_dispatch".
 std::string_view op_name(const Call& call);
 
 // One static parameter of a call, for comparing ranks and for messages.
@@ -42,6 +42,8 @@ Status execute(std::span<const Call> calls, WorkerPool& workers);
 Status run_plan(std::span<const PlanOp> ops, WorkerPool& workers);
 Status run_dispatch(std::span<const DispatchOp> ops, WorkerPool& workers);
 Status run_combine(std::span<const CombineOp> ops, WorkerPool& workers);
+// One after the other.
+Status run_plan_dispatch(std::span<const PlanDispatchOp> ops, WorkerPool& workers);
 
 }  // namespace jax_ep
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The protocol of an exchange among the ranks of a group; docs/design/protocol.md explains it.
 //
-// Exchange e of a channel is its e-th plan, dispatch or combine, counted on every rank in device
-// memory, so that a captured graph can be replayed. An arrival flag also holds the operation and
-// which call it is, so that ranks that run different ones notice. What a rank sends in exchange e
-// it may overwrite in exchange e + 1, once the receiver has acknowledged e. Flags only grow;
-// nothing is reset.
+// Exchange e of a channel is its e-th plan, dispatch, plan with its dispatch, or combine, counted
+// on every rank in device memory, so that a captured graph can be replayed. An arrival flag also
+// holds the operation and which call it is, so that ranks that run different ones notice. What a
+// rank sends in exchange e it may overwrite in exchange e + 1, once the receiver has acknowledged
+// e. Flags only grow; nothing is reset.
 #ifndef JAX_EP_CSRC_DEVICE_EXCHANGE_H_
 #define JAX_EP_CSRC_DEVICE_EXCHANGE_H_
 
@@ -59,8 +59,16 @@ class Exchange {
     write_record(view_, {WaitTag::kClosed, op_, view_.rank, epoch_, 0}, 0, 0, 0);
   }
 
+  // The same exchange, for what has its flags from `first_flag` on.
+  JAX_EP_DEVICE Exchange with_flags_from(i32 first_flag) const {
+    Exchange other = *this;
+    other.first_flag_ = first_flag;
+    return other;
+  }
+
   JAX_EP_DEVICE const RankView& view() const { return view_; }
 
+  JAX_EP_DEVICE u32 num_main() const { return static_cast<u32>(blocks_.num_main); }
   JAX_EP_DEVICE bool has_tail() const { return blocks_.num_tail > 0; }
   // Whether this block is of the call's tail.
   JAX_EP_DEVICE bool in_tail() const { return block_of_call() >= num_main(); }
@@ -102,13 +110,13 @@ class Exchange {
   JAX_EP_DEVICE void signal_arrived(i32 flag_idx) const {
     warp_sync();
     share_out_peers(view_, [this, flag_idx](i32 peer) {
-      put_arrived(view_, channel_, peer, flag_idx, own_flag());
+      put_arrived(view_, channel_, peer, first_flag_ + flag_idx, own_flag());
     });
   }
   // The same for a chunk that goes to one peer alone.
   JAX_EP_DEVICE void signal_arrived_at(i32 peer, i32 flag_idx) const {
     warp_sync();
-    if (lane_id() == 0) put_arrived(view_, channel_, peer, flag_idx, own_flag());
+    if (lane_id() == 0) put_arrived(view_, channel_, peer, first_flag_ + flag_idx, own_flag());
   }
 
   // All lanes of each warp that sends, when it has announced its last chunk. The last of them tells
@@ -134,27 +142,29 @@ class Exchange {
 
   // One lane; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag_idx) const {
-    const WaitContext context = {
-        WaitTag::kArrived, op_, source, epoch_, static_cast<u32>(flag_idx)};
+    const auto flag = static_cast<u32>(first_flag_ + flag_idx);
+    const WaitContext context = {WaitTag::kArrived, op_, source, epoch_, flag};
     const u32 epoch = epoch_;
     // ACQUIRE(arrived): what the source stored of the chunk can be read. The flag may be very old,
     // because small batches don't use it; it is never ahead, because the source needs our
     // acknowledgment first. So only this exchange's flags end the wait.
     const u64 seen = wait_until<Scope::kSys>(
         view_,
-        arrived(view_, channel_, view_.rank, source, flag_idx),
+        arrived(view_, channel_, view_.rank, source, first_flag_ + flag_idx),
         [epoch](u64 word) { return word != 0 && epoch_of(word) == epoch; },
         context,
         "arrived");
     if (seen != own_flag()) {
-      give_up_with_other(view_, op_, source, static_cast<u32>(flag_idx), own_flag(), seen);
+      give_up_with_other(view_, op_, source, flag, own_flag(), seen);
     }
   }
 
-  // All threads of the main blocks: returns when every one has come.
-  JAX_EP_DEVICE void grid_barrier() const {
-    block_sync();
-    if (thread_id() == 0 && num_main() > 1) {
+  // All threads of `warps` (see block_warps.h), the same ones of each main block: returns when
+  // those of every main block have come.
+  template <typename Warps>
+  JAX_EP_DEVICE void grid_barrier(const Warps& warps) const {
+    warps.sync();
+    if (warps.thread() == 0 && num_main() > 1) {
       const Ptr<u32> count = control(view_, channel_, ChannelControl::kBarrierCount);
       const Ptr<u32> generation = control(view_, channel_, ChannelControl::kBarrierGeneration);
       const u32 next = ld_relaxed<Scope::kGpu>(generation) + 1;
@@ -168,7 +178,33 @@ class Exchange {
             view_, generation, {WaitTag::kGridBarrier, op_, view_.rank, next, 0}, "grid barrier");
       }
     }
-    block_sync();
+    warps.sync();
+  }
+
+  // All threads of `warps`, once they have made their block's part of the plan.
+  template <typename Warps>
+  JAX_EP_DEVICE void announce_plan(const Warps& warps) const {
+    warps.sync();
+    if (warps.thread() != 0) return;
+    const Ptr<u32> count = control(view_, channel_, ChannelControl::kBarrierCount);
+    // RELEASE(planned): what this block stored of the plan. ACQUIRE(planned) by the last block,
+    // which passes all of it on.
+    if (fetch_add_acq_rel<Scope::kGpu>(count, 1) + 1 != num_main()) return;
+    st_relaxed<Scope::kGpu>(count, 0);
+    st_release<Scope::kGpu>(control(view_, channel_, ChannelControl::kPlanned), 1);
+  }
+  // All lanes of a warp, before it first reads of the plan.
+  JAX_EP_DEVICE void wait_planned() const {
+    if (lane_id() == 0) {
+      // ACQUIRE(planned): the plan of all blocks can be read.
+      (void)wait_until<Scope::kGpu>(
+          view_,
+          control(view_, channel_, ChannelControl::kPlanned),
+          [](u32 word) { return word != 0; },
+          {WaitTag::kPlanned, op_, view_.rank, epoch_, 0},
+          "planned");
+    }
+    warp_sync();
   }
 
   // All threads of all blocks, last thing in the kernel; every thread has waited for its own
@@ -195,12 +231,12 @@ class Exchange {
     st(control(view_, channel_, ChannelControl::kSendersDone), 0);
     st(control(view_, channel_, ChannelControl::kSendTickets), 0);
     st(control(view_, channel_, ChannelControl::kReceiveTickets), 0);
+    if (op_ == OpKind::kPlanDispatch) st(control(view_, channel_, ChannelControl::kPlanned), 0);
     st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
     st(control(view_, channel_, ChannelControl::kRunning), 0);
   }
 
  private:
-  JAX_EP_DEVICE u32 num_main() const { return static_cast<u32>(blocks_.num_main); }
   JAX_EP_DEVICE u32 block_of_call() const { return static_cast<u32>(blocks_.first) + block_id(); }
   JAX_EP_DEVICE u64 own_flag() const { return arrival_flag(epoch_, op_, call_tag_); }
 
@@ -239,7 +275,19 @@ class Exchange {
   const u32 call_tag_;
   const bool closed_;
   const u32 epoch_;
+  i32 first_flag_ = 0;
 };
+
+// The exchange of a kernel's operation. All threads, first thing in the kernel.
+template <typename Op>
+JAX_EP_DEVICE Exchange exchange_of(const KernelParams<Op>& params) {
+  return {params.view,
+          params.blocks,
+          Channel::kHighThroughput,
+          Op::kKind,
+          params.call_tag,
+          params.program_rank};
+}
 
 }  // namespace jax_ep::dev
 

@@ -45,7 +45,7 @@ JAX_EP_DEVICE Ptr<u32> aborted(const RankView& view, i32 holder) {
 JAX_EP_DEVICE Ptr<u64> arrived(
     const RankView& view, Channel channel, i32 holder, i32 source, i32 flag_idx) {
   const i64 source_of_channel = i64{static_cast<i32>(channel)} * view.num_ranks + source;
-  return region<u64>(view, holder, Region::kArrived) + (source_of_channel * kMaxChunks + flag_idx);
+  return region<u64>(view, holder, Region::kArrived) + (source_of_channel * kMaxFlags + flag_idx);
 }
 
 // What `holder` keeps of a token that `source` sent (dispatch, plan), or of a token of its own

@@ -4,6 +4,7 @@
 #define JAX_EP_CSRC_DEVICE_TOKEN_SELECTIONS_H_
 
 #include "csrc/device/heap.h"
+#include "csrc/device/peers.h"
 
 namespace jax_ep::dev {
 
@@ -22,6 +23,16 @@ JAX_EP_DEVICE u32 count_bits(u32 bits) {
 #endif
 }
 JAX_EP_DEVICE u32 lanes_below(u32 lane) { return (1U << lane) - 1; }
+
+// Of the first `num_topk` lanes, how many of `lanes` have less than this one. All lanes.
+JAX_EP_DEVICE u32 num_earlier(i32 value, u32 lanes, i32 num_topk) {
+  u32 before = 0;
+  for (i32 k = 0; k < num_topk; ++k) {
+    const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(value), static_cast<u32>(k)));
+    before += static_cast<u32>((lanes >> k & 1) != 0 && other < value);
+  }
+  return before;
+}
 
 // A token's selections that have a row; the others take no part. All lanes make it together.
 class Selections {
@@ -54,12 +65,7 @@ class Selections {
   // How many of the token's rows on the same rank lie before this lane's: its position in
   // source_slot there. All lanes; of use where live().
   JAX_EP_DEVICE u32 position(i32 num_topk) const {
-    u32 before = 0;
-    for (i32 k = 0; k < num_topk; ++k) {
-      const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(slot_), static_cast<u32>(k)));
-      before += static_cast<u32>((same_dest_ >> k & 1) != 0 && other < slot_);
-    }
-    return before;
+    return num_earlier(slot_, same_dest_, num_topk);
   }
 
  private:
@@ -68,6 +74,45 @@ class Selections {
   i32 dest_;
   u32 same_dest_;  // lanes
   bool live_;
+};
+
+// The same before there is a plan: the selections that it will give a row, and those that it will
+// drop because their rank has no room. What is sent for these nobody reads. All lanes make it
+// together.
+class UnplannedSelections {
+ public:
+  JAX_EP_DEVICE UnplannedSelections(const RankView& view,
+                                    const EpShape& shape,
+                                    Ptr<const i32> topk_idx,
+                                    i64 token) {
+    const u32 lane = lane_id();
+    expert_ = -1;
+    if (lane < static_cast<u32>(shape.num_topk)) {
+      expert_ = ld(topk_idx + (token * shape.num_topk + lane));
+    }
+    dest_ = -1;
+    if (expert_ >= 0 && expert_ < shape.num_experts) {
+      const i32 owner = owner_of(expert_, shape.num_local_experts());
+      if (is_active(view, owner)) dest_ = owner;
+    }
+    // As in a plan, a selection that repeats an earlier one of its token gets no row.
+    if (lowest_bit(warp_match(static_cast<u32>(expert_))) != lane) dest_ = -1;
+    same_dest_ = warp_match(static_cast<u32>(dest_));
+  }
+
+  JAX_EP_DEVICE bool live() const { return dest_ >= 0; }
+  JAX_EP_DEVICE i32 dest() const { return dest_; }
+  JAX_EP_DEVICE bool leads() const { return live() && lowest_bit(same_dest_) == lane_id(); }
+  // A rank's rows of a token are in the order of its experts, and those that find no room come
+  // last.
+  JAX_EP_DEVICE u32 position(i32 num_topk) const {
+    return num_earlier(expert_, same_dest_, num_topk);
+  }
+
+ private:
+  i32 expert_;
+  i32 dest_;
+  u32 same_dest_;  // lanes
 };
 
 // Lane j gets the j-th row of this rank that holds a token of `source`, from a plan's source_slot;

@@ -71,6 +71,7 @@ template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t load_dispatch();
 [[nodiscard]] cudaError_t load_dispatch_products();
 [[nodiscard]] cudaError_t load_combine();
+[[nodiscard]] cudaError_t load_plan_dispatch();
 
 // What launch_dispatch launches where the op makes products.
 [[nodiscard]] cudaError_t launch_dispatch_products(const DispatchParams& params,

@@ -9,7 +9,8 @@ cudaError_t load_kernels() {
   if (cudaError_t e = load_plan(); e != cudaSuccess) return e;
   if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
   if (cudaError_t e = load_dispatch_products(); e != cudaSuccess) return e;
-  return load_combine();
+  if (cudaError_t e = load_combine(); e != cudaSuccess) return e;
+  return load_plan_dispatch();
 }
 
 int32_t shared_bytes_per_block() {

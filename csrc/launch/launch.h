@@ -30,6 +30,12 @@ namespace jax_ep {
                                          const LaunchShape& shape,
                                          cudaStream_t stream);
 
+// A plan and its dispatch by one kernel. cudaErrorInvalidConfiguration also where
+// plan_fits_in_dispatch (csrc/tuning/heuristics.h) is false.
+[[nodiscard]] cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream);
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_CSRC_LAUNCH_LAUNCH_H_

@@ -80,6 +80,10 @@ DispatchParams KernelArrays::dispatch(const RankView& view) const {
                              .row_dots = row_dots.data()});
 }
 
+PlanDispatchParams KernelArrays::plan_dispatch(const RankView& view) const {
+  return params<PlanDispatchOp>(view, plan_dispatch_op(plan(view).op, dispatch(view).op));
+}
+
 CombineParams KernelArrays::combine(const RankView& view) const {
   return params<CombineOp>(view,
                            {.shape = sizes_.shape,

@@ -50,6 +50,7 @@ class KernelArrays {
   [[nodiscard]] PlanParams plan(const RankView& view) const;
   [[nodiscard]] DispatchParams dispatch(const RankView& view) const;
   [[nodiscard]] CombineParams combine(const RankView& view) const;
+  [[nodiscard]] PlanDispatchParams plan_dispatch(const RankView& view) const;
 
   std::span<int32_t> program_rank;  // [1]
   std::span<int32_t> topk_idx;

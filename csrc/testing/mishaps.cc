@@ -156,6 +156,7 @@ Scenario mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t see
   step.ops = {kPlan};
   if (last != kPlan) step.ops.push_back(kDispatch);
   if (last == kCombine) step.ops.push_back(kCombine);
+  if (last == kPlanDispatch) step.ops = {kPlanDispatch, kPlanDispatch};
   Scenario scenario{.groups = {{.max_tokens = 8, .steps = {step}}}};
   scenario.mishap = mishap;
   // What two tokens claim, or two kernels at once, is a race; it must not be more. So is closing
@@ -182,12 +183,18 @@ std::vector<Scenario> all_mishaps(uint64_t seed) {
                               kStoodStill}) {
     const bool by_layout = mishap == kHostileHandle || mishap == kClosed;
     const bool not_of_plan = mishap == kHostileHandle || mishap == kOtherOp;
-    for (const OpKind last : {kPlan, kDispatch, kCombine}) {
+    for (const OpKind last : {kPlan, kDispatch, kCombine, kPlanDispatch}) {
       if (last == kPlan && not_of_plan) continue;
       if (last != kPlan && mishap == kStoodStill) continue;
+      if (last == kPlanDispatch && mishap == kHostileHandle) continue;  // it makes the handle
       scenarios.push_back(mishap_scenario(mishap, last, Layout::kExpert, seed));
       if (by_layout) scenarios.push_back(mishap_scenario(mishap, last, Layout::kRank, seed));
     }
+  }
+  // A plan and its dispatch in one meet each of the others.
+  for (const OpKind other : {kDispatch, kCombine}) {
+    scenarios.push_back(mishap_scenario(kOtherOp, kPlanDispatch, Layout::kExpert, seed));
+    scenarios.back().other_op = other;
   }
   return scenarios;
 }

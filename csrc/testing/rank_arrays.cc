@@ -278,6 +278,9 @@ std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
                        ones("row_dots", arrays_.row_dots)});
     case OpKind::kCombine:
       return first_of({ones("out", arrays_.out), ones("token_scalars", arrays_.returned_scalars)});
+    case OpKind::kPlanDispatch:
+      return first_of(
+          {check_poisoned(OpKind::kPlan, memory), check_poisoned(OpKind::kDispatch, memory)});
   }
   return "unknown operation";
 }

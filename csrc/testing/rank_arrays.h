@@ -57,6 +57,9 @@ class RankArrays {
     return arrays_.dispatch(view);
   }
   [[nodiscard]] CombineParams combine(const RankView& view) const { return arrays_.combine(view); }
+  [[nodiscard]] PlanDispatchParams plan_dispatch(const RankView& view) const {
+    return arrays_.plan_dispatch(view);
+  }
 
   // What is wrong with the results of an operation; empty if nothing is.
   [[nodiscard]] std::string check_plan(DeviceMemory& memory) const;

@@ -16,6 +16,12 @@ constexpr uint64_t kNever = uint64_t{1} << 61;
 // Time leaps by this when nobody can do anything but wait.
 constexpr uint64_t kLeap = uint64_t{1} << 40;
 
+template <typename Op>
+std::vector<EpShape*> shapes_of(Op& op) {
+  return {&op.shape};
+}
+std::vector<EpShape*> shapes_of(PlanDispatchOp& op) { return {&op.plan.shape, &op.dispatch.shape}; }
+
 // One group's part of a run.
 class GroupRun {
  public:
@@ -52,8 +58,8 @@ class GroupRun {
           num_chunks(OpKind::kDispatch, step.options.shape.num_tokens, mine_.chunk_target);
       for (const OpKind op : step.ops) {
         ++epoch;
-        if (op == OpKind::kDispatch && tells_all_sent(chunks, mine_.chunk_target))
-          last_told = epoch;
+        const bool dispatches = op == OpKind::kDispatch || op == OpKind::kPlanDispatch;
+        if (dispatches && tells_all_sent(chunks, mine_.chunk_target)) last_told = epoch;
       }
     }
     const int32_t absent = mine_.steps[0].options.absent_rank;
@@ -113,13 +119,19 @@ class GroupRun {
       const bool last = step + 1 == problems_.size() && i + 1 == ops.size();
       if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
       RankView view = group_.view(rank);
-      if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
+      if (absent >= 0) leave_out(view, absent);
       append_op(ops[i], view, *arrays, launch_on(stream_, 0));
       append_check(
           rank, "step " + std::to_string(step), ops[i], [op = ops[i], arrays](auto& device) {
             return check(op, *arrays, device);
           });
     }
+  }
+
+  // The rank takes no part: whoever reaches for its heap finds none.
+  static void leave_out(RankView& view, int32_t absent) {
+    view.active_ranks &= ~(uint64_t{1} << absent);
+    view.heap[absent] = nullptr;
   }
 
   template <typename Check>
@@ -154,7 +166,7 @@ class GroupRun {
         if (is_it) return append_late(op, rank, arrays, launch);
         break;
       case Mishap::kOtherOp:
-        if (is_it) op = OpKind::kPlan;
+        if (is_it) op = scenario_.other_op;
         break;
       case Mishap::kOtherPlace:
         return append_op(op, view, arrays, launch_on(stream_, is_it ? 2 : 1));
@@ -230,13 +242,14 @@ class GroupRun {
                  const SimulatedLaunch& launch,
                  int64_t fewer_tokens = 0) {
     const auto run = [&](auto params) {
-      params.op.shape.num_tokens -= fewer_tokens;
+      for (EpShape* shape : shapes_of(params.op)) shape->num_tokens -= fewer_tokens;
       group_.launch(params, launch);
     };
     switch (op) {
       case OpKind::kPlan: return run(arrays.plan(view));
       case OpKind::kDispatch: return run(arrays.dispatch(view));
       case OpKind::kCombine: return run(arrays.combine(view));
+      case OpKind::kPlanDispatch: return run(arrays.plan_dispatch(view));
     }
   }
 
@@ -245,6 +258,10 @@ class GroupRun {
       case OpKind::kPlan: return arrays.check_plan(device);
       case OpKind::kDispatch: return arrays.check_dispatch(device);
       case OpKind::kCombine: return arrays.check_combine(device);
+      case OpKind::kPlanDispatch: {
+        const std::string error = arrays.check_plan(device);
+        return error.empty() ? arrays.check_dispatch(device) : error;
+      }
     }
     return "unknown operation";
   }

@@ -79,6 +79,16 @@ void draw_products(Draw& draw, GroupScenario& scenario) {
   }
 }
 
+// Half of the plans are made in the dispatch that follows. Two plans become two of those.
+void make_plans_in_dispatches(std::vector<OpKind>& ops, Draw& draw) {
+  using enum OpKind;
+  if (draw.one_in(2)) return;
+  if (ops == std::vector{kPlan, kPlan}) ops = {kPlanDispatch, kPlanDispatch, kCombine};
+  if (ops[1] != kDispatch) return;
+  ops.erase(ops.begin());
+  ops[0] = kPlanDispatch;
+}
+
 }  // namespace
 
 const char* name(Mishap mishap) {
@@ -139,6 +149,12 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
                                   kMaxBlocks / static_cast<uint32_t>(num_ranks) - scenario.blocks);
   Draw products(seed ^ 0xbf58476d1ce4e5b9);
   for (GroupScenario& group : scenario.groups) draw_products(products, group);
+  for (GroupScenario& group : scenario.groups) {
+    for (ScenarioStep& step : group.steps) {
+      const bool products = step.options.row_weights || step.options.row_dots;
+      if (!products) make_plans_in_dispatches(step.ops, others);
+    }
+  }
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   return scenario;

@@ -34,7 +34,7 @@ enum class Mishap {
   kMissing,          // `rank` never runs it: the others must give up and name the rank
   kOneImpatient,     // likewise, and no rank but one gives up by itself: it must tell the others
   kLate,             // `rank` runs it after the others have waited for long: they must report it
-  kOtherOp,          // it is a plan on `rank`
+  kOtherOp,          // it is `other_op` on `rank`
   kOtherPlace,       // on `rank` it stands at another place of the program
   kOtherTokens,      // on `rank` it has one token less
   kOverlap,          // it runs twice at the same time, on two streams
@@ -53,6 +53,7 @@ struct Scenario {
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
   Mishap mishap = Mishap::kNone;
   int32_t rank = 1;  // of the mishap
+  OpKind other_op = OpKind::kPlan;
 };
 
 // Sizes to draw from.

@@ -75,6 +75,7 @@ class RankProgram {
     result(arrays_.returned_scalars, exchange.returned_weights);
     plan_ = arrays_.plan(view);
     dispatch_ = arrays_.dispatch(view);
+    plan_dispatch_ = arrays_.plan_dispatch(view);
     weighted_ = arrays_.combine(view);
     unweighted_ = weighted_;
     unweighted_.op.weighted = false;
@@ -90,8 +91,12 @@ class RankProgram {
                    const SimulatedLaunch& launch) {
     const auto r = static_cast<uint32_t>(rank_);
     machine.host_call(r, 0, [this, &machine] { upload(machine); });
-    group.launch(plan_, launch);
-    group.launch(dispatch_, launch);
+    if (call % 2 == 0) {
+      group.launch(plan_, launch);
+      group.launch(dispatch_, launch);
+    } else {
+      group.launch(plan_dispatch_, launch);
+    }
     group.launch(weighted_, launch);
     group.launch(unweighted_, launch);
     machine.host_call(r, 0, [this, &machine, call] { download(machine, call); });
@@ -158,6 +163,7 @@ class RankProgram {
   std::vector<Result> results_;
   PlanParams plan_{};
   DispatchParams dispatch_{};
+  PlanDispatchParams plan_dispatch_{};
   CombineParams weighted_{};
   CombineParams unweighted_{};
 };

@@ -46,8 +46,9 @@ struct SimulatedExchange {
   float* returned_weights;     // [calls, R, T, K] out: row_weights, back at their selections
 };
 
-// Runs plan, dispatch and both combines, `calls` times, every rank at its own pace. Returns an
-// empty text, or the simulator's report, which lives until the next call of this thread.
+// Runs plan, dispatch and both combines, `calls` times, every rank at its own pace; every second
+// time the plan is made in the dispatch. Returns an empty text, or the simulator's report, which
+// lives until the next call of this thread.
 extern "C" __attribute__((visibility("default"))) const char* jax_ep_simulate(
     const SimulatedExchange* exchange);
 

@@ -17,7 +17,8 @@ constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
 template <typename Params>
 void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
   params.call_tag = call_tag_of(params.op, launch.place);
-  const bool has_tail = params.op.kKind == OpKind::kDispatch;
+  const bool has_tail =
+      params.op.kKind == OpKind::kDispatch || params.op.kKind == OpKind::kPlanDispatch;
   params.blocks = {.first = 0,
                    .num_main = static_cast<int32_t>(launch.blocks),
                    .num_tail = has_tail ? static_cast<int32_t>(launch.tail_blocks) : 0};
@@ -43,7 +44,8 @@ uint32_t SimulatedGroup::max_shared_bytes() {
   return std::max({simulated_kernel(PlanParams{}).shared_bytes,
                    simulated_kernel(DispatchParams{}).shared_bytes,
                    simulated_kernel(products).shared_bytes,
-                   simulated_kernel(CombineParams{}).shared_bytes});
+                   simulated_kernel(CombineParams{}).shared_bytes,
+                   simulated_kernel(PlanDispatchParams{}).shared_bytes});
 }
 
 uint64_t SimulatedGroup::memory_bytes(const HeapShape& shape) {
@@ -165,6 +167,9 @@ void SimulatedGroup::launch(const DispatchParams& params, const SimulatedLaunch&
   append(machine_, params, launch);
 }
 void SimulatedGroup::launch(const CombineParams& params, const SimulatedLaunch& launch) {
+  append(machine_, params, launch);
+}
+void SimulatedGroup::launch(const PlanDispatchParams& params, const SimulatedLaunch& launch) {
   append(machine_, params, launch);
 }
 

@@ -38,7 +38,7 @@ uint32_t granule_bytes(int64_t hidden, DType dtype, Wire wire);
 struct SimulatedLaunch {
   uint32_t stream = 0;
   uint32_t blocks = 1;
-  uint32_t tail_blocks = 0;  // of a dispatch
+  uint32_t tail_blocks = 0;  // of a dispatch, also with its plan
   uint32_t place = 0;        // of the call in the program
 };
 
@@ -77,6 +77,7 @@ class SimulatedGroup {
   void launch(const PlanParams& params, const SimulatedLaunch& launch);
   void launch(const DispatchParams& params, const SimulatedLaunch& launch);
   void launch(const CombineParams& params, const SimulatedLaunch& launch);
+  void launch(const PlanDispatchParams& params, const SimulatedLaunch& launch);
   // The same of simulated_wait.
   void launch_wait(int32_t rank, int32_t peer, uint32_t stream);
 

@@ -21,6 +21,7 @@ struct SimulatedKernel {
 SimulatedKernel simulated_kernel(const PlanParams& params);
 SimulatedKernel simulated_kernel(const DispatchParams& params);
 SimulatedKernel simulated_kernel(const CombineParams& params);
+SimulatedKernel simulated_kernel(const PlanDispatchParams& params);
 
 // Waits for a peer. After its first poll it stands still past the deadline; what it waits for comes
 // meanwhile.

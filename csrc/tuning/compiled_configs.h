@@ -25,6 +25,8 @@ struct CompiledTransfer {
   int32_t num_stages;  // of each warp's pipeline through shared memory
 };
 inline constexpr CompiledTransfer kCompiledDispatch{.num_warps = 14, .num_stages = 4};
+// A plan that is made in a dispatch's blocks: its tables have room for so many bins.
+inline constexpr int32_t kMaxPlanDispatchBins = 2048;
 inline constexpr CompiledTransfer kCompiledCombine{.num_warps = 16, .num_stages = 4};
 
 }  // namespace jax_ep

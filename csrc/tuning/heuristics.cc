@@ -58,6 +58,10 @@ int64_t num_items(OpKind op, const EpShape& shape, int64_t row_bytes) {
 }
 
 int64_t useful_blocks(OpKind op, const EpShape& shape, int64_t row_bytes) {
+  if (op == OpKind::kPlanDispatch) {
+    return std::max(useful_blocks(OpKind::kPlan, shape, 0),
+                    useful_blocks(OpKind::kDispatch, shape, row_bytes));
+  }
   const int64_t items = num_items(op, shape, row_bytes);
   if (op == OpKind::kPlan) {
     return std::max(ceil_div(items, kSmallChunksPerBlock),
@@ -99,6 +103,10 @@ int32_t num_tail_blocks(const EpShape& shape,
 
 }  // namespace
 
+bool plan_fits_in_dispatch(const EpShape& shape) {
+  return num_plan_bins(shape) <= kMaxPlanDispatchBins;
+}
+
 LaunchShape launch_shape(
     OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire) {
   const int32_t by_default = op == OpKind::kPlan ? kPlanBlocks : kTransferBlocks;
@@ -111,15 +119,17 @@ LaunchShape launch_shape(
   if (op == OpKind::kPlan) {
     launch.num_warps = plan_config(num_plan_bins(shape)).num_warps;
   } else {
-    const CompiledTransfer& config = op == OpKind::kDispatch ? kCompiledDispatch : kCompiledCombine;
+    const OpKind transfer = op == OpKind::kPlanDispatch ? OpKind::kDispatch : op;
+    const CompiledTransfer& config =
+        transfer == OpKind::kDispatch ? kCompiledDispatch : kCompiledCombine;
     launch.num_warps = config.num_warps;
     launch.num_stages = config.num_stages;
     const int64_t num_warps = int64_t{launch.num_blocks} * config.num_warps;
-    const bool small = num_items(op, shape, row_bytes) <= 2 * num_warps;
-    if (op == OpKind::kDispatch) {
+    const bool small = num_items(transfer, shape, row_bytes) <= 2 * num_warps;
+    if (transfer == OpKind::kDispatch) {
       launch.num_tail_blocks = num_tail_blocks(shape, row_bytes, wire, budget, launch.num_blocks);
     }
-    launch.num_senders = num_senders(op, shape, wire, small, launch.num_tail_blocks > 0);
+    launch.num_senders = num_senders(transfer, shape, wire, small, launch.num_tail_blocks > 0);
   }
   return launch;
 }

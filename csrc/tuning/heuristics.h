@@ -26,6 +26,10 @@ struct SmBudget {
 LaunchShape launch_shape(
     OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire = Wire::kSame);
 
+// Whether a plan and its dispatch are launched as one kernel; else one after the other. A function
+// of the shape alone, because all ranks must do the same.
+bool plan_fits_in_dispatch(const EpShape& shape);
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_CSRC_TUNING_HEURISTICS_H_

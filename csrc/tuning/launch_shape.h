@@ -12,8 +12,8 @@ struct LaunchShape {
   int32_t num_blocks;           // one per SM, all resident at once
   int32_t num_warps;            // of a block
   int32_t num_stages;           // of each warp's pipeline through shared memory; 0: it has none
-  int32_t num_senders = 0;      // warps of a block that send before they receive; plan has none
-  int32_t num_tail_blocks = 0;  // see CallBlocks; dispatch alone has them
+  int32_t num_senders = 0;      // warps of a block that send rows first; a plan has none
+  int32_t num_tail_blocks = 0;  // see CallBlocks; dispatch alone has them, also with its plan
 };
 
 }  // namespace jax_ep

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "csrc/core/work_partition.h"
+
 namespace jax_ep {
 namespace {
 
@@ -29,6 +31,26 @@ TEST(ErrorRecord, SaysWhoseRoutingDidNotCome) {
   EXPECT_EQ(describe(record(WaitTag::kArrived, OpKind::kPlan), 0.5),
             "rank 2 waited 0.5 s in plan for the routing of rank 5: expected exchange 7, saw 6; is "
             "rank 5 alive, and does it run the same operations in the same order?");
+}
+
+TEST(ErrorRecord, SaysWhatOfAPlanAndItsDispatchDidNotCome) {
+  ErrorRecord both = record(WaitTag::kArrived, OpKind::kPlanDispatch);
+  EXPECT_EQ(describe(both, 60),
+            "rank 2 waited 60 s in plan_dispatch for the routing of rank 5: expected exchange 7, "
+            "saw 6; is rank 5 alive, and does it run the same operations in the same order?");
+  both.chunk = kRowFlags + 3;
+  EXPECT_EQ(describe(both, 60),
+            "rank 2 waited 60 s in plan_dispatch for the rows of rank 5 (chunk 3): expected "
+            "exchange 7, saw 6; is rank 5 alive, and does it run the same operations in the same "
+            "order?");
+  EXPECT_EQ(awaited_text(WaitTag::kArrived, both.op, 5), "the routing or the rows of rank 5");
+}
+
+TEST(ErrorRecord, SaysThatThePlanWasNotMade) {
+  EXPECT_EQ(describe(record(WaitTag::kPlanned, OpKind::kPlanDispatch), 60),
+            "rank 2 waited 120 s in plan_dispatch for the other blocks of its own kernel to have "
+            "made the plan; do all of them fit on the device beside what else runs on it? (lower "
+            "max_num_sms)");
 }
 
 TEST(ErrorRecord, SaysWhoHasNotReadItsRows) {

@@ -140,6 +140,9 @@ TEST(Chunks, CoverAllTokensWithFewEnoughFlags) {
   for (const int64_t tokens : {0, 1, 127, 128, 129, 1024, 4096, 8192, 8193, 1 << 20}) {
     for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
       EXPECT_LE(num_chunks(op, tokens), kMaxChunks) << tokens;
+      // Routing has the flags before those of the rows that travel in the same exchange.
+      EXPECT_LE(num_chunks(OpKind::kPlan, tokens), kRowFlags) << tokens;
+      EXPECT_LE(kRowFlags + num_chunks(op, tokens), kMaxFlags) << tokens;
       EXPECT_GE(int64_t{num_chunks(op, tokens)} * chunk_tokens(op, tokens), tokens);
     }
     for (const int32_t ranks : {1, 8, 64}) {

@@ -14,7 +14,8 @@ namespace {
 
 TEST(ArrivalFlag, HoldsEpochOperationAndCall) {
   for (const uint32_t epoch : {0U, 1U, 0x7FFF'FFFFU, 0xFFFF'FFFFU}) {
-    for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
+    for (const OpKind op :
+         {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine, OpKind::kPlanDispatch}) {
       const uint64_t flag = arrival_flag(epoch, op, 0xABCDEF);
       EXPECT_EQ(epoch_of(flag), epoch);
       EXPECT_EQ(op_of(flag), static_cast<uint32_t>(op));

@@ -25,6 +25,7 @@ constexpr EpShape kShape{
 PlanOp plan_call() { return {.shape = kShape}; }
 DispatchOp dispatch_call() { return {.shape = kShape, .hidden = 512, .num_scalars = 2}; }
 CombineOp combine_call() { return {.shape = kShape, .hidden = 512}; }
+PlanDispatchOp plan_dispatch_call() { return plan_dispatch_op(plan_call(), dispatch_call()); }
 
 std::vector<Call> copies(const Call& call) { return std::vector<Call>(4, call); }
 
@@ -32,6 +33,7 @@ TEST(Calls, HaveNames) {
   EXPECT_EQ(op_name(plan_call()), "plan");
   EXPECT_EQ(op_name(dispatch_call()), "dispatch");
   EXPECT_EQ(op_name(combine_call()), "combine");
+  EXPECT_EQ(op_name(plan_dispatch_call()), "plan_dispatch");
 }
 
 TEST(Calls, HaveProperties) {
@@ -47,6 +49,7 @@ TEST(Calls, HaveProperties) {
             "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
             "expert_alignment=1 layout=expert hidden=512 num_scalars=2 dtype=float32 wire=same "
             "x_format=dtype rows_format=dtype zero_fill=true weighted=false with_dots=false ");
+  EXPECT_EQ(texts(plan_dispatch_call()), texts(dispatch_call()));
   EXPECT_EQ(
       texts(combine_call()),
       "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
@@ -67,7 +70,10 @@ TEST(Calls, MakeProductsOfRowsThatTravelAsTheyAre) {
 }
 
 TEST(Agreement, OfEqualCalls) {
-  for (const Call& call : {Call(plan_call()), Call(dispatch_call()), Call(combine_call())}) {
+  for (const Call& call : {Call(plan_call()),
+                           Call(dispatch_call()),
+                           Call(combine_call()),
+                           Call(plan_dispatch_call())}) {
     EXPECT_TRUE(check_agreement(copies(call)).ok());
   }
   EXPECT_TRUE(check_agreement({}).ok());
@@ -175,6 +181,64 @@ TEST(Execute, RefusesParametersItCannotCountWith) {
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
     EXPECT_EQ(status.message(), message);
   }
+}
+
+TEST(Execute, RefusesAPlanWithADispatchAsItRefusesTheDispatch) {
+  WorkerPool workers(0);
+  PlanDispatchOp call = plan_dispatch_call();
+  call.dispatch.num_scalars = 1;
+  EXPECT_EQ(execute(copies(call), workers).message(),
+            "num_scalars is 1; allowed: 0 or num_topk, 2");
+}
+
+// A plan and its dispatch in one are the two, one after the other.
+TEST(Execute, PlansAndDispatchesInOne) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    ClusterOptions options{.shape = {.num_ranks = 3,
+                                     .num_experts = 6,
+                                     .num_topk = 3,
+                                     .num_tokens = 7,
+                                     .recv_capacity = 4,  // some rows are dropped
+                                     .layout = layout},
+                           .hidden = 40};
+    Cluster two(options);
+    ASSERT_TRUE(two.plan().ok());
+    ASSERT_TRUE(two.dispatch().ok());
+    Cluster one(options);
+    std::vector<Call> calls;
+    const std::vector<Call> plans = one.plan_calls();
+    const std::vector<Call> dispatches = one.dispatch_calls();
+    for (size_t rank = 0; rank < plans.size(); ++rank) {
+      calls.emplace_back(
+          plan_dispatch_op(std::get<PlanOp>(plans[rank]), std::get<DispatchOp>(dispatches[rank])));
+    }
+    WorkerPool workers(2);
+    ASSERT_TRUE(execute(calls, workers).ok());
+    for (int32_t rank = 0; rank < 3; ++rank) {
+      EXPECT_GT(one.rank(rank).num_dropped, 0);
+      EXPECT_EQ(one.rank(rank).num_dropped, two.rank(rank).num_dropped);
+      EXPECT_EQ(one.rank(rank).slot, two.rank(rank).slot);
+      EXPECT_EQ(one.rank(rank).row_source, two.rank(rank).row_source);
+      EXPECT_EQ(one.rank(rank).group_sizes, two.rank(rank).group_sizes);
+      EXPECT_EQ(one.rank(rank).rows, two.rank(rank).rows);
+      EXPECT_EQ(one.rank(rank).row_scalars, two.rank(rank).row_scalars);
+    }
+  }
+}
+
+// A selection that the plan refuses leaves no rows.
+TEST(Execute, SendsNothingWithoutAPlan) {
+  Cluster cluster(
+      {.shape =
+           {.num_ranks = 1, .num_experts = 2, .num_topk = 1, .num_tokens = 3, .recv_capacity = 3},
+       .hidden = 4});
+  cluster.rank(0).topk_idx[1] = 2;
+  const std::vector<std::byte> before = cluster.rank(0).rows;
+  const PlanDispatchOp op = plan_dispatch_op(std::get<PlanOp>(cluster.plan_calls()[0]),
+                                             std::get<DispatchOp>(cluster.dispatch_calls()[0]));
+  WorkerPool workers(0);
+  EXPECT_EQ(execute(std::vector<Call>{op}, workers).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(cluster.rank(0).rows, before);
 }
 
 // A rank's thread may round otherwise, or flush subnormals as XLA's do. The result must not show

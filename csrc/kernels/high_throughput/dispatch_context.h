@@ -20,35 +20,31 @@ template <typename Config, typename RowType>
 struct DispatchContext {
   using Element = typename RowType::Element;
 
-  JAX_EP_DEVICE explicit DispatchContext(const DispatchParams& params)
-      : params(params),
-        shape(params.op.shape),
-        exchange(params.view,
-                 params.blocks,
-                 Channel::kHighThroughput,
-                 OpKind::kDispatch,
-                 params.call_tag,
-                 params.program_rank),
+  // num_senders: of a block's warps, those that send first.
+  JAX_EP_DEVICE DispatchContext(const DispatchOp& op, const Exchange& exchange, i32 num_senders)
+      : op(op),
+        shape(op.shape),
+        exchange(exchange),
         ring(shared<typename Config::SharedStorage>().stages[warp_id()]),
-        hidden(params.op.hidden),
-        x_bytes(element_bytes(params.op.x_format == RowFormat::kFloat8E4M3)),
-        wire_bytes(element_bytes(params.op.wire == Wire::kFloat8E4M3)),
-        rows_bytes(element_bytes(params.op.rows_format == RowFormat::kFloat8E4M3)),
+        hidden(op.hidden),
+        x_bytes(element_bytes(op.x_format == RowFormat::kFloat8E4M3)),
+        wire_bytes(element_bytes(op.wire == Wire::kFloat8E4M3)),
+        rows_bytes(element_bytes(op.rows_format == RowFormat::kFloat8E4M3)),
         bulk(hidden * min_of(min_of(x_bytes, wire_bytes), rows_bytes) % 16 == 0),
         segments(hidden,
                  Config::Stages::kSegmentBytes / static_cast<i32>(sizeof(Element)),
-                 granule(params.op.wire)),
+                 granule(op.wire)),
         num_scale_blocks(ceil_div(hidden, kScaleBlock)),
         // Rows that stay on this rank, and stay as they are, need no staging.
-        unstaged_rank(params.op.wire == Wire::kSame ? params.view.rank : -1),
-        num_senders(static_cast<u32>(params.num_senders)),
-        rank(params.view.rank),
-        num_ranks(params.view.num_ranks),
+        unstaged_rank(op.wire == Wire::kSame ? exchange.view().rank : -1),
+        num_senders(static_cast<u32>(num_senders)),
+        rank(exchange.view().rank),
+        num_ranks(exchange.view().num_ranks),
         num_topk(shape.num_topk),
-        parts(Chunks(OpKind::kDispatch, shape.num_tokens, params.view.chunk_target),
+        parts(Chunks(OpKind::kDispatch, shape.num_tokens, exchange.view().chunk_target),
               segments.count,
               bulk && !with_dots(),  // a dot product is summed by one warp
-              params.view.chunk_target) {}
+              exchange.view().chunk_target) {}
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
@@ -62,28 +58,16 @@ struct DispatchContext {
   }
   JAX_EP_DEVICE static i32 min_of(i32 a, i32 b) { return a < b ? a : b; }
   JAX_EP_DEVICE bool is_rank_major() const { return shape.layout == Layout::kRank; }
-  JAX_EP_DEVICE bool fp8_wire() const {
-    return !Config::kProducts && params.op.wire == Wire::kFloat8E4M3;
-  }
-  JAX_EP_DEVICE bool weighted() const { return Config::kProducts && params.op.weighted; }
-  JAX_EP_DEVICE bool with_dots() const { return Config::kProducts && params.op.with_dots; }
-  JAX_EP_DEVICE bool quantizes() const {
-    return fp8_wire() && params.op.x_format == RowFormat::kDType;
-  }
-  JAX_EP_DEVICE bool restores() const {
-    return fp8_wire() && params.op.rows_format == RowFormat::kDType;
-  }
+  JAX_EP_DEVICE bool fp8_wire() const { return !Config::kProducts && op.wire == Wire::kFloat8E4M3; }
+  JAX_EP_DEVICE bool weighted() const { return Config::kProducts && op.weighted; }
+  JAX_EP_DEVICE bool with_dots() const { return Config::kProducts && op.with_dots; }
+  JAX_EP_DEVICE bool quantizes() const { return fp8_wire() && op.x_format == RowFormat::kDType; }
+  JAX_EP_DEVICE bool restores() const { return fp8_wire() && op.rows_format == RowFormat::kDType; }
   JAX_EP_DEVICE Ptr<const std::byte> x_row(i64 token) const {
-    return Ptr<const std::byte>{static_cast<const std::byte*>(params.op.x)} +
-           token * hidden * x_bytes;
+    return Ptr<const std::byte>{static_cast<const std::byte*>(op.x)} + token * hidden * x_bytes;
   }
   JAX_EP_DEVICE Ptr<std::byte> out_row(i64 row) const {
-    return Ptr<std::byte>{static_cast<std::byte*>(params.op.rows)} + row * hidden * rows_bytes;
-  }
-
-  JAX_EP_DEVICE Selections selections_of(i64 token) const {
-    return Selections(
-        shape, Ptr<const i32>{params.op.topk_idx}, Ptr<const i32>{params.op.slot}, token);
+    return Ptr<std::byte>{static_cast<std::byte*>(op.rows)} + row * hidden * rows_bytes;
   }
 
   // Where a segment lies in a staged row, and how long it is.
@@ -109,7 +93,7 @@ struct DispatchContext {
     return {as<float>(Ptr<std::byte>{const_cast<std::byte*>(row.raw)} + align_up(hidden, 4))};
   }
 
-  const DispatchParams& params;
+  const DispatchOp& op;
   const EpShape& shape;
   const Exchange exchange;
   SegmentRing<typename Config::Stages> ring;

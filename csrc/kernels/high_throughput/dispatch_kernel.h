@@ -14,13 +14,14 @@ class DispatchKernel {
  public:
   static constexpr bool kHasTail = true;
 
-  JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params) : context_(params) {}
+  JAX_EP_DEVICE explicit DispatchKernel(const DispatchParams& params)
+      : context_(params.op, exchange_of(params), params.num_senders) {}
 
   JAX_EP_DEVICE void run() {
     DispatchReceiver<Config, RowType> receiver(context_);
     const bool in_tail = context_.exchange.in_tail();
     if (context_.exchange.closed()) {
-      if (!in_tail) receiver.leave_no_results();
+      if (!in_tail) leave_no_results();
       return;
     }
     if (!in_tail && warp_id() < context_.num_senders)
@@ -31,6 +32,11 @@ class DispatchKernel {
   }
 
  private:
+  JAX_EP_DEVICE void leave_no_results() {
+    DispatchReceiver<Config, RowType>(context_).poison_results();
+    context_.exchange.report_closed();
+  }
+
   DispatchContext<Config, RowType> context_;
 };
 

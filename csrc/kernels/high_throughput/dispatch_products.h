@@ -68,14 +68,14 @@ class RowProducts {
   static_assert(kPerLane == 8, "sums are added three times in a lane");
 
   JAX_EP_DEVICE Ptr<const Element> y_row(i64 row) const {
-    return Ptr<const Element>{static_cast<const Element*>(c_.params.op.y)} + row * c_.hidden;
+    return Ptr<const Element>{static_cast<const Element*>(c_.op.y)} + row * c_.hidden;
   }
   JAX_EP_DEVICE Ptr<Element> out_row(i64 row) const { return as<Element>(c_.out_row(row)); }
   JAX_EP_DEVICE float weight_of(i64 row) const {
-    return c_.weighted() ? ld(Ptr<const float>{c_.params.op.row_weights} + row) : 1.0F;
+    return c_.weighted() ? ld(Ptr<const float>{c_.op.row_weights} + row) : 1.0F;
   }
   JAX_EP_DEVICE void write_dot(i64 row, float dot) const {
-    st(Ptr<float>{c_.params.op.row_dots} + row, dot);
+    st(Ptr<float>{c_.op.row_dots} + row, dot);
   }
 
   // Adds neighbors until one sum is left, which all lanes get.

@@ -38,24 +38,22 @@ class DispatchReceiver {
   }
 
   // When the group has been closed: all threads.
-  JAX_EP_DEVICE void leave_no_results() {
+  JAX_EP_DEVICE void poison_results() {
     const i64 capacity = c_.shape.recv_capacity;
     const i64 elements = capacity * c_.hidden;
-    if (c_.params.op.rows_format == RowFormat::kFloat8E4M3) {
-      c_.exchange.poison(static_cast<u8*>(c_.params.op.rows), elements);
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.rows_scales),
-                         capacity * c_.num_scale_blocks);
+    if (c_.op.rows_format == RowFormat::kFloat8E4M3) {
+      c_.exchange.poison(static_cast<u8*>(c_.op.rows), elements);
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.rows_scales), capacity * c_.num_scale_blocks);
     } else {
-      c_.exchange.poison(static_cast<Element*>(c_.params.op.rows), elements);
+      c_.exchange.poison(static_cast<Element*>(c_.op.rows), elements);
     }
-    if (c_.params.op.num_scalars > 0) {
+    if (c_.op.num_scalars > 0) {
       const i64 scalars = c_.is_rank_major() ? c_.num_topk : 1;
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.row_scalars), capacity * scalars);
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_scalars), capacity * scalars);
     }
     if (c_.with_dots()) {
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.params.op.row_dots), capacity);
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_dots), capacity);
     }
-    c_.exchange.report_closed();
   }
 
  private:
@@ -95,8 +93,7 @@ class DispatchReceiver {
   }
 
   JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
-    return row_of_lane(
-        c_.shape, c_.shape.layout, Ptr<const i32>{c_.params.op.source_slot}, source, token);
+    return row_of_lane(c_.shape, c_.shape.layout, Ptr<const i32>{c_.op.source_slot}, source, token);
   }
 
   JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {
@@ -148,24 +145,24 @@ class DispatchReceiver {
     for (; holders != 0; holders &= holders - 1) {
       const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), lowest_bit(holders)));
       for (i64 block = lane_id(); block < blocks; block += kWarpSize) {
-        st(Ptr<float>{c_.params.op.rows_scales} + (to * c_.num_scale_blocks + first_block + block),
+        st(Ptr<float>{c_.op.rows_scales} + (to * c_.num_scale_blocks + first_block + block),
            ld(scales + block));
       }
     }
   }
 
   JAX_EP_DEVICE void expand_scalars(i32 source, i64 token, i32 row) {
-    if (c_.params.op.num_scalars == 0) return;
+    if (c_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const Ptr<float> scalars =
         staged_scalars(c_.exchange.view(), c_.rank, source, token, c_.num_topk);
     if (!c_.is_rank_major()) {
-      if (row >= 0) st(Ptr<float>{c_.params.op.row_scalars} + row, ld(scalars + lane));
+      if (row >= 0) st(Ptr<float>{c_.op.row_scalars} + row, ld(scalars + lane));
       return;
     }
     const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
     if (to < 0 || lane >= static_cast<u32>(c_.num_topk)) return;
-    st(Ptr<float>{c_.params.op.row_scalars} + (i64{to} * c_.num_topk + lane), ld(scalars + lane));
+    st(Ptr<float>{c_.op.row_scalars} + (i64{to} * c_.num_topk + lane), ld(scalars + lane));
   }
 
   JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
@@ -181,8 +178,7 @@ class DispatchReceiver {
         }
       } else if (c_.fp8_wire()) {
         c_.copy_elements(as<u8>(c_.out_row(to)), as<const u8>(from));
-        c_.copy_scales(Ptr<float>{c_.params.op.rows_scales} + to * c_.num_scale_blocks,
-                       {scales.raw});
+        c_.copy_scales(Ptr<float>{c_.op.rows_scales} + to * c_.num_scale_blocks, {scales.raw});
       } else if (!c_.weighted()) {
         c_.copy_elements(as<Element>(c_.out_row(to)), as<const Element>(from));
       }
@@ -194,14 +190,14 @@ class DispatchReceiver {
 
   // They are cleared in runs of as many rows as a warp has lanes.
   JAX_EP_DEVICE i32 num_clear_runs() const {
-    if (!c_.params.op.zero_fill && c_.params.op.num_scalars == 0 && !c_.with_dots()) return 0;
+    if (!c_.op.zero_fill && c_.op.num_scalars == 0 && !c_.with_dots()) return 0;
     return static_cast<i32>(ceil_div(c_.shape.recv_capacity, kWarpSize));
   }
   JAX_EP_DEVICE void clear_rows_without_token(i32 run) {
     const i64 first = i64{run} * kWarpSize;
     const i64 row = first + lane_id();
     const bool empty =
-        row < c_.shape.recv_capacity && ld(Ptr<const i32>{c_.params.op.row_source} + row) < 0;
+        row < c_.shape.recv_capacity && ld(Ptr<const i32>{c_.op.row_source} + row) < 0;
     for (u32 rows = warp_ballot(empty); rows != 0; rows &= rows - 1) {
       clear_row(first + lowest_bit(rows));
     }
@@ -209,14 +205,14 @@ class DispatchReceiver {
 
   JAX_EP_DEVICE void clear_row(i64 row) {
     const i32 scalars = c_.is_rank_major() ? c_.num_topk : 1;
-    if (c_.params.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
-      st(Ptr<float>{c_.params.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
+    if (c_.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
+      st(Ptr<float>{c_.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
     }
-    if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.params.op.row_dots} + row, 0.0F);
-    if (!c_.params.op.zero_fill) return;
-    if (c_.params.op.rows_format == RowFormat::kFloat8E4M3) {
+    if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.op.row_dots} + row, 0.0F);
+    if (!c_.op.zero_fill) return;
+    if (c_.op.rows_format == RowFormat::kFloat8E4M3) {
       for (i64 block = lane_id(); block < c_.num_scale_blocks; block += kWarpSize) {
-        st(Ptr<float>{c_.params.op.rows_scales} + (row * c_.num_scale_blocks + block), 0.0F);
+        st(Ptr<float>{c_.op.rows_scales} + (row * c_.num_scale_blocks + block), 0.0F);
       }
     }
     const i64 bytes = c_.hidden * c_.rows_bytes;

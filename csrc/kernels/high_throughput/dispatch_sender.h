@@ -7,24 +7,38 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_
 
+#include <type_traits>
+
 #include "csrc/kernels/high_throughput/dispatch_context.h"
 
 namespace jax_ep::dev {
 
-template <typename Config, typename RowType>
+// Of the selections of a token they read the slots, or not if `kPlanned` is false: then the plan is
+// being made at the same time.
+template <typename Config, typename RowType, bool kPlanned = true>
 class DispatchSender {
  public:
   JAX_EP_DEVICE explicit DispatchSender(DispatchContext<Config, RowType>& context) : c_(context) {}
 
   JAX_EP_DEVICE void send() {
     send_chunks();
-    if (tells_all_sent(c_.parts.chunks.count, c_.params.view.chunk_target)) {
+    if (tells_all_sent(c_.parts.chunks.count, c_.exchange.view().chunk_target)) {
       c_.exchange.count_sent(c_.num_senders);
     }
   }
 
  private:
   using Element = typename RowType::Element;
+  using TokenSelections = std::conditional_t<kPlanned, Selections, UnplannedSelections>;
+
+  JAX_EP_DEVICE TokenSelections selections_of(i64 token) const {
+    const Ptr<const i32> topk_idx{c_.op.topk_idx};
+    if constexpr (kPlanned) {
+      return Selections(c_.shape, topk_idx, Ptr<const i32>{c_.op.slot}, token);
+    } else {
+      return UnplannedSelections(c_.exchange.view(), c_.shape, topk_idx, token);
+    }
+  }
 
   JAX_EP_DEVICE void send_chunks() {
     WorkQueue work = c_.exchange.sending(c_.parts.count(), c_.num_senders);
@@ -37,7 +51,7 @@ class DispatchSender {
         send_segments(part);
       } else {
         for (i64 token = part.first_token; token < part.last_token; ++token) {
-          const Selections selections = c_.selections_of(token);
+          const TokenSelections selections = selections_of(token);
           send_scalars(selections, token);
           if (c_.hidden > 0) send_elements(selections, token);
         }
@@ -72,7 +86,7 @@ class DispatchSender {
 
   JAX_EP_DEVICE void send_segments(const ChunkPart& part) {
     const auto dest_of = [this, &part](i64 token) {
-      const Selections selections = c_.selections_of(token);
+      const TokenSelections selections = selections_of(token);
       if (part.has_scalars) send_scalars(selections, token);
       const bool sends = selections.leads() && selections.dest() != c_.unstaged_rank;
       return sends ? selections.dest() : -1;
@@ -102,7 +116,7 @@ class DispatchSender {
     } else if (c_.fp8_wire()) {
       const i64 block = first / kScaleBlock + lane_id();
       const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < num_elements;
-      const auto scales = Ptr<const float>{c_.params.op.x_scales} + token * c_.num_scale_blocks;
+      const auto scales = Ptr<const float>{c_.op.x_scales} + token * c_.num_scale_blocks;
       complete_segment(stage, num_elements, is_block ? ld(scales + block) : 0.0F);
     }
     if (dest < 0) return;
@@ -110,14 +124,13 @@ class DispatchSender {
         c_.exchange.view(), dest, token, c_.staged_at(first), stage, c_.staged_bytes(num_elements));
   }
 
-  JAX_EP_DEVICE void send_scalars(const Selections& selections, i64 token) {
-    if (c_.params.op.num_scalars == 0) return;
+  JAX_EP_DEVICE void send_scalars(const TokenSelections& selections, i64 token) {
+    if (c_.op.num_scalars == 0) return;
     const u32 lane = lane_id();
     const bool is_selection = lane < static_cast<u32>(c_.num_topk);
     const float scalar =
-        is_selection
-            ? ld(Ptr<const float>{c_.params.op.token_scalars} + (token * c_.num_topk + lane))
-            : 0.0F;
+        is_selection ? ld(Ptr<const float>{c_.op.token_scalars} + (token * c_.num_topk + lane))
+                     : 0.0F;
     if (!c_.is_rank_major()) {
       const u32 position = selections.position(c_.num_topk);
       if (!selections.live()) return;
@@ -138,7 +151,7 @@ class DispatchSender {
     }
   }
 
-  JAX_EP_DEVICE void send_elements(const Selections& selections, i64 token) {
+  JAX_EP_DEVICE void send_elements(const TokenSelections& selections, i64 token) {
     u32 leaders = warp_ballot(selections.leads() && selections.dest() != c_.unstaged_rank);
     for (; leaders != 0; leaders &= leaders - 1) {
       const auto dest =
@@ -149,7 +162,7 @@ class DispatchSender {
       } else if (c_.fp8_wire()) {
         c_.copy_elements(as<u8>(to), as<const u8>(c_.x_row(token)));
         c_.copy_scales(c_.scales_behind(to),
-                       Ptr<const float>{c_.params.op.x_scales} + token * c_.num_scale_blocks);
+                       Ptr<const float>{c_.op.x_scales} + token * c_.num_scale_blocks);
       } else {
         c_.copy_elements(as<Element>(to), as<const Element>(c_.x_row(token)));
       }

@@ -18,7 +18,7 @@ class PlanAssigner {
   // 4. Every tile walks its tokens and hands out rows in their order.
   JAX_EP_DEVICE void assign() {
     layout_.find_starts();
-    block_sync();
+    c_.warps.sync();
     for (i32 item = c_.warp; item < c_.num_items; item += c_.num_warps) assign(item);
     write_counts();
     clear_rows_without_token();
@@ -26,15 +26,14 @@ class PlanAssigner {
 
   // When the group has been closed: all threads. Without a row or a selection: what comes after
   // must not lead anywhere.
-  JAX_EP_DEVICE void leave_no_results() {
+  JAX_EP_DEVICE void poison_results() {
     const i64 selections = i64{c_.num_tokens} * c_.num_topk;
-    c_.exchange.poison(c_.params.op.slot, selections);
+    c_.exchange.poison(c_.op.slot, selections);
     layout_.poison_rows();
-    c_.exchange.poison(c_.params.op.source_slot, i64{c_.num_ranks} * c_.num_tokens * c_.max_rows);
-    c_.exchange.fill(Ptr<i32>{c_.params.op.group_sizes}, c_.shape.num_row_groups(), 0);
-    c_.exchange.fill(Ptr<i32>{c_.params.op.tokens_per_expert}, c_.num_local, 0);
-    c_.exchange.fill(Ptr<i32>{c_.params.op.num_dropped}, 1, 0);
-    c_.exchange.report_closed();
+    c_.exchange.poison(c_.op.source_slot, i64{c_.num_ranks} * c_.num_tokens * c_.max_rows);
+    c_.exchange.fill(Ptr<i32>{c_.op.group_sizes}, c_.shape.num_row_groups(), 0);
+    c_.exchange.fill(Ptr<i32>{c_.op.tokens_per_expert}, c_.num_local, 0);
+    c_.exchange.fill(Ptr<i32>{c_.op.num_dropped}, 1, 0);
   }
 
  private:
@@ -50,13 +49,13 @@ class PlanAssigner {
       u32 row = c_.capacity;
       if (counted.bin >= 0) {
         const u32 before = count_bits(counted.lanes & lanes_below(c_.first_lane));
-        row = c_.clip(u64{c_.memory.cursor[warp_id()][counted.bin]} + before);
+        row = c_.clip(u64{c_.tables.cursor(counted.bin)} + before);
       }
       warp_sync();  // all rows are read before a cursor moves
       c_.advance(counted);
       const i32 token = first + c_.lane_token;
       if (own && c_.has_token(tile, first)) {
-        st(Ptr<i32>{c_.params.op.slot} + (i64{first} * c_.num_topk + lane_id()), slot_of(row));
+        st(Ptr<i32>{c_.op.slot} + (i64{first} * c_.num_topk + lane_id()), slot_of(row));
       }
       const i64 global_token =
           c_.has_token(tile, first) ? i64{tile.source} * c_.num_tokens + token : -1;
@@ -83,7 +82,7 @@ class PlanAssigner {
       for (i32 i = 0; i < kAtOnce; ++i) {
         const i32 bin = bin_of(base, i);
         if (bin >= last_bin) continue;
-        c_.memory.cursor[warp_id()][bin] = layout_.start_of(bin) + before[i];
+        c_.tables.cursor(bin) = layout_.start_of(bin) + before[i];
       }
     }
   }
@@ -102,16 +101,15 @@ class PlanAssigner {
     const u32 dropped = warp_shfl(inclusive_sum(layout_.write_counts()), kWarpSize - 1);
     constexpr u32 kInt32Max = 0x7FFF'FFFF;
     if (lane_id() != 0) return;
-    st(Ptr<i32>{c_.params.op.num_dropped},
-       static_cast<i32>(dropped < kInt32Max ? dropped : kInt32Max));
+    st(Ptr<i32>{c_.op.num_dropped}, static_cast<i32>(dropped < kInt32Max ? dropped : kInt32Max));
   }
 
   JAX_EP_DEVICE void clear_rows_without_token() {
     layout_.for_each_gap([this](u32 begin, u32 end) { clear(begin, end, lane_id(), kWarpSize); });
     clear(layout_.end_of_rows(),
           c_.capacity,
-          block_id() * num_threads() + thread_id(),
-          num_blocks() * num_threads());
+          block_id() * c_.warps.count() * kWarpSize + c_.warps.thread(),
+          c_.exchange.num_main() * c_.warps.count() * kWarpSize);
   }
 
   JAX_EP_DEVICE void clear(u32 begin, u32 end, u32 worker, u32 num_workers) {

@@ -2,7 +2,8 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONFIG_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONFIG_H_
 
-#include "csrc/device/primitives.h"
+#include "csrc/device/block_warps.h"
+#include "csrc/device/heap.h"
 
 namespace jax_ep::dev {
 
@@ -12,12 +13,25 @@ struct PlanConfig {
   static constexpr int kWarps = kWarpCount;
   static constexpr int kStages = 0;
   static constexpr int kMaxBins = kBinCount;
+  using Warps = AllWarps<kWarps>;
 
   struct SharedStorage {
-    // Per warp and bin: the selections counted so far, or the next row.
     Shared<u32> cursor[kWarps][kMaxBins];
-    // First row of every expert at its rank, clipped to the capacity.
     Shared<u32> start[kMaxBins];
+  };
+
+  // What a warp sees of them.
+  class Tables {
+   public:
+    JAX_EP_DEVICE explicit Tables(const Warps& /*warps*/) : memory_(shared<SharedStorage>()) {}
+
+    // Of this warp, by bin: the selections counted so far, or the next row.
+    JAX_EP_DEVICE Shared<u32>& cursor(i32 bin) const { return memory_.cursor[warp_id()][bin]; }
+    // Of the block: the first row of every expert at its rank, clipped to the capacity.
+    JAX_EP_DEVICE Shared<u32>& start(i32 expert) const { return memory_.start[expert]; }
+
+   private:
+    SharedStorage& memory_;
   };
 };
 

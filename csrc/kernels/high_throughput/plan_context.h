@@ -25,18 +25,20 @@ struct CountedSelection {
 
 template <typename Config>
 struct PlanContext {
-  JAX_EP_DEVICE PlanContext(const PlanParams& params, Layout layout)
-      : params(params),
-        shape(params.op.shape),
-        exchange(params.view,
-                 params.blocks,
-                 Channel::kHighThroughput,
-                 OpKind::kPlan,
-                 params.call_tag,
-                 params.program_rank),
-        memory(shared<typename Config::SharedStorage>()),
-        rank(params.view.rank),
-        num_ranks(params.view.num_ranks),
+  using Warps = typename Config::Warps;
+
+  // `warps`: those of each main block that take part; they call all that is here.
+  JAX_EP_DEVICE PlanContext(const PlanOp& op,
+                            const Exchange& exchange,
+                            const Warps& warps,
+                            Layout layout)
+      : op(op),
+        shape(op.shape),
+        exchange(exchange),
+        warps(warps),
+        tables(warps),
+        rank(exchange.view().rank),
+        num_ranks(exchange.view().num_ranks),
         num_topk(shape.num_topk),
         num_tokens(static_cast<i32>(shape.num_tokens)),
         num_local(shape.num_local_experts()),
@@ -46,11 +48,11 @@ struct PlanContext {
         tokens_per_tile(tile_tokens(shape.num_tokens, num_ranks)),
         tiles(num_tiles(shape.num_tokens, num_ranks)),
         num_items(num_ranks * tiles),
-        chunks(OpKind::kPlan, shape.num_tokens, params.view.chunk_target),
+        chunks(OpKind::kPlan, shape.num_tokens, exchange.view().chunk_target),
         capacity(static_cast<u32>(shape.recv_capacity)),
         // Neighboring items to different blocks.
-        warp(static_cast<i32>(warp_id() * num_blocks() + block_id())),
-        num_warps(static_cast<i32>(num_blocks() * Config::kWarps)),
+        warp(static_cast<i32>(warps.warp() * exchange.num_main() + block_id())),
+        num_warps(static_cast<i32>(exchange.num_main() * warps.count())),
         run_tokens(static_cast<i32>(kWarpSize) / num_topk),
         lane_token(static_cast<i32>(lane_id()) / num_topk),
         first_lane(static_cast<u32>(lane_token * num_topk)),
@@ -125,7 +127,7 @@ struct PlanContext {
   // All lanes: moves the cursors past the run.
   JAX_EP_DEVICE void advance(const CountedSelection& counted) {
     if (counted.bin >= 0 && lowest_bit(counted.lanes) == lane_id()) {
-      auto& cursor = memory.cursor[warp_id()][counted.bin];
+      auto& cursor = tables.cursor(counted.bin);
       cursor = cursor + count_bits(counted.lanes);
     }
     warp_sync();
@@ -142,14 +144,15 @@ struct PlanContext {
   // Selections of a local expert of this rank, which it reports.
   JAX_EP_DEVICE u32 report_total(i32 local) const {
     const u32 total = ld(totals() + (rank * num_local + local));
-    st(Ptr<i32>{params.op.tokens_per_expert} + local, static_cast<i32>(total));
+    st(Ptr<i32>{op.tokens_per_expert} + local, static_cast<i32>(total));
     return total;
   }
 
-  const PlanParams& params;
+  const PlanOp& op;
   const EpShape& shape;
   const Exchange exchange;
-  typename Config::SharedStorage& memory;
+  const Warps warps;
+  const typename Config::Tables tables;
   const i32 rank;
   const i32 num_ranks;
   const i32 num_topk;

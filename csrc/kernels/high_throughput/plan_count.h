@@ -22,7 +22,7 @@ class PlanCounter {
     for (i32 chunk = c_.warp; chunk < c_.chunks.count; chunk += c_.num_warps) {
       const i64 first = c_.chunks.first_token(chunk);
       const i64 elements = (c_.chunks.last_token(chunk) - first) * c_.num_topk;
-      const auto from = Ptr<const i32>{c_.params.op.topk_idx} + first * c_.num_topk;
+      const auto from = Ptr<const i32>{c_.op.topk_idx} + first * c_.num_topk;
       for (i64 i = lane_id(); i < elements; i += kWarpSize) {
         const i32 expert = ld(from + i);
         for_each_peer(c_.exchange.view(), [this, first, i, expert](i32 peer) {
@@ -48,7 +48,7 @@ class PlanCounter {
   // `count` begins with a warp_sync.
   JAX_EP_DEVICE void clear_cursors() {
     for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
-      c_.memory.cursor[warp_id()][bin] = 0;
+      c_.tables.cursor(bin) = 0;
     }
   }
 
@@ -63,7 +63,7 @@ class PlanCounter {
     warp_sync();
     c_.for_each_run(tile, [this](i32, i32 expert) { layout_.count(c_.selection_of(expert)); });
     for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
-      auto& cursor = c_.memory.cursor[warp_id()][bin];
+      auto& cursor = c_.tables.cursor(bin);
       st(c_.count_of(bin, item), cursor);
       cursor = 0;
     }

@@ -37,7 +37,8 @@ class ExpertLayout {
   // at every step, so that they fit 32 bits.
   JAX_EP_DEVICE void find_starts() const {
     const auto clipped_sum = [this](u32 a, u32 b) { return c_.clip(u64{a} + b); };
-    for (i32 rank = static_cast<i32>(warp_id()); rank < c_.num_ranks; rank += Config::kWarps) {
+    for (i32 rank = static_cast<i32>(c_.warps.warp()); rank < c_.num_ranks;
+         rank += static_cast<i32>(c_.warps.count())) {
       u32 start = 0;
       for (i32 first = 0; first < c_.num_local; first += kWarpSize) {
         const i32 local = first + static_cast<i32>(lane_id());
@@ -47,13 +48,13 @@ class ExpertLayout {
         const u32 sum = inclusive_sum(rows, clipped_sum);
         const u32 before = from_lane_before(sum);
         if (local < c_.num_local) {
-          c_.memory.start[rank * c_.num_local + local] = clipped_sum(start, before);
+          c_.tables.start(rank * c_.num_local + local) = clipped_sum(start, before);
         }
         start = clipped_sum(start, warp_shfl(sum, kWarpSize - 1));
       }
     }
   }
-  JAX_EP_DEVICE u32 start_of(i32 bin) const { return c_.memory.start[bin]; }
+  JAX_EP_DEVICE u32 start_of(i32 bin) const { return c_.tables.start(bin); }
 
   // --- rows of this rank -------------------------------------------------------------------------
 
@@ -69,21 +70,19 @@ class ExpertLayout {
       position += static_cast<u32>(warp_shfl(row, lane) < row && (lanes_with_row >> lane & 1) != 0);
     }
     if (global_token < 0) return;
-    const Ptr<i32> rows = Ptr<i32>{c_.params.op.source_slot} + global_token * c_.max_rows;
+    const Ptr<i32> rows = Ptr<i32>{c_.op.source_slot} + global_token * c_.max_rows;
     const auto k = static_cast<i32>(lane_id() - c_.first_lane);
     if (has_row) {
       st(rows + position, static_cast<i32>(row));
-      st(Ptr<i32>{c_.params.op.row_source} + row, static_cast<i32>(global_token));
+      st(Ptr<i32>{c_.op.row_source} + row, static_cast<i32>(global_token));
     }
     if (k >= static_cast<i32>(count_bits(lanes_with_row)) && k < c_.max_rows) st(rows + k, -1);
   }
 
   // What a row without token holds.
-  JAX_EP_DEVICE void clear_row(i64 row) const { st(Ptr<i32>{c_.params.op.row_source} + row, -1); }
+  JAX_EP_DEVICE void clear_row(i64 row) const { st(Ptr<i32>{c_.op.row_source} + row, -1); }
   // All threads of a closed group's kernel.
-  JAX_EP_DEVICE void poison_rows() const {
-    c_.exchange.poison(c_.params.op.row_source, c_.capacity);
-  }
+  JAX_EP_DEVICE void poison_rows() const { c_.exchange.poison(c_.op.row_source, c_.capacity); }
 
   // `use(begin, end)`, with a warp, for the rows between those of an expert and the next.
   template <typename Use>
@@ -105,7 +104,7 @@ class ExpertLayout {
     for (i32 local = static_cast<i32>(lane_id()); local < c_.num_local; local += kWarpSize) {
       const u32 total = c_.report_total(local);
       const u32 start = start_of(c_.rank * c_.num_local + local);
-      st(Ptr<i32>{c_.params.op.group_sizes} + local, static_cast<i32>(end_of(local) - start));
+      st(Ptr<i32>{c_.op.group_sizes} + local, static_cast<i32>(end_of(local) - start));
       dropped += total - (c_.clip(u64{start} + total) - start);
     }
     return dropped;

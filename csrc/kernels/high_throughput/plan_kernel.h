@@ -3,21 +3,14 @@
 // into rows by prefix sums. Each rank works out both sides: the slots of its own selections, and
 // what its own rows hold. One exchange, and no order depends on an atomic.
 //
-// Steps, with a grid barrier between 2, 3 and 4:
-//   1. send      each chunk of topk_idx goes to all ranks
-//   2. count     selections per (source rank, tile, bin), as the chunks arrive
-//   3. scan      per bin: counts become the number of earlier selections of the bin
-//   4. assign    every tile walks its tokens and hands out rows in their order
-// Bins are the experts; in layout "rank" the destination ranks follow, which count tokens. What
-// else the layouts differ in is in plan_expert_layout.h and plan_rank_layout.h: a kernel is
-// compiled for one of them, and the launch chooses.
+// The steps are in plan_steps.h. What the layouts differ in is in plan_expert_layout.h and
+// plan_rank_layout.h: a kernel is compiled for one of them, and the launch chooses.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_KERNEL_H_
 
-#include "csrc/kernels/high_throughput/plan_assign.h"
-#include "csrc/kernels/high_throughput/plan_count.h"
 #include "csrc/kernels/high_throughput/plan_expert_layout.h"
 #include "csrc/kernels/high_throughput/plan_rank_layout.h"
+#include "csrc/kernels/high_throughput/plan_steps.h"
 
 namespace jax_ep::dev {
 
@@ -28,22 +21,20 @@ class PlanKernel {
   static constexpr bool kHasTail = false;
 
   JAX_EP_DEVICE explicit PlanKernel(const PlanParams& params)
-      : context_(params, RowLayout::kLayout) {}
+      : context_(params.op, exchange_of(params), {}, RowLayout::kLayout) {}
 
   JAX_EP_DEVICE void run() {
-    PlanAssigner<RowLayout> assigner(context_);
-    if (context_.exchange.closed()) return assigner.leave_no_results();
-    PlanCounter<RowLayout> counter(context_);
-    counter.send();
-    counter.count();
-    context_.exchange.grid_barrier();
-    counter.scan();
-    context_.exchange.grid_barrier();
-    assigner.assign();
+    if (context_.exchange.closed()) return leave_no_results();
+    take_plan_steps<RowLayout>(context_);
     context_.exchange.finish();
   }
 
  private:
+  JAX_EP_DEVICE void leave_no_results() {
+    PlanAssigner<RowLayout>(context_).poison_results();
+    context_.exchange.report_closed();
+  }
+
   typename RowLayout::Context context_;
 };
 

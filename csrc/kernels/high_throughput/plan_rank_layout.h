@@ -49,28 +49,27 @@ class RankLayout {
     if (global_token < 0) return;
     const bool is_first = lane_id() == c_.first_lane;
     if (is_first) {
-      st(Ptr<i32>{c_.params.op.source_slot} + global_token,
+      st(Ptr<i32>{c_.op.source_slot} + global_token,
          holders != 0 ? static_cast<i32>(row_of_token) : -1);
     }
     if (holders == 0) return;
-    if (is_first)
-      st(Ptr<i32>{c_.params.op.row_source} + row_of_token, static_cast<i32>(global_token));
-    st(Ptr<i32>{c_.params.op.row_topk_idx} +
+    if (is_first) st(Ptr<i32>{c_.op.row_source} + row_of_token, static_cast<i32>(global_token));
+    st(Ptr<i32>{c_.op.row_topk_idx} +
            (i64{row_of_token} * c_.num_topk + (lane_id() - c_.first_lane)),
        is_local ? expert - c_.rank * c_.num_local : -1);
   }
 
   // What a row without token holds.
   JAX_EP_DEVICE void clear_row(i64 row) const {
-    st(Ptr<i32>{c_.params.op.row_source} + row, -1);
+    st(Ptr<i32>{c_.op.row_source} + row, -1);
     for (i32 k = 0; k < c_.num_topk; ++k) {
-      st(Ptr<i32>{c_.params.op.row_topk_idx} + (row * c_.num_topk + k), -1);
+      st(Ptr<i32>{c_.op.row_topk_idx} + (row * c_.num_topk + k), -1);
     }
   }
   // All threads of a closed group's kernel.
   JAX_EP_DEVICE void poison_rows() const {
-    c_.exchange.poison(c_.params.op.row_source, c_.capacity);
-    c_.exchange.poison(c_.params.op.row_topk_idx, i64{c_.capacity} * c_.num_topk);
+    c_.exchange.poison(c_.op.row_source, c_.capacity);
+    c_.exchange.poison(c_.op.row_topk_idx, i64{c_.capacity} * c_.num_topk);
   }
 
   template <typename Use>
@@ -89,8 +88,7 @@ class RankLayout {
     for (i32 source = static_cast<i32>(lane_id()); source < c_.num_ranks; source += kWarpSize) {
       const u32 begin = rows_before(source);
       const u32 end = rows_before(source + 1);
-      st(Ptr<i32>{c_.params.op.group_sizes} + source,
-         static_cast<i32>(c_.clip(end) - c_.clip(begin)));
+      st(Ptr<i32>{c_.op.group_sizes} + source, static_cast<i32>(c_.clip(end) - c_.clip(begin)));
       dropped += (end - c_.clip(end)) - (begin - c_.clip(begin));
     }
     return dropped;

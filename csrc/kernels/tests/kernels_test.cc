@@ -46,8 +46,11 @@ INSTANTIATE_TEST_SUITE_P(OneDomain, Ranks, testing::Values(1, 2, 3, 4, 8), [](co
   return "R" + std::to_string(info.param);
 });
 
+// Plans, dispatches and combines twice: in three exchanges, and with the plan in the dispatch.
 ScenarioStep step_of(const EpShape& shape, int64_t hidden, DType dtype) {
+  using enum OpKind;
   ScenarioStep step;
+  step.ops = {kPlan, kDispatch, kCombine, kPlanDispatch, kCombine};
   step.options.shape = shape;
   step.options.shape.recv_capacity = worst_case_capacity(shape);
   step.options.hidden = hidden;
@@ -147,12 +150,44 @@ TEST(Kernels, EpochsMayWrapAround) {
                                0xFFFF'FFFEU,
                                0xFFFF'FFFFU}) {
     const EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 6};
-    Scenario scenario{
-        .groups = {{.max_tokens = 6, .steps = {step_of(shape, 16, DType::kFloat32)}}}};
-    scenario.first_epoch = epoch;
-    const Outcome outcome = run_scenario(scenario, 1);
-    EXPECT_TRUE(outcome.report.ok()) << epoch << "\n" << outcome.report.text();
+    for (const bool fused : {false, true}) {
+      ScenarioStep step = step_of(shape, 16, DType::kFloat32);
+      if (fused) step.ops = {OpKind::kPlanDispatch, OpKind::kPlanDispatch, OpKind::kCombine};
+      Scenario scenario{.groups = {{.max_tokens = 6, .steps = {step}}}};
+      scenario.first_epoch = epoch;
+      const Outcome outcome = run_scenario(scenario, 1);
+      EXPECT_TRUE(outcome.report.ok()) << epoch << "\n" << outcome.report.text();
+    }
   }
+}
+
+// Rows that find no room are sent all the same, where the plan is made at the same time. The
+// scalars of those that do must lie where the receiver looks for them.
+TEST(Kernels, RowsAreDroppedWhileTheirPlanIsMade) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    for (const int64_t capacity : {1, 5, 17}) {
+      const EpShape shape{
+          .num_ranks = 2, .num_experts = 8, .num_topk = 6, .num_tokens = 9, .layout = layout};
+      ScenarioStep step = step_of(shape, 24, DType::kBFloat16);
+      step.options.shape.recv_capacity = capacity;
+      step.ops = {OpKind::kPlanDispatch, OpKind::kCombine};
+      const Outcome outcome = run_alone(step);
+      EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+    }
+  }
+}
+
+// Routing and rows have as many chunks as there may be: their flags are not the same.
+TEST(Kernels, RoutingAndRowsHaveTheirOwnFlags) {
+  const EpShape shape{.num_ranks = 1, .num_experts = 1, .num_topk = 1, .num_tokens = kMaxChunks};
+  ScenarioStep step = step_of(shape, 0, DType::kFloat32);
+  step.ops = {OpKind::kPlanDispatch};
+  const Scenario scenario{
+      .groups = {{.max_tokens = kMaxChunks, .chunk_target = kMaxChunks, .steps = {step}}}};
+  ASSERT_EQ(num_chunks(OpKind::kPlan, kMaxChunks, kMaxChunks), kMaxChunks);
+  ASSERT_EQ(num_chunks(OpKind::kDispatch, kMaxChunks, kMaxChunks), kMaxChunks);
+  const Outcome outcome = run_scenario(scenario, 1);
+  EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
 }
 
 // More ranks than a warp has lanes: whatever a lane does for a peer takes a second turn.

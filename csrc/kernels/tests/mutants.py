@@ -69,6 +69,10 @@ _PLAN_COUNT = KERNELS + "plan_count.h"
 _PLAN_ASSIGN = KERNELS + "plan_assign.h"
 _PLAN_EXPERT = KERNELS + "plan_expert_layout.h"
 _PLAN_RANK = KERNELS + "plan_rank_layout.h"
+_PLAN_STEPS = KERNELS + "plan_steps.h"
+_PLAN_DISPATCH = KERNELS + "plan_dispatch_kernel.h"
+_PLAN_DISPATCH_CONFIG = KERNELS + "plan_dispatch_config.h"
+_SELECTIONS = DEVICE + "token_selections.h"
 _DISPATCH = KERNELS + "dispatch_kernel.h"
 _SENDER = KERNELS + "dispatch_sender.h"
 _RECEIVER = KERNELS + "dispatch_receiver.h"
@@ -132,8 +136,8 @@ MUTANTS = [
     _removed("block_sync before blocks_done", _EXCHANGE, "block_sync();", "void finish()"),
     _removed("warp_sync before acknowledged", _EXCHANGE, "warp_sync();",
              "if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return;"),
-    _removed("block_sync before the grid barrier", _EXCHANGE, "block_sync();", "void grid_barrier()"),
-    _removed("block_sync after the grid barrier", _EXCHANGE, "block_sync();", '"grid barrier");'),
+    _removed("barrier before the grid barrier", _EXCHANGE, "warps.sync();", "void grid_barrier("),
+    _removed("barrier after the grid barrier", _EXCHANGE, "warps.sync();", '"grid barrier");'),
     Mutant("grid barrier: release -> relaxed", _EXCHANGE, "st_release<Scope::kGpu>(generation",
            "st_relaxed<Scope::kGpu>(generation"),
     Mutant("grid barrier: the last block does not wait for all", _EXCHANGE,
@@ -180,12 +184,18 @@ MUTANTS = [
     Mutant("two at once are not noticed", _EXCHANGE, "if (running != 0)", "if (false)",
            "void check_alone()", seeds=60, mishaps=True),
     Mutant("a closed group's kernel runs (plan)", _PLAN,
-           "if (context_.exchange.closed()) return assigner.leave_no_results();", "", mishaps=True),
+           "if (context_.exchange.closed()) return leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel runs (dispatch)", _DISPATCH,
            "if (context_.exchange.closed()) {", "if (false) {", mishaps=True),
     Mutant("a closed group's tail alone leaves no results", _DISPATCH,
-           "if (!in_tail) receiver.leave_no_results();",
-           "if (in_tail) receiver.leave_no_results();", mishaps=True),
+           "if (!in_tail) leave_no_results();",
+           "if (in_tail) leave_no_results();", mishaps=True),
+    Mutant("a closed group's kernel runs (plan_dispatch)", _PLAN_DISPATCH,
+           "if (exchange_.closed()) {", "if (false) {", mishaps=True),
+    Mutant("a closed group's kernel leaves the plan as it is", _PLAN_DISPATCH,
+           "PlanAssigner<RowLayout>(plan).poison_results();", "", mishaps=True),
+    Mutant("a closed group's kernel leaves the rows as they are", _PLAN_DISPATCH,
+           "DispatchReceiver<Config, RowType>(dispatch_).poison_results();", "", mishaps=True),
     Mutant("a closed group's kernel runs (combine)", _COMBINE,
            "if (c_.exchange.closed()) return leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel says nothing", _EXCHANGE,
@@ -197,9 +207,9 @@ MUTANTS = [
            "count_bits(holders & lanes_below(lane_id()))", "lane_id()", mishaps=True),
     Mutant("selections of a handle from elsewhere may be equal", _COMBINE_RANK,
            "other < local || earlier", "other < local", mishaps=True),
-    Mutant("rows of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
+    Mutant("rows of a handle from elsewhere are not bounded", _SELECTIONS,
            "return row < shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
-    Mutant("experts of a handle from elsewhere are not bounded", DEVICE + "token_selections.h",
+    Mutant("experts of a handle from elsewhere are not bounded", _SELECTIONS,
            "expert_ < shape.num_experts &&", "", mishaps=True),
     # --- the segment ring --------------------------------------------------------------------------
     _removed("wait before a stage is loaded again", _RING, "bulk_wait_read<1>();"),
@@ -249,7 +259,7 @@ MUTANTS = [
            "return staged_row(view, peer, peer, token);"),
     Mutant("wrong chunk awaited", _RECEIVER, "exchange.wait_arrived(source, flag_idx)",
            "exchange.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
-    Mutant("wrong slot", DEVICE + "token_selections.h", "(1U << lane) - 1",
+    Mutant("wrong slot", _SELECTIONS, "(1U << lane) - 1",
            "(2U << lane) - 1"),
     # --- products of dispatch ----------------------------------------------------------------------
     _removed("start of a dot product anew", _PRODUCTS, "if (segment == 0) dot_ = 0.0F;"),
@@ -269,11 +279,11 @@ MUTANTS = [
     Mutant("elements that are multiplied go out as they came, too", _RECEIVER,
            "} else if (!c_.weighted()) {", "} else {", seeds=120),
     _removed("dot products of rows without token", _RECEIVER,
-             "if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.params.op.row_dots} + row, 0.0F);"),
+             "if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.op.row_dots} + row, 0.0F);"),
     Mutant("dot products of rows that do not travel", _RECEIVER,
            "c_.hidden == 0 && !c_.with_dots()", "c_.hidden == 0", seeds=120),
     Mutant("a closed group leaves its dot products alone", _RECEIVER, "    if (c_.with_dots()) {",
-           "    if (false) {", "void leave_no_results()", mishaps=True),
+           "    if (false) {", "void poison_results()", mishaps=True),
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", _COMBINE, "c_.exchange.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", _COMBINE, "warp_sync();",
@@ -358,13 +368,63 @@ MUTANTS = [
     Mutant("repeated experts take part", _PLAN_CONTEXT, "expert < 0 || repeats ?", "expert < 0 ?"),
     Mutant("experts that do not exist take part", _PLAN_CONTEXT, "is_expert(expert) ? expert : -1",
            "expert >= -1 ? expert : -1"),
-    _removed("grid barrier before the scan", _PLAN, "context_.exchange.grid_barrier();", "counter.count();"),
-    _removed("grid barrier after the scan", _PLAN, "context_.exchange.grid_barrier();", "counter.scan();"),
-    _removed("block_sync after the starts", _PLAN_ASSIGN, "block_sync();", "find_starts();"),
+    _removed("grid barrier before the scan", _PLAN_STEPS,
+             "context.exchange.grid_barrier(context.warps);", "counter.count();"),
+    _removed("grid barrier after the scan", _PLAN_STEPS,
+             "context.exchange.grid_barrier(context.warps);", "counter.scan();"),
+    _removed("barrier after the starts", _PLAN_ASSIGN, "c_.warps.sync();", "find_starts();"),
     Mutant("the end of an expert's rows is not aligned", _PLAN_EXPERT,
            "aligned(ld(c_.totals() + expert))", "ld(c_.totals() + expert)"),
     Mutant("a token counts at a rank as often as it selects experts there", _PLAN_RANK,
            "lanes_alike(static_cast<u32>(bin + 1), c_.bin_bits)", "selection.same_expert"),
+    # --- a plan in its dispatch ------------------------------------------------------------------
+    _removed("wait for the plan", _PLAN_DISPATCH, "exchange_.wait_planned();"),
+    Mutant("who has sent does not wait for the plan", _PLAN_DISPATCH, "exchange_.wait_planned();",
+           "if (warp_id() >= dispatch_.num_senders) exchange_.wait_planned();"),
+    Mutant("who has made its part does not wait for the plan", _PLAN_DISPATCH,
+           "exchange_.wait_planned();",
+           "if (warp_id() < dispatch_.num_senders) exchange_.wait_planned();"),
+    _removed("warp_sync after waiting for the plan", _EXCHANGE, "warp_sync();", '"planned");\n    }'),
+    _removed("barrier before the plan is announced", _EXCHANGE, "warps.sync();",
+             "void announce_plan("),
+    Mutant("planned: release -> relaxed", _EXCHANGE, "st_release<Scope::kGpu>(", "st_relaxed<Scope::kGpu>(",
+           "RELEASE(planned)"),
+    Mutant("planned: blocks come relaxed", _EXCHANGE, "fetch_add_acq_rel<Scope::kGpu>(count, 1)",
+           "fetch_add_relaxed<Scope::kGpu>(count, 1)", "RELEASE(planned)"),
+    Mutant("the first block announces the plan", _EXCHANGE, "+ 1 != num_main()) return;",
+           "!= 0) return;", "RELEASE(planned)"),
+    Mutant("blocks that made the plan are not forgotten", _EXCHANGE, "st_relaxed<Scope::kGpu>(count, 0);",
+           "", "RELEASE(planned)"),
+    Mutant("the plan is not forgotten", _EXCHANGE, "if (op_ == OpKind::kPlanDispatch)", "if (false)"),
+    Mutant("a plan's barrier is for all warps", DEVICE + "block_warps.h",
+           "named_sync(kBarrier, count() * kWarpSize);", "block_sync();"),
+    Mutant("the tail does not wait for the plan", _PLAN_DISPATCH, "exchange_.wait_planned();",
+           "if (!in_tail) exchange_.wait_planned();"),
+    Mutant("the tail makes a plan too", _PLAN_DISPATCH, "} else if (!in_tail) {", "} else {"),
+    Mutant("the tail sends (plan_dispatch)", _PLAN_DISPATCH, "if (!in_tail && warp_id()",
+           "if (warp_id()"),
+    Mutant("rows have the flags of the routing", _PLAN_DISPATCH, "with_flags_from(kRowFlags)",
+           "with_flags_from(0)"),
+    _removed("proxy fence after the tables", _PLAN_DISPATCH, "fence_proxy_async_shared();"),
+    Mutant("proxy fence after the tables of the other memory", _PLAN_DISPATCH,
+           "fence_proxy_async_shared();", "fence_proxy_async_global();"),
+    Mutant("tables lie in a sender's stages", _PLAN_DISPATCH_CONFIG, "words_of(warp_id())",
+           "words_of(warp_id() - warps.first())"),
+    Mutant("starts lie on cursors", _PLAN_DISPATCH_CONFIG, "words_of(warps.first()) + kMaxBins",
+           "words_of(warps.first())"),
+    Mutant("starts lie in a sender's stages", _PLAN_DISPATCH_CONFIG,
+           "words_of(warps.first()) + kMaxBins", "words_of(0) + kMaxBins"),
+    _removed("wait for bulk stores at the end (plan_dispatch)", _PLAN_DISPATCH, "bulk_wait<0>();"),
+    Mutant("a plan's warp is left out", DEVICE + "block_warps.h", "return warp_id() - first_;",
+           "return warp_id() - first_ + 1;"),
+    Mutant("rows go to the owners of repeated experts' lanes", _SELECTIONS,
+           "if (lowest_bit(warp_match(static_cast<u32>(expert_))) != lane) dest_ = -1;", ""),
+    Mutant("rows go to a rank that takes no part", _SELECTIONS, "if (is_active(view, owner)) dest_",
+           "dest_", seeds=120),
+    Mutant("rows go to the owners of experts that do not exist", _SELECTIONS,
+           "if (expert_ >= 0 && expert_ < shape.num_experts) {", "if (expert_ >= 0) {"),
+    Mutant("scalars of an unplanned token lie in the order of its selections", _SELECTIONS,
+           "num_earlier(expert_,", "num_earlier(static_cast<i32>(lane_id()),"),
     # --- what must not be noticed --------------------------------------------------------------------
     Mutant("unchanged", _EXCHANGE, "class Exchange", "class Exchange", harmless=True, seeds=25),
     Mutant("release as a fence and a relaxed store", _PEERS, "st_release<Scope::kSys>(",
@@ -394,15 +454,17 @@ def mutate(mutant: Mutant) -> str:
 
 
 def _operations(path: str) -> list[str]:
-    """The operations whose kernels include a header; "wait" is a kernel that does but that."""
+    """Operations whose kernels include a header, enough to see; "wait" is a kernel that does but that."""
     of_dispatch = (_DISPATCH, _CONTEXT, _SENDER, _RECEIVER, _PRODUCTS, _RING, _QUANTIZE)
     only = dict.fromkeys(of_dispatch, "dispatch")
-    plan = (_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN, _PLAN_EXPERT, _PLAN_RANK)
+    plan = (_PLAN, _PLAN_CONTEXT, _PLAN_COUNT, _PLAN_ASSIGN, _PLAN_EXPERT, _PLAN_RANK, _PLAN_STEPS)
     only |= dict.fromkeys(plan, "plan")
+    both = (_PLAN_DISPATCH, _PLAN_DISPATCH_CONFIG, DEVICE + "block_warps.h")
+    only |= dict.fromkeys(both, "plan_dispatch")
     only |= dict.fromkeys((_COMBINE, _COMBINE_EXPERT, _COMBINE_RANK, _SUM), "combine")
     if path in only:
         return [only[path]]
-    return ["plan", "dispatch", "combine"] + ["wait"] * (path == _WAIT)
+    return ["plan", "dispatch", "combine", "plan_dispatch"] + ["wait"] * (path == _WAIT)
 
 
 def _compiler(build: pathlib.Path, source: str) -> list[str]:

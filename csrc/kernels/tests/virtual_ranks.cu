@@ -190,6 +190,10 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
         case OpKind::kCombine:
           check(launch_combine(mine.combine(view), shape, stream), "combine");
           break;
+        case OpKind::kPlanDispatch:
+          shape.num_tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
+          check(launch_plan_dispatch(mine.plan_dispatch(view), shape, stream), "plan_dispatch");
+          break;
       }
     }
   }
@@ -200,8 +204,9 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
     std::string error;
     for (const OpKind op : step.ops) {
       if (!error.empty()) break;
-      if (op == OpKind::kPlan) error = mine.check_plan(memory);
-      if (op == OpKind::kDispatch) error = mine.check_dispatch(memory);
+      const bool both = op == OpKind::kPlanDispatch;
+      if (op == OpKind::kPlan || both) error = mine.check_plan(memory);
+      if ((op == OpKind::kDispatch || both) && error.empty()) error = mine.check_dispatch(memory);
       if (op == OpKind::kCombine) error = mine.check_combine(memory);
     }
     if (!error.empty()) return "rank " + std::to_string(rank) + ": " + error;
@@ -289,6 +294,10 @@ class TimedRanks {
       return launch_dispatch(
           dispatches_[at(r)], launch_on(OpKind::kDispatch, sms), ranks_.stream(r));
     });
+    time("plan_dispatch", [&](int32_t r) {
+      return launch_plan_dispatch(
+          plan_dispatches_[at(r)], launch_on(OpKind::kPlanDispatch, sms), ranks_.stream(r));
+    });
     time("combine", [&](int32_t r) {
       return launch_combine(combines_[at(r)], launch_on(OpKind::kCombine, sms), ranks_.stream(r));
     });
@@ -325,6 +334,7 @@ class TimedRanks {
     const RankView view = ranks_.view(rank);
     plans_.push_back(arrays.plan(view));
     dispatches_.push_back(arrays.dispatch(view));
+    plan_dispatches_.push_back(arrays.plan_dispatch(view));
     combines_.push_back(arrays.combine(view));
     combines_.back().op.num_scalars = 0;  // no weights travel back
   }
@@ -348,7 +358,7 @@ class TimedRanks {
     (void)replay(name, graphs);  // warms up
     const double ms = replay(name, graphs);
     for (cudaGraphExec_t graph : graphs) check(cudaGraphExecDestroy(graph), "destroy");
-    std::printf("  %-9s %8.1f us\n", name, ms * 1e3 / kRounds);
+    std::printf("  %-13s %8.1f us\n", name, ms * 1e3 / kRounds);
   }
 
   // Milliseconds of the slowest rank.
@@ -388,6 +398,7 @@ class TimedRanks {
   std::vector<DeviceArray> storage_;
   std::vector<PlanParams> plans_;
   std::vector<DispatchParams> dispatches_;
+  std::vector<PlanDispatchParams> plan_dispatches_;
   std::vector<CombineParams> combines_;
 };
 

@@ -68,6 +68,36 @@ TEST(Tuning, WarpsAndStagesAreThoseThatAreCompiled) {
   EXPECT_EQ(combine.num_stages, kCompiledCombine.num_stages);
 }
 
+TEST(Tuning, APlanWithItsDispatchHasWarpsAsADispatchAndBlocksForBoth) {
+  const SmBudget h200{.available = 132, .requested = 0};
+  EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    for (const Wire wire : {Wire::kSame, Wire::kFloat8E4M3}) {
+      shape.layout = layout;
+      const LaunchShape alone = launch_shape(OpKind::kDispatch, shape, kRowBytes, h200, wire);
+      const LaunchShape both = launch_shape(OpKind::kPlanDispatch, shape, kRowBytes, h200, wire);
+      EXPECT_EQ(both.num_blocks, alone.num_blocks);
+      EXPECT_EQ(both.num_warps, alone.num_warps);
+      EXPECT_EQ(both.num_stages, alone.num_stages);
+      EXPECT_EQ(both.num_senders, alone.num_senders);
+    }
+  }
+  EXPECT_EQ(blocks(OpKind::kDispatch, 1, h200), 14);
+  EXPECT_EQ(blocks(OpKind::kPlanDispatch, 1, h200), 16);  // all bins are scanned
+}
+
+TEST(Tuning, APlanOfManyBinsDoesNotFitInADispatch) {
+  EpShape shape{.num_ranks = 8, .num_experts = kMaxPlanDispatchBins, .num_topk = 8};
+  EXPECT_TRUE(plan_fits_in_dispatch(shape));
+  shape.layout = Layout::kRank;  // counts ranks too
+  EXPECT_FALSE(plan_fits_in_dispatch(shape));
+  shape.num_experts -= shape.num_ranks;
+  EXPECT_TRUE(plan_fits_in_dispatch(shape));
+  shape.layout = Layout::kExpert;
+  shape.num_experts = kMaxPlanDispatchBins + shape.num_ranks;
+  EXPECT_FALSE(plan_fits_in_dispatch(shape));
+}
+
 TEST(Tuning, SomeWarpsOfABlockSendAndSomeDoNot) {
   const SmBudget h200{.available = 132, .requested = 0};
   EpShape shape{.num_ranks = 2, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};

@@ -76,7 +76,7 @@ struct Launch {
   int device;
   cudaStream_t stream;
   LaunchShape shape;
-  std::variant<PlanParams, DispatchParams, CombineParams> params;
+  std::variant<PlanParams, DispatchParams, CombineParams, PlanDispatchParams> params;
 };
 
 // What has been launched, in order.

@@ -24,8 +24,9 @@ using fake_cudart::Call;
 using fake_cudart::Launch;
 using fake_cudart::Thread;
 
-// As many as csrc/kernels compiles: four of plan, three of dispatch, six of combine.
-constexpr int kNumKernels = 13;
+// As many as csrc/kernels compiles: four of plan, three each of dispatch with and without products,
+// six each of combine and of a plan with its dispatch.
+constexpr int kNumKernels = 22;
 constexpr char kKernels[kNumKernels] = {};
 constexpr int32_t kSharedBytes = 1024;
 
@@ -74,6 +75,12 @@ cudaError_t launch_combine(const CombineParams& params,
                            const LaunchShape& shape,
                            cudaStream_t stream) {
   return launch("launch_combine", params, shape, stream);
+}
+
+cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
+                                 const LaunchShape& shape,
+                                 cudaStream_t stream) {
+  return launch("launch_plan_dispatch", params, shape, stream);
 }
 
 }  // namespace jax_ep

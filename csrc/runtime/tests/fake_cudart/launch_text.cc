@@ -57,62 +57,77 @@ class Fields {
   std::string text_;
 };
 
-Fields fields_of(const PlanParams& params) {
-  return Fields("plan")
+template <typename Op>
+Fields fields_of_call(const KernelParams<Op>& params) {
+  return Fields(name(Op::kKind))
       .add(params.view)
-      .add(params.op.shape)
+      .add(shape_of(params.op))
       .add("call_tag", params.call_tag)
-      .add("program_rank", params.program_rank)
-      .add("topk_idx", params.op.topk_idx)
-      .add("slot", params.op.slot)
-      .add("row_source", params.op.row_source)
-      .add("row_topk_idx", params.op.row_topk_idx)
-      .add("source_slot", params.op.source_slot)
-      .add("group_sizes", params.op.group_sizes)
-      .add("tokens_per_expert", params.op.tokens_per_expert)
-      .add("num_dropped", params.op.num_dropped);
+      .add("program_rank", params.program_rank);
+}
+
+void add_plan(Fields& fields, const PlanOp& op) {
+  fields.add("topk_idx", op.topk_idx)
+      .add("slot", op.slot)
+      .add("row_source", op.row_source)
+      .add("row_topk_idx", op.row_topk_idx)
+      .add("source_slot", op.source_slot)
+      .add("group_sizes", op.group_sizes)
+      .add("tokens_per_expert", op.tokens_per_expert)
+      .add("num_dropped", op.num_dropped);
+}
+
+void add_dispatch(Fields& fields, const DispatchOp& op) {
+  fields.add("hidden", op.hidden)
+      .add("num_scalars", op.num_scalars)
+      .add("dtype", op.dtype)
+      .add("wire", op.wire)
+      .add("x_format", op.x_format)
+      .add("rows_format", op.rows_format)
+      .add("zero_fill", op.zero_fill)
+      .add("weighted", op.weighted)
+      .add("with_dots", op.with_dots)
+      .add("x", op.x)
+      .add("x_scales", op.x_scales)
+      .add("token_scalars", op.token_scalars)
+      .add("row_weights", op.row_weights)
+      .add("y", op.y)
+      .add("topk_idx", op.topk_idx)
+      .add("slot", op.slot)
+      .add("row_source", op.row_source)
+      .add("source_slot", op.source_slot)
+      .add("rows", op.rows)
+      .add("rows_scales", op.rows_scales)
+      .add("row_scalars", op.row_scalars)
+      .add("row_dots", op.row_dots);
+}
+
+Fields fields_of(const PlanParams& params) {
+  Fields fields = fields_of_call(params);
+  add_plan(fields, params.op);
+  return fields;
 }
 
 Fields fields_of(const DispatchParams& params) {
-  return Fields("dispatch")
-      .add(params.view)
-      .add(params.op.shape)
-      .add("call_tag", params.call_tag)
-      .add("hidden", params.op.hidden)
-      .add("num_scalars", params.op.num_scalars)
-      .add("dtype", params.op.dtype)
-      .add("wire", params.op.wire)
-      .add("x_format", params.op.x_format)
-      .add("rows_format", params.op.rows_format)
-      .add("zero_fill", params.op.zero_fill)
-      .add("weighted", params.op.weighted)
-      .add("with_dots", params.op.with_dots)
-      .add("program_rank", params.program_rank)
-      .add("x", params.op.x)
-      .add("x_scales", params.op.x_scales)
-      .add("token_scalars", params.op.token_scalars)
-      .add("row_weights", params.op.row_weights)
-      .add("y", params.op.y)
-      .add("topk_idx", params.op.topk_idx)
-      .add("slot", params.op.slot)
-      .add("row_source", params.op.row_source)
-      .add("source_slot", params.op.source_slot)
-      .add("rows", params.op.rows)
-      .add("rows_scales", params.op.rows_scales)
-      .add("row_scalars", params.op.row_scalars)
-      .add("row_dots", params.op.row_dots);
+  Fields fields = fields_of_call(params);
+  add_dispatch(fields, params.op);
+  return fields;
+}
+
+// What both have is as the dispatch has it.
+Fields fields_of(const PlanDispatchParams& params) {
+  Fields fields = fields_of_call(params);
+  add_plan(fields, params.op.plan);
+  add_dispatch(fields, params.op.dispatch);
+  return fields;
 }
 
 Fields fields_of(const CombineParams& params) {
-  return Fields("combine")
-      .add(params.view)
-      .add(params.op.shape)
-      .add("call_tag", params.call_tag)
+  return fields_of_call(params)
       .add("hidden", params.op.hidden)
       .add("weighted", params.op.weighted)
       .add("num_scalars", params.op.num_scalars)
       .add("dtype", params.op.dtype)
-      .add("program_rank", params.program_rank)
       .add("y", params.op.y)
       .add("weights", params.op.weights)
       .add("row_scalars", params.op.row_scalars)

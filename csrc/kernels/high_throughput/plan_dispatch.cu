@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/kernels/high_throughput/plan_dispatch_kernel.h"
+#include "csrc/kernels/launch.cuh"
+#include "csrc/tuning/compiled_configs.h"
+
+namespace jax_ep {
+namespace {
+
+using Config = dev::DispatchConfig<kCompiledDispatch.num_warps,
+                                   kCompiledDispatch.num_stages,
+                                   kDispatchSegmentBytes>;
+using PlanConfig = dev::PlanInDispatchConfig<Config>;
+static_assert(PlanConfig::kMaxBins == kMaxPlanDispatchBins);
+
+template <typename RowType, typename RowLayout>
+using Kernel = dev::PlanDispatchKernel<Config, RowType, RowLayout>;
+
+template <typename RowType>
+cudaError_t load() {
+  using dev::ExpertLayout, dev::RankLayout;
+  if (cudaError_t e =
+          load_kernel<Kernel<RowType, ExpertLayout<PlanConfig>>, Config, PlanDispatchParams>();
+      e != cudaSuccess)
+    return e;
+  return load_kernel<Kernel<RowType, RankLayout<PlanConfig>>, Config, PlanDispatchParams>();
+}
+
+template <typename RowType>
+cudaError_t launch(const PlanDispatchParams& params,
+                   const LaunchShape& shape,
+                   cudaStream_t stream) {
+  using dev::ExpertLayout, dev::RankLayout;
+  switch (shape_of(params.op).layout) {
+    case Layout::kExpert:
+      return launch_kernel<Kernel<RowType, ExpertLayout<PlanConfig>>, Config>(
+          params, shape, stream);
+    case Layout::kRank:
+      return launch_kernel<Kernel<RowType, RankLayout<PlanConfig>>, Config>(params, shape, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t load_plan_dispatch() {
+  if (cudaError_t e = load<dev::Float32Rows>(); e != cudaSuccess) return e;
+  if (cudaError_t e = load<dev::BFloat16Rows>(); e != cudaSuccess) return e;
+  return load<dev::Float16Rows>();
+}
+
+cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
+                                 const LaunchShape& shape,
+                                 cudaStream_t stream) {
+  // Some warps must be left to make the plan, and have room for its bins.
+  const EpShape& ep = shape_of(params.op);
+  if (shape.num_senders >= Config::kWarps ||
+      num_bins(ep.layout, ep.num_experts, ep.num_ranks) > PlanConfig::kMaxBins) {
+    return cudaErrorInvalidConfiguration;
+  }
+  switch (params.op.dispatch.dtype) {
+    case DType::kFloat32: return launch<dev::Float32Rows>(params, shape, stream);
+    case DType::kBFloat16: return launch<dev::BFloat16Rows>(params, shape, stream);
+    case DType::kFloat16: return launch<dev::Float16Rows>(params, shape, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace jax_ep

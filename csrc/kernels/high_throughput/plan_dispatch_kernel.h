@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plan and its dispatch in one exchange. Staging is dense, so senders need the routing alone: a
+// block's first warps send rows at once, meanwhile the others make the plan. When it is made, on
+// all blocks, these receive; and so do the first, when they have sent, and the tail.
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_
+
+#include "csrc/kernels/high_throughput/dispatch_receiver.h"
+#include "csrc/kernels/high_throughput/dispatch_sender.h"
+#include "csrc/kernels/high_throughput/plan_dispatch_config.h"
+#include "csrc/kernels/high_throughput/plan_expert_layout.h"
+#include "csrc/kernels/high_throughput/plan_rank_layout.h"
+#include "csrc/kernels/high_throughput/plan_steps.h"
+
+namespace jax_ep::dev {
+
+// `RowLayout` is ExpertLayout or RankLayout of PlanInDispatchConfig<Config>.
+template <typename Config, typename RowType, typename RowLayout>
+class PlanDispatchKernel {
+ public:
+  static constexpr bool kHasTail = true;
+
+  JAX_EP_DEVICE explicit PlanDispatchKernel(const PlanDispatchParams& params)
+      : op_(params.op),
+        exchange_(exchange_of(params)),
+        // Rows have the flags behind those of the routing.
+        dispatch_(params.op.dispatch, exchange_.with_flags_from(kRowFlags), params.num_senders) {}
+
+  JAX_EP_DEVICE void run() {
+    DispatchReceiver<Config, RowType> receiver(dispatch_);
+    const bool in_tail = exchange_.in_tail();
+    if (exchange_.closed()) {
+      if (!in_tail) leave_no_results();
+      return;
+    }
+    if (!in_tail && warp_id() < dispatch_.num_senders) {
+      DispatchSender<Config, RowType, false>(dispatch_).send();
+    } else if (!in_tail) {
+      make_plan();
+    }
+    exchange_.wait_planned();
+    receiver.receive();
+    bulk_wait<0>();
+    exchange_.finish();
+  }
+
+ private:
+  using Warps = typename RowLayout::Config::Warps;
+
+  JAX_EP_DEVICE void make_plan() {
+    const Warps warps(dispatch_.num_senders);
+    typename RowLayout::Context plan(op_.plan, exchange_, warps, RowLayout::kLayout);
+    take_plan_steps<RowLayout>(plan);
+    // The tables are in stages: what is loaded into these comes after what was stored there.
+    fence_proxy_async_shared();
+    exchange_.announce_plan(warps);
+  }
+
+  // All threads of the main blocks.
+  JAX_EP_DEVICE void leave_no_results() {
+    typename RowLayout::Context plan(op_.plan, exchange_, Warps(0), RowLayout::kLayout);
+    PlanAssigner<RowLayout>(plan).poison_results();
+    DispatchReceiver<Config, RowType>(dispatch_).poison_results();
+    exchange_.report_closed();
+  }
+
+  const PlanDispatchOp& op_;
+  const Exchange exchange_;
+  DispatchContext<Config, RowType> dispatch_;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/kernels/high_throughput/plan_dispatch_kernel.h"
+#include "csrc/testing/simulated_kernel.h"
+
+namespace jax_ep {
+namespace {
+
+using Config = dev::DispatchConfig<3, 3, 2048>;
+using PlanConfig = dev::PlanInDispatchConfig<Config>;
+
+template <typename RowType>
+SimulatedKernel kernel_of(PlanDispatchParams params) {
+  params.num_senders = 1 + params.view.rank % 2;  // ranks need not agree
+  if (shape_of(params.op).layout == Layout::kRank) {
+    using Kernel = dev::PlanDispatchKernel<Config, RowType, dev::RankLayout<PlanConfig>>;
+    return simulated_kernel_of<Kernel, Config>(params);
+  }
+  using Kernel = dev::PlanDispatchKernel<Config, RowType, dev::ExpertLayout<PlanConfig>>;
+  return simulated_kernel_of<Kernel, Config>(params);
+}
+
+}  // namespace
+
+SimulatedKernel simulated_kernel(const PlanDispatchParams& params) {
+  switch (params.op.dispatch.dtype) {
+    case DType::kFloat32: return kernel_of<dev::Float32Rows>(params);
+    case DType::kBFloat16: return kernel_of<dev::BFloat16Rows>(params);
+    case DType::kFloat16: return kernel_of<dev::Float16Rows>(params);
+  }
+  return {};
+}
+
+}  // namespace jax_ep
