@@ -94,6 +94,20 @@ def test_a_receiver_waits_for_what_is_sent():
         simulate(nobody, MACHINE, two)
 
 
+def test_nobody_receives_before_the_plan_is_there():
+    work = Work(
+        sends=[[_step(link=40)]],
+        receives=[Receive(needs=[], steps=[_step(out=50)]) for _ in range(2)],
+    )
+    launch = Launch(num_warps=2, num_senders=1, ahead=2, waits_for_stores=False, planned_us=6.0)
+    # Who has sent, by 1 + 4 + 3, takes the second item; the other has had the first since 6.
+    assert simulate(work, MACHINE, launch) == pytest.approx(20 + 8 + 0.25 + 1 + 1)
+    late = dataclasses.replace(launch, planned_us=9.0)
+    assert simulate(work, MACHINE, late) == pytest.approx(20 + 9 + 0.25 + 1 + 2)
+    alone = dataclasses.replace(launch, planned_us=0.0)
+    assert simulate(work, MACHINE, alone) < 20 + 6  # when all has been sent
+
+
 def test_a_ticket_taken_ahead_keeps_an_item_from_who_is_idle():
     long, short = [_step(out=500)], [_step(out=5)]
     machine = dataclasses.replace(MACHINE, num_sms=2, out=1e9)
@@ -250,8 +264,8 @@ def test_lines_are_measured_again_by_the_programs(tmp_path):
         ],
         "csrc/kernels/virtual_ranks": [
             "assert sys.argv[2] == '8' and sys.argv[-1] == 'gpus=8'",
-            "for i, name in enumerate(('plan', 'dispatch', 'combine')):",
-            "    print(f'  {name:9} {10 * i + int(sys.argv[7]) / 10:8.1f} us')",
+            "for i, name in enumerate(('plan', 'dispatch', 'combine', 'plan_dispatch')):",
+            "    print(f'  {name:13} {10 * i + int(sys.argv[7]) / 10:8.1f} us')",
         ],
     }
     for name, lines in programs.items():

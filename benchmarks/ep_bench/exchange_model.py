@@ -104,6 +104,8 @@ class Launch:
         ahead: steps whose loads run ahead of the one in use.
         waits_for_stores: whether a sender stands still until what it sent has been written.
         tickets_ahead: whether a warp takes its next item when it begins one; else when it is done.
+        planned_us: when there is the plan, which is made in the same kernel. No warp receives
+            before.
     """
 
     num_warps: int
@@ -111,6 +113,7 @@ class Launch:
     ahead: int
     waits_for_stores: bool
     tickets_ahead: bool = False
+    planned_us: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,6 +255,8 @@ class _Simulation:
             announced = written + machine.release_us
             self._arrives(item, announced + machine.flag_us)
             now = yield announced if launch.waits_for_stores else read[-1] + machine.release_us
+        if launch.planned_us > now:
+            now = yield launch.planned_us
         rest = (warp - launch.num_senders) * machine.num_sms + block
         yield from self._receive(sm, None if place is not None else rest, now, read)
 

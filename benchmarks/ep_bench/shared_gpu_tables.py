@@ -100,7 +100,9 @@ def share_table(found: Found, tablefmt: str) -> str:
 def overheads(r: Result) -> dict[str, float]:
     """Seconds that operations take under jit beyond their kernels alone, by name."""
     kernels = r["kernels"]
-    alone = {**kernels, "dispatch": kernels["plan"] + kernels["dispatch"]}
+    # Older results are of two kernels, one after the other.
+    with_plan = kernels.get("plan_dispatch", kernels["plan"] + kernels["dispatch"])
+    alone = {**kernels, "dispatch": with_plan}
     medians = {name: spread["median"] for name, spread in r["seconds"].items()}
     return {name: medians[name] - alone[name] for name in _KERNELS if name in medians}
 
