@@ -93,17 +93,18 @@ def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_gr
     if operation != "plan":
         expected |= {"hidden": 16, "dtype": DTYPES.index(sizes.dtype)}
         expected["num_scalars"] = 2 if sizes.scalars else 0
-    if operation == "dispatch":
+    if "dispatch" in operation:
         formats = {"x": int(sizes.x_dtype == FP8), "rows": int(sizes.rows_dtype == FP8)}
         expected |= {"wire": max(formats.values()), "zero_fill": 1}
         expected |= {f"{name}_format": format for name, format in formats.items()}
-        expected |= {"weighted": int(sizes.products), "with_dots": int(sizes.products)}
+        products = int(sizes.products and operation == "dispatch")
+        expected |= {"weighted": products, "with_dots": products}
     if operation == "combine":
         expected["weighted"] = int(sizes.weighted)
     assert {name: launch[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+@pytest.mark.parametrize("operation", ["dispatch", "combine", "plan_dispatch"])
 def test_rows_that_do_not_travel_have_no_elements(operation, fake, make_group):
     sizes = dataclasses.replace(SIZES, hidden=0)
     group = make_group()
@@ -160,7 +161,39 @@ def test_a_launch_takes_no_more_sms_than_it_may(operation, num_sms, most, fake, 
     sizes = dataclasses.replace(SIZES, num_experts=512, num_tokens=4096)
     call(fake, operation, group.group_id, buffers(operation, sizes), sizes)
     blocks = fake.launches()[0]["blocks"]
-    assert blocks == (most or {"plan": 16, "dispatch": 24, "combine": 24}[operation])
+    assert blocks == (most or {"plan": 16}.get(operation, 24))
+
+
+@pytest.mark.parametrize(("num_experts", "fits"), [(2048, True), (2050, False)])
+def test_a_plan_of_many_experts_and_its_dispatch_are_two_kernels(
+    num_experts, fits, fake, make_group
+):
+    group = make_group(num_experts=num_experts)
+    sizes = dataclasses.replace(SIZES, num_experts=num_experts)
+    arrays = buffers("plan_dispatch", sizes)
+    call(fake, "plan_dispatch", group.group_id, arrays, sizes, stream=0x7000)
+    launches = fake.launches()
+    assert [launch["operation"] for launch in launches] == (
+        ["plan_dispatch"] if fits else ["plan", "dispatch"]
+    )
+    for launch in launches:
+        assert launch["stream"] == 0x7000
+        for name in arrays.keys() & launch.keys():
+            is_absent = name.endswith("_scales") and not arrays[name].size
+            assert is_absent or launch[name] == arrays[name].ctypes.data, name
+
+
+@pytest.mark.parametrize("kernel", ["plan", "dispatch"])
+def test_a_failed_launch_of_the_two_is_reported(kernel, fake, make_group):
+    group = make_group(num_experts=4096)
+    sizes = dataclasses.replace(SIZES, num_experts=4096)
+    fake.fail(f"launch_{kernel}")
+    message = _refusal(
+        fake, "plan_dispatch", group.group_id, buffers("plan_dispatch", sizes), sizes
+    )
+    assert message.startswith("INTERNAL: cudaErrorUnknown "), message
+    assert f"launch_{kernel}" in message
+    assert len(fake.launches()) == (0 if kernel == "plan" else 1)
 
 
 def test_groups_launch_on_their_own_heaps(fake, make_group):
@@ -176,9 +209,9 @@ def test_groups_launch_on_their_own_heaps(fake, make_group):
 BUFFERS = [
     (operation, name, variant)
     for variant in ("rank", "fp8")
-    for operation in (OPERATIONS if variant == "rank" else ("dispatch",))
+    for operation in (OPERATIONS if variant == "rank" else ("dispatch", "plan_dispatch"))
     for name in buffers(operation, VARIANTS[variant])
-    if (operation, name) != ("plan", "row_source")  # says what the capacity is
+    if not ("plan" in operation and name == "row_source")  # says what the capacity is
 ]
 
 
@@ -242,7 +275,7 @@ def test_a_call_of_another_group_is_refused(operation, changes, words, fake, mak
     assert not fake.launches()
 
 
-@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+@pytest.mark.parametrize("operation", ["dispatch", "combine", "plan_dispatch"])
 def test_rows_longer_than_the_heaps_are_refused(operation, fake, make_group):
     group = make_group(dtype="bfloat16")
     message = _refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
@@ -252,7 +285,10 @@ def test_rows_longer_than_the_heaps_are_refused(operation, fake, make_group):
 
 @pytest.mark.parametrize(
     ("operation", "name"),
-    [("dispatch", "x"), ("dispatch", "rows"), ("combine", "y"), ("combine", "out")],
+    [
+        *(("dispatch", "x"), ("dispatch", "rows"), ("combine", "y"), ("combine", "out")),
+        *(("plan_dispatch", "x"), ("plan_dispatch", "rows")),
+    ],
 )
 def test_rows_that_bulk_copies_cannot_reach_are_refused(operation, name, fake, make_group):
     group = make_group()

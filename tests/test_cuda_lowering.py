@@ -21,7 +21,7 @@ from ep_testing.problems import PROBLEMS
 from ep_testing.programs import make_group, make_mesh
 
 XLA_FFI = pathlib.Path(__file__).resolve().parents[1] / "xla_ffi"
-TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
+TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine", "jax_ep_plan_dispatch")
 EXPERT = PROBLEMS["eight_ranks"]
 PROBLEMS_HERE = {
     "expert": EXPERT,
@@ -70,6 +70,8 @@ def _decoded(target: str) -> dict:
     (reads,) = re.findall(
         rf"^Status read_{target.removeprefix('jax_ep_')}\(.*?^}}$", text, re.DOTALL | re.MULTILINE
     )
+    for part in re.findall(r"const (\w+) \w+\(reader\);", reads):  # read by a constructor
+        reads += text.partition(f"struct {part} {{")[2].partition("\n};")[0]
     attributes = {}
     for cpp, name in re.findall(r'\.Attr<(\w+)>\("(\w+)"\)', declaration):
         attributes[name] = _MLIR_TYPES[cpp] if cpp in _MLIR_TYPES else _struct_members(cpp)
@@ -141,8 +143,13 @@ def _program(kind: str, group):
 
         return lambda x, idx, w, weights: jax.grad(loss, argnums=(0, 1, 3))(x, w, idx, weights)
 
+    def counts(x, idx, w, weights):
+        del weights
+        return jax_ep.dispatch(x, idx, w, group=group).num_dropped[None]
+
     remat = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
     return {
+        "counts": counts,
         "forward": layer,
         "backward": grad(layer),
         "scan": layers,
@@ -151,7 +158,7 @@ def _program(kind: str, group):
     }[kind]
 
 
-KINDS = ("forward", "backward", "scan", "backward_of_scan", "remat")
+KINDS = ("counts", "forward", "backward", "scan", "backward_of_scan", "remat")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,8 +169,17 @@ def test_calls_are_as_the_handlers_declare(name, kind, fake):
         lowered = _lower(_program(kind, group), group, problem)
     calls = _calls(lowered)
     counts = collections.Counter(_target(call) for call in calls)
-    assert set(counts) == set(TARGETS), "our targets and no others"
-    if kind == "forward":
+    forward = {"jax_ep_plan_dispatch", "jax_ep_combine"}
+    backward = forward | {"jax_ep_dispatch"}
+    expected = {
+        "counts": {"jax_ep_plan"},
+        "forward": forward,
+        "scan": forward,
+        # All turns have the same routing: JAX makes its plan once, before the loop.
+        "backward_of_scan": set(TARGETS),
+    }
+    assert set(counts) == expected.get(kind, backward), "our targets and no others"
+    if kind in ("counts", "forward"):
         assert set(counts.values()) == {1}
     for call in calls:
         attributes = call.attributes["mhlo.backend_config"]
@@ -196,9 +212,9 @@ def test_rows_in_fp8_are_passed_with_their_scales(layout, quantized_in, quantize
 
     with make_group(problem, "ffi") as group:
         lowered = _lower(forward, group, problem)
-    (call,) = [call for call in _calls(lowered) if _target(call) == "jax_ep_dispatch"]
+    (call,) = [call for call in _calls(lowered) if _target(call) == "jax_ep_plan_dispatch"]
     x, x_scales = (str(operand.type) for operand in list(call.operands)[1:3])
-    rows, rows_scales = (str(result.type) for result in list(call.results)[:2])
+    rows, rows_scales = (str(result.type) for result in list(call.results)[-3:-1])
     tokens, capacity = problem.num_tokens, problem.plan.capacity
     fp8_in, fp8_out = (quantized_in, "f8E4M3FN"), (quantized_out, "f8E4M3FN")
     for (quantized, name), count, values, scales in (
@@ -214,11 +230,11 @@ def test_source_slot_goes_from_the_plan_to_the_others(layout, rows_per_token, fa
     problem = EXPERT.replace(layout=layout)
     assert (problem.num_topk, problem.num_experts // problem.num_ranks) == (4, 2)
     with make_group(problem, "ffi") as group:
-        lowered = _lower(_program("forward", group), group, problem)
+        lowered = _lower(_program("backward", group), group, problem)
     calls = {_target(call): call for call in _calls(lowered)}
     rows = problem.num_ranks * problem.num_tokens
     shape = f"tensor<{rows}x{rows_per_token}xi32>"
-    assert str(calls["jax_ep_plan"].results[3].type) == shape
+    assert str(calls["jax_ep_plan_dispatch"].results[3].type) == shape
     assert str(calls["jax_ep_dispatch"].operands[-1].type) == shape
     assert str(calls["jax_ep_combine"].operands[-1].type) == shape
 

@@ -65,7 +65,7 @@ def test_bad_routing_is_an_error_that_names_where(value, text):
     with make_group(PROBLEM, "ffi") as group:
         program = _mapped(functools.partial(_round_trip, group=group), group)
         message = _error_of(program, _global(PROBLEM.x), _global(idx))
-        for part in ("INVALID_ARGUMENT", "plan: rank 2: topk_idx[1, 1]", text):
+        for part in ("INVALID_ARGUMENT", "plan_dispatch: rank 2: topk_idx[1, 1]", text):
             assert part in message, message
         _works(group)
 
@@ -203,8 +203,11 @@ jax.block_until_ready(jax.jit(f)(x, idx))
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("bad_routing_in_one_group", "group_index 0, plan: rank 2: topk_idx[1, 1] is 8, but must"),
-        ("a_rank_that_does_not_come", "rank(s) 2 of 4 did not reach this plan within 2 s"),
+        (
+            "bad_routing_in_one_group",
+            "group_index 0, plan_dispatch: rank 2: topk_idx[1, 1] is 8, but must",
+        ),
+        ("a_rank_that_does_not_come", "rank(s) 2 of 4 did not reach this plan_dispatch within 2 s"),
     ],
 )
 def test_an_error_is_logged_though_xla_hangs_behind_it(program, words):
@@ -270,7 +273,7 @@ def test_a_late_rank_is_logged_and_seen_in_the_groups_health(caplog):
         _wait_for(lambda: group.health().waiting_for == (3,))
         health = group.health()
         assert not health.ok
-        assert (health.operation, health.group_index) == ("plan", 0)
+        assert (health.operation, health.group_index) == ("plan_dispatch", 0)
         assert health.root.startswith("rank 3 (device 3) is in no operation of an EP group")
         _wait_for(lambda: sum("have waited" in r.message for r in caplog.records) >= 2)
         until.set()
@@ -280,11 +283,11 @@ def test_a_late_rank_is_logged_and_seen_in_the_groups_health(caplog):
         seen = [(r.levelname, r.message) for r in caplog.records if group.name in r.message]
     level, text = seen[0]
     assert level == "WARNING"
-    assert f"{group.name}, group_index 0, plan: rank(s) 0-2 of 4 have waited 0." in text
+    assert f"{group.name}, group_index 0, plan_dispatch: rank(s) 0-2 of 4 have waited 0." in text
     assert "for rank(s) 3; rank 3 (device 3) is in no operation" in text
     assert text.endswith("Giving up after 60 s")
     assert seen[-1][0] == "INFO"
-    assert "plan: rank(s) 3 came after" in seen[-1][1]
+    assert "plan_dispatch: rank(s) 3 came after" in seen[-1][1]
 
 
 def _close_while_ranks_wait() -> None:
@@ -305,7 +308,7 @@ def _close_while_ranks_wait() -> None:
 def test_close_fails_the_ranks_that_wait_for_one_that_will_be_refused():
     done = _run_alone("_close_while_ranks_wait")
     assert "told at once" in done.stdout, done.stderr[-3000:]
-    words = "plan: the group was closed while rank(s) 0-2 waited for rank(s) 3 of 4"
+    words = "plan_dispatch: the group was closed while rank(s) 0-2 waited for rank(s) 3 of 4"
     assert words in done.stderr, done.stderr[-3000:]
 
 
@@ -344,7 +347,7 @@ def test_a_device_without_a_rank_ends_the_others_at_once(caplog):
             out_specs=P("expert"),
         )
         program = jax.jit(f)
-        words = f"{group.name} has no rank on CPU device 7, which runs its plan"
+        words = f"{group.name} has no rank on CPU device 7, which runs its plan_dispatch"
         start = time.monotonic()
         for _ in range(3):
             assert words in _error_of(program, _global(PROBLEM.x), _global(PROBLEM.topk_idx))

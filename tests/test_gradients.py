@@ -307,10 +307,10 @@ def test_the_gradient_in_one_factor_is_that_of_both(name, wanted, backend):
     _same_bits(np.asarray(one), np.asarray(both), "the gradient")
 
 
-def test_forward_mode_is_straight_through_the_fp8_wire_of_xla():
+def test_forward_mode_is_straight_through_the_fp8_wire(backend):
     """As reverse mode is: tangents are sent as if the rows had not been rounded."""
     problem = PROBLEMS["fp8_float32"]
-    with make_group(problem, "xla") as group:
+    with make_group(problem, backend) as group:
 
         def on_rank(x, topk_idx):
             def send(x):
@@ -325,6 +325,26 @@ def test_forward_mode_is_straight_through_the_fp8_wire_of_xla():
     np.testing.assert_allclose(tangents, np.where(held, sent, 0), rtol=1e-6)
     unrounded = np.where(held, problem.x.reshape(-1, problem.hidden)[source], 0)
     assert not np.array_equal(rows, unrounded)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_there_and_back_is_transposed(jitted, backend):
+    """What is linear in x: also where the handle is made with the rows."""
+    problem = PROBLEMS["eight_ranks"]
+    with make_group(problem, backend) as group:
+
+        def on_rank(x, topk_idx, bar):
+            def there_and_back(x):
+                received = jax_ep.dispatch(x, topk_idx, group=group)
+                return jax_ep.combine(received.x, received.handle, group=group)
+
+            f = jax.jit(there_and_back) if jitted else there_and_back
+            (transposed,) = jax.linear_transpose(f, x)(bar)
+            return transposed, there_and_back(bar)
+
+        bar = problem.random(problem.x.shape, salt=3)
+        got, want = over_ranks(group, on_rank)(problem.x, problem.topk_idx, bar)
+    np.testing.assert_array_equal(got, want)  # it is its own transpose
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])

@@ -86,6 +86,28 @@ TARGETS = {
         },
         {"dtype": I32(0), "wire": I32(0), "zero_fill": np.bool_(True)},
     ),
+    "jax_ep_plan_dispatch": (
+        {
+            "program_rank": ((1,), I32),
+            "x": ((T, H), F32),
+            "x_scales": ((0,), F32),
+            "token_scalars": ((T, K), F32),
+            "topk_idx": ((T, K), I32),
+        },
+        {
+            "slot": ((T, K), I32),
+            "row_source": ((C,), I32),
+            "row_topk_idx": ((0,), I32),
+            "source_slot": ((0,), I32),
+            "group_sizes": ((E,), I32),
+            "tokens_per_expert": ((E,), I32),
+            "num_dropped": ((), I32),
+            "rows": ((C, H), F32),
+            "rows_scales": ((0,), F32),
+            "row_scalars": ((C,), F32),
+        },
+        {"dtype": I32(0), "wire": I32(0), "zero_fill": np.bool_(True)},
+    ),
     "jax_ep_combine": (
         {
             "program_rank": ((1,), I32),

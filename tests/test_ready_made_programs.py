@@ -22,7 +22,7 @@ from ep_testing.programs import make_mesh
 from jax_ep._src.groups import native
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "ready_made_programs.md"
-TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
+TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_plan_dispatch", "jax_ep_combine")
 FORMS = ("executable", "exported")
 
 
@@ -166,9 +166,18 @@ def test_a_new_process_runs_what_another_saved(folder):
     ("when", "want"),
     [
         ("no group", "NOT_FOUND"),
-        ("another group", "FAILED_PRECONDITION: this plan was compiled for an EpGroup that"),
-        ("closed", "FAILED_PRECONDITION: EpGroup 1 (axis 'expert', 4 ranks) of this plan has been"),
-        ("the next group", "FAILED_PRECONDITION: EpGroup 1 (axis 'expert', 4 ranks) of this plan"),
+        (
+            "another group",
+            "FAILED_PRECONDITION: this plan_dispatch was compiled for an EpGroup that",
+        ),
+        (
+            "closed",
+            "FAILED_PRECONDITION: EpGroup 1 (axis 'expert', 4 ranks) of this plan_dispatch has",
+        ),
+        (
+            "the next group",
+            "FAILED_PRECONDITION: EpGroup 1 (axis 'expert', 4 ranks) of this plan_dispatch",
+        ),
     ],
 )
 def test_without_its_group_a_program_fails_as_the_page_says(when, want, form, said):
@@ -220,10 +229,12 @@ def test_only_a_program_whose_targets_are_named_is_exported(backend):
 
         def loss(x, topk_idx, weights):
             recv = jax_ep.dispatch(x, topk_idx, weights, group=group)
-            return jax_ep.combine(recv.x, recv.handle, recv.weights, group=group).sum()[None]
+            out = jax_ep.combine(recv.x, recv.handle, recv.weights, group=group).sum()
+            dropped = jax_ep.dispatch(x, topk_idx[::-1], group=group).num_dropped
+            return (out - dropped.astype(out.dtype))[None]
 
         over_ranks = jax.shard_map(loss, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
-        program = jax.jit(jax.grad(lambda *args: over_ranks(*args).sum(), argnums=(0, 2)))
+        program = jax.jit(jax.value_and_grad(lambda *args: over_ranks(*args).sum(), argnums=(0, 2)))
         if backend == "xla":
             export.export(program)(*arrays)
             return

@@ -102,6 +102,108 @@ Status check_scalars(const Buffer& token_scalars,
   return row_scalars.check(F32, {0});
 }
 
+// What a plan gives.
+struct PlanResults {
+  explicit PlanResults(BufferReader& reader)
+      : slot(reader.result("slot")),
+        row_source(reader.result("row_source")),
+        row_topk_idx(reader.result("row_topk_idx")),
+        source_slot(reader.result("source_slot")),
+        group_sizes(reader.result("group_sizes")),
+        tokens_per_expert(reader.result("tokens_per_expert")),
+        num_dropped(reader.result("num_dropped")) {}
+
+  const Buffer slot;
+  const Buffer row_source;
+  const Buffer row_topk_idx;
+  const Buffer source_slot;
+  const Buffer group_sizes;
+  const Buffer tokens_per_expert;
+  const Buffer num_dropped;
+};
+
+// Of an op that has its shape: checks the routing and the results, and sets the pointers to them.
+Status set_plan(const Buffer& topk_idx, const PlanResults& results, Platform platform, PlanOp& op) {
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
+  JAX_EP_RETURN_IF_ERROR(check_selections(results.slot, shape));
+  if (shape.layout == Layout::kRank) {
+    JAX_EP_RETURN_IF_ERROR(results.row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
+  } else {
+    JAX_EP_RETURN_IF_ERROR(results.row_topk_idx.check(S32, {0}));
+  }
+  if (platform == Platform::kCuda) {
+    JAX_EP_RETURN_IF_ERROR(check_source_slot(results.source_slot, shape));
+  } else {
+    JAX_EP_RETURN_IF_ERROR(results.source_slot.check(S32, {0}));
+  }
+  JAX_EP_RETURN_IF_ERROR(results.group_sizes.check(S32, {shape.num_row_groups()}));
+  JAX_EP_RETURN_IF_ERROR(results.tokens_per_expert.check(S32, {shape.num_local_experts()}));
+  op.topk_idx = topk_idx.data<const int32_t>();
+  op.slot = results.slot.data<int32_t>();
+  op.row_source = results.row_source.data<int32_t>();
+  op.row_topk_idx = results.row_topk_idx.data<int32_t>();
+  op.source_slot = results.source_slot.data<int32_t>();
+  op.group_sizes = results.group_sizes.data<int32_t>();
+  op.tokens_per_expert = results.tokens_per_expert.data<int32_t>();
+  op.num_dropped = results.num_dropped.data<int32_t>();
+  return results.num_dropped.check(S32, {});
+}
+
+// What a dispatch is given besides its plan.
+struct DispatchOperands {
+  explicit DispatchOperands(BufferReader& reader)
+      : x(reader.operand("x")),
+        x_scales(reader.operand("x_scales")),
+        token_scalars(reader.operand("token_scalars")) {}
+
+  const Buffer x;
+  const Buffer x_scales;
+  const Buffer token_scalars;
+};
+
+struct DispatchResults {
+  explicit DispatchResults(BufferReader& reader)
+      : rows(reader.result("rows")),
+        rows_scales(reader.result("rows_scales")),
+        row_scalars(reader.result("row_scalars")) {}
+
+  const Buffer rows;
+  const Buffer rows_scales;
+  const Buffer row_scalars;
+};
+
+// Checks what is no plan's, and sets of the op all but the pointers to a plan's.
+Status set_dispatch(const DispatchOperands& operands,
+                    const DispatchResults& results,
+                    const EpAttrs& attrs,
+                    const DispatchAttrs& own,
+                    int64_t capacity,
+                    DispatchOp& op) {
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(read_attributes(own, op));
+  JAX_EP_RETURN_IF_ERROR(operands.x.check_rows_or_fp8(op.dtype, {kAny, kAny}, op.x_format));
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, operands.x.dim(0), capacity, op.shape));
+  op.hidden = operands.x.dim(1);
+  JAX_EP_RETURN_IF_ERROR(
+      results.rows.check_rows_or_fp8(op.dtype, {shape.recv_capacity, op.hidden}, op.rows_format));
+  JAX_EP_RETURN_IF_ERROR(check_scales(operands.x_scales, op.x_format, shape.num_tokens, op.hidden));
+  JAX_EP_RETURN_IF_ERROR(
+      check_scales(results.rows_scales, op.rows_format, shape.recv_capacity, op.hidden));
+  JAX_EP_RETURN_IF_ERROR(check_row_formats(op));
+  const bool with_scalars = !operands.token_scalars.absent();
+  JAX_EP_RETURN_IF_ERROR(
+      check_scalars(operands.token_scalars, results.row_scalars, with_scalars, shape));
+  op.num_scalars = with_scalars ? shape.num_topk : 0;
+  op.x = operands.x.data<const void>();
+  op.x_scales = operands.x_scales.data<const float>();
+  op.token_scalars = operands.token_scalars.data<const float>();
+  op.rows = results.rows.data<void>();
+  op.rows_scales = results.rows_scales.data<float>();
+  op.row_scalars = results.row_scalars.data<float>();
+  return {};
+}
+
 }  // namespace
 
 Status read_plan(const ffi::RemainingArgs& operands,
@@ -112,42 +214,13 @@ Status read_plan(const ffi::RemainingArgs& operands,
   BufferReader reader(operands, results);
   const Buffer program_rank = reader.operand("program_rank");
   const Buffer topk_idx = reader.operand("topk_idx");
-  const Buffer slot = reader.result("slot");
-  const Buffer row_source = reader.result("row_source");
-  const Buffer row_topk_idx = reader.result("row_topk_idx");
-  const Buffer source_slot = reader.result("source_slot");
-  const Buffer group_sizes = reader.result("group_sizes");
-  const Buffer tokens_per_expert = reader.result("tokens_per_expert");
-  const Buffer num_dropped = reader.result("num_dropped");
+  const PlanResults given(reader);
   JAX_EP_RETURN_IF_ERROR(reader.finish());
-  JAX_EP_RETURN_IF_ERROR(row_source.check(S32, {kAny}));
+  JAX_EP_RETURN_IF_ERROR(given.row_source.check(S32, {kAny}));
   PlanOp& op = arguments.op;
-  const EpShape& shape = op.shape;
-  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), row_source.dim(0), op.shape));
-  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
-  JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
-  if (shape.layout == Layout::kRank) {
-    JAX_EP_RETURN_IF_ERROR(row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
-  } else {
-    JAX_EP_RETURN_IF_ERROR(row_topk_idx.check(S32, {0}));
-  }
-  if (platform == Platform::kCuda) {
-    JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
-  } else {
-    JAX_EP_RETURN_IF_ERROR(source_slot.check(S32, {0}));
-  }
-  JAX_EP_RETURN_IF_ERROR(group_sizes.check(S32, {shape.num_row_groups()}));
-  JAX_EP_RETURN_IF_ERROR(tokens_per_expert.check(S32, {shape.num_local_experts()}));
-  JAX_EP_RETURN_IF_ERROR(num_dropped.check(S32, {}));
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), given.row_source.dim(0), op.shape));
+  JAX_EP_RETURN_IF_ERROR(set_plan(topk_idx, given, platform, op));
   arguments.program_rank = program_rank.data<const int32_t>();
-  op.topk_idx = topk_idx.data<const int32_t>();
-  op.slot = slot.data<int32_t>();
-  op.row_source = row_source.data<int32_t>();
-  op.row_topk_idx = row_topk_idx.data<int32_t>();
-  op.source_slot = source_slot.data<int32_t>();
-  op.group_sizes = group_sizes.data<int32_t>();
-  op.tokens_per_expert = tokens_per_expert.data<int32_t>();
-  op.num_dropped = num_dropped.data<int32_t>();
   return program_rank.check(S32, {1});
 }
 
@@ -160,53 +233,57 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
   const bool on_gpu = platform == Platform::kCuda;
   BufferReader reader(operands, results);
   const Buffer program_rank = reader.operand("program_rank");
-  const Buffer x = reader.operand("x");
-  const Buffer x_scales = reader.operand("x_scales");
-  const Buffer token_scalars = reader.operand("token_scalars");
+  const DispatchOperands taken(reader);
   const Buffer row_weights = reader.operand("row_weights");
   const Buffer y = reader.operand("y");
   const Buffer topk_idx = reader.operand("topk_idx");
   const Buffer slot = reader.operand("slot");
   const Buffer row_source = reader.operand("row_source");
   const Buffer source_slot = on_gpu ? reader.operand("source_slot") : Buffer("source_slot");
-  const Buffer rows = reader.result("rows");
-  const Buffer rows_scales = reader.result("rows_scales");
-  const Buffer row_scalars = reader.result("row_scalars");
+  const DispatchResults given(reader);
   const Buffer row_dots = reader.result("row_dots");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   JAX_EP_RETURN_IF_ERROR(row_source.check(S32, {kAny}));
   DispatchOp& op = arguments.op;
   const EpShape& shape = op.shape;
-  JAX_EP_RETURN_IF_ERROR(read_attributes(own, op));
-  JAX_EP_RETURN_IF_ERROR(x.check_rows_or_fp8(op.dtype, {kAny, kAny}, op.x_format));
-  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, x.dim(0), row_source.dim(0), op.shape));
-  op.hidden = x.dim(1);
-  JAX_EP_RETURN_IF_ERROR(
-      rows.check_rows_or_fp8(op.dtype, {shape.recv_capacity, op.hidden}, op.rows_format));
-  JAX_EP_RETURN_IF_ERROR(check_scales(x_scales, op.x_format, shape.num_tokens, op.hidden));
-  JAX_EP_RETURN_IF_ERROR(check_scales(rows_scales, op.rows_format, shape.recv_capacity, op.hidden));
-  JAX_EP_RETURN_IF_ERROR(check_row_formats(op));
+  JAX_EP_RETURN_IF_ERROR(set_dispatch(taken, given, attrs, own, row_source.dim(0), op));
   JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
   if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
-  const bool with_scalars = !token_scalars.absent();
-  JAX_EP_RETURN_IF_ERROR(check_scalars(token_scalars, row_scalars, with_scalars, shape));
-  op.num_scalars = with_scalars ? shape.num_topk : 0;
   JAX_EP_RETURN_IF_ERROR(check_product_buffers(row_weights, y, row_dots, op));
   arguments.program_rank = program_rank.data<const int32_t>();
-  op.x = x.data<const void>();
-  op.x_scales = x_scales.data<const float>();
-  op.token_scalars = token_scalars.data<const float>();
   op.row_weights = row_weights.data<const float>();
   op.y = y.data<const void>();
   op.topk_idx = topk_idx.data<const int32_t>();
   op.slot = slot.data<const int32_t>();
   op.row_source = row_source.data<const int32_t>();
   op.source_slot = source_slot.data<const int32_t>();
-  op.rows = rows.data<void>();
-  op.rows_scales = rows_scales.data<float>();
-  op.row_scalars = row_scalars.data<float>();
   op.row_dots = row_dots.data<float>();
+  return program_rank.check(S32, {1});
+}
+
+Status read_plan_dispatch(const ffi::RemainingArgs& operands,
+                          const ffi::RemainingRets& results,
+                          const EpAttrs& attrs,
+                          const DispatchAttrs& own,
+                          Platform platform,
+                          OpArguments<PlanDispatchOp>& arguments) {
+  BufferReader reader(operands, results);
+  const Buffer program_rank = reader.operand("program_rank");
+  const DispatchOperands taken(reader);
+  const Buffer topk_idx = reader.operand("topk_idx");
+  const PlanResults plan_given(reader);
+  const DispatchResults given(reader);
+  JAX_EP_RETURN_IF_ERROR(reader.finish());
+  JAX_EP_RETURN_IF_ERROR(plan_given.row_source.check(S32, {kAny}));
+  PlanOp plan;
+  DispatchOp dispatch;
+  const int64_t capacity = plan_given.row_source.dim(0);
+  JAX_EP_RETURN_IF_ERROR(set_dispatch(taken, given, attrs, own, capacity, dispatch));
+  plan.shape = dispatch.shape;
+  JAX_EP_RETURN_IF_ERROR(set_plan(topk_idx, plan_given, platform, plan));
+  arguments.program_rank = program_rank.data<const int32_t>();
+  arguments.op = plan_dispatch_op(plan, dispatch);
   return program_rank.check(S32, {1});
 }
 

@@ -59,6 +59,13 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
                      const DispatchAttrs& own,
                      Platform platform,
                      OpArguments<DispatchOp>& arguments);
+// The dispatch's operands but for those of a plan, with the routing; the results of both.
+Status read_plan_dispatch(const ffi::RemainingArgs& operands,
+                          const ffi::RemainingRets& results,
+                          const EpAttrs& attrs,
+                          const DispatchAttrs& own,
+                          Platform platform,
+                          OpArguments<PlanDispatchOp>& arguments);
 Status read_combine(const ffi::RemainingArgs& operands,
                     const ffi::RemainingRets& results,
                     const EpAttrs& attrs,

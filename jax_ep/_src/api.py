@@ -67,8 +67,7 @@ def dispatch(
     spec = OpSpec.of(group)
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
-        plan, counts = backend.plan(spec, topk_idx)
-        received = backend.dispatch(spec, x, topk_weights, plan)
+        plan, counts, received = backend.plan_dispatch(spec, x, topk_idx, topk_weights)
     scales = received.rows_scales
     return Dispatched(
         x=received.rows if scales is None else QuantizedRows(received.rows, scales),

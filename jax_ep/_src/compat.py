@@ -4,11 +4,14 @@
 Each entry gives its reason. Everything here is public API of JAX but `coordination_client`.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed
+from jax.extend.core import Primitive
+from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -69,3 +72,14 @@ def like(aval: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         weak_type=False,
         sharding=NamedSharding(aval.sharding.mesh, spec),
     )
+
+
+def set_dead_code_rule(
+    primitive: Primitive, rule: Callable[[Sequence[bool], Any], tuple[list[bool], Any]]
+) -> None:
+    """Sets what becomes of a primitive's equation of which not all results are used.
+
+    `rule(used, equation)` says which operands are needed, and the equation instead, or None. JAX
+    0.12 also says which operands that are references are alive; ours have none.
+    """
+    pe.dce_rules[primitive] = lambda used, *others: rule(used, others[-1])

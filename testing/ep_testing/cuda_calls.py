@@ -16,6 +16,10 @@ RESULTS = {
     "dispatch": ("rows", "rows_scales", "row_scalars", "row_dots"),
     "combine": ("out", "token_scalars"),
 }
+# No products are made with the plan.
+RESULTS["plan_dispatch"] = (
+    *RESULTS["plan"], *(name for name in RESULTS["dispatch"] if name != "row_dots"),
+)  # fmt: skip
 OPERATIONS = tuple(RESULTS)
 DTYPES = ("float32", "bfloat16", "float16")  # in the order in which they are numbered
 
@@ -50,7 +54,7 @@ class Sizes:
         }
 
 
-def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
+def _buffers_of_one(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
     """The arrays of a call, by name, in the order in which the handler takes them."""
     T, K, C, H = sizes.num_tokens, sizes.num_topk, sizes.recv_capacity, sizes.hidden
     local = sizes.num_experts // sizes.num_ranks
@@ -101,6 +105,15 @@ def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
+def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
+    """The arrays of a call, by name, in the order in which the handler takes them."""
+    if operation != "plan_dispatch":
+        return _buffers_of_one(operation, sizes)
+    both = _buffers_of_one("dispatch", sizes) | _buffers_of_one("plan", sizes)
+    operands = ("program_rank", "x", "x_scales", "token_scalars", "topk_idx")
+    return {name: both[name] for name in (*operands, *RESULTS[operation])}
+
+
 def call(
     fake: FakeCudart,
     operation: str,
@@ -114,7 +127,7 @@ def call(
 ) -> None:
     """Calls a handler; `attributes` replace some of the call's, "ep_..." one of the dictionary."""
     all_attributes = {**sizes.attributes(group_id), "place": np.int32(0)}
-    if operation == "dispatch":
+    if "dispatch" in operation:
         all_attributes |= {
             "dtype": np.int32(DTYPES.index(sizes.dtype)),
             "wire": np.int32(sizes.x_dtype is not None or sizes.rows_dtype is not None),

@@ -8,10 +8,12 @@
 
 namespace jax_ep {
 
-// Operands and results: see read_plan, read_dispatch and read_combine.
+// Operands and results: see read_plan, read_dispatch, read_combine and
+// read_plan_dispatch.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_cpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_dispatch_cpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_combine_cpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_dispatch_cpu);
 
 }  // namespace jax_ep
 

@@ -91,6 +91,7 @@ NB_MODULE(_ext, m) {
         targets["jax_ep_plan"] = cpu_target(jax_ep_plan_cpu);
         targets["jax_ep_dispatch"] = cpu_target(jax_ep_dispatch_cpu);
         targets["jax_ep_combine"] = cpu_target(jax_ep_combine_cpu);
+        targets["jax_ep_plan_dispatch"] = cpu_target(jax_ep_plan_dispatch_cpu);
         return targets;
       },
       "FFI target name -> stages, for jax.ffi.register_ffi_target(..., platform='cpu').");

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/core/heap_fit.h"
-#include "csrc/core/row_alignment.h"
 #include "csrc/launch/launch.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/rank_call.h"
@@ -24,12 +22,8 @@ ffi::Error dispatch(cudaStream_t stream,
   const DispatchOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
-  JAX_EP_FAIL_IF_ERROR(check_rows_fit(call.heap(), op.hidden, op.dtype, op.wire));
-  const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
-  const int64_t min_bytes = op.wire == Wire::kFloat8E4M3 ? op.hidden : row_bytes;
-  JAX_EP_FAIL_IF_ERROR(check_rows_aligned("x", op.x, op.shape.num_tokens, min_bytes));
-  JAX_EP_FAIL_IF_ERROR(check_rows_aligned("rows", op.rows, op.shape.recv_capacity, min_bytes));
-  return launch(call, arguments, row_bytes, launch_dispatch);
+  JAX_EP_FAIL_IF_ERROR(check_dispatched_rows(call.heap(), op));
+  return launch(call, arguments, op.hidden * size_bytes(op.dtype), launch_dispatch);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The FFI handlers for platform CUDA, one per target. Each validates its buffers (op_arguments.h),
-// fills the parameters of csrc/core/kernel_params.h and enqueues one kernel. None allocates,
-// synchronizes or reads back, so that XLA may record them in CUDA graphs.
+// fills the parameters of csrc/core/kernel_params.h and enqueues one kernel, or two of a plan with
+// its dispatch that do not fit into one. None allocates, synchronizes or reads back, so that XLA
+// may record them in CUDA graphs.
 #ifndef JAX_EP_XLA_FFI_CUDA_HANDLERS_H_
 #define JAX_EP_XLA_FFI_CUDA_HANDLERS_H_
 
@@ -9,10 +10,12 @@
 
 namespace jax_ep {
 
-// Operands and results: see read_plan, read_dispatch and read_combine.
+// Operands and results: see read_plan, read_dispatch, read_combine and
+// read_plan_dispatch.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_cuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_dispatch_cuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_combine_cuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_dispatch_cuda);
 
 }  // namespace jax_ep
 

@@ -299,6 +299,7 @@ NB_MODULE(_cuda, m) {
         targets["jax_ep_plan"] = cuda_target(jax_ep_plan_cuda);
         targets["jax_ep_dispatch"] = cuda_target(jax_ep_dispatch_cuda);
         targets["jax_ep_combine"] = cuda_target(jax_ep_combine_cuda);
+        targets["jax_ep_plan_dispatch"] = cuda_target(jax_ep_plan_dispatch_cuda);
         return targets;
       },
       "FFI target name -> stages, for jax.ffi.register_ffi_target(..., platform='CUDA').");

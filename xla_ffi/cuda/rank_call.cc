@@ -2,6 +2,7 @@
 #include "xla_ffi/cuda/rank_call.h"
 
 #include "csrc/core/heap_fit.h"
+#include "csrc/core/row_alignment.h"
 #include "csrc/runtime/cuda_registry.h"
 
 namespace jax_ep {
@@ -12,6 +13,14 @@ Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall
   JAX_EP_RETURN_IF_ERROR(call.group->find(call.device, call.rank));
   JAX_EP_RETURN_IF_ERROR(call.rank->error());
   return check_fits(call.heap(), shape);
+}
+
+Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op) {
+  JAX_EP_RETURN_IF_ERROR(check_rows_fit(heap, op.hidden, op.dtype, op.wire));
+  const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
+  const int64_t min_bytes = op.wire == Wire::kFloat8E4M3 ? op.hidden : row_bytes;
+  JAX_EP_RETURN_IF_ERROR(check_rows_aligned("x", op.x, op.shape.num_tokens, min_bytes));
+  return check_rows_aligned("rows", op.rows, op.shape.recv_capacity, min_bytes);
 }
 
 }  // namespace jax_ep

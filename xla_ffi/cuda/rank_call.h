@@ -35,6 +35,9 @@ struct RankCall {
 // call does not fit the group's heap.
 Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall& call);
 
+// InvalidArgument unless the rows of a dispatch fit the heap, and are aligned as its kernels need.
+Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op);
+
 // Launches the kernel of an op that moves rows of so many bytes (0: none).
 template <typename Op>
 ffi::Error launch(const RankCall& call,
@@ -48,7 +51,7 @@ ffi::Error launch(const RankCall& call,
                                 .program_rank = arguments.program_rank,
                                 .op = arguments.op};
   const LaunchShape shape = launch_shape(
-      Op::kKind, arguments.op.shape, row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
+      Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   const cudaError_t error = launch_kernel(params, shape, call.stream);

@@ -59,6 +59,32 @@ class DispatchOperands(NamedTuple):
         return self.row_weights is not None or self.y is not None
 
 
+class PlanDispatchOperands(NamedTuple):
+    """What both take of `PlanOperands` and `DispatchOperands`, in one operation."""
+
+    program_rank: Value
+    x: Value | None
+    x_scales: Value | None
+    token_scalars: Value | None
+    topk_idx: Value
+
+    def of_plan(self) -> PlanOperands:
+        """Those of the plan alone."""
+        return PlanOperands(self.program_rank, self.topk_idx)
+
+    def of_dispatch(self, plan: Plan) -> DispatchOperands:
+        """Those of the dispatch, once there is the plan."""
+        return DispatchOperands(
+            program_rank=self.program_rank,
+            x=self.x,
+            x_scales=self.x_scales,
+            token_scalars=self.token_scalars,
+            row_weights=None,
+            y=None,
+            plan=plan._replace(topk_idx=self.topk_idx).unweighted(),
+        )
+
+
 class CombineOperands(NamedTuple):
     """What goes from received rows to tokens: rows, scalars or both.
 
@@ -98,6 +124,30 @@ class DispatchResults(NamedTuple):
     rows_scales: Value | None = None
     row_scalars: Value | None = None
     row_dots: Value | None = None
+
+
+class PlanDispatchResults(NamedTuple):
+    """Those of both."""
+
+    plan: Plan
+    counts: Counts
+    rows: Value | None
+    rows_scales: Value | None
+    row_scalars: Value | None
+
+    @classmethod
+    def of(cls, planned: PlanResults, dispatched: DispatchResults) -> "PlanDispatchResults":
+        """The results of two operations as those of one."""
+        rows, rows_scales, row_scalars, _ = dispatched  # no products are made
+        return cls(*planned, rows, rows_scales, row_scalars)
+
+    def of_plan(self) -> PlanResults:
+        """Those of the plan alone."""
+        return PlanResults(self.plan, self.counts)
+
+    def of_dispatch(self) -> DispatchResults:
+        """Those of the dispatch alone."""
+        return DispatchResults(self.rows, self.rows_scales, self.row_scalars)
 
 
 class CombineResults(NamedTuple):

@@ -2,7 +2,10 @@
 """How the primitives of `primitives.py` are differentiated; importing this registers the rules.
 
 `dispatch` and an unweighted `combine` are linear and each other's transposes over the same slots.
-So a backward pass is made of the same exchanges, and of no exchange of counts.
+So a backward pass is made of the same exchanges, and of no exchange of counts. Tangents and
+cotangents travel in the rows' own dtype, also where the rows go over the FP8 wire: the derivative
+of its rounding is taken to be 1 (straight through). Rows that are quantized before or after they
+travel have no gradient (see `restored.py`).
 """
 
 import functools
@@ -15,8 +18,21 @@ from jax.interpreters import ad
 
 from jax_ep._src.backends.ffi.combine_tangent import TangentOperands, combine_tangent, jvp_of
 from jax_ep._src.backends.ffi.linear import combine_linear, dispatch_linear
-from jax_ep._src.backends.ffi.primitives import bind, combine_p, dispatch_p, plan_p, results_tree
-from jax_ep._src.backends.operands import NO_PLAN, CombineOperands, DispatchOperands
+from jax_ep._src.backends.ffi.primitives import (
+    bind,
+    combine_p,
+    dispatch_p,
+    plan_dispatch_p,
+    plan_p,
+    results_tree,
+)
+from jax_ep._src.backends.operands import (
+    NO_PLAN,
+    CombineOperands,
+    DispatchOperands,
+    PlanDispatchOperands,
+    PlanDispatchResults,
+)
 from jax_ep._src.backends.tangents import (
     cotangents_of,
     nonzero,
@@ -50,6 +66,26 @@ def _dispatch_jvp(
         spec, operands.program_rank, nonzero(dots.x), nonzero(dots.token_scalars), operands.plan
     )
     return jax.tree.leaves(results), tangents_of(results, results_dot)
+
+
+def _plan_dispatch_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, tree: Any, spec: OpSpec
+) -> Any:
+    """Its tangents travel as those of a dispatch over the plan that it has made."""
+    operands: PlanDispatchOperands = jax.tree.unflatten(tree, primals)
+    dots: PlanDispatchOperands = jax.tree.unflatten(tree, tangents)
+    quantized = spec.fp8_rows or operands.x_scales is not None
+    refuse_quantized((dots.x, dots.x_scales), quantized=quantized)
+    results: PlanDispatchResults = bind(plan_dispatch_p, operands, spec=spec)
+    plan = operands.of_dispatch(results.plan).plan
+    results_dot = dispatch_linear(
+        spec, operands.program_rank, nonzero(dots.x), nonzero(dots.token_scalars), plan
+    )
+    of_plan = jax.tree.leaves(results.of_plan())
+    return jax.tree.leaves(results), [
+        *tangents_of(of_plan, [None] * len(of_plan)),
+        *tangents_of(results.of_dispatch(), results_dot),
+    ]
 
 
 def _products_apart(*leaves: Any, tree: Any, spec: OpSpec) -> list[Any]:
@@ -142,6 +178,7 @@ def _combine_transpose(
 
 ad.primitive_jvps[plan_p] = _plan_jvp
 ad.primitive_jvps[dispatch_p] = _dispatch_jvp
+ad.primitive_jvps[plan_dispatch_p] = _plan_dispatch_jvp
 ad.primitive_jvps[combine_p] = _combine_jvp
 ad.primitive_transposes[dispatch_p] = _dispatch_transpose
 ad.primitive_transposes[combine_p] = _combine_transpose

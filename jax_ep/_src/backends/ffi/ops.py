@@ -13,14 +13,20 @@ import jax.numpy as jnp
 
 from jax_ep._src import compat
 from jax_ep._src.backends.ffi import differentiation  # noqa: F401 (its rules are registered)
+from jax_ep._src.backends.ffi import splitting as _splitting  # noqa: F401 (likewise)
 from jax_ep._src.backends.ffi.linear import dispatch_linear
-from jax_ep._src.backends.ffi.primitives import bind, combine_p, dispatch_p, plan_p
-from jax_ep._src.backends.ffi.straight_through import dispatch_fp8
+from jax_ep._src.backends.ffi.primitives import (
+    bind,
+    combine_p,
+    dispatch_p,
+    plan_dispatch_p,
+    plan_p,
+)
 from jax_ep._src.backends.operands import (
     CombineOperands,
-    DispatchOperands,
     DispatchResults,
-    PlanOperands,
+    PlanDispatchOperands,
+    PlanDispatchResults,
     Rows,
 )
 from jax_ep._src.backends.plan import Counts, Plan
@@ -39,31 +45,19 @@ def _program_rank(spec: OpSpec) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def plan(spec: OpSpec, topk_idx: jax.Array) -> tuple[Plan, Counts]:
-    """Works out every selection's row, exchanging the routing of all ranks."""
-    operands = _varying_alike(PlanOperands(_program_rank(spec), topk_idx))
-    results = bind(plan_p, operands, spec=spec)
-    return results.plan._replace(topk_idx=topk_idx), results.counts
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def dispatch(spec: OpSpec, x: Rows, token_scalars: jax.Array | None, plan: Plan) -> DispatchResults:
-    """Sends rows and, where given, one scalar per selection."""
+def plan_dispatch(
+    spec: OpSpec, x: Rows, topk_idx: jax.Array, token_scalars: jax.Array | None
+) -> tuple[Plan, Counts, DispatchResults]:
+    """Works out every selection's row, and sends rows and, where given, a scalar per selection."""
     values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
-    operands = _varying_alike(
-        DispatchOperands(
-            program_rank=_program_rank(spec),
-            x=values,
-            x_scales=scales,
-            token_scalars=token_scalars,
-            row_weights=None,
-            y=None,
-            plan=plan.unweighted(),
-        )
-    )
-    if spec.fp8_wire and not spec.fp8_rows and scales is None:
-        return dispatch_fp8(spec, operands)
-    return bind(dispatch_p, operands, spec=spec)
+    operands = PlanDispatchOperands(_program_rank(spec), values, scales, token_scalars, topk_idx)
+    if compat.varying_axes(*operands.of_plan()) == compat.varying_axes(*jax.tree.leaves(operands)):
+        results = bind(plan_dispatch_p, _varying_alike(operands), spec=spec)
+    else:  # the plan varies over fewer mesh axes than what travels
+        planned = bind(plan_p, _varying_alike(operands.of_plan()), spec=spec)
+        dispatched = _varying_alike(operands.of_dispatch(planned.plan))
+        results = PlanDispatchResults.of(planned, bind(dispatch_p, dispatched, spec=spec))
+    return results.plan._replace(topk_idx=topk_idx), results.counts, results.of_dispatch()
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -4,6 +4,8 @@
 * `plan_p` (not differentiable): routing -> slots and counts.
 * `dispatch_p`: rows and scalars travel from tokens to slots. Linear in them; it may also make
   products of the rows that arrive.
+* `plan_dispatch_p`: both, in one call that is faster than two. Where nothing of the dispatch is
+  used it becomes `plan_p`.
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
   and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
 
@@ -27,6 +29,8 @@ from jax_ep._src.backends.operands import (
     CombineResults,
     DispatchOperands,
     DispatchResults,
+    PlanDispatchOperands,
+    PlanDispatchResults,
     PlanOperands,
     PlanResults,
     by_name,
@@ -43,8 +47,10 @@ _FLOAT8 = WIRE_DTYPES["float8_e4m3fn"]
 
 plan_p = Primitive("jax_ep_plan")
 dispatch_p = Primitive("jax_ep_dispatch")
+plan_dispatch_p = Primitive("jax_ep_plan_dispatch")
 combine_p = Primitive("jax_ep_combine")
-for _primitive in (plan_p, dispatch_p, combine_p):
+_PRIMITIVES = (plan_p, dispatch_p, plan_dispatch_p, combine_p)
+for _primitive in _PRIMITIVES:
     _primitive.multiple_results = True
 
 
@@ -98,6 +104,12 @@ def _dispatch_results(spec: OpSpec, operands: DispatchOperands) -> DispatchResul
     )
 
 
+def _plan_dispatch_results(spec: OpSpec, operands: PlanDispatchOperands) -> PlanDispatchResults:
+    planned = _plan_results(spec, operands.of_plan())
+    dispatched = _dispatch_results(spec, operands.of_dispatch(planned.plan))
+    return PlanDispatchResults.of(planned, dispatched)
+
+
 def _combine_results(spec: OpSpec, operands: CombineOperands) -> CombineResults:
     del spec
     y, scalars = operands.y, operands.row_scalars
@@ -111,6 +123,7 @@ def _combine_results(spec: OpSpec, operands: CombineOperands) -> CombineResults:
 _RESULTS: dict[Primitive, Callable[[OpSpec, Any], Any]] = {
     plan_p: _plan_results,
     dispatch_p: _dispatch_results,
+    plan_dispatch_p: _plan_dispatch_results,
     combine_p: _combine_results,
 }
 
@@ -135,11 +148,13 @@ _OF_XLA = {"arrival_slot", "arrival_topk"}
 _UNUSED = {
     "cpu": {
         plan_p: set(),
+        plan_dispatch_p: set(),
         dispatch_p: {"row_topk_idx", "source_slot"},
         combine_p: {"row_source", "row_topk_idx", "source_slot"},
     },
     "cuda": {
         plan_p: set(),
+        plan_dispatch_p: set(),
         dispatch_p: {"row_topk_idx"},
         combine_p: {"row_source"},
     },
@@ -208,7 +223,7 @@ def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> 
     attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
     if platform == "cuda":
         attributes["place"] = np.int32(_call_site(ctx))
-    if primitive is dispatch_p:
+    if primitive in (dispatch_p, plan_dispatch_p):
         attributes |= {
             "dtype": np.int32(list(DTYPES).index(spec.dtype.name)),
             "wire": np.int32(spec.fp8_wire),
@@ -231,10 +246,11 @@ def _outside_shard_map(*args: Any, name: str, **params: Any) -> Any:
     raise NotImplementedError(f"{name} runs inside jax.shard_map only")
 
 
-for _primitive in (plan_p, dispatch_p, combine_p):
+for _primitive in _PRIMITIVES:
     _primitive.def_abstract_eval(functools.partial(_abstract, primitive=_primitive))
     _primitive.def_impl(functools.partial(_outside_shard_map, name=_primitive.name))
-    # One call for each element of the batch, so that ranks meet in the same order.
+    # One call for each element of the batch, so that ranks meet in the same order. Of
+    # `plan_dispatch_p`, `splitting.py` has another rule.
     batching.primitive_batchers[_primitive] = functools.partial(one_by_one, _primitive)
     for _platform in _UNUSED:
         mlir.register_lowering(

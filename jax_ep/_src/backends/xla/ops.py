@@ -47,6 +47,14 @@ def dispatch(spec: OpSpec, x: Rows, token_scalars: jax.Array | None, plan: Plan)
     return DispatchResults(*exchange(spec, operands, is_dispatch=True))
 
 
+def plan_dispatch(
+    spec: OpSpec, x: Rows, topk_idx: jax.Array, token_scalars: jax.Array | None
+) -> tuple[Plan, Counts, DispatchResults]:
+    """Both, one after the other."""
+    made, counts = plan(spec, topk_idx)
+    return made, counts, dispatch(spec, x, token_scalars, made)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def dispatch_tangents(
     spec: OpSpec, x: jax.Array | None, token_scalars: jax.Array | None, plan: Plan

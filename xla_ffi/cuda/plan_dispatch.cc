@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/launch/launch.h"
+#include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/rank_call.h"
+#include "xla_ffi/op_arguments.h"
+
+namespace jax_ep {
+namespace {
+
+ffi::Error plan_dispatch(cudaStream_t stream,
+                         int32_t device,
+                         ffi::RemainingArgs operands,
+                         ffi::RemainingRets results,
+                         EpAttrs attrs,
+                         int32_t dtype,
+                         int32_t wire,
+                         bool zero_fill,
+                         int32_t place) {
+  const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
+  OpArguments<PlanDispatchOp> arguments;
+  JAX_EP_FAIL_IF_ERROR(
+      read_plan_dispatch(operands, results, attrs, own, Platform::kCuda, arguments));
+  const PlanDispatchOp& op = arguments.op;
+  RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
+  JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, shape_of(op), call));
+  JAX_EP_FAIL_IF_ERROR(check_dispatched_rows(call.heap(), op.dispatch));
+  const int64_t row_bytes = op.dispatch.hidden * size_bytes(op.dispatch.dtype);
+  if (plan_fits_in_dispatch(shape_of(op))) {
+    return launch(call, arguments, row_bytes, launch_plan_dispatch);
+  }
+  const int32_t* rank = arguments.program_rank;
+  const OpArguments<PlanOp> plan{.program_rank = rank, .op = op.plan};
+  if (ffi::Error error = launch(call, plan, 0, launch_plan); error.failure()) return error;
+  const OpArguments<DispatchOp> dispatch{.program_rank = rank, .op = op.dispatch};
+  return launch(call, dispatch, row_bytes, launch_dispatch);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_dispatch_cuda,
+                              plan_dispatch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<EpAttrs>("ep")
+                                  .Attr<int32_t>("dtype")
+                                  .Attr<int32_t>("wire")
+                                  .Attr<bool>("zero_fill")
+                                  .Attr<int32_t>("place"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep
