@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MAX_BYTES = 4 << 20
+MAX_BYTES = 8 << 20  # most of it kernels, for two architectures
 METADATA = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
 # jax_ep brings nothing and asks for nothing that a Python on Linux does not have.
 SYSTEM_LIBRARIES = re.compile(
