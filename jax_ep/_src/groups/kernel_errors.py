@@ -197,11 +197,14 @@ class GroupWatch:
 
 
 def _waits_of(statuses: list[tuple]) -> list[RankWait]:
-    return [
+    """All waits but those of a kernel for itself while it waits for a peer too: that is why."""
+    found = [
         RankWait(group_index, rank, *wait)
         for _, group_index, rank, _, waits in statuses
         for wait in waits
     ]
+    for_peers = {(*w[:2], w.exchange) for w in found if w.peer != w.rank and not w.ended}
+    return [w for w in found if w.peer != w.rank or (*w[:2], w.exchange) not in for_peers]
 
 
 class Watch:
