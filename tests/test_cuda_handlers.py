@@ -287,16 +287,19 @@ def test_rows_longer_than_the_heaps_are_refused(operation, fake, make_group):
     ("operation", "name"),
     [
         *(("dispatch", "x"), ("dispatch", "rows"), ("combine", "y"), ("combine", "out")),
-        *(("plan_dispatch", "x"), ("plan_dispatch", "rows")),
+        *(("plan_dispatch", "x"), ("plan_dispatch", "rows"), ("dispatch", "y")),
     ],
 )
 def test_rows_that_bulk_copies_cannot_reach_are_refused(operation, name, fake, make_group):
     group = make_group()
-    arrays = buffers(operation, SIZES)
+    sizes = SIZES
+    if (operation, name) == ("dispatch", "y"):
+        sizes = dataclasses.replace(SIZES, products=True)
+    arrays = buffers(operation, sizes)
     rows = arrays[name]
     bytes_ = np.zeros(rows.nbytes + 16, np.uint8)
     arrays[name] = bytes_[4 : 4 + rows.nbytes].view(rows.dtype).reshape(rows.shape)
-    message = _refusal(fake, operation, group.group_id, arrays, SIZES)
+    message = _refusal(fake, operation, group.group_id, arrays, sizes)
     assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is at address 0x"), message
     assert "not a multiple of 16" in message
     assert not fake.launches()

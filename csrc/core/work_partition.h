@@ -66,8 +66,8 @@ constexpr int32_t num_parts(int32_t chunks,
 
 // Whether a rank tells its peers when it has sent all of a dispatch: not in small calls, in which
 // nothing is left to do by then.
-constexpr bool tells_all_sent(int32_t chunks, int32_t chunk_target = kChunkTarget) {
-  return chunks >= chunk_target;
+constexpr bool tells_all_sent(int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
+  return num_tokens >= chunk_target;
 }
 
 // What the parts of a row are made of, and so how many there are at most: segments of at most so

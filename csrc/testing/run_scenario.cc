@@ -54,12 +54,11 @@ class GroupRun {
     uint32_t epoch = scenario_.first_epoch;
     uint32_t last_told = 0;
     for (const ScenarioStep& step : mine_.steps) {
-      const int32_t chunks =
-          num_chunks(OpKind::kDispatch, step.options.shape.num_tokens, mine_.chunk_target);
+      const bool tells = tells_all_sent(step.options.shape.num_tokens, mine_.chunk_target);
       for (const OpKind op : step.ops) {
         ++epoch;
         const bool dispatches = op == OpKind::kDispatch || op == OpKind::kPlanDispatch;
-        if (dispatches && tells_all_sent(chunks, mine_.chunk_target)) last_told = epoch;
+        if (dispatches && tells) last_told = epoch;
       }
     }
     const int32_t absent = mine_.steps[0].options.absent_rank;

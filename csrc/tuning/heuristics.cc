@@ -95,7 +95,7 @@ int32_t num_tail_blocks(const EpShape& shape,
                         Wire wire,
                         const SmBudget& budget,
                         int32_t num_blocks) {
-  if (!tells_all_sent(num_chunks(OpKind::kDispatch, shape.num_tokens))) return 0;
+  if (!tells_all_sent(shape.num_tokens)) return 0;
   if (bytes_left(shape, row_bytes, wire, num_blocks) < kMinTailBytes) return 0;
   const int32_t idle = std::max(budget.available - num_blocks, 0);
   return budget.tail < 0 ? idle : std::min(budget.tail, idle);

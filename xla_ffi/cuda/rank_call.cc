@@ -20,6 +20,9 @@ Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op) {
   const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
   const int64_t min_bytes = op.wire == Wire::kFloat8E4M3 ? op.hidden : row_bytes;
   JAX_EP_RETURN_IF_ERROR(check_rows_aligned("x", op.x, op.shape.num_tokens, min_bytes));
+  if (op.with_dots) {
+    JAX_EP_RETURN_IF_ERROR(check_rows_aligned("y", op.y, op.shape.recv_capacity, row_bytes));
+  }
   return check_rows_aligned("rows", op.rows, op.shape.recv_capacity, min_bytes);
 }
 

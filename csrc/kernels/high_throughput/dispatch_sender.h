@@ -22,7 +22,7 @@ class DispatchSender {
 
   JAX_EP_DEVICE void send() {
     send_chunks();
-    if (tells_all_sent(c_.parts.chunks.count, c_.exchange.view().chunk_target)) {
+    if (tells_all_sent(c_.shape.num_tokens, c_.exchange.view().chunk_target)) {
       c_.exchange.count_sent(c_.num_senders);
     }
   }

@@ -143,6 +143,10 @@ TEST(Tuning, IdleSmsHelpWhereMuchIsLeftWhenAllHasBeenSent) {
   shape.num_ranks = 2;
   shape.num_tokens = 128;
   EXPECT_EQ(tail(h200), 0);
+  for (const int64_t tokens : {400, 500, 769, 1000, 1021}) {  // however they are cut into chunks
+    shape.num_tokens = tokens;
+    EXPECT_EQ(tail(h200), 108) << tokens;
+  }
   EXPECT_EQ(launch_shape(OpKind::kCombine, shape, kRowBytes, h200).num_tail_blocks, 0);
 }
 

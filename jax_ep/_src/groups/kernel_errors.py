@@ -203,8 +203,8 @@ def _waits_of(statuses: list[tuple]) -> list[RankWait]:
         for _, group_index, rank, _, waits in statuses
         for wait in waits
     ]
-    for_peers = {(*w[:2], w.exchange) for w in found if w.peer != w.rank and not w.ended}
-    return [w for w in found if w.peer != w.rank or (*w[:2], w.exchange) not in for_peers]
+    for_peers = {w[:2] for w in found if w.peer != w.rank and not w.ended}
+    return [w for w in found if w.peer != w.rank or w[:2] not in for_peers]
 
 
 class Watch:
