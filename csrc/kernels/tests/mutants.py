@@ -263,7 +263,7 @@ MUTANTS = [
            "(2U << lane) - 1"),
     # --- products of dispatch ----------------------------------------------------------------------
     _removed("start of a dot product anew", _PRODUCTS, "if (segment == 0) dot_ = 0.0F;"),
-    Mutant("a dot product is summed by several warps", _CONTEXT, "bulk && !with_dots() ?", "bulk ?",
+    Mutant("a dot product is summed by several warps", _CONTEXT, "bulk && !with_dots(),", "bulk,",
            seeds=120),
     Mutant("a dot product is written before its last segment", _PRODUCTS,
            "segment + 1 == c_.segments.count", "segment == 0", seeds=120),
