@@ -12,6 +12,7 @@ import pytest
 
 from ep_bench import fit, kernel_work, predictions
 from ep_bench.bounds import port_bytes
+from ep_bench.bytes_moved import FP8_ROW, ROW
 from ep_bench.cases import FP8, GpuCase
 from ep_bench.exchange_model import Launch, Machine, Receive, Step, Tail, Work, simulate
 from ep_bench.kernel_work import Instructions, combine_work, dispatch_work
@@ -176,6 +177,7 @@ def test_tails_are_those_of_tuning():
     for name, value in (
         ("kSmStoreRate", f"{kernel_work.SM_STORE_RATE // 1000}'000"),
         ("kLinkRate", f"{kernel_work.LINK_RATE // 1000}'000"),
+        ("kFp8Share", f"{FP8_ROW / ROW:.3f}"),
         ("kMinTailBytes", f"{kernel_work.MIN_TAIL_BYTES / 1e6:.0f}e6"),
     ):
         assert f"double {name} = {value};" in source

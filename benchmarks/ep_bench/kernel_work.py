@@ -52,7 +52,7 @@ def has_tail(case: GpuCase) -> bool:
     ranks, tokens = case.num_ranks, case.num_tokens
     of_token = ranks * (1 - (1 - 1 / ranks) ** NUM_TOPK)
     rows = of_token if case.layout == "rank" else NUM_TOPK
-    sent = tokens * of_token * (1 - 1 / ranks) * ROW * (0.52 if case.wire_dtype else 1)
+    sent = tokens * of_token * (1 - 1 / ranks) * (FP8_ROW if case.wire_dtype else ROW)
     left = tokens * rows * ROW + sent - sent / LINK_RATE * SM_STORE_RATE * case.num_sms
     return case.tail and left >= MIN_TAIL_BYTES
 

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "csrc/device/primitives.h"
+#include "csrc/device/row_type_of.h"
 #include "csrc/launch/launch.h"
 
 namespace jax_ep {
@@ -29,6 +30,16 @@ template <typename Kernel, typename Config, typename Params>
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(&run_kernel<Kernel, Config, Params>),
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(sizeof(typename Config::SharedStorage)));
+}
+
+// `load(std::type_identity<RowType>{})` for each row type, until one fails.
+template <typename Load>
+[[nodiscard]] cudaError_t load_row_types(const Load& load) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const cudaError_t error = with_row_type(dtype, cudaErrorInvalidValue, load);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 template <typename Kernel, typename Config, typename Params>

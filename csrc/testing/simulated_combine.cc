@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/high_throughput/combine_kernel.h"
 #include "csrc/testing/simulated_kernel.h"
 
@@ -19,12 +20,9 @@ SimulatedKernel kernel_of(CombineParams params) {
 }  // namespace
 
 SimulatedKernel simulated_kernel(const CombineParams& params) {
-  switch (params.op.dtype) {
-    case DType::kFloat32: return kernel_of<dev::Float32Rows>(params);
-    case DType::kBFloat16: return kernel_of<dev::BFloat16Rows>(params);
-    case DType::kFloat16: return kernel_of<dev::Float16Rows>(params);
-  }
-  return {};
+  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
+    return kernel_of<typename decltype(row)::type>(params);
+  });
 }
 
 }  // namespace jax_ep

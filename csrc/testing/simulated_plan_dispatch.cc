@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/high_throughput/plan_dispatch_kernel.h"
 #include "csrc/testing/simulated_kernel.h"
 
@@ -22,12 +23,9 @@ SimulatedKernel kernel_of(PlanDispatchParams params) {
 }  // namespace
 
 SimulatedKernel simulated_kernel(const PlanDispatchParams& params) {
-  switch (params.op.dispatch.dtype) {
-    case DType::kFloat32: return kernel_of<dev::Float32Rows>(params);
-    case DType::kBFloat16: return kernel_of<dev::BFloat16Rows>(params);
-    case DType::kFloat16: return kernel_of<dev::Float16Rows>(params);
-  }
-  return {};
+  return with_row_type(params.op.dispatch.dtype, SimulatedKernel{}, [&](auto row) {
+    return kernel_of<typename decltype(row)::type>(params);
+  });
 }
 
 }  // namespace jax_ep

@@ -76,6 +76,8 @@ constexpr double kSmStoreRate = 54'000;
 constexpr double kLinkRate = 341'000;
 // So much left to expand is worth a second launch.
 constexpr double kMinTailBytes = 20e6;
+// What of a bfloat16 row's bytes travels in FP8, scales included.
+constexpr double kFp8Share = 0.516;
 
 // Bytes of rows that so many SMs have not yet written when the last row has been sent, if routing
 // is even: until then they have sent, and expanded as fast as an SM can store.
@@ -85,7 +87,8 @@ double bytes_left(const EpShape& shape, int64_t row_bytes, Wire wire, int32_t nu
   const double ranks_of_token = ranks * (1 - std::pow(1 - 1 / ranks, shape.num_topk));
   const double rows = shape.layout == Layout::kRank ? ranks_of_token : shape.num_topk;
   const double expanded = tokens * rows * static_cast<double>(row_bytes);
-  const double wire_bytes = static_cast<double>(row_bytes) * (wire == Wire::kFloat8E4M3 ? 0.52 : 1);
+  const double wire_bytes =
+      static_cast<double>(row_bytes) * (wire == Wire::kFloat8E4M3 ? kFp8Share : 1);
   const double sent = tokens * ranks_of_token * (1 - 1 / ranks) * wire_bytes;
   return expanded + sent - sent / kLinkRate * kSmStoreRate * num_blocks;
 }

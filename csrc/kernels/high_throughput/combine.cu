@@ -40,20 +40,15 @@ cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaSt
 int32_t shared_bytes_of_combine() { return sizeof(Config::SharedStorage); }
 
 cudaError_t load_combine() {
-  if (cudaError_t e = load<dev::Float32Rows>(); e != cudaSuccess) return e;
-  if (cudaError_t e = load<dev::BFloat16Rows>(); e != cudaSuccess) return e;
-  return load<dev::Float16Rows>();
+  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
 }
 
 cudaError_t launch_combine(const CombineParams& params,
                            const LaunchShape& shape,
                            cudaStream_t stream) {
-  switch (params.op.dtype) {
-    case DType::kFloat32: return launch<dev::Float32Rows>(params, shape, stream);
-    case DType::kBFloat16: return launch<dev::BFloat16Rows>(params, shape, stream);
-    case DType::kFloat16: return launch<dev::Float16Rows>(params, shape, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
+    return launch<typename decltype(row)::type>(params, shape, stream);
+  });
 }
 
 }  // namespace jax_ep

@@ -29,12 +29,7 @@ struct CombineContext {
   JAX_EP_DEVICE explicit CombineContext(const CombineParams& params)
       : params(params),
         shape(params.op.shape),
-        exchange(params.view,
-                 params.blocks,
-                 Channel::kHighThroughput,
-                 OpKind::kCombine,
-                 params.call_tag,
-                 params.program_rank),
+        exchange(exchange_of(params)),
         ring(shared<typename Config::SharedStorage>().stages[warp_id()]),
         hidden(params.op.hidden),
         row_bytes(hidden * kElementBytes),

@@ -43,9 +43,7 @@ cudaError_t launch(const PlanDispatchParams& params,
 }  // namespace
 
 cudaError_t load_plan_dispatch() {
-  if (cudaError_t e = load<dev::Float32Rows>(); e != cudaSuccess) return e;
-  if (cudaError_t e = load<dev::BFloat16Rows>(); e != cudaSuccess) return e;
-  return load<dev::Float16Rows>();
+  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
 }
 
 cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
@@ -57,12 +55,9 @@ cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
       num_bins(ep.layout, ep.num_experts, ep.num_ranks) > PlanConfig::kMaxBins) {
     return cudaErrorInvalidConfiguration;
   }
-  switch (params.op.dispatch.dtype) {
-    case DType::kFloat32: return launch<dev::Float32Rows>(params, shape, stream);
-    case DType::kBFloat16: return launch<dev::BFloat16Rows>(params, shape, stream);
-    case DType::kFloat16: return launch<dev::Float16Rows>(params, shape, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_row_type(params.op.dispatch.dtype, cudaErrorInvalidValue, [&](auto row) {
+    return launch<typename decltype(row)::type>(params, shape, stream);
+  });
 }
 
 }  // namespace jax_ep
