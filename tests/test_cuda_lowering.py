@@ -60,7 +60,18 @@ def _declaration(target: str) -> str:
     pattern = rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{target}_cuda,(.*?)\);\n"
     found = re.search(pattern, text, re.DOTALL)
     assert found, f"no handler {target}_cuda"
-    return found[1]
+    return found[1] + "".join(
+        body for name, body in _shared_bindings().items() if f"{name}(" in found[1]
+    )
+
+
+def _shared_bindings() -> dict[str, str]:
+    """Functions that bind what several handlers have: name -> body."""
+    texts = [
+        path.read_text() for path in (XLA_FFI / "cuda/rank_call.h", XLA_FFI / "op_arguments.h")
+    ]
+    pattern = re.compile(r"^(?:inline )?auto (\w+)\((.*?)^}$", re.DOTALL | re.MULTILINE)
+    return dict(found for text in texts for found in pattern.findall(text))
 
 
 def _decoded(target: str) -> dict:
@@ -73,7 +84,7 @@ def _decoded(target: str) -> dict:
     for part in re.findall(r"const (\w+) \w+\(reader\);", reads):  # read by a constructor
         reads += text.partition(f"struct {part} {{")[2].partition("\n};")[0]
     attributes = {}
-    for cpp, name in re.findall(r'\.Attr<(\w+)>\("(\w+)"\)', declaration):
+    for cpp, name in re.findall(r'\bAttr<(\w+)>\("(\w+)"\)', declaration):
         attributes[name] = _MLIR_TYPES[cpp] if cpp in _MLIR_TYPES else _struct_members(cpp)
     return {
         "operands": reads.count("reader.operand("),

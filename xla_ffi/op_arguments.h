@@ -6,6 +6,7 @@
 #define JAX_EP_XLA_FFI_OP_ARGUMENTS_H_
 
 #include <cstdint>
+#include <utility>
 
 #include "csrc/core/ops.h"
 #include "csrc/core/status.h"
@@ -32,6 +33,15 @@ struct DispatchAttrs {
   int32_t wire;   // Wire
   bool zero_fill;
 };
+
+// Binds these, behind all others.
+template <typename Binding>
+auto with_dispatch_attrs(Binding binding) {
+  return std::move(binding)
+      .template Attr<int32_t>("dtype")
+      .template Attr<int32_t>("wire")
+      .template Attr<bool>("zero_fill");
+}
 
 // Where a handler runs: on CUDA the plan also says which rows hold which token (source_slot), and
 // the other operations read it.

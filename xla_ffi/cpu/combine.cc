@@ -13,24 +13,13 @@ ffi::Future combine(CallSiteState* site,
                     ffi::RemainingRets results,
                     EpAttrs attrs) {
   const RankCall call{site, run_id, device};
-  OpArguments<CombineOp> arguments;
-  if (Status status = read_combine(operands, results, attrs, Platform::kCpu, arguments);
-      !status.ok()) {
-    return refuse_call(call, status);
-  }
-  return join_rendezvous(call, attrs, arguments.program_rank, arguments.op);
+  return take_part<CombineOp>(call, attrs, [&](auto& arguments) {
+    return read_combine(operands, results, attrs, Platform::kCpu, arguments);
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cpu,
-                              combine,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSiteState>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cpu, combine, bind_call());
 
 }  // namespace jax_ep

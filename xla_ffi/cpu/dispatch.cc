@@ -17,27 +17,13 @@ ffi::Future dispatch(CallSiteState* site,
                      bool zero_fill) {
   const RankCall call{site, run_id, device};
   const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
-  OpArguments<DispatchOp> arguments;
-  if (Status status = read_dispatch(operands, results, attrs, own, Platform::kCpu, arguments);
-      !status.ok()) {
-    return refuse_call(call, status);
-  }
-  return join_rendezvous(call, attrs, arguments.program_rank, arguments.op);
+  return take_part<DispatchOp>(call, attrs, [&](auto& arguments) {
+    return read_dispatch(operands, results, attrs, own, Platform::kCpu, arguments);
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cpu,
-                              dispatch,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSiteState>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep")
-                                  .Attr<int32_t>("dtype")
-                                  .Attr<int32_t>("wire")
-                                  .Attr<bool>("zero_fill"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_cpu, dispatch, with_dispatch_attrs(bind_call()));
 
 }  // namespace jax_ep

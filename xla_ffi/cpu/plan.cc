@@ -13,24 +13,13 @@ ffi::Future plan(CallSiteState* site,
                  ffi::RemainingRets results,
                  EpAttrs attrs) {
   const RankCall call{site, run_id, device};
-  OpArguments<PlanOp> arguments;
-  if (Status status = read_plan(operands, results, attrs, Platform::kCpu, arguments);
-      !status.ok()) {
-    return refuse_call(call, status);
-  }
-  return join_rendezvous(call, attrs, arguments.program_rank, arguments.op);
+  return take_part<PlanOp>(call, attrs, [&](auto& arguments) {
+    return read_plan(operands, results, attrs, Platform::kCpu, arguments);
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_cpu,
-                              plan,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSiteState>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_cpu, plan, bind_call());
 
 }  // namespace jax_ep

@@ -17,27 +17,15 @@ ffi::Future plan_dispatch(CallSiteState* site,
                           bool zero_fill) {
   const RankCall call{site, run_id, device};
   const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
-  OpArguments<PlanDispatchOp> arguments;
-  if (Status status = read_plan_dispatch(operands, results, attrs, own, Platform::kCpu, arguments);
-      !status.ok()) {
-    return refuse_call(call, status);
-  }
-  return join_rendezvous(call, attrs, arguments.program_rank, arguments.op);
+  return take_part<PlanDispatchOp>(call, attrs, [&](auto& arguments) {
+    return read_plan_dispatch(operands, results, attrs, own, Platform::kCpu, arguments);
+  });
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_dispatch_cpu,
                               plan_dispatch,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSiteState>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep")
-                                  .Attr<int32_t>("dtype")
-                                  .Attr<int32_t>("wire")
-                                  .Attr<bool>("zero_fill"));
+                              with_dispatch_attrs(bind_call()));
 
 }  // namespace jax_ep

@@ -28,6 +28,17 @@ struct RankCall {
   int32_t device;  // its ordinal
 };
 
+// What every handler is bound to, in this order, before attributes of its own.
+inline auto bind_call() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<CallSiteState>>()
+      .Ctx<ffi::RunId>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<EpAttrs>("ep");
+}
+
 // The call cannot take part: tells the log and the other ranks of this run, and returns `status`.
 ffi::Future refuse_call(const RankCall& call, const Status& status);
 
@@ -38,6 +49,15 @@ ffi::Future join_rendezvous(const RankCall& call,
                             const EpAttrs& attrs,
                             const int32_t* program_rank,
                             Call op);
+
+// What a handler does: `read(arguments)` decodes its call, which joins the rendezvous or is
+// refused.
+template <typename Op, typename Read>
+ffi::Future take_part(const RankCall& call, const EpAttrs& attrs, const Read& read) {
+  OpArguments<Op> arguments;
+  if (Status status = read(arguments); !status.ok()) return refuse_call(call, status);
+  return join_rendezvous(call, attrs, arguments.program_rank, arguments.op);
+}
 
 }  // namespace jax_ep
 

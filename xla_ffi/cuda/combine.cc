@@ -31,13 +31,7 @@ ffi::Error combine(cudaStream_t stream,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cuda,
                               combine,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep")
-                                  .Attr<int32_t>("place"),
+                              bind_call(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

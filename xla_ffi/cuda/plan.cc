@@ -25,13 +25,7 @@ ffi::Error plan(cudaStream_t stream,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_cuda,
                               plan,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep")
-                                  .Attr<int32_t>("place"),
+                              bind_call(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -12,10 +12,10 @@ ffi::Error plan_dispatch(cudaStream_t stream,
                          ffi::RemainingArgs operands,
                          ffi::RemainingRets results,
                          EpAttrs attrs,
+                         int32_t place,
                          int32_t dtype,
                          int32_t wire,
-                         bool zero_fill,
-                         int32_t place) {
+                         bool zero_fill) {
   const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
   OpArguments<PlanDispatchOp> arguments;
   JAX_EP_FAIL_IF_ERROR(
@@ -39,16 +39,7 @@ ffi::Error plan_dispatch(cudaStream_t stream,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_dispatch_cuda,
                               plan_dispatch,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<EpAttrs>("ep")
-                                  .Attr<int32_t>("dtype")
-                                  .Attr<int32_t>("wire")
-                                  .Attr<bool>("zero_fill")
-                                  .Attr<int32_t>("place"),
+                              with_dispatch_attrs(bind_call()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -30,6 +30,17 @@ struct RankCall {
   [[nodiscard]] const HeapShape& heap() const { return group->config().group.heap; }
 };
 
+// What every handler is bound to, in this order, before attributes of its own.
+inline auto bind_call() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<EpAttrs>("ep")
+      .Attr<int32_t>("place");
+}
+
 // Finds the rank of a call on its device. FailedPrecondition if the group has been closed or has no
 // rank there, RankContext::error() if a kernel of the rank has given up, InvalidArgument if the
 // call does not fit the group's heap.
