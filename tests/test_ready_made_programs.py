@@ -122,6 +122,8 @@ def _start(folder: pathlib.Path, *code: str, **env: str) -> subprocess.Popen:
             "PYTHONPATH": path,
             "XLA_FLAGS": devices,
             "JAX_PLATFORMS": "cpu",
+            # As the page says for who saves, whatever the tests themselves run with.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
             "PROGRAMS": str(folder),
             **env,
         },
@@ -198,6 +200,7 @@ def test_a_program_works_once_its_group_is_there(form, said):
 
 def test_the_compilation_cache_knows_groups_by_their_order(folder, tmp_path):
     env = {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
