@@ -42,8 +42,9 @@ def main() -> None:
         dtype=jnp.float32,
     )
     with jax_ep.EpGroup(mesh, "expert", config) as group:
+        room = config.capacity(num_ranks=RANKS, num_tokens=TOKENS)
         print(f"1. {group.num_ranks} ranks, backend {group.backend}, receive buffers of")
-        print(f"   {group.recv_capacity} rows: enough for every routing, so nothing is dropped.\n")
+        print(f"   {room} rows: enough for every routing, so nothing is dropped.\n")
         x, topk_idx, topk_weights = make_tokens()
         there_and_back(group, x, topk_idx, topk_weights)
         experts_and_gradients(group, x, topk_idx, topk_weights)
@@ -84,7 +85,7 @@ def there_and_back(
 
     # Rows are sorted by (local expert, source rank, source token), and group_sizes says how many
     # each expert has, which is what jax.lax.ragged_dot wants to know.
-    rows = np.asarray(rows).reshape(RANKS, group.recv_capacity, HIDDEN)
+    rows = np.asarray(rows).reshape(RANKS, -1, HIDDEN)
     group_sizes = np.asarray(group_sizes).reshape(RANKS, LOCAL_EXPERTS)
     print("2. What each rank received (a token 2.1 is rank 2's token 1):")
     for rank in range(RANKS):
@@ -154,7 +155,8 @@ def too_little_room(group: jax_ep.EpGroup, x: jax.Array, topk_idx: jax.Array) ->
         jax.shard_map(on_rank, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"))
     )(x, topk_idx)
     # Rows past the end are dropped, in row order, and counted; their tokens get 0.
-    asked, dropped, room = int(tokens_per_expert[0]), int(num_dropped[0]), group.recv_capacity
+    asked, dropped = int(tokens_per_expert[0]), int(num_dropped[0])
+    room = group.config.capacity(num_ranks=RANKS, num_tokens=TOKENS)
     print(f"4. Expert 0 was asked for by {asked} tokens, and its rank has {room} rows: the first")
     print(f"   {room} fitted (those of ranks 0 to {room // TOKENS - 1}), {dropped} were dropped.\n")
     assert (asked, dropped) == (RANKS * TOKENS, RANKS * TOKENS - room)

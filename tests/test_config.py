@@ -35,6 +35,7 @@ def test_defaults():
     assert config.recv_dtype is None
     assert config.layout == "expert"
     assert config.recv_capacity is None
+    assert config.capacity_factor is None
     assert config.expert_alignment == 1
     assert config.zero_fill is True
     assert config.max_num_sms is None
@@ -205,89 +206,126 @@ def test_worst_case_rows_hold_every_routing(num_tokens, num_local, num_topk, ali
         for counts in itertools.product(range(tokens + 1), repeat=num_local)
         if sum(counts) <= most
     )
-    room = config.worst_case_rows(num_ranks)
+    room = config.capacity(num_ranks=num_ranks, num_tokens=num_tokens)
     assert room >= worst
     assert room % align == 0
     if align == 1 or min(config.num_topk, num_local) == 1:
         assert room == worst
     assert room - worst <= num_local * (align - 1)
-    assert config.capacity(num_ranks) == room
-    assert dataclasses.replace(config, recv_capacity=5).capacity(num_ranks) == 5
-
-
-def test_worst_case_rows_by_hand():
-    # 2 ranks * 4 tokens, of which each has 2 selections; and 3 more rows for each of 4 experts.
-    assert make().worst_case_rows(2) == 16
-    assert make(expert_alignment=4).worst_case_rows(2) == 28
-    # One local expert: a token can select it once.
-    assert make().worst_case_rows(8) == 32
-    assert make(layout="rank").worst_case_rows(8) == 32
-    assert make(layout="rank", num_topk=8).worst_case_rows(2) == 8
-
-
-@pytest.mark.parametrize("problem", problems.params())
-def test_capacity_is_the_oracles(problem):
-    config = EpConfig(**problem.config_kwargs())
-    assert config.capacity(problem.num_ranks) == problem.plan.capacity
-
-
-@hypothesis.given(strategies.problems())
-def test_capacity_is_the_oracles_for_any_problem(problem):
-    config = EpConfig(**problem.config_kwargs())
-    assert config.capacity(problem.num_ranks) == problem.plan.capacity
-    unlimited = dataclasses.replace(config, recv_capacity=None)
-    kwargs = {**problem.plan_kwargs(), "recv_capacity": unlimited.capacity(problem.num_ranks)}
-    plan = reference.plan(problem.topk_idx, **kwargs)
-    assert not plan.num_dropped.any()
+    fixed = dataclasses.replace(config, recv_capacity=5)
+    assert fixed.capacity(num_ranks=num_ranks, num_tokens=num_tokens) == 5
 
 
 @pytest.mark.parametrize(
-    ("fields", "factor", "num_ranks", "rows"),
+    ("fields", "num_ranks", "num_tokens", "rows"),
     [
-        ({}, 1.0, 1, 8),
-        ({}, 1, 8, 8),
-        ({}, 1.25, 1, 10),
-        ({}, 1.01, 1, 9),
-        ({}, 0.01, 1, 1),
-        ({}, np.float32(2.0), 1, 16),
-        ({"layout": "rank"}, 1.5, 2, 12),
+        # 2 ranks * 4 tokens, of which each has 2 selections; and 3 more rows for each of 4 experts.
+        ({}, 2, 4, 16),
+        ({"expert_alignment": 4}, 2, 4, 28),
+        # Of fewer tokens, as many as the call has; of one, two experts with 4 rows each.
+        ({}, 2, 1, 4),
+        ({"expert_alignment": 4}, 1, 1, 8),
+        ({}, 2, 0, 0),
+        ({"expert_alignment": 4}, 2, 0, 0),
+        # One local expert: a token can select it once.
+        ({}, 8, 4, 32),
+        ({"layout": "rank"}, 8, 4, 32),
+        ({"layout": "rank"}, 8, 1, 8),
+        ({"layout": "rank", "num_topk": 8}, 2, 4, 8),
+        ({"recv_capacity": 5}, 2, 4, 5),
+        ({"recv_capacity": 5}, 2, 0, 5),
+        # 8 selections of 4 tokens, 2 of one.
+        ({"capacity_factor": 1.0}, 1, 4, 8),
+        ({"capacity_factor": 1}, 8, 4, 8),
+        ({"capacity_factor": 1.0}, 8, 1, 2),
+        ({"capacity_factor": 1.25}, 1, 4, 10),
+        ({"capacity_factor": 1.25}, 1, 1, 3),
+        ({"capacity_factor": 1.01}, 1, 4, 9),
+        ({"capacity_factor": 0.01}, 1, 4, 1),
+        ({"capacity_factor": 0.01}, 1, 0, 0),
+        ({"capacity_factor": np.float32(2.0)}, 1, 4, 16),
+        # As float64 multiplies: 1.06 * 50 is 53, and (1.06 * 10) * 5 is 53 and a bit.
+        ({"capacity_factor": 1.06, "num_topk": 5, "max_tokens_per_rank": 10}, 1, 10, 53),
+        ({"capacity_factor": 1.5, "layout": "rank"}, 2, 4, 12),
         # 8 rows in at most 8 groups, each of which can need 3 more: 32.
-        ({"expert_alignment": 4}, 1.0, 1, 32),
+        ({"capacity_factor": 1.0, "expert_alignment": 4}, 1, 4, 32),
         # At most 4 groups: 20.
-        ({"expert_alignment": 4}, 1.0, 2, 20),
+        ({"capacity_factor": 1.0, "expert_alignment": 4}, 2, 4, 20),
         # One group: 9 + 3 = 12, and 16 is a multiple of 8 that holds 9 + 7.
-        ({"expert_alignment": 4}, 1.1, 8, 12),
-        ({"expert_alignment": 8}, 1.1, 8, 16),
+        ({"capacity_factor": 1.1, "expert_alignment": 4}, 8, 4, 12),
+        ({"capacity_factor": 1.1, "expert_alignment": 8}, 8, 4, 16),
         # Fewer rows than groups: 1 row.
-        ({"expert_alignment": 8}, 0.1, 1, 8),
+        ({"capacity_factor": 0.1, "expert_alignment": 8}, 1, 4, 8),
     ],
 )
-def test_with_capacity_factor_by_hand(fields, factor, num_ranks, rows):
-    config = make(**fields)
-    got = config.with_capacity_factor(factor, num_ranks=num_ranks)
-    assert got.recv_capacity == rows
-    assert dataclasses.replace(got, recv_capacity=None) == config
+def test_the_capacity_by_hand(fields, num_ranks, num_tokens, rows):
+    assert make(**fields).capacity(num_ranks=num_ranks, num_tokens=num_tokens) == rows
+
+
+def _oracles(problem, **changed):
+    return reference.plan(problem.topk_idx, **{**problem.plan_kwargs(), **changed})
+
+
+@pytest.mark.parametrize("problem", problems.params())
+def test_the_capacity_is_the_oracles(problem):
+    config = EpConfig(**problem.config_kwargs())
+    sizes = {"num_ranks": problem.num_ranks, "num_tokens": problem.num_tokens}
+    assert config.capacity(**sizes) == problem.plan.capacity
+
+
+@hypothesis.given(strategies.problems())
+def test_the_capacity_is_the_oracles_for_any_problem(problem):
+    config = EpConfig(**problem.config_kwargs())
+    sizes = {"num_ranks": problem.num_ranks, "num_tokens": problem.num_tokens}
+    assert config.capacity(**sizes) == problem.plan.capacity
+    unlimited = dataclasses.replace(config, recv_capacity=None, capacity_factor=None)
+    room = unlimited.capacity(**sizes)
+    assert not _oracles(problem, recv_capacity=room).num_dropped.any()
+
+
+def test_with_capacity_factor_replaces_what_there_is():
+    assert make(recv_capacity=5).with_capacity_factor(1.5) == make(capacity_factor=1.5)
+    assert make(capacity_factor=3).with_capacity_factor(1.5) == make(capacity_factor=1.5)
+    assert make(capacity_factor=np.float64(1.5)) == make(capacity_factor=1.5)
+    assert isinstance(make(capacity_factor=2).capacity_factor, float)
 
 
 @pytest.mark.parametrize("align", [1, 3, 8])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_a_capacity_factor_holds_its_rows_however_they_are_spread(align, num_ranks):
-    config = make(num_experts=4, expert_alignment=align)
-    room = config.with_capacity_factor(0.75, num_ranks=num_ranks).recv_capacity
+    config = make(num_experts=4, expert_alignment=align, capacity_factor=0.75)
+    room = config.capacity(num_ranks=num_ranks, num_tokens=4)
     for counts in itertools.product(range(7), repeat=4 // num_ranks):
         if sum(counts) <= 6:  # 0.75 * 4 tokens * 2
             assert rows_needed(counts, align) <= room
 
 
-@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf"), "2", None])
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf"), "2", True])
 def test_a_bad_capacity_factor_is_named(factor):
-    message = f"capacity factor is {factor!r}; it must be a finite number above 0"
+    message = f"EpConfig.capacity_factor is {factor!r}; allowed: None, or a finite number above 0"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(capacity_factor=factor)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make().with_capacity_factor(factor)
 
 
-@pytest.mark.parametrize("num_ranks", [0, -1, 3, 16])
+def test_a_capacity_is_said_once():
+    message = "EpConfig.recv_capacity is 5 and capacity_factor 1.5; allowed: one of them"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        make(recv_capacity=5, capacity_factor=1.5)
+
+
+@pytest.mark.parametrize("num_ranks", [0, -1, 3, 16, 2.0])
 def test_a_bad_number_of_ranks_is_named(num_ranks):
-    message = f"num_ranks is {num_ranks}; it must divide num_experts (8)"
+    message = f"num_ranks is {num_ranks!r}; it must divide num_experts (8)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        make().with_capacity_factor(1.0, num_ranks=num_ranks)
+        make().capacity(num_ranks=num_ranks, num_tokens=4)
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 5, 2.0])
+def test_a_bad_number_of_tokens_is_named(num_tokens):
+    message = (
+        f"num_tokens is {num_tokens!r}; allowed: an int from 0 to max_tokens_per_rank, which is 4"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(recv_capacity=5).capacity(num_ranks=2, num_tokens=num_tokens)

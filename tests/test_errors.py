@@ -2,7 +2,6 @@
 """Messages of dispatch and combine for arguments that do not fit, at trace time."""
 
 import contextlib
-import dataclasses
 import re
 
 import jax
@@ -80,14 +79,14 @@ def test_dispatch_names_the_argument(case, group):
 
 
 COMBINE = {
-    "y_rows": ((_array((15, 8)), None), "y is float32[15, 8]; allowed: float32[24, 8]"),
+    "y_rows": ((_array((15, 8)), None), "y is float32[15, 8]; allowed: float32[16, 8]"),
     "y_dtype": (
-        (_array((24, 8), np.float16), None),
-        "y is float16[24, 8]; allowed: float32[24, 8]",
+        (_array((16, 8), np.float16), None),
+        "y is float16[16, 8]; allowed: float32[16, 8]",
     ),
     "weights": (
-        (_array((24, 8)), _array((24, 2))),
-        "weights is float32[24, 2]; allowed: float32[24]",
+        (_array((16, 8)), _array((16, 2))),
+        "weights is float32[16, 2]; allowed: float32[16]",
     ),
 }
 
@@ -247,7 +246,7 @@ def test_the_primitives_refuse_operands_that_vary_over_different_axes():
 
         def on_rank(idx):
             operands = PlanOperands(jnp.zeros(2, jnp.int32), idx)
-            return bind(plan_p, operands, spec=OpSpec.of(group)).plan.slot
+            return bind(plan_p, operands, spec=OpSpec.of(group, num_tokens=idx.shape[0])).plan.slot
 
         with pytest.raises(ValueError, match="jax_ep_plan: operands vary over different mesh axes"):
             over_ranks(group, on_rank)(PROBLEM.topk_idx)
@@ -259,7 +258,7 @@ def test_the_primitives_say_that_they_run_inside_shard_map_only():
     from jax_ep._src.spec import OpSpec
 
     with make_group(PROBLEM, "ffi") as group:
-        spec = dataclasses.replace(OpSpec.of(group))
+        spec = OpSpec.of(group, num_tokens=4)
         operands = PlanOperands(jnp.zeros(2, jnp.int32), jnp.zeros((4, 2), jnp.int32))
         with pytest.raises(NotImplementedError, match=r"runs inside jax\.shard_map only"):
             bind(plan_p, operands, spec=spec)

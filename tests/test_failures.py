@@ -158,7 +158,7 @@ def test_the_deadline_error_names_the_missing_rank():
 
         def alone(idx):
             operands = PlanOperands(jnp.zeros(1, jnp.int32), idx)
-            return bind(plan_p, operands, spec=OpSpec.of(group)).plan.slot
+            return bind(plan_p, operands, spec=OpSpec.of(group, num_tokens=idx.shape[0])).plan.slot
 
         mapped = jax.shard_map(
             alone, mesh=half, in_specs=P("expert"), out_specs=P("expert"), check_vma=False

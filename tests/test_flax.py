@@ -202,7 +202,7 @@ def test_capacity_factor_drops_as_the_oracle_does(x):
     with make_group(capacity_factor=0.5, max_tokens_per_rank=6) as group:
         moe = make_nnx(group)
         out, stats = run_nnx(moe, x)
-        assert group.recv_capacity == 6
+        assert group.config.capacity(num_ranks=4, num_tokens=6) == 6
     _, topk_idx, topk_weights = routing_of(moe, x, {})
     dropped, want = 0, []
     # Each coordinate of the data axis is a group of four ranks with six tokens each.

@@ -142,7 +142,7 @@ def test_drops_are_those_of_the_tokens_where_they_are():
         with jax.set_mesh(mesh):
             moe = make_nnx(group)
             out, stats = moe.with_stats(jax.device_put(x, NamedSharding(mesh, P("data", "expert"))))
-        assert group.recv_capacity == 12
+        assert group.config.capacity(num_ranks=4, num_tokens=12) == 12
     _, topk_idx, topk_weights = routing_of(moe, x, {})
 
     def by_rank(array, data):

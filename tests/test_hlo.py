@@ -130,7 +130,7 @@ def test_the_backward_of_combine_is_one_dispatch_with_its_products(layout):
         forward = jax.shard_map(on_rank, mesh=group.mesh, in_specs=spec, out_specs=spec)
         y, weights, handle = jax.eval_shape(forward, *args)
         text = _compiled_text(backward, group, y, weights, handle, args[0])
-        rows = rf"\[{group.recv_capacity},{problem.hidden}\]"
+        rows = rf"\[{problem.plan.capacity},{problem.hidden}\]"
     assert _custom_calls(text) == {"jax_ep_dispatch": 1}
     assert re.findall(rf"{rows}\S* parameter\(", text)
     made = re.findall(rf"= \w+{rows}\S* (\S+)\(", text)
@@ -227,7 +227,7 @@ def test_the_backward_keeps_rows_in_their_own_dtype(backend):
             jax.shard_map(on_rank, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert")),
             *args,
         )
-        rows = problem.num_ranks * group.recv_capacity
+        rows = problem.num_ranks * problem.plan.capacity
     wide = [a for a in kept if a.shape == (rows, problem.hidden) and a.dtype == jnp.float32]
     assert [a for a in kept if a.shape == (rows, problem.hidden)]
     assert not wide
@@ -249,5 +249,4 @@ def test_a_wider_result_of_dispatch_is_not_kept_for_the_backward():
             jax.shard_map(on_rank, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert")),
             *_args()[:2],
         )
-        capacity = group.recv_capacity
-    assert all(s.size < capacity * PROBLEM.hidden for s in jax.tree.leaves(shapes))
+    assert all(s.size < PROBLEM.plan.capacity * PROBLEM.hidden for s in jax.tree.leaves(shapes))

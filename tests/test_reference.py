@@ -133,13 +133,24 @@ def test_rank_rows_are_dropped_in_row_order_by_hand():
 def test_the_capacity_is_the_worst_case_by_hand():
     # 2 ranks * 3 tokens * min(2, 2) local experts; each of 2 groups can need 3 more rows: 18, and
     # 16 is the most that groups of multiples of 4 can sum to.
-    sizes = {"num_experts": 4, "max_tokens_per_rank": 3}
-    assert reference.plan(TOPK_IDX, **sizes).capacity == 12
-    assert reference.plan(TOPK_IDX, **sizes, expert_alignment=4).capacity == 16
-    assert reference.plan(TOPK_IDX, **sizes, layout="rank").capacity == 6
+    idx, sizes = np.full((2, 3, 2), -1), {"num_experts": 4}
+    assert reference.plan(idx, **sizes).capacity == 12
+    assert reference.plan(idx, **sizes, expert_alignment=4).capacity == 16
+    assert reference.plan(idx, **sizes, layout="rank").capacity == 6
+    assert reference.plan(idx[:, :0], **sizes, expert_alignment=4).capacity == 0
     # One token, 16 local experts of which it can select 2: at most 2 groups need padding.
     wide = reference.plan(np.full((1, 1, 2), -1), num_experts=16, expert_alignment=8)
     assert wide.capacity == 16
+
+
+def test_the_capacity_of_a_factor_by_hand():
+    # 3 tokens * 2 selections * 1.25, rounded up; each of 2 groups can need 3 more rows: 14.
+    idx, sizes = np.full((2, 3, 2), -1), {"num_experts": 4, "capacity_factor": 1.25}
+    assert reference.plan(idx, **sizes).capacity == 8
+    assert reference.plan(idx, **sizes, expert_alignment=4).capacity == 16
+    assert reference.plan(idx, **sizes, layout="rank").capacity == 8
+    assert reference.plan(idx[:, :0], **sizes).capacity == 0
+    assert reference.plan(idx, **sizes, recv_capacity=5).capacity == 5
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])

@@ -97,9 +97,7 @@ def _group(options: Options, mesh: jax.sharding.Mesh) -> jax_ep.EpGroup:
         wire_dtype=jnp.float8_e4m3fn if options.fp8_wire else None,
     )
     if options.capacity_factor is not None and not options.dense:
-        config = config.with_capacity_factor(
-            options.capacity_factor, num_ranks=mesh.shape["expert"]
-        )
+        config = config.with_capacity_factor(options.capacity_factor)
     # A dense run has a group for its sizes only, and exchanges nothing.
     backend = "xla" if options.dense else options.backend
     return jax_ep.EpGroup(mesh, "expert", config, backend=None if backend == "auto" else backend)

@@ -64,7 +64,7 @@ def dispatch(
     """
     x, topk_idx, topk_weights = checked_tokens(x, topk_idx, topk_weights, group=group)
     config = group.config
-    spec = OpSpec.of(group)
+    spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
         plan, counts, received = backend.plan_dispatch(spec, x, topk_idx, topk_weights)
@@ -158,18 +158,19 @@ def combine(
     check_call("combine", group)
     y, weights = as_array(y), as_array(weights)
     config = group.config
-    spec = OpSpec.of(group)
     if not isinstance(handle, DispatchHandle):
         raise ValueError(f"handle is a {type(handle).__name__}; allowed: Dispatched.handle")
-    _check_handle(handle, group)
-    check_array("y", y, (spec.recv_capacity, config.hidden), config.dtype)
+    spec = OpSpec.of(group, num_tokens=handle.topk_idx.shape[0])
+    _check_handle(handle, group, spec)
+    rows = (spec.recv_capacity, config.hidden)
+    check_array("y", y, rows, config.dtype, of=", the rows of the handle's dispatch")
     if weights is not None:
         check_array("weights", weights, spec.row_scalars_shape, _FLOAT32)
     with jax.named_scope("jax_ep.combine"):
         return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
 
 
-def _check_handle(handle: DispatchHandle, group: EpGroup) -> None:
+def _check_handle(handle: DispatchHandle, group: EpGroup, spec: OpSpec) -> None:
     if handle.axis_names != group.axis_names:
         raise ValueError(
             f"handle is of a dispatch over the axes {handle.axis_names}; allowed: one over this "
@@ -182,7 +183,7 @@ def _check_handle(handle: DispatchHandle, group: EpGroup) -> None:
         )
     of_xla = handle.arrival_slot is not None
     of_gpu = handle.source_slot is not None
-    if (of_xla, of_gpu) != (group.backend == "xla", OpSpec.of(group).gpu):
+    if (of_xla, of_gpu) != (group.backend == "xla", spec.gpu):
         raise ValueError(
             f"handle is of a dispatch by another backend; this group's is {group.backend!r} on "
             f"{group.platform}"

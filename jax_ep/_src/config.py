@@ -61,8 +61,11 @@ class EpConfig:
             element.
         layout: "expert" (one row per selection, grouped by local expert) or "rank" (one row per
             token and destination rank).
-        recv_capacity: `C`, rows of a rank's receive buffer. None: the worst case of the group,
-            so that nothing can be dropped.
+        recv_capacity: `C`, rows of a rank's receive buffer, whatever the `T` of a call is. None:
+            it follows `T`, see `capacity`.
+        capacity_factor: rows per row of perfectly even routing, from which `C` is derived for the
+            `T` of a call. None: the worst case of a call's tokens, so that nothing can be dropped.
+            Not together with `recv_capacity`.
         expert_alignment: rows; every expert starts at a multiple of it. Layout "expert" only.
         zero_fill: whether received rows that hold no token are zeros. False leaves them
             unspecified, which saves the time to write them.
@@ -89,6 +92,7 @@ class EpConfig:
     recv_dtype: Any = None
     layout: Literal["expert", "rank"] = "expert"
     recv_capacity: int | None = None
+    capacity_factor: float | None = None
     expert_alignment: int = 1
     zero_fill: bool = True
     max_num_sms: int | None = None
@@ -118,6 +122,7 @@ class EpConfig:
         for field in _OPTIONAL_INTS:
             if getattr(self, field) is not None:
                 self._check_int(field, least=0 if field == "tail_num_sms" else 1)
+        self._check_capacity_factor()
         self._check_positive_int("expert_alignment")
         if self.layout == "rank" and self.expert_alignment != 1:
             raise ValueError(
@@ -141,6 +146,22 @@ class EpConfig:
             )
         object.__setattr__(self, field, int(value))
 
+    def _check_capacity_factor(self) -> None:
+        factor = self.capacity_factor
+        if factor is None:
+            return
+        is_number = isinstance(factor, numbers.Real) and not isinstance(factor, (bool, np.bool_))
+        if not is_number or not 0 < float(factor) < math.inf:
+            raise ValueError(
+                f"EpConfig.capacity_factor is {factor!r}; allowed: None, or a finite number above 0"
+            )
+        object.__setattr__(self, "capacity_factor", float(factor))
+        if self.recv_capacity is not None:
+            raise ValueError(
+                f"EpConfig.recv_capacity is {self.recv_capacity} and capacity_factor {factor!r}; "
+                "allowed: one of them, because each says how many rows there are"
+            )
+
     @staticmethod
     def _known_dtype(
         field: str, value: Any, known: dict[str, np.dtype], also: str | None = None
@@ -155,55 +176,57 @@ class EpConfig:
             raise ValueError(f"EpConfig.{field} is {got!r}; allowed: {allowed}")
         return known[dtype.name]
 
-    def with_capacity_factor(self, factor: float, *, num_ranks: int = 1) -> "EpConfig":
+    def with_capacity_factor(self, factor: float) -> "EpConfig":
         """Returns this config with room for `factor` times the rows of perfectly even routing.
 
-        Sets `recv_capacity = ceil(factor * max_tokens_per_rank * num_topk)` rows, plus what the
-        alignment can need: up to `expert_alignment - 1` rows for each local expert.
+        Sets `capacity_factor`, and no `recv_capacity`: see `capacity`.
 
         Args:
             factor: rows per row of even routing; above 0. 1.0 holds what a rank receives when
                 all experts are equally popular.
-            num_ranks: ranks of the group, if known: alignment is then paid for the
-                `num_experts / num_ranks` local experts instead of for all experts.
 
         Raises:
-            ValueError: a bad factor or number of ranks.
+            ValueError: a bad factor.
         """
-        if not isinstance(factor, numbers.Real) or not 0 < float(factor) < math.inf:
-            raise ValueError(f"capacity factor is {factor!r}; it must be a finite number above 0")
-        if num_ranks < 1 or self.num_experts % num_ranks:
-            raise ValueError(
-                f"num_ranks is {num_ranks!r}; it must divide num_experts ({self.num_experts})"
-            )
-        rows = math.ceil(float(factor) * self.max_tokens_per_rank * self.num_topk)
-        return dataclasses.replace(
-            self, recv_capacity=self._aligned_rows(rows, self.num_experts // num_ranks)
-        )
+        return dataclasses.replace(self, recv_capacity=None, capacity_factor=factor)
 
-    def _aligned_rows(self, rows: int, num_groups: int) -> int:
-        """`rows` rows in at most `num_groups` groups, each padded to the alignment."""
-        align = self.expert_alignment
-        padded = rows + min(num_groups, rows) * (align - 1)
-        return -(-padded // align) * align
+    def capacity(self, *, num_ranks: int, num_tokens: int) -> int:
+        """`C`: rows of a rank's receive buffer in a call with `num_tokens` tokens on each rank.
 
-    def worst_case_rows(self, num_ranks: int) -> int:
-        """Rows of a rank's receive buffer into which every routing fits.
+        `recv_capacity` where it is set. With a `capacity_factor` `f`: `ceil(f * (T * K))`, in
+        float64, plus what the alignment can need, which is up to `expert_alignment - 1` rows for
+        each local expert. With neither: the rows into which every routing of `T` tokens fits.
 
         Args:
             num_ranks: ranks of the group; must divide `num_experts`.
-        """
-        tokens = num_ranks * self.max_tokens_per_rank
-        if self.layout == "rank":
-            return tokens
-        num_local_experts = self.num_experts // num_ranks
-        rows = tokens * min(self.num_topk, num_local_experts)
-        align = self.expert_alignment
-        # Every group is a multiple of the alignment, so their sum is one too.
-        return (rows + min(num_local_experts, rows) * (align - 1)) // align * align
+            num_tokens: `T`, from 0 to `max_tokens_per_rank`.
 
-    def capacity(self, num_ranks: int) -> int:
-        """`C`: `recv_capacity`, or the worst case of `num_ranks` ranks where that is None."""
+        Raises:
+            ValueError: a bad number of ranks or tokens.
+        """
+        if not limits.is_int(num_ranks, 1) or self.num_experts % num_ranks:
+            raise ValueError(
+                f"num_ranks is {num_ranks!r}; it must divide num_experts ({self.num_experts})"
+            )
+        if not limits.is_int(num_tokens, 0) or num_tokens > self.max_tokens_per_rank:
+            raise ValueError(
+                f"num_tokens is {num_tokens!r}; allowed: an int from 0 to max_tokens_per_rank, "
+                f"which is {self.max_tokens_per_rank}"
+            )
         if self.recv_capacity is not None:
             return self.recv_capacity
-        return self.worst_case_rows(num_ranks)
+        num_local_experts = self.num_experts // num_ranks
+        align = self.expert_alignment
+        if self.capacity_factor is not None:
+            rows = math.ceil(self.capacity_factor * (num_tokens * self.num_topk))
+            return -(-_padded_rows(rows, num_local_experts, align) // align) * align
+        rows = num_ranks * num_tokens
+        if self.layout == "expert":
+            rows *= min(self.num_topk, num_local_experts)
+        # Every group is a multiple of the alignment, so their sum is one too.
+        return _padded_rows(rows, num_local_experts, align) // align * align
+
+
+def _padded_rows(rows: int, num_groups: int, align: int) -> int:
+    """`rows` rows in at most `num_groups` groups, each with the most padding there can be."""
+    return rows + min(num_groups, rows) * (align - 1)

@@ -16,7 +16,7 @@ def check_num_ranks(config: EpConfig, num_ranks: int, axis_name: str | tuple[str
             f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
             f"group's {num_ranks} ranks (axis {axis_name!r} of the mesh)"
         )
-    recv_capacity = config.capacity(num_ranks)
+    recv_capacity = config.capacity(num_ranks=num_ranks, num_tokens=config.max_tokens_per_rank)
     if recv_capacity > limits.INT32_MAX:
         raise ValueError(
             f"the receive buffer would have {recv_capacity} rows; at most {limits.INT32_MAX} "

@@ -45,7 +45,8 @@ def restore(recv: Dispatched, sent: Sent, group: EpGroup) -> tuple[jax.Array, ja
     assert recv.weights is not None
     leaves, tree = jax.tree.flatten((sent, (recv.x, recv.weights), Plan.of(recv.handle)))
     operands = jax.tree.unflatten(tree, compat.varying_alike(*leaves))
-    return _restore(group.backend, OpSpec.of(group), *operands)
+    spec = OpSpec.of(group, num_tokens=recv.handle.topk_idx.shape[0])
+    return _restore(group.backend, spec, *operands)
 
 
 # By a rule for tangents, which transposes to one for cotangents, and can itself be differentiated.

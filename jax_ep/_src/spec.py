@@ -44,8 +44,8 @@ class OpSpec:
     fp8_rows: bool
 
     @classmethod
-    def of(cls, group: EpGroup) -> "OpSpec":
-        """The parameters of a group's forward operations."""
+    def of(cls, group: EpGroup, *, num_tokens: int) -> "OpSpec":
+        """The parameters of a group's forward operations in a call with so many tokens a rank."""
         config = group.config
         return cls(
             group_id=group.group_id,
@@ -56,7 +56,7 @@ class OpSpec:
             num_topk=config.num_topk,
             expert_alignment=config.expert_alignment,
             layout=config.layout,
-            recv_capacity=group.recv_capacity,
+            recv_capacity=config.capacity(num_ranks=group.num_ranks, num_tokens=num_tokens),
             zero_fill=config.zero_fill,
             dtype=config.dtype,
             fp8_wire=config.wire_dtype is not None,

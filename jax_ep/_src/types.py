@@ -65,7 +65,7 @@ class Dispatched:
             included. Layout "rank": `[R]`, rows from each source rank.
         tokens_per_expert: `[L]` int32, selections that each local expert was asked for, before
             any drop.
-        num_dropped: `[]` int32, rows of this rank that found no room in `recv_capacity`.
+        num_dropped: `[]` int32, rows of this rank that found no room in `C` rows.
         handle: for `combine`.
     """
 

@@ -55,7 +55,7 @@ def dispatch(
     recv_dtype: DTypeLike | None = None,
     layout: str = "expert",
     recv_capacity: int | None = None,
-    max_tokens_per_rank: int | None = None,
+    capacity_factor: float | None = None,
     expert_alignment: int = 1,
 ) -> Dispatched:
     """Sends every token to the ranks that host its experts.
@@ -70,7 +70,7 @@ def dispatch(
         recv_dtype: None, or float8_e4m3fn with the same `wire_dtype`: rows stay as they travel.
         layout: see `reference.plan`.
         recv_capacity: see `reference.plan`.
-        max_tokens_per_rank: see `reference.plan`.
+        capacity_factor: see `reference.plan`.
         expert_alignment: see `reference.plan`.
     """
     plan = make_plan(
@@ -78,7 +78,7 @@ def dispatch(
         num_experts=num_experts,
         layout=layout,
         recv_capacity=recv_capacity,
-        max_tokens_per_rank=max_tokens_per_rank,
+        capacity_factor=capacity_factor,
         expert_alignment=expert_alignment,
     )
     _check_formats(wire_dtype, recv_dtype, x_is_quantized=isinstance(x, QuantizedRows))

@@ -157,7 +157,7 @@ def moe(
     wire_dtype: DTypeLike | None = None,
     layout: str = "expert",
     recv_capacity: int | None = None,
-    max_tokens_per_rank: int | None = None,
+    capacity_factor: float | None = None,
     expert_alignment: int = 1,
 ) -> np.ndarray:
     """Dispatch, gated FFN of every row, combine; with the drops that the capacity causes.
@@ -173,7 +173,7 @@ def moe(
         wire_dtype: see `dispatch`.
         layout: see `plan`.
         recv_capacity: see `plan`.
-        max_tokens_per_rank: see `plan`.
+        capacity_factor: see `plan`.
         expert_alignment: see `plan`.
 
     Returns:
@@ -190,7 +190,7 @@ def moe(
         wire_dtype=wire_dtype,
         layout=layout,
         recv_capacity=recv_capacity,
-        max_tokens_per_rank=max_tokens_per_rank,
+        capacity_factor=capacity_factor,
         expert_alignment=expert_alignment,
     )
     rows = recv.x

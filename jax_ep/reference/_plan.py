@@ -2,6 +2,7 @@
 """Which row every selection gets."""
 
 import dataclasses
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,7 +49,7 @@ def plan(
     num_experts: int,
     layout: str = "expert",
     recv_capacity: int | None = None,
-    max_tokens_per_rank: int | None = None,
+    capacity_factor: float | None = None,
     expert_alignment: int = 1,
 ) -> Plan:
     """Gives every selection its row.
@@ -57,8 +58,9 @@ def plan(
         topk_idx: `[R, T, K]` global experts, distinct within a token, or -1.
         num_experts: `E`, a multiple of `R`.
         layout: "expert" or "rank".
-        recv_capacity: `C`; None: the worst case for `max_tokens_per_rank`.
-        max_tokens_per_rank: None: `T`.
+        recv_capacity: `C`; None: it follows `T`.
+        capacity_factor: rows per row of even routing, where `recv_capacity` is None. None: the
+            worst case.
         expert_alignment: rows; 1 in layout "rank".
 
     Raises:
@@ -71,15 +73,15 @@ def plan(
     _check_indices(topk_idx, num_experts)
     num_local = num_experts // num_ranks
     if recv_capacity is None:
-        most_tokens = num_ranks * (
-            num_tokens if max_tokens_per_rank is None else max_tokens_per_rank
-        )
-        if layout == "expert":
-            rows = most_tokens * min(num_topk, num_local)
-            padded = rows + min(num_local, rows) * (expert_alignment - 1)
-            recv_capacity = padded // expert_alignment * expert_alignment
-        else:
-            recv_capacity = most_tokens
+        rows_per_token = min(num_topk, num_local) if layout == "expert" else 1
+        rows = num_ranks * num_tokens * rows_per_token
+        if capacity_factor is not None:
+            rows = math.ceil(capacity_factor * (num_tokens * num_topk))
+        # Of at most num_local experts with tokens, each may need all of the padding but a row.
+        rows += min(num_local, rows) * (expert_alignment - 1)
+        if capacity_factor is not None:
+            rows += expert_alignment - 1  # rounded up; no routing needs more than the worst case
+        recv_capacity = rows // expert_alignment * expert_alignment
     if layout == "expert":
         return _plan_expert_rows(topk_idx, num_experts, recv_capacity, expert_alignment)
     if layout == "rank" and expert_alignment == 1:

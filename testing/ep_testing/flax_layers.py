@@ -30,7 +30,7 @@ OPTIONS = {
 }
 
 
-def make_group(mesh=None, axis_name="expert", *, capacity_factor=None, backend=None, **config):
+def make_group(mesh=None, axis_name="expert", *, backend=None, **config):
     config = {
         "num_experts": EXPERTS,
         "num_topk": TOPK,
@@ -38,11 +38,8 @@ def make_group(mesh=None, axis_name="expert", *, capacity_factor=None, backend=N
         "max_tokens_per_rank": 16,
         "dtype": jnp.float32,
     } | config
-    config = jax_ep.EpConfig(**config)
-    if capacity_factor is not None:
-        config = config.with_capacity_factor(capacity_factor)
     mesh = mesh or make_mesh((2, 4), ("data", "expert"))
-    return jax_ep.EpGroup(mesh, axis_name, config, backend=backend)
+    return jax_ep.EpGroup(mesh, axis_name, jax_ep.EpConfig(**config), backend=backend)
 
 
 def make_nnx(group, seed=0, **options):

@@ -26,7 +26,7 @@ _COLUMNS = np.r_[:128, HIDDEN - 128 : HIDDEN]
 _EVERY = 16  # token that the oracle sums up
 
 
-def config(num_ranks: int, layout: str, wire_dtype: str | None) -> jax_ep.EpConfig:
+def config(layout: str, wire_dtype: str | None) -> jax_ep.EpConfig:
     """Of the layer; a quarter more rows than even routing needs in layout "expert"."""
     base = jax_ep.EpConfig(
         num_experts=EXPERTS,
@@ -36,7 +36,7 @@ def config(num_ranks: int, layout: str, wire_dtype: str | None) -> jax_ep.EpConf
         wire_dtype=wire_dtype,
         layout=layout,
     )
-    return base.with_capacity_factor(1.25, num_ranks=num_ranks) if layout == "expert" else base
+    return base.with_capacity_factor(1.25) if layout == "expert" else base
 
 
 def routing(num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +57,7 @@ def _payload(number: Any, column: Any, xp: Any) -> Any:
 
 def run(mesh: Mesh, layout: str, wire_dtype: str | None) -> dict[str, Any]:
     """An exchange: how many elements of rows are wrong (without FP8), and parts of the results."""
-    shape = config(mesh.size, layout, wire_dtype)
+    shape = config(layout, wire_dtype)
     with jax_ep.EpGroup(mesh, "expert", shape, backend="ffi") as group:
 
         def on_rank(idx, w):
@@ -93,9 +93,8 @@ def check(got: dict[str, np.ndarray], layout: str, wire_dtype: str | None) -> No
         idx,
         weights,
         num_experts=EXPERTS,
-        max_tokens_per_rank=TOKENS,
         layout=layout,
-        recv_capacity=config(num_ranks, layout, wire_dtype).recv_capacity,
+        capacity_factor=config(layout, wire_dtype).capacity_factor,
         dtype=ml_dtypes.bfloat16,
         wire_dtype=wire_dtype,
     )

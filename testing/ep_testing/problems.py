@@ -36,6 +36,7 @@ class EpProblem:
         recv_dtype: None or "float8_e4m3fn", with the same `wire_dtype`.
         recv_capacity: rows; None: the worst case; "exact": as many as the fullest rank needs;
             "one_short": one fewer.
+        capacity_factor: of the config.
         expert_alignment: rows.
         zero_fill: of the config.
         routing: key of `ROUTINGS`, or "table".
@@ -55,6 +56,7 @@ class EpProblem:
     wire_dtype: str | None = None
     recv_dtype: str | None = None
     recv_capacity: int | str | None = None
+    capacity_factor: float | None = None
     expert_alignment: int = 1
     zero_fill: bool = True
     routing: str = "uniform"
@@ -92,7 +94,7 @@ class EpProblem:
         return {
             "num_experts": self.num_experts,
             "layout": self.layout,
-            "max_tokens_per_rank": self.tokens_limit,
+            "capacity_factor": self.capacity_factor,
             "expert_alignment": self.expert_alignment,
         }
 
@@ -116,6 +118,7 @@ class EpProblem:
             **self.dispatch_kwargs(),
             "num_topk": self.num_topk,
             "hidden": self.hidden,
+            "max_tokens_per_rank": self.tokens_limit,
             "zero_fill": self.zero_fill,
         }
 
@@ -263,6 +266,7 @@ def _problems_of_sizes() -> list[EpProblem]:
     return [
         *both("tiny"),
         *both("no_tokens", num_tokens=0, max_tokens_per_rank=4),
+        *both("no_tokens_but_rows", num_tokens=0, recv_capacity=5),
         *both("one_token", num_tokens=1, num_ranks=4),
         *both("fewer_tokens", num_tokens=3, max_tokens_per_rank=7),
         *both("topk_1", num_topk=1, **wide),
@@ -289,8 +293,11 @@ def _problems_of_capacity() -> list[EpProblem]:
         *both("capacity_one_short", recv_capacity="one_short", routing="zipf", **wide),
         *both("capacity_1", recv_capacity=1, **wide),
         *both("capacity_ample", recv_capacity=200, num_topk=1, num_tokens=5),
+        *both("capacity_factor", capacity_factor=1.25, max_tokens_per_rank=20, **wide),
+        *both("capacity_factor_small", capacity_factor=0.3, routing="zipf", **wide),
         *both("one_hot_drops", num_topk=1, routing="one_hot", recv_capacity=5, **wide),
         EpProblem(name="alignment_8", expert_alignment=8, routing="zipf", **wide),
+        EpProblem(name="alignment_8_factor", expert_alignment=8, capacity_factor=0.6, **wide),
         EpProblem(name="alignment_128", expert_alignment=128, num_tokens=6),
         EpProblem(name="alignment_3", expert_alignment=3, routing="masked_half", **wide),
         EpProblem(

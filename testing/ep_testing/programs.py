@@ -42,16 +42,19 @@ def over_ranks(
     """`f` on every rank, for arrays whose leading axis is the rank: `[R, ...]` in and out."""
     spec = P(group.axis_name)
 
+    # XLA (of jax 0.10 to 0.12) refuses a `shard_map` of empty arrays alone, as they are where no
+    # rank has a token: `one` is not.
     def on_rank(args: Any) -> Any:
+        *args, one = args
         outs = f(*jax.tree.map(lambda a: a[0], args))
-        return jax.tree.map(lambda a: a[None], outs)
+        return jax.tree.map(lambda a: a[None], outs), one
 
     mapped = jax.shard_map(
         on_rank, mesh=group.mesh, in_specs=(spec,), out_specs=spec, check_vma=check_vma
     )
     if jit:
         mapped = jax.jit(mapped)
-    return lambda *args: mapped(args)
+    return lambda *args: mapped((*args, np.ones(group.num_ranks, np.int8)))[0]
 
 
 @dataclasses.dataclass(frozen=True)

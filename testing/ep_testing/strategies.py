@@ -53,6 +53,9 @@ def problems(
     num_tokens = draw(st.integers(0, max_tokens))
     layout = draw(st.sampled_from(tuple(layouts)))
     rows = num_ranks * max(num_tokens, 1) * num_topk
+    recv_capacity = draw(
+        st.none() | st.sampled_from(("exact", "one_short")) | st.integers(1, rows + 2)
+    )
     return EpProblem(
         name="drawn",
         num_ranks=num_ranks,
@@ -63,9 +66,8 @@ def problems(
         layout=layout,
         dtype=draw(st.sampled_from(tuple(dtypes))),
         wire_dtype=draw(st.sampled_from(tuple(wire_dtypes))),
-        recv_capacity=draw(
-            st.none() | st.sampled_from(("exact", "one_short")) | st.integers(1, rows + 2)
-        ),
+        recv_capacity=recv_capacity,
+        capacity_factor=draw(st.none() | st.floats(0.1, 4)) if recv_capacity is None else None,
         expert_alignment=draw(st.integers(1, 4)) if layout == "expert" else 1,
         zero_fill=draw(st.booleans()),
         routing="table",

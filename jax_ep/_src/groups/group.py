@@ -49,7 +49,6 @@ class EpGroup:
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank.
-        recv_capacity: `C`, rows of each rank's receive buffer.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
             where ranks share an address space, and with the `xla` backend.
     """
@@ -96,7 +95,6 @@ class EpGroup:
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
         check_num_ranks(config, self.num_ranks, self.axis_name)
         self.num_local_experts = config.num_experts // self.num_ranks
-        self.recv_capacity = config.capacity(self.num_ranks)
         parameters = GroupParameters(
             mesh=mesh,
             axis_names=self.axis_names,
