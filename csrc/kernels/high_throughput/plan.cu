@@ -18,21 +18,21 @@ using Kernel = dev::PlanKernel<RowLayout>;
 
 template <typename Config>
 cudaError_t load() {
-  using dev::ExpertLayout, dev::RankLayout;
-  if (cudaError_t e = load_kernel<Kernel<ExpertLayout<Config>>, Config, PlanParams>();
+  using dev::PlanExpertLayout, dev::PlanRankLayout;
+  if (cudaError_t e = load_kernel<Kernel<PlanExpertLayout<Config>>, Config, PlanParams>();
       e != cudaSuccess)
     return e;
-  return load_kernel<Kernel<RankLayout<Config>>, Config, PlanParams>();
+  return load_kernel<Kernel<PlanRankLayout<Config>>, Config, PlanParams>();
 }
 
 template <typename Config>
 cudaError_t launch(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  using dev::ExpertLayout, dev::RankLayout;
+  using dev::PlanExpertLayout, dev::PlanRankLayout;
   switch (params.op.shape.layout) {
     case Layout::kExpert:
-      return launch_kernel<Kernel<ExpertLayout<Config>>, Config>(params, shape, stream);
+      return launch_kernel<Kernel<PlanExpertLayout<Config>>, Config>(params, shape, stream);
     case Layout::kRank:
-      return launch_kernel<Kernel<RankLayout<Config>>, Config>(params, shape, stream);
+      return launch_kernel<Kernel<PlanRankLayout<Config>>, Config>(params, shape, stream);
   }
   return cudaErrorInvalidValue;
 }

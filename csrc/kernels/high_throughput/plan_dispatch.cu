@@ -17,25 +17,26 @@ using Kernel = dev::PlanDispatchKernel<Config, RowType, RowLayout>;
 
 template <typename RowType>
 cudaError_t load() {
-  using dev::ExpertLayout, dev::RankLayout;
+  using dev::PlanExpertLayout, dev::PlanRankLayout;
   if (cudaError_t e =
-          load_kernel<Kernel<RowType, ExpertLayout<PlanConfig>>, Config, PlanDispatchParams>();
+          load_kernel<Kernel<RowType, PlanExpertLayout<PlanConfig>>, Config, PlanDispatchParams>();
       e != cudaSuccess)
     return e;
-  return load_kernel<Kernel<RowType, RankLayout<PlanConfig>>, Config, PlanDispatchParams>();
+  return load_kernel<Kernel<RowType, PlanRankLayout<PlanConfig>>, Config, PlanDispatchParams>();
 }
 
 template <typename RowType>
 cudaError_t launch(const PlanDispatchParams& params,
                    const LaunchShape& shape,
                    cudaStream_t stream) {
-  using dev::ExpertLayout, dev::RankLayout;
+  using dev::PlanExpertLayout, dev::PlanRankLayout;
   switch (shape_of(params.op).layout) {
     case Layout::kExpert:
-      return launch_kernel<Kernel<RowType, ExpertLayout<PlanConfig>>, Config>(
+      return launch_kernel<Kernel<RowType, PlanExpertLayout<PlanConfig>>, Config>(
           params, shape, stream);
     case Layout::kRank:
-      return launch_kernel<Kernel<RowType, RankLayout<PlanConfig>>, Config>(params, shape, stream);
+      return launch_kernel<Kernel<RowType, PlanRankLayout<PlanConfig>>, Config>(
+          params, shape, stream);
   }
   return cudaErrorInvalidValue;
 }

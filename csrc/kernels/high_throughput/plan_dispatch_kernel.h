@@ -14,7 +14,7 @@
 
 namespace jax_ep::dev {
 
-// `RowLayout` is ExpertLayout or RankLayout of PlanInDispatchConfig<Config>.
+// `RowLayout` is PlanExpertLayout or PlanRankLayout of PlanInDispatchConfig<Config>.
 template <typename Config, typename RowType, typename RowLayout>
 class PlanDispatchKernel {
  public:

@@ -9,13 +9,13 @@
 namespace jax_ep::dev {
 
 template <typename BlockConfig>
-class ExpertLayout {
+class PlanExpertLayout {
  public:
   static constexpr Layout kLayout = Layout::kExpert;
   using Config = BlockConfig;
   using Context = PlanContext<Config>;
 
-  JAX_EP_DEVICE explicit ExpertLayout(Context& context) : c_(context) {}
+  JAX_EP_DEVICE explicit PlanExpertLayout(Context& context) : c_(context) {}
 
   // --- bins: an expert's count gives its selections their rows -----------------------------------
 

@@ -14,7 +14,7 @@
 
 namespace jax_ep::dev {
 
-// `RowLayout` is ExpertLayout or RankLayout.
+// `RowLayout` is PlanExpertLayout or PlanRankLayout.
 template <typename RowLayout>
 class PlanKernel {
  public:

@@ -9,13 +9,13 @@
 namespace jax_ep::dev {
 
 template <typename BlockConfig>
-class RankLayout {
+class PlanRankLayout {
  public:
   static constexpr Layout kLayout = Layout::kRank;
   using Config = BlockConfig;
   using Context = PlanContext<Config>;
 
-  JAX_EP_DEVICE explicit RankLayout(Context& context) : c_(context) {}
+  JAX_EP_DEVICE explicit PlanRankLayout(Context& context) : c_(context) {}
 
   // --- bins: a destination rank's count of tokens gives them their rows --------------------------
 

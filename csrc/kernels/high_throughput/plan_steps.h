@@ -13,7 +13,7 @@
 
 namespace jax_ep::dev {
 
-// All warps of the context. `RowLayout` is ExpertLayout or RankLayout.
+// All warps of the context. `RowLayout` is PlanExpertLayout or PlanRankLayout.
 template <typename RowLayout>
 JAX_EP_DEVICE void take_plan_steps(typename RowLayout::Context& context) {
   PlanCounter<RowLayout> counter(context);
