@@ -77,6 +77,23 @@ template <typename Kernel, typename Config, typename Params>
   return cudaLaunchKernelExC(&config, function, arguments);
 }
 
+// A kernel that is compiled for each layout: both are loaded, and a call's layout chooses.
+template <typename ExpertKernel, typename RankKernel, typename Config, typename Params>
+[[nodiscard]] cudaError_t load_layouts() {
+  const cudaError_t error = load_kernel<ExpertKernel, Config, Params>();
+  return error != cudaSuccess ? error : load_kernel<RankKernel, Config, Params>();
+}
+template <typename ExpertKernel, typename RankKernel, typename Config, typename Params>
+[[nodiscard]] cudaError_t launch_layout(const Params& params,
+                                        const LaunchShape& shape,
+                                        cudaStream_t stream) {
+  switch (shape_of(params.op).layout) {
+    case Layout::kExpert: return launch_kernel<ExpertKernel, Config>(params, shape, stream);
+    case Layout::kRank: return launch_kernel<RankKernel, Config>(params, shape, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 // What each kernel file loads.
 [[nodiscard]] cudaError_t load_plan();
 [[nodiscard]] cudaError_t load_dispatch();

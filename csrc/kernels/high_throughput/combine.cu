@@ -12,27 +12,18 @@ using Config = dev::
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
 template <typename RowType>
+using ExpertKernel = dev::CombineKernel<dev::CombineExpertLayout<Config, RowType>>;
+template <typename RowType>
+using RankKernel = dev::CombineKernel<dev::CombineRankLayout<Config, RowType>>;
+
+template <typename RowType>
 cudaError_t load() {
-  using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
-  if (cudaError_t e =
-          load_kernel<CombineKernel<CombineExpertLayout<Config, RowType>>, Config, CombineParams>();
-      e != cudaSuccess)
-    return e;
-  return load_kernel<CombineKernel<CombineRankLayout<Config, RowType>>, Config, CombineParams>();
+  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, CombineParams>();
 }
 
 template <typename RowType>
 cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
-  switch (params.op.shape.layout) {
-    case Layout::kExpert:
-      return launch_kernel<CombineKernel<CombineExpertLayout<Config, RowType>>, Config>(
-          params, shape, stream);
-    case Layout::kRank:
-      return launch_kernel<CombineKernel<CombineRankLayout<Config, RowType>>, Config>(
-          params, shape, stream);
-  }
-  return cudaErrorInvalidValue;
+  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
 }
 
 }  // namespace

@@ -13,28 +13,19 @@ using FewBins = dev::PlanConfig<kCompiledPlans[0].num_warps, kCompiledPlans[0].m
 using ManyBins = dev::PlanConfig<kCompiledPlans[1].num_warps, kCompiledPlans[1].max_bins>;
 static_assert(sizeof(ManyBins::SharedStorage) <= 227 * 1024);
 
-template <typename RowLayout>
-using Kernel = dev::PlanKernel<RowLayout>;
+template <typename Config>
+using ExpertKernel = dev::PlanKernel<dev::PlanExpertLayout<Config>>;
+template <typename Config>
+using RankKernel = dev::PlanKernel<dev::PlanRankLayout<Config>>;
 
 template <typename Config>
 cudaError_t load() {
-  using dev::PlanExpertLayout, dev::PlanRankLayout;
-  if (cudaError_t e = load_kernel<Kernel<PlanExpertLayout<Config>>, Config, PlanParams>();
-      e != cudaSuccess)
-    return e;
-  return load_kernel<Kernel<PlanRankLayout<Config>>, Config, PlanParams>();
+  return load_layouts<ExpertKernel<Config>, RankKernel<Config>, Config, PlanParams>();
 }
 
 template <typename Config>
 cudaError_t launch(const PlanParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  using dev::PlanExpertLayout, dev::PlanRankLayout;
-  switch (params.op.shape.layout) {
-    case Layout::kExpert:
-      return launch_kernel<Kernel<PlanExpertLayout<Config>>, Config>(params, shape, stream);
-    case Layout::kRank:
-      return launch_kernel<Kernel<PlanRankLayout<Config>>, Config>(params, shape, stream);
-  }
-  return cudaErrorInvalidValue;
+  return launch_layout<ExpertKernel<Config>, RankKernel<Config>, Config>(params, shape, stream);
 }
 
 }  // namespace
