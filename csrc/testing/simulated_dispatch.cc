@@ -8,7 +8,10 @@ namespace {
 
 template <typename RowType, typename Config>
 SimulatedKernel kernel_of(const DispatchParams& params) {
-  return simulated_kernel_of<dev::DispatchKernel<Config, RowType>, Config>(params);
+  using dev::DispatchExpertLayout, dev::DispatchKernel, dev::DispatchRankLayout;
+  if (params.op.shape.layout == Layout::kRank)
+    return simulated_kernel_of<DispatchKernel<DispatchRankLayout<Config, RowType>>, Config>(params);
+  return simulated_kernel_of<DispatchKernel<DispatchExpertLayout<Config, RowType>>, Config>(params);
 }
 
 template <typename RowType>

@@ -13,10 +13,12 @@ template <typename RowType>
 SimulatedKernel kernel_of(PlanDispatchParams params) {
   params.num_senders = 1 + params.view.rank % 2;  // ranks need not agree
   if (shape_of(params.op).layout == Layout::kRank) {
-    using Kernel = dev::PlanDispatchKernel<Config, RowType, dev::PlanRankLayout<PlanConfig>>;
+    using Kernel = dev::PlanDispatchKernel<dev::DispatchRankLayout<Config, RowType>,
+                                           dev::PlanRankLayout<PlanConfig>>;
     return simulated_kernel_of<Kernel, Config>(params);
   }
-  using Kernel = dev::PlanDispatchKernel<Config, RowType, dev::PlanExpertLayout<PlanConfig>>;
+  using Kernel = dev::PlanDispatchKernel<dev::DispatchExpertLayout<Config, RowType>,
+                                         dev::PlanExpertLayout<PlanConfig>>;
   return simulated_kernel_of<Kernel, Config>(params);
 }
 

@@ -11,16 +11,27 @@ using Config = dev::DispatchConfig<kCompiledDispatch.num_warps,
                                    kDispatchSegmentBytes>;
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
-template <typename Row>
-using KernelOf = dev::DispatchKernel<Config, typename Row::type>;
+template <typename RowType>
+using ExpertKernel = dev::DispatchKernel<dev::DispatchExpertLayout<Config, RowType>>;
+template <typename RowType>
+using RankKernel = dev::DispatchKernel<dev::DispatchRankLayout<Config, RowType>>;
+
+template <typename RowType>
+cudaError_t load() {
+  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, DispatchParams>();
+}
+
+template <typename RowType>
+cudaError_t launch(const DispatchParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
+}
 
 }  // namespace
 
 int32_t shared_bytes_of_dispatch() { return sizeof(Config::SharedStorage); }
 
 cudaError_t load_dispatch() {
-  return load_row_types(
-      [](auto row) { return load_kernel<KernelOf<decltype(row)>, Config, DispatchParams>(); });
+  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
 }
 
 cudaError_t launch_dispatch(const DispatchParams& params,
@@ -28,7 +39,7 @@ cudaError_t launch_dispatch(const DispatchParams& params,
                             cudaStream_t stream) {
   if (products_of(params.op) != 0) return launch_dispatch_products(params, shape, stream);
   return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch_kernel<KernelOf<decltype(row)>, Config>(params, shape, stream);
+    return launch<typename decltype(row)::type>(params, shape, stream);
   });
 }
 

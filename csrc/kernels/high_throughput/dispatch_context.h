@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the senders and the receivers of a dispatch share: the sizes of the call, and how rows lie
-// in operands, in staging and in results.
+// What the senders, the receivers and the layouts of a dispatch share: the sizes of the call, and
+// how rows lie in operands, in staging and in results.
 //
 // Rows whose bytes are a multiple of 16 travel by bulk copies through shared memory; others element
 // by element.
@@ -57,7 +57,6 @@ struct DispatchContext {
                                      : 16 / static_cast<i32>(sizeof(Element));
   }
   JAX_EP_DEVICE static i32 min_of(i32 a, i32 b) { return a < b ? a : b; }
-  JAX_EP_DEVICE bool is_rank_major() const { return shape.layout == Layout::kRank; }
   JAX_EP_DEVICE bool fp8_wire() const { return !Config::kProducts && op.wire == Wire::kFloat8E4M3; }
   JAX_EP_DEVICE bool weighted() const { return Config::kProducts && op.weighted; }
   JAX_EP_DEVICE bool with_dots() const { return Config::kProducts && op.with_dots; }

@@ -13,21 +13,32 @@ using Config = dev::DispatchConfig<kCompiledDispatch.num_warps,
                                    kDispatchSegmentBytes,
                                    /*kMakesProducts=*/true>;
 
-template <typename Row>
-using KernelOf = dev::DispatchKernel<Config, typename Row::type>;
+template <typename RowType>
+using ExpertKernel = dev::DispatchKernel<dev::DispatchExpertLayout<Config, RowType>>;
+template <typename RowType>
+using RankKernel = dev::DispatchKernel<dev::DispatchRankLayout<Config, RowType>>;
+
+template <typename RowType>
+cudaError_t load() {
+  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, DispatchParams>();
+}
+
+template <typename RowType>
+cudaError_t launch(const DispatchParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
+}
 
 }  // namespace
 
 cudaError_t load_dispatch_products() {
-  return load_row_types(
-      [](auto row) { return load_kernel<KernelOf<decltype(row)>, Config, DispatchParams>(); });
+  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
 }
 
 cudaError_t launch_dispatch_products(const DispatchParams& params,
                                      const LaunchShape& shape,
                                      cudaStream_t stream) {
   return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch_kernel<KernelOf<decltype(row)>, Config>(params, shape, stream);
+    return launch<typename decltype(row)::type>(params, shape, stream);
   });
 }
 

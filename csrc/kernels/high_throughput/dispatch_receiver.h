@@ -11,10 +11,13 @@
 
 namespace jax_ep::dev {
 
-template <typename Config, typename RowType>
+// `RowLayout` is DispatchExpertLayout or DispatchRankLayout.
+template <typename RowLayout>
 class DispatchReceiver {
+  using Context = typename RowLayout::Context;
+
  public:
-  JAX_EP_DEVICE explicit DispatchReceiver(DispatchContext<Config, RowType>& context)
+  JAX_EP_DEVICE explicit DispatchReceiver(Context& context)
       : c_(context), calls_tail_(c_.exchange.has_tail() && !c_.exchange.in_tail()) {}
 
   JAX_EP_DEVICE void receive() {
@@ -48,8 +51,8 @@ class DispatchReceiver {
       c_.exchange.poison(static_cast<Element*>(c_.op.rows), elements);
     }
     if (c_.op.num_scalars > 0) {
-      const i64 scalars = c_.is_rank_major() ? c_.num_topk : 1;
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_scalars), capacity * scalars);
+      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_scalars),
+                         capacity * layout().scalars_per_row());
     }
     if (c_.with_dots()) {
       c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_dots), capacity);
@@ -57,7 +60,11 @@ class DispatchReceiver {
   }
 
  private:
+  using Config = typename RowLayout::Config;
+  using RowType = typename RowLayout::RowType;
   using Element = typename RowType::Element;
+
+  JAX_EP_DEVICE RowLayout layout() const { return RowLayout(c_); }
 
   // In the order in which chunks arrive; each rank begins with itself. A warp takes one token of a
   // chunk, not all, so that all warps end at about the same time.
@@ -93,7 +100,8 @@ class DispatchReceiver {
   }
 
   JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
-    return row_of_lane(c_.shape, c_.shape.layout, Ptr<const i32>{c_.op.source_slot}, source, token);
+    return row_of_lane(
+        c_.shape, RowLayout::kLayout, Ptr<const i32>{c_.op.source_slot}, source, token);
   }
 
   JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {
@@ -153,16 +161,8 @@ class DispatchReceiver {
 
   JAX_EP_DEVICE void expand_scalars(i32 source, i64 token, i32 row) {
     if (c_.op.num_scalars == 0) return;
-    const u32 lane = lane_id();
-    const Ptr<float> scalars =
-        staged_scalars(c_.exchange.view(), c_.rank, source, token, c_.num_topk);
-    if (!c_.is_rank_major()) {
-      if (row >= 0) st(Ptr<float>{c_.op.row_scalars} + row, ld(scalars + lane));
-      return;
-    }
-    const auto to = static_cast<i32>(warp_shfl(static_cast<u32>(row), 0));
-    if (to < 0 || lane >= static_cast<u32>(c_.num_topk)) return;
-    st(Ptr<float>{c_.op.row_scalars} + (i64{to} * c_.num_topk + lane), ld(scalars + lane));
+    layout().expand_scalars(
+        row, {staged_scalars(c_.exchange.view(), c_.rank, source, token, c_.num_topk).raw});
   }
 
   JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
@@ -204,7 +204,7 @@ class DispatchReceiver {
   }
 
   JAX_EP_DEVICE void clear_row(i64 row) {
-    const i32 scalars = c_.is_rank_major() ? c_.num_topk : 1;
+    const i32 scalars = layout().scalars_per_row();
     if (c_.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
       st(Ptr<float>{c_.op.row_scalars} + (row * scalars + lane_id()), 0.0F);
     }
@@ -225,7 +225,7 @@ class DispatchReceiver {
     }
   }
 
-  DispatchContext<Config, RowType>& c_;
+  Context& c_;
   bool calls_tail_;
   RowProducts<Config, RowType> products_{c_};
 };

@@ -13,12 +13,14 @@
 
 namespace jax_ep::dev {
 
-// Of the selections of a token they read the slots, or not if `kPlanned` is false: then the plan is
-// being made at the same time.
-template <typename Config, typename RowType, bool kPlanned = true>
+// `RowLayout` is DispatchExpertLayout or DispatchRankLayout. Of the selections of a token they read
+// the slots, or not if `kPlanned` is false: then the plan is being made at the same time.
+template <typename RowLayout, bool kPlanned = true>
 class DispatchSender {
+  using Context = typename RowLayout::Context;
+
  public:
-  JAX_EP_DEVICE explicit DispatchSender(DispatchContext<Config, RowType>& context) : c_(context) {}
+  JAX_EP_DEVICE explicit DispatchSender(Context& context) : c_(context) {}
 
   JAX_EP_DEVICE void send() {
     send_chunks();
@@ -28,6 +30,7 @@ class DispatchSender {
   }
 
  private:
+  using RowType = typename RowLayout::RowType;
   using Element = typename RowType::Element;
   using TokenSelections = std::conditional_t<kPlanned, Selections, UnplannedSelections>;
 
@@ -131,24 +134,7 @@ class DispatchSender {
     const float scalar =
         is_selection ? ld(Ptr<const float>{c_.op.token_scalars} + (token * c_.num_topk + lane))
                      : 0.0F;
-    if (!c_.is_rank_major()) {
-      const u32 position = selections.position(c_.num_topk);
-      if (!selections.live()) return;
-      put_scalar(c_.exchange.view(), selections.dest(), token, c_.num_topk, position, scalar);
-      return;
-    }
-    u32 leaders = warp_ballot(selections.leads());
-    for (; leaders != 0; leaders &= leaders - 1) {
-      const auto dest =
-          static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
-      if (!is_selection) continue;
-      put_scalar(c_.exchange.view(),
-                 dest,
-                 token,
-                 c_.num_topk,
-                 lane,
-                 selections.dest() == dest ? scalar : 0.0F);
-    }
+    RowLayout(c_).send_scalars(selections, token, scalar);
   }
 
   JAX_EP_DEVICE void send_elements(const TokenSelections& selections, i64 token) {
@@ -182,7 +168,7 @@ class DispatchSender {
     }
   }
 
-  DispatchContext<Config, RowType>& c_;
+  Context& c_;
   i32 unannounced_ = -1;  // a chunk that is sent, and not yet said to be; -1: none
   i32 segments_since_ = 0;
 };

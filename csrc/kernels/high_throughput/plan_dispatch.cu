@@ -12,33 +12,23 @@ using Config = dev::DispatchConfig<kCompiledDispatch.num_warps,
 using PlanConfig = dev::PlanInDispatchConfig<Config>;
 static_assert(PlanConfig::kMaxBins == kMaxPlanDispatchBins);
 
-template <typename RowType, typename RowLayout>
-using Kernel = dev::PlanDispatchKernel<Config, RowType, RowLayout>;
+template <typename RowType>
+using ExpertKernel = dev::PlanDispatchKernel<dev::DispatchExpertLayout<Config, RowType>,
+                                             dev::PlanExpertLayout<PlanConfig>>;
+template <typename RowType>
+using RankKernel = dev::PlanDispatchKernel<dev::DispatchRankLayout<Config, RowType>,
+                                           dev::PlanRankLayout<PlanConfig>>;
 
 template <typename RowType>
 cudaError_t load() {
-  using dev::PlanExpertLayout, dev::PlanRankLayout;
-  if (cudaError_t e =
-          load_kernel<Kernel<RowType, PlanExpertLayout<PlanConfig>>, Config, PlanDispatchParams>();
-      e != cudaSuccess)
-    return e;
-  return load_kernel<Kernel<RowType, PlanRankLayout<PlanConfig>>, Config, PlanDispatchParams>();
+  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, PlanDispatchParams>();
 }
 
 template <typename RowType>
 cudaError_t launch(const PlanDispatchParams& params,
                    const LaunchShape& shape,
                    cudaStream_t stream) {
-  using dev::PlanExpertLayout, dev::PlanRankLayout;
-  switch (shape_of(params.op).layout) {
-    case Layout::kExpert:
-      return launch_kernel<Kernel<RowType, PlanExpertLayout<PlanConfig>>, Config>(
-          params, shape, stream);
-    case Layout::kRank:
-      return launch_kernel<Kernel<RowType, PlanRankLayout<PlanConfig>>, Config>(
-          params, shape, stream);
-  }
-  return cudaErrorInvalidValue;
+  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_
 
+#include "csrc/kernels/high_throughput/dispatch_expert_layout.h"
+#include "csrc/kernels/high_throughput/dispatch_rank_layout.h"
 #include "csrc/kernels/high_throughput/dispatch_receiver.h"
 #include "csrc/kernels/high_throughput/dispatch_sender.h"
 #include "csrc/kernels/high_throughput/plan_dispatch_config.h"
@@ -14,9 +16,12 @@
 
 namespace jax_ep::dev {
 
-// `RowLayout` is PlanExpertLayout or PlanRankLayout of PlanInDispatchConfig<Config>.
-template <typename Config, typename RowType, typename RowLayout>
+// One layout, as what a dispatch and what a plan does in it: `RowLayout` is DispatchExpertLayout or
+// DispatchRankLayout, and `PlanLayout` PlanExpertLayout or PlanRankLayout of PlanInDispatchConfig.
+template <typename RowLayout, typename PlanLayout>
 class PlanDispatchKernel {
+  static_assert(RowLayout::kLayout == PlanLayout::kLayout);
+
  public:
   static constexpr bool kHasTail = true;
 
@@ -27,14 +32,14 @@ class PlanDispatchKernel {
         dispatch_(params.op.dispatch, exchange_.with_flags_from(kRowFlags), params.num_senders) {}
 
   JAX_EP_DEVICE void run() {
-    DispatchReceiver<Config, RowType> receiver(dispatch_);
+    DispatchReceiver<RowLayout> receiver(dispatch_);
     const bool in_tail = exchange_.in_tail();
     if (exchange_.closed()) {
       if (!in_tail) leave_no_results();
       return;
     }
     if (!in_tail && warp_id() < dispatch_.num_senders) {
-      DispatchSender<Config, RowType, false>(dispatch_).send();
+      DispatchSender<RowLayout, false>(dispatch_).send();
     } else if (!in_tail) {
       make_plan();
     }
@@ -45,12 +50,12 @@ class PlanDispatchKernel {
   }
 
  private:
-  using Warps = typename RowLayout::Config::Warps;
+  using Warps = typename PlanLayout::Config::Warps;
 
   JAX_EP_DEVICE void make_plan() {
     const Warps warps(dispatch_.num_senders);
-    typename RowLayout::Context plan(op_.plan, exchange_, warps, RowLayout::kLayout);
-    take_plan_steps<RowLayout>(plan);
+    typename PlanLayout::Context plan(op_.plan, exchange_, warps, PlanLayout::kLayout);
+    take_plan_steps<PlanLayout>(plan);
     // The tables are in stages: what is loaded into these comes after what was stored there.
     fence_proxy_async_shared();
     exchange_.announce_plan(warps);
@@ -58,15 +63,15 @@ class PlanDispatchKernel {
 
   // All threads of the main blocks.
   JAX_EP_DEVICE void leave_no_results() {
-    typename RowLayout::Context plan(op_.plan, exchange_, Warps(0), RowLayout::kLayout);
-    PlanAssigner<RowLayout>(plan).poison_results();
-    DispatchReceiver<Config, RowType>(dispatch_).poison_results();
+    typename PlanLayout::Context plan(op_.plan, exchange_, Warps(0), PlanLayout::kLayout);
+    PlanAssigner<PlanLayout>(plan).poison_results();
+    DispatchReceiver<RowLayout>(dispatch_).poison_results();
     exchange_.report_closed();
   }
 
   const PlanDispatchOp& op_;
   const Exchange exchange_;
-  DispatchContext<Config, RowType> dispatch_;
+  typename RowLayout::Context dispatch_;
 };
 
 }  // namespace jax_ep::dev

@@ -58,6 +58,8 @@ DISPATCH = KERNELS + "dispatch_kernel.h"
 SENDER = KERNELS + "dispatch_sender.h"
 RECEIVER = KERNELS + "dispatch_receiver.h"
 CONTEXT = KERNELS + "dispatch_context.h"
+DISPATCH_EXPERT = KERNELS + "dispatch_expert_layout.h"
+DISPATCH_RANK = KERNELS + "dispatch_rank_layout.h"
 PRODUCTS = KERNELS + "dispatch_products.h"
 COMBINE = KERNELS + "combine_kernel.h"
 COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
@@ -69,6 +71,8 @@ def operations(path: str) -> list[str]:
     of_dispatch = (
         DISPATCH,
         CONTEXT,
+        DISPATCH_EXPERT,
+        DISPATCH_RANK,
         SENDER,
         RECEIVER,
         PRODUCTS,
@@ -205,9 +209,9 @@ MUTANTS = [
     Mutant("a closed group's kernel runs (plan_dispatch)", PLAN_DISPATCH,
            "if (exchange_.closed()) {", "if (false) {", mishaps=True),
     Mutant("a closed group's kernel leaves the plan as it is", PLAN_DISPATCH,
-           "PlanAssigner<RowLayout>(plan).poison_results();", "", mishaps=True),
+           "PlanAssigner<PlanLayout>(plan).poison_results();", "", mishaps=True),
     Mutant("a closed group's kernel leaves the rows as they are", PLAN_DISPATCH,
-           "DispatchReceiver<Config, RowType>(dispatch_).poison_results();", "", mishaps=True),
+           "DispatchReceiver<RowLayout>(dispatch_).poison_results();", "", mishaps=True),
     Mutant("a closed group's kernel runs (combine)", COMBINE,
            "if (c_.exchange.closed()) return leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel says nothing", EXCHANGE,
@@ -273,6 +277,14 @@ MUTANTS = [
            "exchange.wait_arrived(source, flag_idx > 0 ? flag_idx - 1 : 0)"),
     Mutant("wrong slot", SELECTIONS, "(1U << lane) - 1",
            "(2U << lane) - 1"),
+    Mutant("scalars lie in the order of a token's selections", DISPATCH_EXPERT,
+           "= selections.position(c_.num_topk);", "= lane_id();"),
+    _removed("check that a lane has a row for its scalar", DISPATCH_EXPERT, "if (row >= 0)"),
+    Mutant("a rank gets the scalars of other ranks' selections", DISPATCH_RANK,
+           "selections.dest() == dest ? scalar : 0.0F", "scalar"),
+    Mutant("scalars of a token that has no row are written", DISPATCH_RANK, "only < 0 ||", ""),
+    Mutant("of a row without token one scalar is cleared", DISPATCH_RANK, "return c_.num_topk;",
+           "return 1;"),
     # --- products of dispatch ----------------------------------------------------------------------
     _removed("start of a dot product anew", PRODUCTS, "if (segment == 0) dot_ = 0.0F;"),
     Mutant("a dot product is summed by several warps", CONTEXT, "bulk && !with_dots(),", "bulk,",
