@@ -37,10 +37,11 @@ BANNED = re.compile(
 
 
 def sources(folders: tuple[str, ...]) -> Iterator[pathlib.Path]:
-    """Yields the C++ and CUDA sources directly in the folders."""
+    """Yields the C++ and CUDA sources in the folders, but for tests."""
     for folder in folders:
-        for path in sorted((ROOT / folder).glob("*")):
-            if path.suffix in {".cc", ".cu", ".cuh", ".h"}:
+        for path in sorted((ROOT / folder).rglob("*")):
+            is_test = "tests" in path.relative_to(ROOT).parts
+            if path.suffix in {".cc", ".cu", ".cuh", ".h"} and not is_test:
                 yield path
 
 
