@@ -10,6 +10,7 @@ set(JAX_EP_CUDA AUTO CACHE STRING
 # Machine code for 9.0, and for 10.0 and 10.3, which share it; PTX for what comes. No `a` or `f`: the
 # kernels use no feature of one architecture or family, so their machine code would be the same, and
 # PTX with such features runs on nothing newer.
+option(JAX_EP_CUDA_LINE_INFO "Let profilers and sanitizers name lines of the CUDA kernels" ON)
 set(JAX_EP_CUDA_ARCHS "90-real;100-real;90-virtual" CACHE STRING
   "What the kernels are compiled for, as CMAKE_CUDA_ARCHITECTURES takes it")
 option(JAX_EP_PTXAS_VERBOSE "Print the registers, memory and spills of each kernel" OFF)
