@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/design/protocol.md and docs/design/kernels.md say what the kernels' sources say."""
 
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -68,9 +69,14 @@ def test_a_header_that_marks_no_region_as_the_ranks_own_is_an_error(
 
 def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
     shape = heap_table.HeapShape(6, 30, 5, 1001, 333, 4)
-    sizes = heap_table.region_bytes(shape)
-    assert list(sizes.values()) == [24, 4, 24, 196608, 120120, 120120, 8072064, 46080, 120]
-    assert heap_table.heap_bytes(shape) == 8556544
+    sizes = list(heap_table.region_bytes(shape).values())
+    assert sizes[:7] == [48, 4, 48, 393216, 120120, 120120, 8072064]
+    assert sizes[7:] == [0, 0, 0, 46080, 120]
+    assert heap_table.heap_bytes(shape) == 8753152
+    low_latency = dataclasses.replace(shape, low_latency_tokens=9)
+    sizes = list(heap_table.region_bytes(low_latency).values())
+    assert sizes[7:] == [1536, 2880, 193536, 46080, 120]
+    assert heap_table.heap_bytes(low_latency) == 8951296
 
 
 def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):
@@ -122,10 +128,13 @@ def test_the_page_has_the_warps_that_are_compiled():
     (few, bins), (many, _) = re.findall(r"{\.num_warps = (\d+), \.max_bins = ([^}]*)}", configs)
     assert f"| plan, up to {int(bins):,} bins | {few} |" in page
     assert f"| plan, more | {many} |" in page
-    transfers = re.findall(r"kCompiled(\w+){\.num_warps = (\d+), \.num_stages", configs)
-    assert len(transfers) == 2
-    for name, warps in transfers:
-        assert f"| {name.lower()} | {warps} |" in page
+    transfers = dict(re.findall(r"kCompiled(\w+){\.num_warps = (\d+), \.num_stages", configs))
+    assert f"| dispatch | {transfers.pop('Dispatch')} |" in page
+    assert f"| combine | {transfers.pop('Combine')} |" in page
+    low_latency = (ROOT / "docs" / "design" / "low_latency.md").read_text()
+    assert transfers.keys() == {"LowLatencyDispatch", "LowLatencyCombine"}
+    (warps,) = set(transfers.values())
+    assert f"a block has {warps} warps" in low_latency
 
 
 # --- memory order ------------------------------------------------------------------------------

@@ -24,7 +24,13 @@ from collections.abc import Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "kernels" / "ptx_table.txt"
-SOURCES = ("plan", "dispatch", "dispatch_products", "plan_dispatch", "combine")
+SOURCES = (
+    *(
+        f"high_throughput/{name}"
+        for name in ("plan", "dispatch", "dispatch_products", "plan_dispatch", "combine")
+    ),
+    *("low_latency/dispatch", "low_latency/combine"),
+)
 # What of csrc/kernels/CMakeLists.txt makes another program; and the PTX that wheels have.
 FLAGS = ("-std=c++20", "--expt-relaxed-constexpr", "-fmad=false", "-O3", "-arch=compute_90")
 HEAD = """\
@@ -133,8 +139,8 @@ def compile_ptx(nvcc: str, jobs: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(source: str) -> str:
-            out = pathlib.Path(folder, f"{source}.ptx")
-            path = ROOT / "csrc" / "kernels" / "high_throughput" / f"{source}.cu"
+            out = pathlib.Path(folder, f"{source.replace('/', '_')}.ptx")
+            path = ROOT / "csrc" / "kernels" / f"{source}.cu"
             command = [nvcc, "-ptx", *FLAGS, f"-I{ROOT}", str(path), "-o", str(out)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:

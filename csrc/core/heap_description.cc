@@ -26,6 +26,11 @@ constexpr Words kWords[kNumRegions] = {
     {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
     {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},
     {"rows", "bytes [R, max_tokens, row_stride]", "rows on their way, FP8 rows with their scales"},
+    {"expert_packets", "packets [banks, R, expert_packets]", "topk_idx, of low-latency exchanges"},
+    {"scalar_packets",
+     "packets [banks, R, scalar_packets]",
+     "scalars that travel with rows, likewise"},
+    {"row_packets", "packets [banks, R, ll_tokens, row_packets]", "rows on their way, likewise"},
     {"counts", "u32 [bins, R, tiles]", "selections per bin and tile, then first positions"},
     {"totals", "u32 [bins]", "selections per bin"},
 };
@@ -67,6 +72,11 @@ Status check_heap_shape(const HeapShape& shape) {
   }
   JAX_EP_RETURN_IF_ERROR(check_range("num_topk", shape.num_topk, kMaxTopk));
   JAX_EP_RETURN_IF_ERROR(check_range("max_tokens_per_rank", shape.max_tokens, kMaxTokens));
+  const int64_t most = std::min(kMaxLowLatencyTokens, shape.max_tokens);
+  if (shape.low_latency_tokens < 0 || shape.low_latency_tokens > most) {
+    return out_of_range(
+        "low_latency_tokens", shape.low_latency_tokens, "0 to " + std::to_string(most));
+  }
   return check_range("hidden", shape.hidden, std::numeric_limits<int32_t>::max());
 }
 
@@ -96,8 +106,11 @@ std::string heap_needs(const HeapShape& shape) {
     text += std::string(regions[i].name) + " " + bytes_text(regions[i].bytes) + " (" +
             regions[i].shape + ")";
   }
-  return text + "; lower max_tokens_per_rank (" + std::to_string(shape.max_tokens) +
-         ") or hidden (" + std::to_string(shape.hidden) + ")";
+  text += "; lower max_tokens_per_rank (" + std::to_string(shape.max_tokens) + ")";
+  if (shape.low_latency_tokens > 0) {
+    text += ", low_latency_tokens (" + std::to_string(shape.low_latency_tokens) + ")";
+  }
+  return text + " or hidden (" + std::to_string(shape.hidden) + ")";
 }
 
 }  // namespace jax_ep

@@ -12,6 +12,7 @@
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/limits.h"
+#include "csrc/core/low_latency.h"
 #include "csrc/core/protocol.h"
 #include "csrc/core/work_partition.h"
 
@@ -27,6 +28,8 @@ struct HeapShape {
   DType dtype = DType::kFloat32;
   Wire wire = Wire::kSame;
   Layout layout = Layout::kExpert;
+  // T of any low-latency call is at most this, which is at most max_tokens; 0: there are none.
+  int64_t low_latency_tokens = 0;
 };
 
 // The regions, in the order in which they lie in the heap.
@@ -38,11 +41,14 @@ enum class Region : int32_t {
   kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
   kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
   kRows,     // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
+  kExpertPackets,  // packets [banks, R, expert_packets]: topk_idx, of low-latency exchanges
+  kScalarPackets,  // packets [banks, R, scalar_packets]: scalars that travel with rows, likewise
+  kRowPackets,     // packets [banks, R, ll_tokens, row_packets]: rows on their way, likewise
   // From here on the rank's own.
   kCounts,  // u32 [bins, R, tiles]: selections per bin and tile, then the first position of each
   kTotals,  // u32 [bins]: selections per bin
 };
-inline constexpr int32_t kNumRegions = 9;
+inline constexpr int32_t kNumRegions = 12;
 inline constexpr int32_t kFirstOwnRegion = static_cast<int32_t>(Region::kCounts);
 
 struct RegionInfo {
@@ -59,6 +65,10 @@ struct HeapLayout {
   int64_t bytes[kNumRegions];
   int64_t row_stride;  // bytes from a staged row to the next, a multiple of 16
   int64_t max_tokens;
+  int64_t low_latency_tokens;
+  int64_t expert_packets;  // that a bank has room for, of each rank; and so on
+  int64_t scalar_packets;
+  int64_t row_packets;  // of a row
   int64_t peer_bytes;   // the part that peers map
   int64_t total_bytes;  // of the heap
 
@@ -76,6 +86,11 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   // An FP8 row with its scales is never longer.
   layout.row_stride = align_up(shape.hidden * size_bytes(shape.dtype), 16);
   layout.max_tokens = tokens;
+  const int64_t ll_tokens = shape.low_latency_tokens;
+  layout.low_latency_tokens = ll_tokens;
+  layout.expert_packets = num_expert_packets(ll_tokens * topk);
+  layout.scalar_packets = num_scalar_packets(ll_tokens * topk);
+  layout.row_packets = num_packets(layout.row_stride);
   const int64_t bytes[kNumRegions] = {
       4 * channels * ranks,
       4,
@@ -84,6 +99,9 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
       4 * ranks * tokens * topk,
       4 * ranks * tokens * topk,
       ranks * tokens * layout.row_stride,
+      16 * kLowLatencyBanks * ranks * layout.expert_packets,
+      16 * kLowLatencyBanks * ranks * layout.scalar_packets,
+      16 * kLowLatencyBanks * ranks * ll_tokens * layout.row_packets,
       4 * ranks * max_num_tiles(tokens, shape.num_ranks) * bins,
       4 * bins,
   };

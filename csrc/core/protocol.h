@@ -31,8 +31,8 @@ static_assert(kNumOps < kMaxOps, "the words of this header have a byte for an op
 
 // Exchanges of one channel follow each other; those of different channels may be in flight at once.
 // Each channel has its own epoch, flags and acknowledgments.
-enum class Channel : uint32_t { kHighThroughput = 0 };
-inline constexpr uint32_t kNumChannels = 1;
+enum class Channel : uint32_t { kHighThroughput = 0, kLowLatency = 1 };
+inline constexpr uint32_t kNumChannels = 2;
 
 // --- which call it is ----------------------------------------------------------------------------
 

@@ -94,6 +94,32 @@ template <Scope kScope, typename T>
 JAX_EP_DEVICE void st_relaxed(Ptr<T> to, std::type_identity_t<T> value) {
   WordRef<kScope, T>(*to.raw).store(value, cuda::memory_order_relaxed);
 }
+// sm_70. An access of type .b128 is a single one, which those of vectors are not. CCCL of CUDA 13.0
+// has it, but writes the operands of the load in the wrong order, which ptxas refuses.
+JAX_EP_DEVICE Packet ld_packet(Ptr<const Packet> from) {
+  u64 low;
+  u64 high;
+  asm volatile(
+      "{\n\t.reg .b128 packet;\n\t"
+      "ld.relaxed.sys.global.b128 packet, [%2];\n\t"
+      "mov.b128 {%0, %1}, packet;\n}"
+      : "=l"(low), "=l"(high)
+      : "l"(__cvta_generic_to_global(from.raw))
+      : "memory");
+  return {{static_cast<u32>(low), static_cast<u32>(low >> 32), static_cast<u32>(high)},
+          static_cast<u32>(high >> 32)};
+}
+JAX_EP_DEVICE void st_packet(Ptr<Packet> to, const Packet& packet) {
+  const u64 low = packet.data[0] | u64{packet.data[1]} << 32;
+  const u64 high = packet.data[2] | u64{packet.flag} << 32;
+  asm volatile(
+      "{\n\t.reg .b128 packet;\n\t"
+      "mov.b128 packet, {%1, %2};\n\t"
+      "st.relaxed.sys.global.b128 [%0], packet;\n}" ::"l"(__cvta_generic_to_global(to.raw)),
+      "l"(low),
+      "l"(high)
+      : "memory");
+}
 template <Scope kScope>
 JAX_EP_DEVICE u32 fetch_add_acq_rel(Ptr<u32> to, u32 value) {
   return WordRef<kScope, u32>(*to.raw).fetch_add(value, cuda::memory_order_acq_rel);

@@ -67,6 +67,8 @@ class Exchange {
   }
 
   JAX_EP_DEVICE const RankView& view() const { return view_; }
+  JAX_EP_DEVICE OpKind op() const { return op_; }
+  JAX_EP_DEVICE u32 epoch() const { return epoch_; }
 
   JAX_EP_DEVICE u32 num_main() const { return static_cast<u32>(blocks_.num_main); }
   JAX_EP_DEVICE bool has_tail() const { return blocks_.num_tail > 0; }
@@ -210,6 +212,13 @@ class Exchange {
   // All threads of all blocks, last thing in the kernel; every thread has waited for its own
   // copies.
   JAX_EP_DEVICE void finish() const {
+    finish([this] {
+      share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
+    });
+  }
+  // The same; what a warp does when all blocks have come is `close_up()`.
+  template <typename CloseUp>
+  JAX_EP_DEVICE void finish(const CloseUp& close_up) const {
     block_sync();
     if (warp_id() != 0) return;
     u32 blocks_before = 0;
@@ -222,7 +231,7 @@ class Exchange {
     blocks_before = warp_shfl(blocks_before, 0);
     if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return;
     warp_sync();
-    share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
+    close_up();
     if (lane_id() != 0) return;
     // Two kernels that overlap by less than the first one's look at kRunning.
     if (ld(control(view_, channel_, ChannelControl::kEpoch)) + 1 != epoch_)
@@ -280,13 +289,9 @@ class Exchange {
 
 // The exchange of a kernel's operation. All threads, first thing in the kernel.
 template <typename Op>
-JAX_EP_DEVICE Exchange exchange_of(const KernelParams<Op>& params) {
-  return {params.view,
-          params.blocks,
-          Channel::kHighThroughput,
-          Op::kKind,
-          params.call_tag,
-          params.program_rank};
+JAX_EP_DEVICE Exchange exchange_of(const KernelParams<Op>& params,
+                                   Channel channel = Channel::kHighThroughput) {
+  return {params.view, params.blocks, channel, Op::kKind, params.call_tag, params.program_rank};
 }
 
 }  // namespace jax_ep::dev

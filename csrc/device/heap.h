@@ -66,6 +66,25 @@ JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 so
          staged(view, source, token) * view.layout.row_stride;
 }
 
+// Packets of a low-latency exchange that `source` sent to `holder`: of its routing, its scalars,
+// and the row of a token (dispatch), or the sum of a token of the holder (combine).
+JAX_EP_DEVICE i64 packet_source(const RankView& view, u32 epoch, i32 source) {
+  return i64{bank_of_epoch(epoch)} * view.num_ranks + source;
+}
+JAX_EP_DEVICE Ptr<Packet> expert_packets(const RankView& view, i32 holder, u32 epoch, i32 source) {
+  return region<Packet>(view, holder, Region::kExpertPackets) +
+         packet_source(view, epoch, source) * view.layout.expert_packets;
+}
+JAX_EP_DEVICE Ptr<Packet> scalar_packets(const RankView& view, i32 holder, u32 epoch, i32 source) {
+  return region<Packet>(view, holder, Region::kScalarPackets) +
+         packet_source(view, epoch, source) * view.layout.scalar_packets;
+}
+JAX_EP_DEVICE Ptr<Packet> row_packets(
+    const RankView& view, i32 holder, u32 epoch, i32 source, i64 token) {
+  const i64 row = packet_source(view, epoch, source) * view.layout.low_latency_tokens + token;
+  return region<Packet>(view, holder, Region::kRowPackets) + row * view.layout.row_packets;
+}
+
 // All lanes of a warp: writes zeros, a T at a time.
 template <typename T>
 JAX_EP_DEVICE void clear(Ptr<std::byte> to, i64 bytes) {

@@ -60,6 +60,21 @@ JAX_EP_DEVICE void put_segment(
   bulk_store(peer_row(view, peer, token) + offset, stage, bytes);
 }
 
+// --- packets of a low-latency exchange -----------------------------------------------------------
+
+JAX_EP_DEVICE void put_expert_packet(
+    const RankView& view, i32 peer, u32 epoch, i64 i, const Packet& packet) {
+  st_packet(expert_packets(view, peer, epoch, view.rank) + i, packet);
+}
+JAX_EP_DEVICE void put_scalar_packet(
+    const RankView& view, i32 peer, u32 epoch, i64 i, const Packet& packet) {
+  st_packet(scalar_packets(view, peer, epoch, view.rank) + i, packet);
+}
+// Where the packets of a row, or a sum, go.
+JAX_EP_DEVICE Ptr<Packet> peer_row_packets(const RankView& view, i32 peer, u32 epoch, i64 token) {
+  return row_packets(view, peer, epoch, view.rank, token);
+}
+
 // --- words ---------------------------------------------------------------------------------------
 
 JAX_EP_DEVICE void put_arrived(

@@ -74,6 +74,13 @@ struct alignas(16) Vec16 {
   u32 word[4];
 };
 
+// 16 bytes that are stored and loaded at once, with the flag that says of what they are: who sees
+// the flag has the data.
+struct alignas(16) Packet {
+  u32 data[3];
+  u32 flag;
+};
+
 // The address of an object in global or shared memory. It has no operator*: use ld and st.
 template <typename T>
 struct Ptr {

@@ -128,6 +128,15 @@ template <Scope kScope, StronglyAccessible T>
 void st_relaxed(Ptr<T> to, std::type_identity_t<T> value, Location at = Location::current()) {
   sim::ops::store(to.raw, &value, sizeof value, sim::Order::kRelaxed, memory_scope(kScope), at);
 }
+inline Packet ld_packet(Ptr<const Packet> from, Location at = Location::current()) {
+  Packet packet;
+  sim::ops::load(
+      from.raw, &packet, sizeof packet, sim::Order::kRelaxed, sim::MemoryScope::kSys, at);
+  return packet;
+}
+inline void st_packet(Ptr<Packet> to, const Packet& packet, Location at = Location::current()) {
+  sim::ops::store(to.raw, &packet, sizeof packet, sim::Order::kRelaxed, sim::MemoryScope::kSys, at);
+}
 template <Scope kScope>
 u32 fetch_add_acq_rel(Ptr<u32> to, u32 value, Location at = Location::current()) {
   return sim::ops::fetch_add(to.raw, value, sim::Order::kAcquireRelease, memory_scope(kScope), at);

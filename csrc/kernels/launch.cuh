@@ -100,6 +100,8 @@ template <typename ExpertKernel, typename RankKernel, typename Config, typename 
 [[nodiscard]] cudaError_t load_dispatch_products();
 [[nodiscard]] cudaError_t load_combine();
 [[nodiscard]] cudaError_t load_plan_dispatch();
+[[nodiscard]] cudaError_t load_low_latency_dispatch();
+[[nodiscard]] cudaError_t load_low_latency_combine();
 
 // What launch_dispatch launches where the op makes products.
 [[nodiscard]] cudaError_t launch_dispatch_products(const DispatchParams& params,
@@ -110,6 +112,8 @@ template <typename ExpertKernel, typename RankKernel, typename Config, typename 
 [[nodiscard]] int32_t shared_bytes_of_plan();
 [[nodiscard]] int32_t shared_bytes_of_dispatch();
 [[nodiscard]] int32_t shared_bytes_of_combine();
+[[nodiscard]] int32_t shared_bytes_of_low_latency_dispatch();
+[[nodiscard]] int32_t shared_bytes_of_low_latency_combine();
 
 }  // namespace jax_ep
 

@@ -10,11 +10,17 @@ cudaError_t load_kernels() {
   if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
   if (cudaError_t e = load_dispatch_products(); e != cudaSuccess) return e;
   if (cudaError_t e = load_combine(); e != cudaSuccess) return e;
-  return load_plan_dispatch();
+  if (cudaError_t e = load_plan_dispatch(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_low_latency_dispatch(); e != cudaSuccess) return e;
+  return load_low_latency_combine();
 }
 
 int32_t shared_bytes_per_block() {
-  return std::max({shared_bytes_of_plan(), shared_bytes_of_dispatch(), shared_bytes_of_combine()});
+  return std::max({shared_bytes_of_plan(),
+                   shared_bytes_of_dispatch(),
+                   shared_bytes_of_combine(),
+                   shared_bytes_of_low_latency_dispatch(),
+                   shared_bytes_of_low_latency_combine()});
 }
 
 }  // namespace jax_ep

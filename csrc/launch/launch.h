@@ -36,6 +36,15 @@ namespace jax_ep {
                                                const LaunchShape& shape,
                                                cudaStream_t stream);
 
+// The same, and a combine, by the low-latency kernels. cudaErrorInvalidConfiguration also where
+// fits_low_latency (csrc/core/low_latency_fit.h) is false.
+[[nodiscard]] cudaError_t launch_low_latency_dispatch(const PlanDispatchParams& params,
+                                                      const LaunchShape& shape,
+                                                      cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_low_latency_combine(const CombineParams& params,
+                                                     const LaunchShape& shape,
+                                                     cudaStream_t stream);
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_CSRC_LAUNCH_LAUNCH_H_

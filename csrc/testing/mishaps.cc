@@ -12,6 +12,8 @@ bool has(const ErrorRecord& record, WaitTag tag) {
   return record.written == 1 && record.tag == static_cast<uint32_t>(tag);
 }
 
+bool is_low_latency(const Scenario& scenario) { return scenario.groups[0].low_latency_tokens > 0; }
+
 OpKind last_op(const Scenario& scenario) { return scenario.groups[0].steps[0].ops.back(); }
 
 std::string text_of(const ErrorRecord& record) {
@@ -40,10 +42,12 @@ std::string expect_records(const Outcome& outcome, WaitTag tag, const Check& che
 
 std::string judge_missing(const Scenario& scenario, const Outcome& outcome) {
   const size_t exchanges = scenario.groups[0].steps[0].ops.size();
+  // Low-latency exchanges have their flags by turns.
+  const size_t before = is_low_latency(scenario) ? kLowLatencyBanks : 1;
   return expect_records(outcome, WaitTag::kArrived, [&](const ErrorRecord& record) {
     return record.peer == static_cast<uint32_t>(scenario.rank) &&
            record.op == static_cast<uint32_t>(last_op(scenario)) && record.expected == exchanges &&
-           record.seen == exchanges - 1;
+           record.seen == exchanges - before;
   });
 }
 
@@ -137,6 +141,15 @@ std::string judge_wrong_rank(const Scenario& scenario, const Outcome& outcome) {
   return "";
 }
 
+// Where rows are said to come that nobody has sent, it waits for them, and says so at last.
+std::string judge_hostile_handle(const Scenario& scenario, const Outcome& outcome) {
+  if (outcome.report.ok()) return "";
+  if (!is_low_latency(scenario)) return outcome.report.text();
+  return expect_records(outcome, WaitTag::kArrived, [&](const ErrorRecord& record) {
+    return record.op == static_cast<uint32_t>(last_op(scenario));
+  });
+}
+
 // It polls once more, and goes on: what it waited for has come.
 std::string judge_stood_still(const Outcome& outcome) {
   if (!outcome.report.ok()) return outcome.report.text() + "\n" + text_of(outcome.errors[0]);
@@ -165,6 +178,45 @@ Scenario mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t see
       mishap != kHostileHandle && mishap != kOverlap && mishap != kClosedMeanwhile;
   return scenario;
 }
+
+Scenario low_latency_mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t seed) {
+  using enum OpKind;
+  Scenario scenario = mishap_scenario(mishap, last, layout, seed);
+  GroupScenario& group = scenario.groups[0];
+  group.low_latency_tokens = group.max_tokens;
+  ScenarioStep& step = group.steps[0];
+  // A combine of scalars would not be a low-latency one.
+  step.options.scalars = last != kCombine && mishap != kOtherOp;
+  step.ops = {kPlanDispatch, last};
+  return scenario;
+}
+
+namespace {
+
+void append_low_latency_mishaps(std::vector<Scenario>& scenarios, uint64_t seed) {
+  using enum OpKind;
+  for (const Mishap mishap : {kMissing,
+                              kOneImpatient,
+                              kLate,
+                              kOtherOp,
+                              kOtherPlace,
+                              kOtherTokens,
+                              kOverlap,
+                              kHostileHandle,
+                              kClosed,
+                              kClosedMeanwhile,
+                              kWrongRank}) {
+    for (const OpKind last : {kPlanDispatch, kCombine}) {
+      if (last == kPlanDispatch && mishap == kHostileHandle) continue;  // it makes the handle
+      for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+        scenarios.push_back(low_latency_mishap_scenario(mishap, last, layout, seed));
+        scenarios.back().other_op = last == kCombine ? kPlanDispatch : kCombine;
+      }
+    }
+  }
+}
+
+}  // namespace
 
 std::vector<Scenario> all_mishaps(uint64_t seed) {
   using enum OpKind;
@@ -196,6 +248,7 @@ std::vector<Scenario> all_mishaps(uint64_t seed) {
     scenarios.push_back(mishap_scenario(kOtherOp, kPlanDispatch, Layout::kExpert, seed));
     scenarios.back().other_op = other;
   }
+  append_low_latency_mishaps(scenarios, seed);
   return scenarios;
 }
 
@@ -212,8 +265,8 @@ std::string verdict_on(const Scenario& scenario, const Outcome& outcome) {
     case kClosedMeanwhile: return judge_closed_meanwhile(scenario, outcome);
     case kWrongRank: return judge_wrong_rank(scenario, outcome);
     case kStoodStill: return judge_stood_still(outcome);
-    case kNone:
-    case kHostileHandle: break;
+    case kHostileHandle: return judge_hostile_handle(scenario, outcome);
+    case kNone: break;
   }
   return outcome.report.ok() ? "" : outcome.report.text();
 }

@@ -14,6 +14,8 @@ namespace jax_ep {
 
 // An exchange of three ranks whose last operation is `last`, and meets with the mishap.
 Scenario mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t seed);
+// The same of low-latency calls: `last` is kPlanDispatch or kCombine.
+Scenario low_latency_mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t seed);
 
 // Each mishap with each operation and layout that it can happen to.
 std::vector<Scenario> all_mishaps(uint64_t seed);

@@ -37,6 +37,7 @@ class GroupRun {
                "group" + std::to_string(index)),
         arrays_offset_(offset + SimulatedGroup::memory_bytes(heap_shape(mine_))) {
     if (scenario.first_epoch != 0) group_.set_epoch(scenario.first_epoch);
+    if (scenario.stale_packets != 0) group_.fill_packets(scenario.stale_packets);
     const bool reads_anything = scenario.mishap == Mishap::kHostileHandle ||
                                 scenario.mishap == Mishap::kOverlap ||
                                 scenario.mishap == Mishap::kOtherTokens;
@@ -51,6 +52,7 @@ class GroupRun {
 
   // After a run without mishap. The words are hints that nothing waits for, so no result tells.
   std::string check_sent() {
+    if (mine_.low_latency_tokens > 0) return {};  // some calls say nothing of it
     uint32_t epoch = scenario_.first_epoch;
     uint32_t last_told = 0;
     for (const ScenarioStep& step : mine_.steps) {

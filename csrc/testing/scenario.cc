@@ -89,6 +89,23 @@ void make_plans_in_dispatches(std::vector<OpKind>& ops, Draw& draw) {
   ops[0] = kPlanDispatch;
 }
 
+// Heaps with room for low-latency calls of some sizes, and operations that may be such calls; those
+// with more tokens, with rows of odd sizes or with scalars to combine are none, and come between.
+void make_low_latency(Draw& draw, GroupScenario& scenario) {
+  using enum OpKind;
+  const int64_t most = std::min<int64_t>(scenario.max_tokens, kMaxLowLatencyTokens);
+  scenario.low_latency_tokens = draw.one_of<int64_t>({most, most, most / 2 + 1});
+  for (ScenarioStep& step : scenario.steps) {
+    if (step.options.row_weights || step.options.row_dots) continue;
+    step.ops = draw.one_of<std::vector<OpKind>>({{kPlanDispatch, kCombine},
+                                                 {kPlanDispatch},
+                                                 {kPlanDispatch, kCombine, kCombine},
+                                                 {kPlanDispatch, kPlanDispatch, kCombine},
+                                                 {kPlanDispatch, kDispatch, kCombine},
+                                                 {kPlan, kDispatch, kCombine}});
+  }
+}
+
 }  // namespace
 
 const char* name(Mishap mishap) {
@@ -121,7 +138,8 @@ HeapShape heap_shape(const GroupScenario& scenario) {
           .hidden = options.hidden,
           .dtype = options.dtype,
           .wire = options.wire,
-          .layout = options.shape.layout};
+          .layout = options.shape.layout,
+          .low_latency_tokens = scenario.low_latency_tokens};
 }
 
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
@@ -157,6 +175,12 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
   }
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
+  if (!limits.low_latency) return scenario;
+  for (GroupScenario& group : scenario.groups) make_low_latency(others, group);
+  if (others.one_in(4)) {
+    scenario.first_epoch = kClearBankEvery - 2;
+    scenario.stale_packets = kClearBankEvery + others.one_of<uint32_t>({2, 3});
+  }
   return scenario;
 }
 
@@ -165,7 +189,11 @@ std::string describe(const Scenario& scenario) {
       std::to_string(scenario.blocks) + "+" + std::to_string(scenario.tail_blocks) + " blocks";
   if (scenario.mishap != Mishap::kNone) text += std::string(", ") + name(scenario.mishap);
   for (const GroupScenario& group : scenario.groups) {
-    text += "\n  group, chunk target " + std::to_string(group.chunk_target) + ":";
+    text += "\n  group, chunk target " + std::to_string(group.chunk_target);
+    if (group.low_latency_tokens > 0) {
+      text += ", low latency up to " + std::to_string(group.low_latency_tokens) + " tokens";
+    }
+    text += ":";
     for (const ScenarioStep& step : group.steps) {
       text += "\n    " + describe(step.options);
       if (step.x_format == RowFormat::kFloat8E4M3) text += "_fp8in";

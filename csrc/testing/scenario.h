@@ -25,6 +25,7 @@ struct ScenarioStep {
 struct GroupScenario {
   int64_t max_tokens = 1;
   int32_t chunk_target = kChunkTarget;  // few: chunks of several tokens, though batches are small
+  int64_t low_latency_tokens = 0;       // calls of at most so many tokens are low-latency ones
   std::vector<ScenarioStep> steps;      // all with the same rank absent, if one is
 };
 
@@ -51,6 +52,8 @@ struct Scenario {
   uint32_t tail_blocks = 0;           // of dispatch, more
   bool check_races = true;
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
+  // All packets are from the exchange that had this one's flag before; 0: there are none.
+  uint32_t stale_packets = 0;
   Mishap mishap = Mishap::kNone;
   int32_t rank = 1;  // of the mishap
   OpKind other_op = OpKind::kPlan;
@@ -62,6 +65,7 @@ struct ScenarioLimits {
   int64_t max_tokens = 20;
   int32_t steps = 3;
   int32_t groups = 1;
+  bool low_latency = false;  // most calls by the low-latency kernels
 };
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits);
 

@@ -11,10 +11,11 @@ using Config = dev::CombineConfig<3, 4, 1024>;
 template <typename RowType>
 SimulatedKernel kernel_of(CombineParams params) {
   using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
+  using Context = dev::CombineContext<Config, RowType>;
   params.num_senders = 1 + params.view.rank % 2;  // ranks need not agree
   if (params.op.shape.layout == Layout::kRank)
-    return simulated_kernel_of<CombineKernel<CombineRankLayout<Config, RowType>>, Config>(params);
-  return simulated_kernel_of<CombineKernel<CombineExpertLayout<Config, RowType>>, Config>(params);
+    return simulated_kernel_of<CombineKernel<CombineRankLayout<Context>>, Config>(params);
+  return simulated_kernel_of<CombineKernel<CombineExpertLayout<Context>>, Config>(params);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 #include <algorithm>
 
 #include "csrc/core/heap_description.h"
+#include "csrc/core/low_latency_fit.h"
+#include "csrc/device/primitives.h"
 #include "csrc/testing/simulated_kernel.h"
 
 namespace jax_ep {
@@ -14,17 +16,34 @@ constexpr uint64_t kErrorAt = kControlBytes;
 constexpr uint64_t kLongWaitsAt = kErrorAt + 256;
 constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
 
+// Calls of few tokens, if the heaps have room for them.
+template <typename Params>
+bool is_low_latency(const Params& params) {
+  if constexpr (requires { simulated_low_latency_kernel(params); }) {
+    return fits_low_latency(params.view.layout, params.op);
+  }
+  return false;
+}
+template <typename Params>
+SimulatedKernel kernel_of(const Params& params) {
+  if constexpr (requires { simulated_low_latency_kernel(params); }) {
+    if (is_low_latency(params)) return simulated_low_latency_kernel(params);
+  }
+  return simulated_kernel(params);
+}
+
 template <typename Params>
 void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
   params.call_tag = call_tag_of(params.op, launch.place);
-  const bool has_tail =
+  const bool dispatches =
       params.op.kKind == OpKind::kDispatch || params.op.kKind == OpKind::kPlanDispatch;
+  const bool has_tail = dispatches && !is_low_latency(params);
   params.blocks = {.first = 0,
                    .num_main = static_cast<int32_t>(launch.blocks),
                    .num_tail = has_tail ? static_cast<int32_t>(launch.tail_blocks) : 0};
   // Both launches as one: blocks of the tail may begin at any time.
   const auto blocks = static_cast<uint32_t>(params.blocks.num_main + params.blocks.num_tail);
-  SimulatedKernel kernel = simulated_kernel(params);
+  SimulatedKernel kernel = kernel_of(params);
   machine.launch(static_cast<uint32_t>(params.view.rank),
                  launch.stream,
                  {.blocks = blocks, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes},
@@ -45,7 +64,9 @@ uint32_t SimulatedGroup::max_shared_bytes() {
                    simulated_kernel(DispatchParams{}).shared_bytes,
                    simulated_kernel(products).shared_bytes,
                    simulated_kernel(CombineParams{}).shared_bytes,
-                   simulated_kernel(PlanDispatchParams{}).shared_bytes});
+                   simulated_kernel(PlanDispatchParams{}).shared_bytes,
+                   simulated_low_latency_kernel(PlanDispatchParams{}).shared_bytes,
+                   simulated_low_latency_kernel(CombineParams{}).shared_bytes});
 }
 
 uint64_t SimulatedGroup::memory_bytes(const HeapShape& shape) {
@@ -65,8 +86,13 @@ SimulatedGroup::SimulatedGroup(sim::Machine& machine,
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
     const auto r = static_cast<uint32_t>(rank);
     // Rows, scalars and scales are written before they are read: they start uninitialized.
-    for (const Region region :
-         {Region::kAcknowledged, Region::kAborted, Region::kSent, Region::kArrived}) {
+    for (const Region region : {Region::kAcknowledged,
+                                Region::kAborted,
+                                Region::kSent,
+                                Region::kArrived,
+                                Region::kExpertPackets,
+                                Region::kScalarPackets,
+                                Region::kRowPackets}) {
       machine_.fill(r,
                     heap(rank) + layout_.at(region),
                     0,
@@ -87,13 +113,29 @@ SimulatedGroup::SimulatedGroup(sim::Machine& machine,
 void SimulatedGroup::set_epoch(uint32_t epoch) {
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
     const auto r = static_cast<uint32_t>(rank);
-    machine_.write(r,
-                   control(rank, control_index(Channel::kHighThroughput, ChannelControl::kEpoch)),
-                   &epoch,
-                   sizeof epoch);
+    for (const Channel channel : {Channel::kHighThroughput, Channel::kLowLatency}) {
+      machine_.write(
+          r, control(rank, control_index(channel, ChannelControl::kEpoch)), &epoch, sizeof epoch);
+    }
     for (int32_t peer = 0; peer < num_ranks_; ++peer) {
       machine_.write(
           r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * peer, &epoch, sizeof epoch);
+    }
+  }
+}
+
+void SimulatedGroup::fill_packets(uint32_t epoch) {
+  const dev::Packet packet{{1, 2, 3}, packet_flag(epoch)};
+  for (int32_t rank = 0; rank < num_ranks_; ++rank) {
+    for (const Region region :
+         {Region::kExpertPackets, Region::kScalarPackets, Region::kRowPackets}) {
+      const int64_t bytes = layout_.bytes[static_cast<int32_t>(region)];
+      for (int64_t at = 0; at < bytes; at += kPacketBytes) {
+        machine_.write(static_cast<uint32_t>(rank),
+                       heap(rank) + layout_.at(region) + at,
+                       &packet,
+                       sizeof packet);
+      }
     }
   }
 }

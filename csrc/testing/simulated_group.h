@@ -60,6 +60,9 @@ class SimulatedGroup {
   // As after so many exchanges without tokens, which use no chunk's flag.
   void set_epoch(uint32_t epoch);
 
+  // As after an exchange of which all packets are left.
+  void fill_packets(uint32_t epoch);
+
   // As the host does when a group is closed.
   void close(int32_t rank);
   // Zeros where rows, scalars and routing are staged, which kernels write before they read: for

@@ -23,6 +23,10 @@ SimulatedKernel simulated_kernel(const DispatchParams& params);
 SimulatedKernel simulated_kernel(const CombineParams& params);
 SimulatedKernel simulated_kernel(const PlanDispatchParams& params);
 
+// Likewise, of a call that fits_low_latency (csrc/core/low_latency_fit.h).
+SimulatedKernel simulated_low_latency_kernel(const PlanDispatchParams& params);
+SimulatedKernel simulated_low_latency_kernel(const CombineParams& params);
+
 // Waits for a peer. After its first poll it stands still past the deadline; what it waits for comes
 // meanwhile.
 SimulatedKernel simulated_wait(const RankView& view, int32_t peer);

@@ -28,6 +28,8 @@ inline constexpr CompiledTransfer kCompiledDispatch{.num_warps = 14, .num_stages
 // A plan that is made in a dispatch's blocks: its tables have room for so many bins.
 inline constexpr int32_t kMaxPlanDispatchBins = 2048;
 inline constexpr CompiledTransfer kCompiledCombine{.num_warps = 16, .num_stages = 4};
+inline constexpr CompiledTransfer kCompiledLowLatencyDispatch{.num_warps = 16, .num_stages = 2};
+inline constexpr CompiledTransfer kCompiledLowLatencyCombine{.num_warps = 16, .num_stages = 1};
 
 }  // namespace jax_ep
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <iterator>
 
+#include "csrc/core/low_latency.h"
 #include "csrc/core/work_partition.h"
 #include "csrc/tuning/compiled_configs.h"
 
@@ -15,6 +16,10 @@ constexpr int32_t kPlanBlocks = 16;
 // What comparable libraries use on an NVLink domain of eight. On two H200 more are faster when
 // there are thousands of tokens; these leave most SMs to other work.
 constexpr int32_t kTransferBlocks = 24;
+// Predicted, not measured: a small call is done when its last warp is, and warps on different SMs
+// do not share a store queue.
+constexpr int32_t kLowLatencyBlocks = 64;
+constexpr int64_t kLowLatencyUnitsPerBlock = 4;  // segments of rows
 
 // Enough work for a block: parts of chunks, over all ranks, for its warps; chunks of scalars or
 // routing alone; bins to scan, one by a warp.
@@ -135,6 +140,26 @@ LaunchShape launch_shape(
     launch.num_senders = num_senders(transfer, shape, wire, small, launch.num_tail_blocks > 0);
   }
   return launch;
+}
+
+LaunchShape low_latency_launch_shape(OpKind op,
+                                     const EpShape& shape,
+                                     int64_t row_bytes,
+                                     SmBudget budget) {
+  const bool combines = op == OpKind::kCombine;
+  const CompiledTransfer& config =
+      combines ? kCompiledLowLatencyCombine : kCompiledLowLatencyDispatch;
+  const int64_t segments = ceil_div(
+      row_bytes, combines ? kLowLatencyCombineSegmentBytes : kLowLatencyDispatchSegmentBytes);
+  const int64_t units = shape.num_ranks * shape.num_tokens * segments;
+  const int32_t requested = budget.requested > 0 ? budget.requested : kLowLatencyBlocks;
+  const int64_t blocks =
+      std::min<int64_t>({requested, budget.available, ceil_div(units, kLowLatencyUnitsPerBlock)});
+  // All warps send.
+  return {.num_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1)),
+          .num_warps = config.num_warps,
+          .num_stages = config.num_stages,
+          .num_senders = config.num_warps};
 }
 
 }  // namespace jax_ep

@@ -26,6 +26,13 @@ struct SmBudget {
 LaunchShape launch_shape(
     OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire = Wire::kSame);
 
+// The same of a call that fits_low_latency (csrc/core/low_latency_fit.h): kPlanDispatch or
+// kCombine.
+LaunchShape low_latency_launch_shape(OpKind op,
+                                     const EpShape& shape,
+                                     int64_t row_bytes,
+                                     SmBudget budget);
+
 // Whether a plan and its dispatch are launched as one kernel; else one after the other. A function
 // of the shape alone, because all ranks must do the same.
 bool plan_fits_in_dispatch(const EpShape& shape);

@@ -16,6 +16,7 @@ import marked_part
 
 HEADER = marked_part.ROOT / "csrc" / "core" / "heap_layout.h"
 PARTITION = marked_part.ROOT / "csrc" / "core" / "work_partition.h"
+LOW_LATENCY = marked_part.ROOT / "csrc" / "core" / "low_latency.h"
 PROTOCOL = marked_part.ROOT / "csrc" / "core" / "protocol.h"
 PAGE = marked_part.ROOT / "docs" / "design" / "protocol.md"
 SCRIPT = "tools/docs/heap_table.py"
@@ -29,6 +30,9 @@ _LETTERS = {
     "tokens": "max_tokens",
     "topk": "K",
     "layout.row_stride": "row_stride",
+    "layout.expert_packets": "expert_packets",
+    "layout.scalar_packets": "scalar_packets",
+    "layout.row_packets": "row_packets",
     "max_num_tiles(max_tokens, shape.num_ranks)": "tiles",
 }
 
@@ -43,9 +47,10 @@ class HeapShape:
     max_tokens: int
     hidden: int
     element_bytes: int
+    low_latency_tokens: int = 0
 
 
-EXAMPLE = HeapShape(8, 256, 8, 4096, 7168, 2)
+EXAMPLE = HeapShape(8, 256, 8, 4096, 7168, 2, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ def align_up(value: int, alignment: int) -> int:
 @functools.cache
 def constants() -> dict[str, int]:
     """Returns the integer constants of the headers by name."""
-    text = "".join(header.read_text() for header in (HEADER, PARTITION, PROTOCOL))
+    text = "".join(header.read_text() for header in (HEADER, PARTITION, PROTOCOL, LOW_LATENCY))
     return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
@@ -154,12 +159,18 @@ def _letters(formula: str) -> str:
 
 def region_bytes(shape: HeapShape) -> dict[str, int]:
     """Returns the bytes of each region by name."""
+    row_stride = align_up(shape.hidden * shape.element_bytes, 16)
+    selections = shape.low_latency_tokens * shape.num_topk
     values = {
         "channels": constants()["kNumChannels"],
         "R": shape.num_ranks,
         "K": shape.num_topk,
         "max_tokens": shape.max_tokens,
-        "row_stride": align_up(shape.hidden * shape.element_bytes, 16),
+        "row_stride": row_stride,
+        "ll_tokens": shape.low_latency_tokens,
+        "expert_packets": ceil_div(selections, constants()["kExpertsPerPacket"]),
+        "scalar_packets": ceil_div(selections, constants()["kScalarsPerPacket"]),
+        "row_packets": ceil_div(row_stride, constants()["kPacketDataBytes"]),
         "tiles": max_num_tiles(shape.max_tokens, shape.num_ranks),
         "bins": shape.num_experts,
     }

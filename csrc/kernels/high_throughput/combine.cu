@@ -12,9 +12,10 @@ using Config = dev::
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
 template <typename RowType>
-using ExpertKernel = dev::CombineKernel<dev::CombineExpertLayout<Config, RowType>>;
+using ExpertKernel =
+    dev::CombineKernel<dev::CombineExpertLayout<dev::CombineContext<Config, RowType>>>;
 template <typename RowType>
-using RankKernel = dev::CombineKernel<dev::CombineRankLayout<Config, RowType>>;
+using RankKernel = dev::CombineKernel<dev::CombineRankLayout<dev::CombineContext<Config, RowType>>>;
 
 template <typename RowType>
 cudaError_t load() {

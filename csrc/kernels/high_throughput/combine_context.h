@@ -22,8 +22,10 @@ struct CombineConfig {
   };
 };
 
-template <typename Config, typename RowType>
+template <typename BlockConfig, typename RowTypeOfCall>
 struct CombineContext {
+  using Config = BlockConfig;
+  using RowType = RowTypeOfCall;
   static constexpr i32 kElementBytes = sizeof(typename RowType::Element);
 
   JAX_EP_DEVICE explicit CombineContext(const CombineParams& params)

@@ -15,7 +15,7 @@
 
 namespace jax_ep::dev {
 
-// `RowLayout` is CombineExpertLayout or CombineRankLayout.
+// `RowLayout` is CombineExpertLayout or CombineRankLayout, of a CombineContext.
 template <typename RowLayout>
 class CombineKernel {
  public:
@@ -31,8 +31,9 @@ class CombineKernel {
   }
 
  private:
-  using Config = typename RowLayout::Config;
-  using RowType = typename RowLayout::RowType;
+  using Context = typename RowLayout::Context;
+  using Config = typename Context::Config;
+  using RowType = typename Context::RowType;
 
   JAX_EP_DEVICE RowLayout layout() const { return RowLayout(c_); }
 
@@ -176,7 +177,7 @@ class CombineKernel {
     c_.exchange.report_closed();
   }
 
-  typename RowLayout::Context c_;
+  Context c_;
 };
 
 }  // namespace jax_ep::dev

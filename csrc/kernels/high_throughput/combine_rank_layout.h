@@ -8,13 +8,12 @@
 
 namespace jax_ep::dev {
 
-template <typename BlockConfig, typename RowTypeOfCall>
+// Of a high-throughput combine's context, or of a low-latency one's.
+template <typename ContextOfCall>
 class CombineRankLayout {
  public:
   static constexpr Layout kLayout = Layout::kRank;
-  using Config = BlockConfig;
-  using RowType = RowTypeOfCall;
-  using Context = CombineContext<Config, RowType>;
+  using Context = ContextOfCall;
 
   JAX_EP_DEVICE explicit CombineRankLayout(const Context& context) : c_(context) {}
 

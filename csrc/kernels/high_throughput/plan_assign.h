@@ -59,7 +59,7 @@ class PlanAssigner {
       }
       const i64 global_token =
           c_.has_token(tile, first) ? i64{tile.source} * c_.num_tokens + token : -1;
-      layout_.write_rows(global_token, is_local, row, expert);
+      layout_.write_rows(Ptr<i32>{c_.op.source_slot}, true, global_token, is_local, row, expert);
     });
   }
 

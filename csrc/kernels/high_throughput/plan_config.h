@@ -7,6 +7,19 @@
 
 namespace jax_ep::dev {
 
+// Counts that all blocks make together lie in the heap.
+class CountsInHeap {
+ public:
+  JAX_EP_DEVICE static Ptr<u32> totals(const RankView& view) {
+    return region<u32>(view, view.rank, Region::kTotals);
+  }
+  // Selections of a bin by the tokens of the sources before one.
+  template <typename Context>
+  JAX_EP_DEVICE static u32 total_before(const Context& c, i32 bin, i32 source) {
+    return ld(c.count_of(bin, source * c.tiles));
+  }
+};
+
 // A plan's block: its warps, and the tables of counts that fill its shared memory.
 template <int kWarpCount, int kBinCount>
 struct PlanConfig {
@@ -21,7 +34,7 @@ struct PlanConfig {
   };
 
   // What a warp sees of them.
-  class Tables {
+  class Tables : public CountsInHeap {
    public:
     JAX_EP_DEVICE explicit Tables(const Warps& /*warps*/) : memory_(shared<SharedStorage>()) {}
 

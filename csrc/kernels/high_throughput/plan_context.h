@@ -26,6 +26,7 @@ struct CountedSelection {
 template <typename Config>
 struct PlanContext {
   using Warps = typename Config::Warps;
+  using Tables = typename Config::Tables;
 
   // `warps`: those of each main block that take part; they call all that is here.
   JAX_EP_DEVICE PlanContext(const PlanOp& op,
@@ -138,9 +139,7 @@ struct PlanContext {
   JAX_EP_DEVICE Ptr<u32> count_of(i32 bin, i32 item) const {
     return region<u32>(exchange.view(), rank, Region::kCounts) + (i64{bin} * num_items + item);
   }
-  JAX_EP_DEVICE Ptr<u32> totals() const {
-    return region<u32>(exchange.view(), rank, Region::kTotals);
-  }
+  JAX_EP_DEVICE Ptr<u32> totals() const { return tables.totals(exchange.view()); }
   // Selections of a local expert of this rank, which it reports.
   JAX_EP_DEVICE u32 report_total(i32 local) const {
     const u32 total = ld(totals() + (rank * num_local + local));
@@ -152,7 +151,7 @@ struct PlanContext {
   const EpShape& shape;
   const Exchange exchange;
   const Warps warps;
-  const typename Config::Tables tables;
+  const Tables tables;
   const i32 rank;
   const i32 num_ranks;
   const i32 num_topk;

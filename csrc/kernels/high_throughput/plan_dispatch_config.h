@@ -16,7 +16,7 @@ struct PlanInDispatchConfig {
   static constexpr int kWordsPerStage = DispatchConfig::Stages::kSegmentBytes / 4;
   static constexpr int kMaxBins = DispatchConfig::kStages * kWordsPerStage / 2;
 
-  class Tables {
+  class Tables : public CountsInHeap {
    public:
     JAX_EP_DEVICE explicit Tables(const Warps& warps)
         : cursors_(words_of(warp_id())), starts_(words_of(warps.first()) + kMaxBins) {}

@@ -60,8 +60,13 @@ class PlanExpertLayout {
 
   // All lanes. `global_token` is the number of the lane's token among those of all ranks, -1 if it
   // has none. The rows of this rank that hold a token, in ascending order, which is that of the
-  // experts.
-  JAX_EP_DEVICE void write_rows(i64 global_token, bool is_local, u32 row, i32) const {
+  // experts, to `source_slot`, and if `reports`, what the rows hold.
+  JAX_EP_DEVICE void write_rows(Ptr<i32> source_slot,
+                                bool reports,
+                                i64 global_token,
+                                bool is_local,
+                                u32 row,
+                                i32 /*expert*/) const {
     const bool has_row = is_local && row < c_.capacity;
     const u32 lanes_with_row = warp_ballot(has_row) & c_.token_lanes;
     u32 position = 0;
@@ -70,11 +75,11 @@ class PlanExpertLayout {
       position += static_cast<u32>(warp_shfl(row, lane) < row && (lanes_with_row >> lane & 1) != 0);
     }
     if (global_token < 0) return;
-    const Ptr<i32> rows = Ptr<i32>{c_.op.source_slot} + global_token * c_.max_rows;
+    const Ptr<i32> rows = source_slot + global_token * c_.max_rows;
     const auto k = static_cast<i32>(lane_id() - c_.first_lane);
     if (has_row) {
       st(rows + position, static_cast<i32>(row));
-      st(Ptr<i32>{c_.op.row_source} + row, static_cast<i32>(global_token));
+      if (reports) st(Ptr<i32>{c_.op.row_source} + row, static_cast<i32>(global_token));
     }
     if (k >= static_cast<i32>(count_bits(lanes_with_row)) && k < c_.max_rows) st(rows + k, -1);
   }

@@ -42,17 +42,22 @@ class PlanRankLayout {
   // --- rows of this rank -------------------------------------------------------------------------
 
   // All lanes. `global_token` is the number of the lane's token among those of all ranks, -1 if it
-  // has none. The one row of this rank that holds a token.
-  JAX_EP_DEVICE void write_rows(i64 global_token, bool is_local, u32 row, i32 expert) const {
+  // has none. The one row of this rank that holds a token, to `source_slot`, and if `reports`, what
+  // the row holds.
+  JAX_EP_DEVICE void write_rows(Ptr<i32> source_slot,
+                                bool reports,
+                                i64 global_token,
+                                bool is_local,
+                                u32 row,
+                                i32 expert) const {
     const u32 holders = warp_ballot(is_local && row < c_.capacity) & c_.token_lanes;
     const u32 row_of_token = warp_shfl(row, holders != 0 ? lowest_bit(holders) : lane_id());
     if (global_token < 0) return;
     const bool is_first = lane_id() == c_.first_lane;
     if (is_first) {
-      st(Ptr<i32>{c_.op.source_slot} + global_token,
-         holders != 0 ? static_cast<i32>(row_of_token) : -1);
+      st(source_slot + global_token, holders != 0 ? static_cast<i32>(row_of_token) : -1);
     }
-    if (holders == 0) return;
+    if (holders == 0 || !reports) return;
     if (is_first) st(Ptr<i32>{c_.op.row_source} + row_of_token, static_cast<i32>(global_token));
     st(Ptr<i32>{c_.op.row_topk_idx} +
            (i64{row_of_token} * c_.num_topk + (lane_id() - c_.first_lane)),
@@ -101,7 +106,7 @@ class PlanRankLayout {
   JAX_EP_DEVICE u32 rows_before(i32 source) const {
     if (c_.tiles == 0) return 0;
     if (source == c_.num_ranks) return ld(c_.totals() + bin_of(c_.rank));
-    return ld(c_.count_of(bin_of(c_.rank), source * c_.tiles));
+    return c_.tables.total_before(c_, bin_of(c_.rank), source);
   }
 
   Context& c_;

@@ -5,6 +5,7 @@ import dataclasses
 
 DEVICE = "csrc/device/"
 KERNELS = "csrc/kernels/high_throughput/"
+LOW_LATENCY = "csrc/kernels/low_latency/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Mutant:
         seeds: within how many scenarios it must be caught.
         harmless: the edit changes nothing that matters: no scenario may fail.
         mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
+        low_latency: it is one of the low-latency kernels.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Mutant:
     seeds: int = 40
     harmless: bool = False
     mishaps: bool = False
+    low_latency: bool = False
 
 
 def _removed(name: str, path: str, old: str, after: str = "", **more: int) -> Mutant:
@@ -66,8 +69,11 @@ COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
 COMBINE_RANK = KERNELS + "combine_rank_layout.h"
 
 
-def operations(path: str) -> list[str]:
+def operations(mutant: Mutant) -> list[str]:
     """Operations whose kernels include a header, enough to see; "wait" is a kernel that does but that."""
+    if mutant.low_latency:
+        return ["low_latency"]
+    path = mutant.path
     of_dispatch = (
         DISPATCH,
         CONTEXT,

@@ -19,9 +19,12 @@ import sys
 import tempfile
 import time
 
-from mutant_list import MUTANTS, Mutant, operations
+import mutant_list
+from low_latency_mutants import LOW_LATENCY_MUTANTS
+from mutant_list import Mutant, operations
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+MUTANTS = mutant_list.MUTANTS + LOW_LATENCY_MUTANTS
 SOURCES = "csrc/testing/simulated_{}.cc"
 
 
@@ -66,7 +69,7 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
     header.parent.mkdir(parents=True)
     header.write_text(mutate(mutant))
     num_items = []
-    for operation in operations(mutant.path):
+    for operation in operations(mutant):
         source = SOURCES.format(operation)
         compiler = _compiler(build, source)
         num_items.append(str(folder / f"{operation}.o"))
@@ -91,7 +94,7 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
 def run(mutant: Mutant, build: pathlib.Path, work: pathlib.Path) -> str | None:
     """What is wrong with the verdict on a mutant; None if it is as it must be."""
     program = _compile(mutant, build, work / re.sub(r"\W+", "_", mutant.name))
-    scenarios = ["--mishaps"] if mutant.mishaps else []
+    scenarios = ["--mishaps"] if mutant.mishaps else ["--low-latency"] * mutant.low_latency
     result = subprocess.run(
         [program, *scenarios, "--seeds", f"1:{mutant.seeds}"],
         capture_output=True,

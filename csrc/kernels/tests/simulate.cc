@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs random scenarios on the simulator.
-//   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--no-races] [--verbose]
-//   simulate --mishaps [--seeds FIRST:LAST]     scenarios in which something goes wrong
+//   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--low-latency]
+//   [--no-races] [--verbose] simulate --mishaps [--seeds FIRST:LAST]     scenarios in which
+//   something goes wrong
 // Prints the first failure and exits with 1; the seed reproduces it.
 #include <chrono>
 #include <cstdio>
@@ -40,6 +41,8 @@ Arguments parse(int argc, char** argv) {
       arguments.limits.num_ranks = {std::atoi(argv[++i])};
     } else if (flag == "--groups" && has_value) {
       arguments.limits.groups = std::atoi(argv[++i]);
+    } else if (flag == "--low-latency") {
+      arguments.limits.low_latency = true;
     } else if (flag == "--no-races") {
       arguments.races = false;
     } else if (flag == "--mishaps") {

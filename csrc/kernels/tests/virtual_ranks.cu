@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // All ranks of a group in one process, a heap and a stream each, on one GPU or shared out among
 // several. Runs the simulator's random scenarios on the hardware, and times the kernels.
-//   virtual_ranks scenarios [FIRST LAST [GPUS]]
+//   virtual_ranks scenarios [FIRST LAST [GPUS [low-latency]]]
 //   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [products] [gpus=N]
 //                [senders=N] [tail=N]
 #include <cuda_runtime.h>
@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/core/float_formats.h"
+#include "csrc/core/low_latency_fit.h"
 #include "csrc/launch/launch.h"
 #include "csrc/testing/kernel_arrays.h"
 #include "csrc/testing/rank_arrays.h"
@@ -155,7 +156,46 @@ LaunchShape launch_of(OpKind op, const ClusterOptions& options, const SmBudget& 
   return shape;
 }
 
+LaunchShape low_latency_launch_of(OpKind op, const ClusterOptions& options, const SmBudget& sms) {
+  const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
+  return low_latency_launch_shape(op, options.shape, row_bytes, sms);
+}
+
 // --- scenarios -----------------------------------------------------------------------------------
+
+cudaError_t launch_op(OpKind op,
+                      const RankArrays& arrays,
+                      const RankView& view,
+                      const ScenarioStep& step,
+                      const Scenario& scenario,
+                      cudaStream_t stream) {
+  const auto blocks = static_cast<int32_t>(scenario.blocks);
+  const SmBudget sms{.available = blocks, .requested = blocks};
+  LaunchShape shape = launch_of(op, step.options, sms);
+  LaunchShape low_latency_shape = low_latency_launch_of(op, step.options, sms);
+  low_latency_shape.num_blocks = blocks;
+  const auto tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
+  switch (op) {
+    case OpKind::kPlan: return launch_plan(arrays.plan(view), shape, stream);
+    case OpKind::kDispatch:
+      shape.num_tail_blocks = tail_blocks;
+      return launch_dispatch(arrays.dispatch(view), shape, stream);
+    case OpKind::kCombine: {
+      const CombineParams params = arrays.combine(view);
+      if (fits_low_latency(view.layout, params.op))
+        return launch_low_latency_combine(params, low_latency_shape, stream);
+      return launch_combine(params, shape, stream);
+    }
+    case OpKind::kPlanDispatch: {
+      const PlanDispatchParams params = arrays.plan_dispatch(view);
+      if (fits_low_latency(view.layout, params.op))
+        return launch_low_latency_dispatch(params, low_latency_shape, stream);
+      shape.num_tail_blocks = tail_blocks;
+      return launch_plan_dispatch(params, shape, stream);
+    }
+  }
+  return cudaErrorInvalidValue;
+}
 
 std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenario& scenario) {
   Problem problem(step.options, step.x_format, step.rows_format);
@@ -178,23 +218,8 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
       RankView view = ranks.view(rank);
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
-      cudaStream_t stream = ranks.stream(rank);
-      const auto blocks = static_cast<int32_t>(scenario.blocks);
-      LaunchShape shape = launch_of(op, step.options, {.available = blocks, .requested = blocks});
-      switch (op) {
-        case OpKind::kPlan: check(launch_plan(mine.plan(view), shape, stream), "plan"); break;
-        case OpKind::kDispatch:
-          shape.num_tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
-          check(launch_dispatch(mine.dispatch(view), shape, stream), "dispatch");
-          break;
-        case OpKind::kCombine:
-          check(launch_combine(mine.combine(view), shape, stream), "combine");
-          break;
-        case OpKind::kPlanDispatch:
-          shape.num_tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
-          check(launch_plan_dispatch(mine.plan_dispatch(view), shape, stream), "plan_dispatch");
-          break;
-      }
+      check(launch_op(op, mine, view, step, scenario, ranks.stream(rank)),
+            std::string(name(op)).c_str());
     }
   }
   ranks.synchronize();
@@ -214,10 +239,10 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
   return {};
 }
 
-int run_scenarios(uint64_t first, uint64_t last, int num_gpus) {
+int run_scenarios(uint64_t first, uint64_t last, int num_gpus, bool low_latency) {
   for (uint64_t seed = first; seed <= last; ++seed) {
-    const Scenario scenario =
-        random_scenario(seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .steps = 4});
+    const Scenario scenario = random_scenario(
+        seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .steps = 4, .low_latency = low_latency});
     const GroupScenario& group = scenario.groups[0];
     VirtualRanks ranks(heap_shape(group), num_gpus, group.chunk_target);
     for (const ScenarioStep& step : group.steps) {
@@ -274,8 +299,11 @@ class TimedRanks {
         senders_(senders),
         tail_(tail),
         shape_(options.shape),
-        ranks_(heap_shape(
-                   GroupScenario{.max_tokens = shape_.num_tokens, .steps = {{.options = options}}}),
+        ranks_(heap_shape(GroupScenario{
+                   .max_tokens = shape_.num_tokens,
+                   .low_latency_tokens =
+                       shape_.num_tokens <= kMaxLowLatencyTokens ? shape_.num_tokens : 0,
+                   .steps = {{.options = options}}}),
                num_gpus) {
     std::mt19937 random(1);
     for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
@@ -300,6 +328,16 @@ class TimedRanks {
     });
     time("combine", [&](int32_t r) {
       return launch_combine(combines_[at(r)], launch_on(OpKind::kCombine, sms), ranks_.stream(r));
+    });
+    if (!fits_low_latency(ranks_.view(0).layout, combines_[0].op)) return;
+    const SmBudget budget{.available = sms, .requested = sms};
+    time("low latency: dispatch", [&](int32_t r) {
+      const LaunchShape shape = low_latency_launch_of(OpKind::kPlanDispatch, options_, budget);
+      return launch_low_latency_dispatch(plan_dispatches_[at(r)], shape, ranks_.stream(r));
+    });
+    time("low latency: combine", [&](int32_t r) {
+      const LaunchShape shape = low_latency_launch_of(OpKind::kCombine, options_, budget);
+      return launch_low_latency_combine(combines_[at(r)], shape, ranks_.stream(r));
     });
   }
 
@@ -358,7 +396,7 @@ class TimedRanks {
     (void)replay(name, graphs);  // warms up
     const double ms = replay(name, graphs);
     for (cudaGraphExec_t graph : graphs) check(cudaGraphExecDestroy(graph), "destroy");
-    std::printf("  %-13s %8.1f us\n", name, ms * 1e3 / kRounds);
+    std::printf("  %-22s %8.1f us\n", name, ms * 1e3 / kRounds);
   }
 
   // Milliseconds of the slowest rank.
@@ -413,7 +451,8 @@ int main(int argc, char** argv) {
     open_gpus(num_gpus);
     return run_scenarios(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1,
                          argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200,
-                         num_gpus);
+                         num_gpus,
+                         argc > 5 && std::strcmp(argv[5], "low-latency") == 0);
   }
   if (argc < 8) return 2;
   ClusterOptions options;

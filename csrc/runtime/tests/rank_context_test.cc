@@ -44,7 +44,7 @@ TEST_F(RankContextTest, ShowsKernelsWhatTheyNeed) {
   EXPECT_EQ(rank.handle().owner.rank, 1);
   // Kernels are loaded now: later, while others wait for them, it would be a deadlock.
   const Texts calls = fake_cudart::calls();
-  EXPECT_EQ(std::count(calls.begin(), calls.end(), "cudaFuncSetAttribute"), 22);
+  EXPECT_EQ(std::count(calls.begin(), calls.end(), "cudaFuncSetAttribute"), 40);
 }
 
 TEST_F(RankContextTest, TimesOutNoEarlierThanAsked) {

@@ -156,5 +156,30 @@ TEST(Tuning, ScalarsAloneAreLittleWork) {
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200, 0), 4);
 }
 
+TEST(Tuning, LowLatencyCallsSpreadOverManySms) {
+  EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 128};
+  for (const OpKind op : {OpKind::kPlanDispatch, OpKind::kCombine}) {
+    const CompiledTransfer& compiled =
+        op == OpKind::kCombine ? kCompiledLowLatencyCombine : kCompiledLowLatencyDispatch;
+    const auto launch = [&](SmBudget budget) {
+      const LaunchShape launched = low_latency_launch_shape(op, shape, kRowBytes, budget);
+      EXPECT_EQ(launched.num_warps, compiled.num_warps);
+      EXPECT_EQ(launched.num_stages, compiled.num_stages);
+      EXPECT_EQ(launched.num_senders, compiled.num_warps);
+      EXPECT_EQ(launched.num_tail_blocks, 0);
+      return launched.num_blocks;
+    };
+    shape.num_tokens = 128;
+    EXPECT_EQ(launch({.available = 132, .requested = 0}), 64);
+    EXPECT_EQ(launch({.available = 132, .requested = 96}), 96);
+    EXPECT_EQ(launch({.available = 16, .requested = 0}), 16);
+    EXPECT_EQ(launch({.available = 132, .requested = 8}), 8);
+    shape.num_tokens = 1;  // 8 ranks, 5 or 10 segments of a row
+    EXPECT_EQ(launch({.available = 132, .requested = 0}), op == OpKind::kCombine ? 20 : 10);
+    shape.num_tokens = 0;
+    EXPECT_EQ(launch({.available = 132, .requested = 0}), 1);
+  }
+}
+
 }  // namespace
 }  // namespace jax_ep

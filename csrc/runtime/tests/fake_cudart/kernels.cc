@@ -24,9 +24,10 @@ using fake_cudart::Call;
 using fake_cudart::Launch;
 using fake_cudart::Thread;
 
-// As many as csrc/kernels compiles: four of plan, three each of dispatch with and without products,
-// six each of combine and of a plan with its dispatch.
-constexpr int kNumKernels = 22;
+// As many as csrc/kernels compiles: four of plan, and six each, for three dtypes and two layouts,
+// of dispatch with and without products, of combine and of a plan with its dispatch, and of the
+// last two of low latency.
+constexpr int kNumKernels = 40;
 constexpr char kKernels[kNumKernels] = {};
 constexpr int32_t kSharedBytes = 1024;
 
@@ -81,6 +82,18 @@ cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
                                  const LaunchShape& shape,
                                  cudaStream_t stream) {
   return launch("launch_plan_dispatch", params, shape, stream);
+}
+
+cudaError_t launch_low_latency_dispatch(const PlanDispatchParams& params,
+                                        const LaunchShape& shape,
+                                        cudaStream_t stream) {
+  return launch("launch_low_latency_dispatch", params, shape, stream);
+}
+
+cudaError_t launch_low_latency_combine(const CombineParams& params,
+                                       const LaunchShape& shape,
+                                       cudaStream_t stream) {
+  return launch("launch_low_latency_combine", params, shape, stream);
 }
 
 }  // namespace jax_ep

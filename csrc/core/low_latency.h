@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Exchanges of few tokens: what senders and receivers of the low-latency kernels agree on, and how
+// much may be in such an exchange. docs/design/low_latency.md explains it.
+#ifndef JAX_EP_CSRC_CORE_LOW_LATENCY_H_
+#define JAX_EP_CSRC_CORE_LOW_LATENCY_H_
+
+#include <cstdint>
+
+#include "csrc/core/limits.h"
+
+namespace jax_ep {
+
+// Tokens of one rank for which heaps can have room.
+inline constexpr int64_t kMaxLowLatencyTokens = 256;
+// Each block counts the routing of all ranks by itself, in tables of its shared memory.
+inline constexpr int64_t kMaxLowLatencySelections = 16384;  // of all ranks
+inline constexpr int32_t kMaxLowLatencyBins = 1088;
+
+// --- packets -------------------------------------------------------------------------------------
+
+// All that travels is in packets of 16 bytes that are stored and loaded at once, and say themselves
+// of which exchange they are: so no flag follows them, and no store waits for another one.
+inline constexpr int64_t kPacketBytes = 16;
+inline constexpr int64_t kPacketDataBytes = 12;  // in front of the flag
+inline constexpr int64_t kExpertsPerPacket = 6;  // 16 bits each
+inline constexpr int64_t kScalarsPerPacket = 3;
+inline constexpr uint32_t kNoExpertInPacket = 0xFFFF;
+
+constexpr int64_t num_packets(int64_t data_bytes) { return ceil_div(data_bytes, kPacketDataBytes); }
+constexpr int64_t num_expert_packets(int64_t selections) {
+  return ceil_div(selections, kExpertsPerPacket);
+}
+constexpr int64_t num_scalar_packets(int64_t selections) {
+  return ceil_div(selections, kScalarsPerPacket);
+}
+
+// Never 0, which is there before a packet's first use, and after the bank has been cleared.
+constexpr uint32_t packet_flag(uint32_t epoch) { return epoch << 1 | 1; }
+
+// --- banks ---------------------------------------------------------------------------------------
+
+// Staging for so many exchanges. A rank stores into the bank of exchange e only after it has ended
+// exchange e - 1, in which it waited for all peers to begin; and who began e - 1 has ended e - 2,
+// whose packets the bank held. So nothing need be acknowledged.
+inline constexpr int64_t kLowLatencyBanks = 2;
+constexpr uint32_t bank_of_epoch(uint32_t epoch) { return epoch % uint32_t{kLowLatencyBanks}; }
+
+// A packet may lie unused for long: its token's number is too large for the calls in between. When
+// the flags begin anew, after 2^31 exchanges, it must not be taken for a new one. So once in so
+// many exchanges each bank is cleared when it has been read.
+inline constexpr uint32_t kClearBankEvery = 1U << 24;
+constexpr bool clears_bank(uint32_t epoch) {
+  return epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};
+}
+
+// --- rows ----------------------------------------------------------------------------------------
+
+// A row's segments, of at most so many bytes of its dtype, are worked on one by one. Packets do not
+// lie across segments.
+inline constexpr int32_t kLowLatencyDispatchSegmentBytes = 3072;
+inline constexpr int32_t kLowLatencyCombineSegmentBytes = 1536;
+static_assert(kLowLatencyDispatchSegmentBytes % (kPacketBytes * kPacketDataBytes) == 0);
+static_assert(kLowLatencyCombineSegmentBytes % (kPacketBytes * kPacketDataBytes) == 0);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CSRC_CORE_LOW_LATENCY_H_

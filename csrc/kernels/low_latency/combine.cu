@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/core/low_latency_fit.h"
+#include "csrc/kernels/launch.cuh"
+#include "csrc/kernels/low_latency/combine_kernel.h"
+#include "csrc/tuning/compiled_configs.h"
+
+namespace jax_ep {
+namespace {
+
+using Config = dev::LowLatencyCombineConfig<kCompiledLowLatencyCombine.num_warps>;
+static_assert(Config::kStages == kCompiledLowLatencyCombine.num_stages);
+static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
+
+template <typename RowType>
+using Context = dev::LowLatencyCombineContext<Config, RowType>;
+template <typename RowType>
+using ExpertKernel = dev::LowLatencyCombineKernel<dev::CombineExpertLayout<Context<RowType>>>;
+template <typename RowType>
+using RankKernel = dev::LowLatencyCombineKernel<dev::CombineRankLayout<Context<RowType>>>;
+
+template <typename RowType>
+cudaError_t load() {
+  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, CombineParams>();
+}
+
+template <typename RowType>
+cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
+}
+
+}  // namespace
+
+int32_t shared_bytes_of_low_latency_combine() { return sizeof(Config::SharedStorage); }
+
+cudaError_t load_low_latency_combine() {
+  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
+}
+
+cudaError_t launch_low_latency_combine(const CombineParams& params,
+                                       const LaunchShape& shape,
+                                       cudaStream_t stream) {
+  if (!fits_low_latency(params.view.layout, params.op)) return cudaErrorInvalidConfiguration;
+  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
+    return launch<typename decltype(row)::type>(params, shape, stream);
+  });
+}
+
+}  // namespace jax_ep

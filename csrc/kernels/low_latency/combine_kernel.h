@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+// A low-latency combine: all warps sum the rows that this rank holds of other ranks' tokens and
+// send the sums, then they sum what the ranks have sent for this rank's own tokens, in ascending
+// order of the ranks. A warp does a segment of a token at a time. The order of all sums, and where
+// they are rounded, is that of the high-throughput combine.
+#ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_COMBINE_KERNEL_H_
+#define JAX_EP_CSRC_KERNELS_LOW_LATENCY_COMBINE_KERNEL_H_
+
+#include "csrc/core/kernel_params.h"
+#include "csrc/device/row_sum.h"
+#include "csrc/device/segment_ring.h"
+#include "csrc/device/token_selections.h"
+#include "csrc/kernels/high_throughput/combine_expert_layout.h"
+#include "csrc/kernels/high_throughput/combine_rank_layout.h"
+#include "csrc/kernels/low_latency/packets.h"
+
+namespace jax_ep::dev {
+
+template <int kWarpCount>
+struct LowLatencyCombineConfig {
+  static constexpr int kWarps = kWarpCount;
+  static constexpr int kStages = 1;
+  static constexpr int kSegmentBytes = kLowLatencyCombineSegmentBytes;
+
+  struct SharedStorage {
+    alignas(128) Shared<u32> stage[kWarps][kSegmentBytes / 4];
+  };
+};
+
+// As far as the layouts of a combine need it.
+template <typename BlockConfig, typename RowTypeOfCall>
+struct LowLatencyCombineContext {
+  using Config = BlockConfig;
+  using RowType = RowTypeOfCall;
+  static constexpr i32 kElementBytes = sizeof(typename RowType::Element);
+
+  JAX_EP_DEVICE explicit LowLatencyCombineContext(const CombineParams& params)
+      : params(params),
+        shape(params.op.shape),
+        exchange(exchange_of(params, Channel::kLowLatency)),
+        row_bytes(params.op.hidden * kElementBytes),
+        segments(params.op.hidden, Config::kSegmentBytes / kElementBytes),
+        rank(params.view.rank),
+        num_ranks(params.view.num_ranks),
+        num_topk(shape.num_topk) {}
+
+  JAX_EP_DEVICE Ptr<const std::byte> y_row(i32 row) const {
+    return Ptr<const std::byte>{static_cast<const std::byte*>(params.op.y)} + row * row_bytes;
+  }
+  JAX_EP_DEVICE float weight(i64 at) const { return ld(Ptr<const float>{params.op.weights} + at); }
+  JAX_EP_DEVICE float row_scalar(i64 at) const {
+    return ld(Ptr<const float>{params.op.row_scalars} + at);
+  }
+
+  const CombineParams& params;
+  const EpShape& shape;
+  const Exchange exchange;
+  const i64 row_bytes;
+  const Segments segments;
+  const i32 rank;
+  const i32 num_ranks;
+  const i32 num_topk;
+};
+
+// `RowLayout` is a combine's layout, of a LowLatencyCombineContext.
+template <typename RowLayout>
+class LowLatencyCombineKernel {
+ public:
+  static constexpr bool kHasTail = false;
+
+  JAX_EP_DEVICE explicit LowLatencyCombineKernel(const CombineParams& params) : c_(params) {}
+
+  JAX_EP_DEVICE void run() {
+    if (c_.exchange.closed()) return leave_no_results();
+    send();
+    wait_for_exchange(c_.exchange);
+    receive();
+    finish_exchange(c_.exchange);
+  }
+
+ private:
+  using Context = typename RowLayout::Context;
+  using Config = typename Context::Config;
+  using RowType = typename Context::RowType;
+  static constexpr int kVectors = Config::kSegmentBytes / 16 / static_cast<int>(kWarpSize);
+  // Of a lane, in a segment; and the elements of one.
+  static constexpr int kPackets = Config::kSegmentBytes / kPacketDataBytes / kWarpSize;
+  static constexpr int kPerPacket = 3 * RowType::kPerWord;
+  static constexpr i32 kLanes = static_cast<i32>(kWarpSize);
+  // Sources whose packets are asked for at once.
+  static constexpr int kSourcesAtOnce = 2;
+
+  JAX_EP_DEVICE static i32 this_warp() {
+    return static_cast<i32>(warp_id() * num_blocks() + block_id());
+  }
+  JAX_EP_DEVICE static i32 num_warps() { return static_cast<i32>(num_blocks()) * Config::kWarps; }
+  JAX_EP_DEVICE RowLayout layout() const { return RowLayout(c_); }
+  JAX_EP_DEVICE i32 held_row(i32 owner, i64 token) const {
+    return row_of_lane(
+        c_.shape, RowLayout::kLayout, Ptr<const i32>{c_.params.op.source_slot}, owner, token);
+  }
+  JAX_EP_DEVICE Ptr<u32> stage() const {
+    return address_of(shared<typename Config::SharedStorage>().stage[warp_id()][0]);
+  }
+  JAX_EP_DEVICE i32 num_words(i32 segment) const {
+    return c_.segments.size(segment, c_.params.op.hidden) / RowType::kPerWord;
+  }
+  JAX_EP_DEVICE i64 packets_before(i32 segment) const { return i64{segment} * kPackets * kLanes; }
+
+  // --- sums of this rank's rows ----------------------------------------------------------------
+  // Read y, weights, row_topk_idx, source_slot. Write the owners' packets.
+
+  JAX_EP_DEVICE void send() {
+    if (this_warp() == 0) announce_exchange(c_.exchange);
+    const i32 others = c_.num_ranks - 1;
+    const i32 units = static_cast<i32>(c_.shape.num_tokens) * others * c_.segments.count;
+    for (i32 unit = this_warp(); unit < units; unit += num_warps()) {
+      const i32 segment = unit % c_.segments.count;
+      const i32 owner_of_token = unit / c_.segments.count;
+      const i64 token = owner_of_token / others;
+      const i32 owner = peer_at_turn(c_.exchange.view(), 1 + owner_of_token % others);
+      if (owner < 0) continue;
+      const SumTerms terms = layout().held_terms(held_row(owner, token));
+      if (terms.count() == 0) continue;
+      sum_to_stage(terms, segment);
+      const u32 epoch = c_.exchange.epoch();
+      send_words(
+          packet_flag(epoch),
+          peer_row_packets(c_.exchange.view(), owner, epoch, token) + packets_before(segment),
+          stage(),
+          num_words(segment));
+      warp_sync();  // all packets have been read from the stage
+    }
+  }
+
+  // All lanes. Loads run ahead of the sum by a term.
+  JAX_EP_DEVICE void sum_to_stage(const SumTerms& terms, i32 segment) const {
+    const i32 vectors = num_words(segment) / 4;
+    const auto load = [&](i32 term, Vec16(&row)[kVectors]) {
+      const Ptr<const Vec16> from =
+          as<const Vec16>(shfl_pointer(terms.row, term) + i64{segment} * Config::kSegmentBytes);
+      JAX_EP_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const i32 at = static_cast<i32>(lane_id()) + v * kLanes;
+        row[v] = at < vectors ? ld(from + at) : Vec16{};
+      }
+    };
+    SegmentSum<RowType, kVectors> sum;
+    Vec16 ahead[kVectors];
+    load(0, ahead);
+    const i32 num_weights = terms.weights_per_row();
+    JAX_EP_NO_UNROLL
+    for (i32 term = 0; term < terms.count(); ++term) {
+      Vec16 row[kVectors];
+      JAX_EP_UNROLL
+      for (int v = 0; v < kVectors; ++v) row[v] = ahead[v];
+      if (term + 1 < terms.count()) load(term + 1, ahead);
+      sum.add(row, num_weights, [&](i32 weight) {
+        return shfl_float(terms.weight, num_weights > 1 ? weight : term);
+      });
+    }
+    Vec16 rounded[kVectors];
+    sum.take(rounded);
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const i32 at = static_cast<i32>(lane_id()) + v * kLanes;
+      if (at < vectors) st(as<Vec16>(stage()) + at, rounded[v]);
+    }
+    warp_sync();
+  }
+
+  // --- sums over ranks -------------------------------------------------------------------------
+  // Read this rank's packets, topk_idx, slot, and of its own tokens what is read above. Write out.
+
+  JAX_EP_DEVICE void receive() {
+    const i32 units = static_cast<i32>(c_.shape.num_tokens) * c_.segments.count;
+    for (i32 unit = this_warp(); unit < units; unit += num_warps()) {
+      const i64 token = unit / c_.segments.count;
+      const i32 segment = unit % c_.segments.count;
+      const Selections selections(c_.shape,
+                                  Ptr<const i32>{c_.params.op.topk_idx},
+                                  Ptr<const i32>{c_.params.op.slot},
+                                  token);
+      const u32 leaders = warp_ballot(selections.leads());
+      const SumTerms own = layout().held_terms(held_row(c_.rank, token));
+      // A handle from elsewhere may have rows of a token that selects none.
+      if (own.count() > 0) sum_to_stage(own, segment);
+      sum_ranks(token, segment, source_of_lane(selections, leaders), leaders, own.count() > 0);
+    }
+  }
+
+  // Lane p gets the p-th of the ranks that hold the token, ascending. All lanes.
+  JAX_EP_DEVICE i32 source_of_lane(const Selections& selections, u32 leaders) const {
+    const u32 place = num_earlier(selections.dest(), leaders, c_.num_topk);
+    const bool leads = (leaders >> lane_id() & 1) != 0;
+    const i32 from = lane_with_place(leads ? static_cast<i32>(place) : -1, c_.num_topk);
+    return static_cast<i32>(
+        warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(from < 0 ? 0 : from)));
+  }
+
+  // All lanes. A lane sums the elements of its packets; those of this rank's own sum are in the
+  // stage, where they are replaced by the result.
+  JAX_EP_DEVICE void sum_ranks(
+      i64 token, i32 segment, i32 source_of_lane, u32 leaders, bool has_own) const {
+    const auto num_sources = static_cast<i32>(count_bits(leaders));
+    const i32 words = num_words(segment);
+    float sum[kPackets][kPerPacket] = {};
+    JAX_EP_NO_UNROLL
+    for (i32 first = 0; first < num_sources; first += kSourcesAtOnce) {
+      i32 sources[kSourcesAtOnce];
+      JAX_EP_UNROLL
+      for (int s = 0; s < kSourcesAtOnce; ++s) {
+        const auto lane = static_cast<u32>(first + s) % kWarpSize;
+        const auto source = static_cast<i32>(warp_shfl(static_cast<u32>(source_of_lane), lane));
+        sources[s] = first + s < num_sources ? source : -1;
+      }
+      Packet packets[kSourcesAtOnce][kPackets];
+      JAX_EP_UNROLL
+      for (int s = 0; s < kSourcesAtOnce; ++s) {
+        if (sources[s] < 0) continue;
+        if (sources[s] == c_.rank) {
+          read_stage(words, has_own, packets[s]);
+        } else {
+          wait_segment(sources[s], token, segment, words, packets[s]);
+        }
+      }
+      JAX_EP_UNROLL
+      for (int s = 0; s < kSourcesAtOnce; ++s) {
+        if (sources[s] >= 0) add(packets[s], sum);
+      }
+    }
+    write_sum(token, segment, words, sum);
+  }
+
+  // How many of a segment's packets are this lane's.
+  JAX_EP_DEVICE static i32 packets_of_lane(i32 words) {
+    const auto packets = static_cast<i32>(ceil_div(words, 3));
+    const i32 left = packets - static_cast<i32>(lane_id());
+    return left <= 0 ? 0 : static_cast<i32>(ceil_div(left, kLanes));
+  }
+  JAX_EP_DEVICE void wait_segment(
+      i32 source, i64 token, i32 segment, i32 words, Packet (&packets)[kPackets]) const {
+    const RankView& view = c_.exchange.view();
+    const Ptr<Packet> from =
+        row_packets(view, c_.rank, c_.exchange.epoch(), source, token) + packets_before(segment);
+    wait_packets<kPackets>(
+        c_.exchange,
+        source,
+        token,
+        packets_of_lane(words),
+        [from](int i) { return from + (static_cast<i32>(lane_id()) + i * kLanes); },
+        packets);
+  }
+  JAX_EP_DEVICE static i32 word_of(int packet, int c) {
+    return 3 * (static_cast<i32>(lane_id()) + packet * kLanes) + c;
+  }
+  JAX_EP_DEVICE void read_stage(i32 words, bool has_own, Packet (&packets)[kPackets]) const {
+    JAX_EP_UNROLL
+    for (int i = 0; i < kPackets; ++i) {
+      for (int c = 0; c < 3; ++c) {
+        const bool is_word = has_own && word_of(i, c) < words;
+        packets[i].data[c] = is_word ? ld(stage() + word_of(i, c)) : 0;
+      }
+    }
+  }
+  JAX_EP_DEVICE static void add(const Packet (&packets)[kPackets],
+                                float (&sum)[kPackets][kPerPacket]) {
+    JAX_EP_UNROLL
+    for (int i = 0; i < kPackets; ++i) {
+      float values[kPerPacket];
+      for (int c = 0; c < 3; ++c) {
+        RowType::unpack(packets[i].data[c], values + c * RowType::kPerWord);
+      }
+      for (int e = 0; e < kPerPacket; ++e) {
+        sum[i][e] = fused_multiply_add(1.0F, values[e], sum[i][e]);
+      }
+    }
+  }
+  JAX_EP_DEVICE void write_sum(i64 token,
+                               i32 segment,
+                               i32 words,
+                               const float (&sum)[kPackets][kPerPacket]) const {
+    JAX_EP_UNROLL
+    for (int i = 0; i < kPackets; ++i) {
+      for (int c = 0; c < 3; ++c) {
+        if (word_of(i, c) >= words) continue;
+        st(stage() + word_of(i, c), RowType::pack(sum[i] + c * RowType::kPerWord));
+      }
+    }
+    warp_sync();
+    const auto to = as<Vec16>(Ptr<std::byte>{static_cast<std::byte*>(c_.params.op.out)} +
+                              (token * c_.row_bytes + i64{segment} * Config::kSegmentBytes));
+    for (i32 v = static_cast<i32>(lane_id()); v < words / 4; v += kLanes) {
+      st(to + v, ld(as<Vec16>(stage()) + v));
+    }
+    warp_sync();  // before the stage is written to again
+  }
+
+  JAX_EP_DEVICE void leave_no_results() const {
+    c_.exchange.poison(static_cast<typename RowType::Element*>(c_.params.op.out),
+                       c_.shape.num_tokens * c_.params.op.hidden);
+    c_.exchange.report_closed();
+  }
+
+  Context c_;
+};
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_LOW_LATENCY_COMBINE_KERNEL_H_

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// Waiting for packets, and what is in them.
+#ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_
+#define JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_
+
+#include "csrc/core/low_latency.h"
+#include "csrc/device/exchange.h"
+
+namespace jax_ep::dev {
+
+// Waits for packets of this exchange from a source, each lane for up to kCount of its own: those
+// that `from(i)` names, for i below `count`. Lanes that wait for nothing have a count of 0. All
+// that is missing is asked for at once, again and again. `token`: of which, for messages.
+//
+// No acquire: a packet is the data, and says itself that it is there.
+template <int kCount, typename From>
+JAX_EP_DEVICE void wait_packets(const Exchange& exchange,
+                                i32 source,
+                                i64 token,
+                                i32 count,
+                                const From& from,
+                                Packet (&packets)[kCount]) {
+  const RankView& view = exchange.view();
+  const u32 flag = packet_flag(exchange.epoch());
+  const WaitContext context = {
+      WaitTag::kArrived, exchange.op(), source, exchange.epoch(), static_cast<u32>(token)};
+  u32 missing = 0;  // as bits
+  JAX_EP_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    packets[i] = Packet{};
+    missing |= static_cast<u32>(i < count) << i;
+  }
+  const u64 start = now_ns();
+  u32 level = 0;
+  for (u32 polls = 1;; ++polls) {
+    JAX_EP_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if ((missing >> i & 1) == 0) continue;
+      packets[i] = ld_packet({from(i).raw});
+    }
+    JAX_EP_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (packets[i].flag == flag) missing &= ~(1U << i);
+    }
+    if (missing == 0) break;
+    // It has polled once more after the deadline: it may itself have stood still meanwhile.
+    if ((level & kOverdue) != 0) give_up(view, context, 0);
+    if (polls % kPollsPerLook == 0) level = look(view, context, start, level & ~kOverdue);
+    if ((level & kOverdue) == 0) spin_pause("packets");
+  }
+  if (level != 0) report_long_wait(view, context, level & ~kOverdue, true);
+}
+
+// Registers have no numbers: an index that is not known when this is compiled would put them into
+// memory.
+JAX_EP_DEVICE u32 word_in_packet(const Packet& packet, u32 word) {
+  return word == 0 ? packet.data[0] : word == 1 ? packet.data[1] : packet.data[2];
+}
+
+// --- the routing: the experts of a source's selections, six to a packet --------------------------
+
+JAX_EP_DEVICE u32 expert_in_packet(const Packet& packet, u32 place) {
+  return word_in_packet(packet, place / 2) >> 16 * (place % 2) & 0xFFFF;
+}
+
+// All lanes of all warps: sends all selections to the other ranks.
+JAX_EP_DEVICE void send_experts(
+    const Exchange& exchange, Ptr<const i32> topk_idx, i64 selections, i32 warp, i32 num_warps) {
+  const i64 packets = num_expert_packets(selections);
+  for (i64 first = i64{warp} * kWarpSize; first < packets; first += i64{num_warps} * kWarpSize) {
+    const i64 i = first + lane_id();
+    if (i >= packets) continue;
+    Packet packet{{0, 0, 0}, packet_flag(exchange.epoch())};
+    JAX_EP_UNROLL
+    for (int c = 0; c < kExpertsPerPacket; ++c) {
+      const i64 at = i * kExpertsPerPacket + c;
+      const i32 expert = at < selections ? ld(topk_idx + at) : -1;
+      const bool fits = expert >= 0 && expert < static_cast<i32>(kNoExpertInPacket);
+      packet.data[c / 2] |= (fits ? static_cast<u32>(expert) : kNoExpertInPacket) << 16 * (c % 2);
+    }
+    for_each_peer(exchange.view(), [&](i32 peer) {
+      if (peer != exchange.view().rank) {
+        put_expert_packet(exchange.view(), peer, exchange.epoch(), i, packet);
+      }
+    });
+  }
+}
+
+// --- scalars: three to a packet ------------------------------------------------------------------
+
+JAX_EP_DEVICE void send_scalars(
+    const Exchange& exchange, Ptr<const float> scalars, i64 count, i32 warp, i32 num_warps) {
+  const i64 packets = num_scalar_packets(count);
+  for (i64 first = i64{warp} * kWarpSize; first < packets; first += i64{num_warps} * kWarpSize) {
+    const i64 i = first + lane_id();
+    if (i >= packets) continue;
+    Packet packet{{0, 0, 0}, packet_flag(exchange.epoch())};
+    JAX_EP_UNROLL
+    for (int c = 0; c < kScalarsPerPacket; ++c) {
+      const i64 at = i * kScalarsPerPacket + c;
+      if (at < count) packet.data[c] = ld(as<const u32>(scalars) + at);
+    }
+    for_each_peer(exchange.view(), [&](i32 peer) {
+      if (peer != exchange.view().rank) {
+        put_scalar_packet(exchange.view(), peer, exchange.epoch(), i, packet);
+      }
+    });
+  }
+}
+
+// --- rows: words of a segment in shared memory, three to a packet --------------------------------
+
+// All lanes. The stores of the lanes to the stage must be known to the warp.
+JAX_EP_DEVICE void send_words(u32 flag, Ptr<Packet> to, Ptr<u32> stage, i32 num_words) {
+  const auto packets = static_cast<i32>(ceil_div(num_words, 3));
+  for (i32 i = static_cast<i32>(lane_id()); i < packets; i += kWarpSize) {
+    Packet packet{{0, 0, 0}, flag};
+    JAX_EP_UNROLL
+    for (int c = 0; c < 3; ++c) {
+      if (3 * i + c < num_words) packet.data[c] = ld(stage + (3 * i + c));
+    }
+    st_packet(to + i, packet);
+  }
+}
+
+// All lanes. The other way; follow it with a warp_sync.
+template <int kAtOnce>
+JAX_EP_DEVICE void receive_words(const Exchange& exchange,
+                                 i32 source,
+                                 i64 token,
+                                 Ptr<Packet> from,
+                                 Ptr<u32> stage,
+                                 i32 num_words) {
+  const auto lane = static_cast<i32>(lane_id());
+  const auto packets = static_cast<i32>(ceil_div(num_words, 3));
+  constexpr i32 kLanes = static_cast<i32>(kWarpSize);
+  for (i32 first = lane; first < packets; first += kAtOnce * kLanes) {
+    const auto left = static_cast<i32>(ceil_div(packets - first, kLanes));
+    Packet held[kAtOnce];
+    wait_packets<kAtOnce>(
+        exchange,
+        source,
+        token,
+        left < kAtOnce ? left : kAtOnce,
+        [from, first](int i) { return from + (first + i * kLanes); },
+        held);
+    JAX_EP_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      JAX_EP_UNROLL
+      for (int c = 0; c < 3; ++c) {
+        const i32 word = 3 * (first + i * kLanes) + c;
+        if (word < num_words) st(stage + word, held[i].data[c]);
+      }
+    }
+  }
+}
+
+// --- the end
+// ---------------------------------------------------------------------------------------
+
+// All lanes of the last warp: once in a while, see low_latency.h. What this rank has read nobody
+// will store to before it begins the next exchange.
+JAX_EP_DEVICE void clear_bank(const RankView& view, u32 epoch) {
+  const auto clear = [&](Ptr<Packet> of_first_source, i64 packets_per_source) {
+    const i64 count = packets_per_source * view.num_ranks;
+    for (i64 i = lane_id(); i < count; i += kWarpSize) st_packet(of_first_source + i, Packet{});
+  };
+  const HeapLayout& layout = view.layout;
+  clear(expert_packets(view, view.rank, epoch, 0), layout.expert_packets);
+  clear(scalar_packets(view, view.rank, epoch, 0), layout.scalar_packets);
+  clear(row_packets(view, view.rank, epoch, 0, 0), layout.low_latency_tokens * layout.row_packets);
+}
+
+// Each bank has a flag: a peer may begin the next exchange before all warps have seen this one's.
+JAX_EP_DEVICE i32 flag_of_exchange(const Exchange& exchange) {
+  return static_cast<i32>(bank_of_epoch(exchange.epoch()));
+}
+// All lanes of a warp, first thing: begins the exchange for the peers, and tells them that this
+// rank has ended the one before.
+JAX_EP_DEVICE void announce_exchange(const Exchange& exchange) {
+  exchange.signal_arrived(flag_of_exchange(exchange));
+}
+// All lanes of each warp that reads packets: all peers have begun it, with the same call.
+JAX_EP_DEVICE void wait_for_exchange(const Exchange& exchange) {
+  share_out_peers(exchange.view(), [&exchange](i32 source) {
+    exchange.wait_arrived(source, flag_of_exchange(exchange));
+  });
+  warp_sync();
+}
+// All threads, last thing.
+JAX_EP_DEVICE void finish_exchange(const Exchange& exchange) {
+  exchange.finish([&exchange] {
+    if (clears_bank(exchange.epoch())) clear_bank(exchange.view(), exchange.epoch());
+  });
+}
+
+}  // namespace jax_ep::dev
+
+#endif  // JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+// The low-latency kernels on the simulator: random scenarios, between calls of the others, and the
+// problems that random ones would miss. What goes wrong is in kernels_test.cc.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "csrc/testing/run_scenario.h"
+
+namespace jax_ep {
+namespace {
+
+void expect_scenarios(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
+  limits.low_latency = true;
+  for (uint64_t seed = first; seed <= last; ++seed) {
+    Scenario scenario = random_scenario(seed, limits);
+    scenario.check_races = races;
+    const Outcome outcome = run_scenario(scenario, seed);
+    ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
+  }
+}
+
+class LowLatencyRanks : public testing::TestWithParam<int32_t> {};
+
+TEST_P(LowLatencyRanks, ScenariosAgreeWithTheCpuBackend) {
+  expect_scenarios(1, GetParam() == 8 ? 10 : 30, {.num_ranks = {GetParam()}});
+}
+
+TEST_P(LowLatencyRanks, ScenariosAgreeWithoutTheRaceDetector) {
+  expect_scenarios(1001, GetParam() == 8 ? 1004 : 1010, {.num_ranks = {GetParam()}}, false);
+}
+
+TEST_P(LowLatencyRanks, TwoGroupsAtOnce) {
+  expect_scenarios(2001,
+                   GetParam() == 8 ? 2002 : 2008,
+                   {.num_ranks = {GetParam()}, .max_tokens = 10, .steps = 2, .groups = 2});
+}
+
+INSTANTIATE_TEST_SUITE_P(OneDomain,
+                         LowLatencyRanks,
+                         testing::Values(1, 2, 3, 4, 8),
+                         [](const auto& info) { return "R" + std::to_string(info.param); });
+
+ScenarioStep step_of(const EpShape& shape, int64_t hidden, DType dtype) {
+  using enum OpKind;
+  ScenarioStep step;
+  step.ops = {kPlanDispatch, kCombine, kPlanDispatch, kCombine};
+  step.options.shape = shape;
+  step.options.shape.recv_capacity = worst_case_capacity(shape);
+  step.options.hidden = hidden;
+  step.options.dtype = dtype;
+  step.options.scalars = false;  // a combine of scalars is no low-latency one
+  return step;
+}
+
+Scenario alone(const ScenarioStep& step) {
+  const int64_t tokens = std::max<int64_t>(step.options.shape.num_tokens, 1);
+  return {.groups = {{.max_tokens = tokens, .low_latency_tokens = tokens, .steps = {step}}}};
+}
+
+void expect_ok(const Scenario& scenario, uint64_t seed = 1) {
+  const Outcome outcome = run_scenario(scenario, seed);
+  EXPECT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
+}
+
+// More runs of tokens than warps, packets of experts that begin within a token, and all lanes.
+TEST(LowLatency, ManyExpertsAndSelections) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    for (const int32_t num_topk : {32, 11, 7}) {
+      const EpShape shape{.num_ranks = 2,
+                          .num_experts = 288,
+                          .num_topk = num_topk,
+                          .num_tokens = 13,
+                          .expert_alignment = layout == Layout::kExpert ? 3 : 1,
+                          .layout = layout};
+      ScenarioStep step = step_of(shape, 16, DType::kFloat32);
+      step.options.scalars = num_topk == 7;
+      expect_ok(alone(step));
+    }
+  }
+}
+
+TEST(LowLatency, AsManySelectionsAndBinsAsFit) {
+  const EpShape shape{.num_ranks = 2,
+                      .num_experts = kMaxLowLatencyBins,
+                      .num_topk = 32,
+                      .num_tokens = kMaxLowLatencyTokens};
+  ASSERT_EQ(shape.num_ranks * shape.num_tokens * shape.num_topk, kMaxLowLatencySelections);
+  ScenarioStep step = step_of(shape, 8, DType::kBFloat16);
+  step.ops = {OpKind::kPlanDispatch};
+  expect_ok(alone(step));
+}
+
+// Full segments, short ones, packets that are not full, and more ranks' sums than are asked for at
+// once.
+TEST(LowLatency, RowsOfManySegments) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    const EpShape shape{
+        .num_ranks = 4, .num_experts = 8, .num_topk = 6, .num_tokens = 3, .layout = layout};
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+      for (const int64_t hidden : {1536, 3088, 24}) expect_ok(alone(step_of(shape, hidden, dtype)));
+    }
+  }
+}
+
+TEST(LowLatency, RowsInFp8) {
+  using enum RowFormat;
+  const EpShape shape{.num_ranks = 2, .num_experts = 8, .num_topk = 3, .num_tokens = 4};
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (const int64_t hidden : {1552, 512, 16}) {
+      for (const RowFormat x : {kDType, kFloat8E4M3}) {
+        for (const RowFormat rows : {kDType, kFloat8E4M3}) {
+          ScenarioStep step = step_of(shape, hidden, dtype);
+          step.options.wire = Wire::kFloat8E4M3;
+          step.x_format = x;
+          step.rows_format = rows;
+          expect_ok(alone(step));
+        }
+      }
+    }
+  }
+}
+
+TEST(LowLatency, RowsAreDropped) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    for (const int64_t capacity : {1, 5, 17}) {
+      const EpShape shape{
+          .num_ranks = 2, .num_experts = 8, .num_topk = 6, .num_tokens = 9, .layout = layout};
+      ScenarioStep step = step_of(shape, 24, DType::kBFloat16);
+      step.options.shape.recv_capacity = capacity;
+      expect_ok(alone(step));
+    }
+  }
+}
+
+TEST(LowLatency, NoRankHasATokenAndThenAllHave) {
+  EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 0};
+  const ScenarioStep none = step_of(shape, 16, DType::kFloat32);
+  shape.num_tokens = 5;
+  const ScenarioStep some = step_of(shape, 16, DType::kFloat32);
+  expect_ok(
+      {.groups = {{.max_tokens = 5, .low_latency_tokens = 5, .steps = {none, some, none, some}}}});
+}
+
+// Between calls of more tokens, which have staging and epochs of their own.
+TEST(LowLatency, BothKindsOfCallsByTurns) {
+  EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 2};
+  const ScenarioStep few = step_of(shape, 16, DType::kBFloat16);
+  shape.num_tokens = 9;
+  const ScenarioStep many = step_of(shape, 16, DType::kBFloat16);
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
+    expect_ok({.groups = {{.max_tokens = 9,
+                           .low_latency_tokens = 4,
+                           .steps = {few, many, few, many, few}}}},
+              seed);
+  }
+}
+
+// Packets of tokens that only large calls have lie unused meanwhile.
+TEST(LowLatency, EpochsMayWrapAround) {
+  EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 6};
+  const ScenarioStep large = step_of(shape, 16, DType::kFloat32);
+  shape.num_tokens = 1;
+  const ScenarioStep small = step_of(shape, 16, DType::kFloat32);
+  for (const uint32_t epoch : {0x7FFF'FFFDU,
+                               0x7FFF'FFFEU,
+                               0xFFFF'FFFDU,
+                               0xFFFF'FFFFU,
+                               kClearBankEvery - 3,
+                               kClearBankEvery - 1,
+                               kClearBankEvery}) {
+    Scenario scenario{
+        .groups = {{.max_tokens = 6, .low_latency_tokens = 6, .steps = {large, small, large}}}};
+    scenario.first_epoch = epoch;
+    expect_ok(scenario);
+  }
+}
+
+// When the flags begin anew, no packet is left that had one of them before.
+TEST(LowLatency, APacketIsNotTakenForOneOfTheSameFlag) {
+  EpShape shape{.num_ranks = 2, .num_experts = 4, .num_topk = 2, .num_tokens = 1};
+  const ScenarioStep small = step_of(shape, 16, DType::kFloat32);  // four exchanges
+  shape.num_tokens = 6;
+  const ScenarioStep large = step_of(shape, 16, DType::kFloat32);
+  for (const uint32_t exchange : {1, 2, 3, 4}) {
+    Scenario scenario{
+        .groups = {{.max_tokens = 6, .low_latency_tokens = 6, .steps = {small, large}}}};
+    scenario.first_epoch = kClearBankEvery - 3;
+    scenario.stale_packets = scenario.first_epoch + 4 + exchange;
+    expect_ok(scenario);
+  }
+}
+
+// More ranks than a warp has lanes.
+TEST(LowLatency, MoreRanksThanLanes) {
+  for (uint64_t seed = 1; seed <= 2; ++seed) {
+    expect_ok(random_scenario(seed, {.num_ranks = {33}, .low_latency = true}), seed);
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep
