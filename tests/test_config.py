@@ -40,6 +40,7 @@ def test_defaults():
     assert config.zero_fill is True
     assert config.max_num_sms is None
     assert config.tail_num_sms is None
+    assert config.low_latency_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,18 @@ _DTYPES = "allowed: float32, bfloat16, float16"
             for value in (0, -1, 2.5, False, INT32_MAX + 1)
         ],
         ({"max_num_sms": 0}, f"EpConfig.max_num_sms is 0; allowed: None or {_INT}"),
+        (
+            {"low_latency_tokens": -1},
+            f"EpConfig.low_latency_tokens is -1; allowed: None or an int from 0 to {INT32_MAX}",
+        ),
+        (
+            {"low_latency_tokens": 5},
+            "EpConfig.low_latency_tokens is 5; allowed: None or an int from 0 to 4",
+        ),
+        (
+            {"low_latency_tokens": 257, "max_tokens_per_rank": 512},
+            "EpConfig.low_latency_tokens is 257; allowed: None or an int from 0 to 256",
+        ),
         (
             {"tail_num_sms": -1},
             f"EpConfig.tail_num_sms is -1; allowed: None or an int from 0 to {INT32_MAX}",

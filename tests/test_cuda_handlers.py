@@ -104,6 +104,77 @@ def test_a_kernel_gets_what_the_call_was_given(operation, variant, fake, make_gr
     assert {name: launch[name] for name in expected} == expected
 
 
+def _launched(fake, group, operation, sizes):
+    """The kernels that a call launches, by their entry points, and how many blocks."""
+    call(fake, operation, group.group_id, buffers(operation, sizes), sizes)
+    name = [name for name in fake.lines("calls") if name.startswith("launch_")][-1]
+    return name.removeprefix("launch_"), fake.launches()[-1]["blocks"]
+
+
+LOW_LATENCY = {
+    "plan_dispatch": "low_latency_dispatch",
+    "combine": "low_latency_combine",
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_few_tokens_get_the_low_latency_kernels(operation, variant, fake, make_group):
+    """Where the group has room for them; not a plan alone, and nothing of gradients."""
+    sizes = VARIANTS[variant]
+    wire = FP8 if sizes.x_dtype or sizes.rows_dtype else None
+    group = make_group(
+        layout=sizes.layout, dtype=sizes.dtype, wire_dtype=wire, low_latency_tokens=3
+    )
+    serves = operation == "plan_dispatch" or (operation == "combine" and not sizes.scalars)
+    name, _ = _launched(fake, group, operation, sizes)
+    assert name == (LOW_LATENCY[operation] if serves else operation)
+
+
+@pytest.mark.parametrize("operation", LOW_LATENCY)
+@pytest.mark.parametrize(
+    ("config", "changed", "low_latency"),
+    [
+        ({}, {}, False),
+        ({"low_latency_tokens": 0}, {}, False),
+        ({"low_latency_tokens": 3}, {}, True),
+        ({"low_latency_tokens": 4}, {"num_tokens": 0}, True),
+        ({"low_latency_tokens": 3}, {"num_tokens": 4}, False),
+        ({"low_latency_tokens": 4}, {"hidden": 0}, False),
+        # Rows of 60 bytes.
+        ({"low_latency_tokens": 4}, {"hidden": 15}, False),
+        ({"low_latency_tokens": 4, "num_experts": 1088}, {"num_experts": 1088}, True),
+        ({"low_latency_tokens": 4, "num_experts": 1090}, {"num_experts": 1090}, False),
+        # 2 ranks with 256 tokens of 32 selections are as many as fit.
+        (
+            {"low_latency_tokens": 256, "max_tokens_per_rank": 256, "num_topk": 32},
+            {"num_tokens": 256, "num_topk": 32},
+            True,
+        ),
+    ],
+)
+def test_which_calls_are_low_latency_ones(
+    operation, config, changed, low_latency, fake, make_group
+):
+    sizes = dataclasses.replace(SIZES, scalars=False, **changed)
+    if sizes.num_topk > 8:
+        config, sizes = {**config, "num_experts": 64}, dataclasses.replace(sizes, num_experts=64)
+    name, _ = _launched(fake, make_group(**config), operation, sizes)
+    assert name == (LOW_LATENCY[operation] if low_latency else operation)
+
+
+@pytest.mark.parametrize("operation", LOW_LATENCY)
+@pytest.mark.parametrize(("num_sms", "most"), [(None, 64), (1, 1), (3, 3)])
+def test_low_latency_kernels_take_no_more_sms_than_they_may(
+    operation, num_sms, most, fake, make_group
+):
+    sizes = dataclasses.replace(SIZES, scalars=False, num_tokens=128, hidden=4096)
+    group = make_group(
+        num_sms=num_sms, hidden=4096, max_tokens_per_rank=128, low_latency_tokens=128
+    )
+    assert _launched(fake, group, operation, sizes) == (LOW_LATENCY[operation], most)
+
+
 @pytest.mark.parametrize("operation", ["dispatch", "combine", "plan_dispatch"])
 def test_rows_that_do_not_travel_have_no_elements(operation, fake, make_group):
     sizes = dataclasses.replace(SIZES, hidden=0)

@@ -65,7 +65,7 @@ def test_a_group_holds_a_heap_on_each_device_until_it_is_closed(mesh, fake):
         assert group.heap_bytes == fake.module.heap_bytes(
             fake.module.HeapShape(
                 num_ranks=2, num_experts=8, num_topk=2, max_tokens=4, hidden=16, dtype=0, wire=0,
-                layout=0,
+                layout=0, low_latency_tokens=0,
             )
         )  # fmt: skip
         heaps = [leak for leak in fake.leaks() if leak.startswith("cudaMalloc")]

@@ -18,7 +18,8 @@ from jax_ep._src import limits
 
 _Class = TypeVar("_Class", bound=type)
 # Fields that may be None, or an int.
-_OPTIONAL_INTS = ("recv_capacity", "max_num_sms", "tail_num_sms")
+_OPTIONAL_INTS = ("recv_capacity", "max_num_sms", "tail_num_sms", "low_latency_tokens")
+_MAY_BE_0 = ("tail_num_sms", "low_latency_tokens")
 
 
 def _refuse_old_names(**new_names: str) -> Callable[[_Class], _Class]:
@@ -75,6 +76,11 @@ class EpConfig:
             has been sent and no peer is waited for any more. None: all that idle; 0: none, for
             programs that keep those SMs busy with something else. Without effect on the numbers,
             and on other devices.
+        low_latency_tokens: GPU kernels for few tokens, as when a model generates text, serve calls
+            of at most so many tokens on each rank, for which the group's heaps get more room. At
+            most 256, and at most `max_tokens_per_rank`. 0: none. None: chosen; that is none as
+            yet, since these kernels have run in a simulator only. Without effect on the numbers,
+            and on other devices.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the
@@ -97,6 +103,7 @@ class EpConfig:
     zero_fill: bool = True
     max_num_sms: int | None = None
     tail_num_sms: int | None = None
+    low_latency_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):
@@ -121,7 +128,8 @@ class EpConfig:
             raise ValueError(f"EpConfig.layout is {self.layout!r}; allowed: 'expert', 'rank'")
         for field in _OPTIONAL_INTS:
             if getattr(self, field) is not None:
-                self._check_int(field, least=0 if field == "tail_num_sms" else 1)
+                self._check_int(field, least=0 if field in _MAY_BE_0 else 1)
+        self._check_low_latency_tokens()
         self._check_capacity_factor()
         self._check_positive_int("expert_alignment")
         if self.layout == "rank" and self.expert_alignment != 1:
@@ -145,6 +153,14 @@ class EpConfig:
                 f"{limits.INT32_MAX}"
             )
         object.__setattr__(self, field, int(value))
+
+    def _check_low_latency_tokens(self) -> None:
+        most = min(limits.MAX_LOW_LATENCY_TOKENS, self.max_tokens_per_rank)
+        if self.low_latency_tokens is not None and self.low_latency_tokens > most:
+            raise ValueError(
+                f"EpConfig.low_latency_tokens is {self.low_latency_tokens}; allowed: None or an "
+                f"int from 0 to {most}"
+            )
 
     def _check_capacity_factor(self) -> None:
         factor = self.capacity_factor

@@ -14,6 +14,8 @@ MAX_RANKS = 64
 MAX_TOPK = 32
 MAX_EXPERTS = 4096
 MAX_TOKENS_PER_RANK = 2**20
+# As in csrc/core/low_latency.h.
+MAX_LOW_LATENCY_TOKENS = 256
 
 # In the order in which the compiled modules number them: csrc/core/dtype.h, csrc/core/ep_shape.h.
 DTYPES = {

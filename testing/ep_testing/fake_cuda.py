@@ -56,6 +56,7 @@ class FakeCuda:
         dtype: int
         wire: int
         layout: int
+        low_latency_tokens: int
 
     def heap_bytes(self, shape: HeapShape) -> int:
         element = 4 if shape.dtype == 0 else 2

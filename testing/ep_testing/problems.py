@@ -42,6 +42,7 @@ class EpProblem:
         routing: key of `ROUTINGS`, or "table".
         table: `topk_idx` of all ranks, written out; with routing "table".
         max_tokens_per_rank: None: `num_tokens`, and at least 1.
+        low_latency_tokens: of the config.
         seed: of everything random.
     """
 
@@ -62,6 +63,7 @@ class EpProblem:
     routing: str = "uniform"
     table: Table | None = None
     max_tokens_per_rank: int | None = None
+    low_latency_tokens: int | None = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -119,6 +121,7 @@ class EpProblem:
             "num_topk": self.num_topk,
             "hidden": self.hidden,
             "max_tokens_per_rank": self.tokens_limit,
+            "low_latency_tokens": self.low_latency_tokens,
             "zero_fill": self.zero_fill,
         }
 
@@ -269,6 +272,7 @@ def _problems_of_sizes() -> list[EpProblem]:
         *both("no_tokens_but_rows", num_tokens=0, recv_capacity=5),
         *both("one_token", num_tokens=1, num_ranks=4),
         *both("fewer_tokens", num_tokens=3, max_tokens_per_rank=7),
+        *both("low_latency", num_tokens=3, max_tokens_per_rank=7, low_latency_tokens=4),
         *both("topk_1", num_topk=1, **wide),
         *both("topk_all", num_topk=8, **wide),
         *both("one_rank", num_ranks=1),

@@ -9,6 +9,7 @@ from ep_testing import large_shape
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.rank_cases import case_of, check_cases
 from ep_testing.rank_programs import exchange, gradients, moe
+from jax_ep._src.limits import MAX_LOW_LATENCY_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -74,6 +75,17 @@ def _cases(num_ranks: int) -> list[Case]:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
 def test_ranks_get_the_oracles_bits(num_ranks, on_ranks):
     check_cases(on_ranks, _cases(num_ranks), num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
+def test_low_latency_kernels_give_the_oracles_bits(num_ranks, on_ranks):
+    """Where they serve a problem; gradients and odd rows come between."""
+    cases = []
+    for case in _cases(num_ranks):
+        problem = case.kwargs["problem"]
+        tokens = min(problem.tokens_limit, MAX_LOW_LATENCY_TOKENS)
+        cases.append(case_of(case.function, problem.replace(low_latency_tokens=tokens)))
+    check_cases(on_ranks, cases, num_ranks)
 
 
 @pytest.mark.parametrize("num_ranks", Placement.chosen().numbers_of_ranks())

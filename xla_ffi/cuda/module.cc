@@ -201,7 +201,8 @@ void define_heap_shape(nb::module_& m) {
                      HeapSize{"hidden", &HeapShape::hidden},
                      HeapSize{"dtype", &HeapShape::dtype},
                      HeapSize{"wire", &HeapShape::wire},
-                     HeapSize{"layout", &HeapShape::layout});
+                     HeapSize{"layout", &HeapShape::layout},
+                     HeapSize{"low_latency_tokens", &HeapShape::low_latency_tokens});
   m.def(
       "heap_bytes",
       [](const HeapShape& shape) { return make_heap_layout(shape).total_bytes; },

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "csrc/core/low_latency_fit.h"
 #include "csrc/launch/launch.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/rank_call.h"
@@ -25,6 +26,9 @@ ffi::Error plan_dispatch(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, shape_of(op), call));
   JAX_EP_FAIL_IF_ERROR(check_dispatched_rows(call.heap(), op.dispatch));
   const int64_t row_bytes = op.dispatch.hidden * size_bytes(op.dispatch.dtype);
+  if (fits_low_latency(call.rank->view().layout, op)) {
+    return launch_low_latency(call, arguments, row_bytes, launch_low_latency_dispatch);
+  }
   if (plan_fits_in_dispatch(shape_of(op))) {
     return launch(call, arguments, row_bytes, launch_plan_dispatch);
   }

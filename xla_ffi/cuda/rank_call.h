@@ -49,25 +49,46 @@ Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall
 // InvalidArgument unless the rows of a dispatch fit the heap, and are aligned as its kernels need.
 Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op);
 
-// Launches the kernel of an op that moves rows of so many bytes (0: none).
+template <typename Op>
+using LaunchKernel = cudaError_t (*)(const KernelParams<Op>&, const LaunchShape&, cudaStream_t);
+
+// Launches the kernel of an op.
 template <typename Op>
 ffi::Error launch(const RankCall& call,
                   const OpArguments<Op>& arguments,
-                  int64_t row_bytes,
-                  cudaError_t (*launch_kernel)(const KernelParams<Op>&,
-                                               const LaunchShape&,
-                                               cudaStream_t)) {
+                  const LaunchShape& shape,
+                  LaunchKernel<Op> launch_kernel) {
   const KernelParams<Op> params{.view = call.rank->view(),
                                 .call_tag = call_tag_of(arguments.op, call.place),
                                 .program_rank = arguments.program_rank,
                                 .op = arguments.op};
-  const LaunchShape shape = launch_shape(
-      Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   const cudaError_t error = launch_kernel(params, shape, call.stream);
   return to_error(
       cuda_status(error, ("launch_" + std::string(name(Op::kKind))).c_str(), __FILE__, __LINE__));
+}
+
+// The high-throughput kernel of an op that moves rows of so many bytes (0: none).
+template <typename Op>
+ffi::Error launch(const RankCall& call,
+                  const OpArguments<Op>& arguments,
+                  int64_t row_bytes,
+                  LaunchKernel<Op> launch_kernel) {
+  const LaunchShape shape = launch_shape(
+      Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
+  return launch(call, arguments, shape, launch_kernel);
+}
+
+// The low-latency one, of an op that fits_low_latency.
+template <typename Op>
+ffi::Error launch_low_latency(const RankCall& call,
+                              const OpArguments<Op>& arguments,
+                              int64_t row_bytes,
+                              LaunchKernel<Op> launch_kernel) {
+  const LaunchShape shape = low_latency_launch_shape(
+      Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget());
+  return launch(call, arguments, shape, launch_kernel);
 }
 
 }  // namespace jax_ep

@@ -305,6 +305,7 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
         "dtype": list(DTYPES).index(config.dtype.name),
         "wire": int(config.wire_dtype is not None),
         "layout": LAYOUTS.index(config.layout),
+        "low_latency_tokens": config.low_latency_tokens or 0,
     }
 
 
