@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
     from jax_ep._src.groups.group import EpGroup as EpGroup
     from jax_ep._src.groups.health import EpHealth as EpHealth
+    from jax_ep._src.halves import combine_done as combine_done
+    from jax_ep._src.halves import combine_start as combine_start
+    from jax_ep._src.halves import dispatch_done as dispatch_done
+    from jax_ep._src.halves import dispatch_start as dispatch_start
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
     from jax_ep._src.quantized import QuantizedRows as QuantizedRows
@@ -26,7 +30,9 @@ if TYPE_CHECKING:
     from jax_ep._src.routing import route as route
     from jax_ep._src.routing import router_z_loss as router_z_loss
     from jax_ep._src.routing import update_bias as update_bias
+    from jax_ep._src.types import CombineFlight as CombineFlight
     from jax_ep._src.types import Dispatched as Dispatched
+    from jax_ep._src.types import DispatchFlight as DispatchFlight
     from jax_ep._src.types import DispatchHandle as DispatchHandle
 
 __version__ = "0.1.0"
@@ -38,10 +44,11 @@ _NAMES = {
     "errors": ("EpGroupClosed", "EpUnavailable"),
     "groups.group": ("EpGroup",),
     "groups.health": ("EpHealth",),
+    "halves": ("combine_done", "combine_start", "dispatch_done", "dispatch_start"),
     "moe": ("MoeStats", "moe"),
     "quantized": ("QuantizedRows", "quantize"),
     "routing": ("load_balance_loss", "route", "router_z_loss", "update_bias"),
-    "types": ("DispatchHandle", "Dispatched"),
+    "types": ("CombineFlight", "DispatchFlight", "DispatchHandle", "Dispatched"),
 }
 _EXPORTS = {name: f"jax_ep._src.{module}" for module, names in _NAMES.items() for name in names}
 _SUBMODULES = ("flax", "reference")

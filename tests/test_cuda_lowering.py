@@ -288,3 +288,19 @@ def test_a_handle_of_another_platform_is_refused(monkeypatch):
 
     with on_cpu, on_gpu, pytest.raises(ValueError, match="handle is of a dispatch by another back"):
         _lower(mixed, on_gpu, EXPERT)
+
+
+def test_halves_on_gpus_are_the_operations_in_one_piece(fake):
+    """The first half does it all, yet."""
+
+    def halves(x, idx, w, weights):
+        del weights
+        flight = jax_ep.dispatch_start(x, idx, w, group=group)
+        received = jax_ep.dispatch_done(flight, after=jnp.cos(x), group=group)
+        flight = jax_ep.combine_start(received.x, received.handle, received.weights, group=group)
+        return jax_ep.combine_done(flight, after=received.num_dropped, group=group)
+
+    with make_group(EXPERT, "ffi") as group:
+        lowered = _lower(halves, group, EXPERT)
+    targets = sorted(_target(call) for call in _calls(lowered))
+    assert targets == ["jax_ep_combine", "jax_ep_plan_dispatch"]

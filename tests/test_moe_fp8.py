@@ -15,7 +15,7 @@ from ep_testing.moe_layers import by_rank, inputs, weights_of
 from ep_testing.problems import PROBLEMS
 from ep_testing.programs import make_group, make_mesh, over_ranks
 from jax_ep import reference
-from jax_ep._src import restored
+from jax_ep._src import moe as moe_module
 
 FP8 = "float8_e4m3fn"
 # Lengths of rows, drops, alignment, tokens that select nothing.
@@ -205,7 +205,7 @@ def test_empty_rows_leak_nothing(monkeypatch, backend):
         nan = jax.tree.map(lambda part: jnp.where(empty, jnp.nan, part).astype(part.dtype), recv.x)
         return dataclasses.replace(recv, x=nan)
 
-    monkeypatch.setattr(restored, "dispatch", dispatch)
+    monkeypatch.setattr(moe_module, "dispatch", dispatch)
     for got, want in zip(
         *map(jax.tree.leaves, (_run(problem, backend, _with_gradients), clean)), strict=True
     ):

@@ -23,6 +23,9 @@ from jax_ep._src.groups import native
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "ready_made_programs.md"
 TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_plan_dispatch", "jax_ep_combine")
+HALVES = (
+    "jax_ep_dispatch_start", "jax_ep_dispatch_done", "jax_ep_combine_start", "jax_ep_combine_done",
+)  # fmt: skip
 FORMS = ("executable", "exported")
 
 
@@ -214,8 +217,8 @@ def test_the_compilation_cache_knows_groups_by_their_order(folder, tmp_path):
 
 
 def test_the_page_names_all_targets():
-    assert set(native.load().cpu_targets()) == set(TARGETS)
-    assert ", ".join(f'"{name}"' for name in TARGETS) in SAVE
+    assert set(native.load().cpu_targets()) == {*TARGETS, *HALVES}
+    assert set(re.findall(r'"(jax_ep_\w+)"', SAVE)) == {*TARGETS, *HALVES}
     if native.why_no_cuda() is None:
         assert set(native.load_cuda().cuda_targets()) == set(TARGETS)
 
@@ -247,3 +250,27 @@ def test_only_a_program_whose_targets_are_named_is_exported(backend):
                 export.export(program, disabled_checks=list(checks))(*arrays)
         checks = map(export.DisabledSafetyCheck.custom_call, TARGETS)
         export.export(program, disabled_checks=list(checks))(*arrays)
+
+
+def test_a_program_in_halves_calls_targets_of_its_own():
+    config = jax_ep.EpConfig(
+        num_experts=4, num_topk=2, hidden=8, max_tokens_per_rank=2, dtype=np.float32
+    )
+    mesh = make_mesh((2,), ("expert",))
+    arrays = np.ones((4, 8), np.float32), np.tile(np.int32([0, 3]), (4, 1))
+    with jax_ep.EpGroup(mesh, "expert", config, backend="ffi") as group:
+
+        def f(x, topk_idx):
+            flight = jax_ep.dispatch_start(x, topk_idx, group=group)
+            recv = jax_ep.dispatch_done(flight, group=group)
+            flight = jax_ep.combine_start(recv.x, recv.handle, group=group)
+            return jax_ep.combine_done(flight, group=group)
+
+        program = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))
+        checks = [export.DisabledSafetyCheck.custom_call(name) for name in HALVES]
+        for i, left_out in enumerate(HALVES):
+            with pytest.raises(ValueError, match=f"custom_call @{left_out}"):
+                export.export(program, disabled_checks=checks[:i] + checks[i + 1 :])(*arrays)
+        exported = export.export(program, disabled_checks=checks)(*arrays)
+        placed = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, P("expert")))
+        np.testing.assert_array_equal(jax.jit(exported.call)(*placed), 2 * arrays[0])

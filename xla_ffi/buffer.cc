@@ -82,11 +82,16 @@ Status Buffer::check_rows_or_fp8(DType dtype,
   return mismatch(allowed(), dims);
 }
 
+Operands::Operands(const xla::ffi::RemainingArgs& args) {
+  for (size_t i = 0; i < args.size(); ++i) {
+    // All operands of our targets are arrays.
+    buffers_.push_back(args.get<xla::ffi::AnyBuffer>(i).value());
+  }
+}
+
 Buffer BufferReader::operand(std::string_view name) {
   const size_t i = num_operands_++;
-  if (i >= operands_.size()) return Buffer(name);
-  const auto buffer = operands_.get<xla::ffi::AnyBuffer>(i);
-  return buffer.has_value() ? Buffer(name, *buffer) : Buffer(name);
+  return i < operands_.size() ? Buffer(name, operands_[i]) : Buffer(name);
 }
 
 Buffer BufferReader::result(std::string_view name) {

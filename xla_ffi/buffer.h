@@ -9,6 +9,8 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ops.h"
@@ -59,11 +61,24 @@ class Buffer {
   std::optional<xla::ffi::AnyBuffer> buffer_;
 };
 
+// A call's operands: those that XLA passes, or what stands for them.
+class Operands {
+ public:
+  Operands(const xla::ffi::RemainingArgs& args);  // NOLINT(google-explicit-constructor)
+  explicit Operands(std::vector<xla::ffi::AnyBuffer> buffers) : buffers_(std::move(buffers)) {}
+
+  [[nodiscard]] size_t size() const { return buffers_.size(); }
+  [[nodiscard]] const xla::ffi::AnyBuffer& operator[](size_t i) const { return buffers_[i]; }
+
+ private:
+  std::vector<xla::ffi::AnyBuffer> buffers_;
+};
+
 // Hands out a call's operands and results one by one, in the order of the target's. A call that has
 // none left gives buffers that are not there, and finish() says so.
 class BufferReader {
  public:
-  BufferReader(const xla::ffi::RemainingArgs& operands, const xla::ffi::RemainingRets& results)
+  BufferReader(const Operands& operands, const xla::ffi::RemainingRets& results)
       : operands_(operands), results_(results) {}
 
   [[nodiscard]] Buffer operand(std::string_view name);
@@ -72,7 +87,7 @@ class BufferReader {
   [[nodiscard]] Status finish() const;
 
  private:
-  const xla::ffi::RemainingArgs& operands_;
+  const Operands& operands_;
   const xla::ffi::RemainingRets& results_;
   size_t num_operands_ = 0;
   size_t num_results_ = 0;

@@ -206,7 +206,7 @@ Status set_dispatch(const DispatchOperands& operands,
 
 }  // namespace
 
-Status read_plan(const ffi::RemainingArgs& operands,
+Status read_plan(const Operands& operands,
                  const ffi::RemainingRets& results,
                  const EpAttrs& attrs,
                  Platform platform,
@@ -224,7 +224,7 @@ Status read_plan(const ffi::RemainingArgs& operands,
   return program_rank.check(S32, {1});
 }
 
-Status read_dispatch(const ffi::RemainingArgs& operands,
+Status read_dispatch(const Operands& operands,
                      const ffi::RemainingRets& results,
                      const EpAttrs& attrs,
                      const DispatchAttrs& own,
@@ -262,7 +262,7 @@ Status read_dispatch(const ffi::RemainingArgs& operands,
   return program_rank.check(S32, {1});
 }
 
-Status read_plan_dispatch(const ffi::RemainingArgs& operands,
+Status read_plan_dispatch(const Operands& operands,
                           const ffi::RemainingRets& results,
                           const EpAttrs& attrs,
                           const DispatchAttrs& own,
@@ -287,7 +287,7 @@ Status read_plan_dispatch(const ffi::RemainingArgs& operands,
   return program_rank.check(S32, {1});
 }
 
-Status read_combine(const ffi::RemainingArgs& operands,
+Status read_combine(const Operands& operands,
                     const ffi::RemainingRets& results,
                     const EpAttrs& attrs,
                     Platform platform,

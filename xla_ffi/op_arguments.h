@@ -58,25 +58,25 @@ struct OpArguments {
 // in csrc/core/ops.h, after `program_rank`; on CPU without those that are for GPUs only, but for
 // the result `source_slot`, which is absent there. InvalidArgument that names the first bad buffer
 // or attribute.
-Status read_plan(const ffi::RemainingArgs& operands,
+Status read_plan(const Operands& operands,
                  const ffi::RemainingRets& results,
                  const EpAttrs& attrs,
                  Platform platform,
                  OpArguments<PlanOp>& arguments);
-Status read_dispatch(const ffi::RemainingArgs& operands,
+Status read_dispatch(const Operands& operands,
                      const ffi::RemainingRets& results,
                      const EpAttrs& attrs,
                      const DispatchAttrs& own,
                      Platform platform,
                      OpArguments<DispatchOp>& arguments);
 // The dispatch's operands but for those of a plan, with the routing; the results of both.
-Status read_plan_dispatch(const ffi::RemainingArgs& operands,
+Status read_plan_dispatch(const Operands& operands,
                           const ffi::RemainingRets& results,
                           const EpAttrs& attrs,
                           const DispatchAttrs& own,
                           Platform platform,
                           OpArguments<PlanDispatchOp>& arguments);
-Status read_combine(const ffi::RemainingArgs& operands,
+Status read_combine(const Operands& operands,
                     const ffi::RemainingRets& results,
                     const EpAttrs& attrs,
                     Platform platform,

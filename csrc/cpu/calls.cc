@@ -86,30 +86,6 @@ std::string text_of(const Field& field) {
   return field.text.empty() ? std::to_string(field.value) : std::string(field.text);
 }
 
-// "ranks disagree: hidden is 512 on ranks 0,1,3 and 256 on rank 2". `text` gives a rank's value.
-template <typename Text>
-Status disagreement(std::string_view name, int32_t num_ranks, const Text& text) {
-  std::vector<std::string> values;
-  std::vector<std::vector<int32_t>> ranks;  // of each value
-  for (int32_t rank = 0; rank < num_ranks; ++rank) {
-    const std::string value = text(rank);
-    const auto it = std::find(values.begin(), values.end(), value);
-    if (it == values.end()) {
-      values.push_back(value);
-      ranks.push_back({rank});
-    } else {
-      ranks[static_cast<size_t>(it - values.begin())].push_back(rank);
-    }
-  }
-  std::string message = "ranks disagree: " + std::string(name) + " is ";
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (i > 0) message += i + 1 == values.size() ? " and " : ", ";
-    message += values[i] + (ranks[i].size() == 1 ? " on rank " : " on ranks ");
-    message += format_ranks(ranks[i]);
-  }
-  return Status::invalid_argument(std::move(message));
-}
-
 // What the operation relies on: no division by zero, and rows and tokens that int32 can count.
 Status check_sizes(const EpShape& shape, size_t num_calls) {
   if (static_cast<size_t>(shape.num_ranks) != num_calls) {
@@ -166,6 +142,27 @@ std::string_view op_name(const Call& call) {
   return std::visit([](const auto& op) { return name(op.kKind); }, call);
 }
 
+Status disagreement(std::string_view name, std::span<const std::string> text_of_rank) {
+  std::vector<std::string> values;
+  std::vector<std::vector<int32_t>> ranks;  // of each value
+  for (size_t rank = 0; rank < text_of_rank.size(); ++rank) {
+    const auto it = std::find(values.begin(), values.end(), text_of_rank[rank]);
+    if (it == values.end()) {
+      values.push_back(text_of_rank[rank]);
+      ranks.push_back({static_cast<int32_t>(rank)});
+    } else {
+      ranks[static_cast<size_t>(it - values.begin())].push_back(static_cast<int32_t>(rank));
+    }
+  }
+  std::string message = "ranks disagree: " + std::string(name) + " is ";
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) message += i + 1 == values.size() ? " and " : ", ";
+    message += values[i] + (ranks[i].size() == 1 ? " on rank " : " on ranks ");
+    message += format_ranks(ranks[i]);
+  }
+  return Status::invalid_argument(std::move(message));
+}
+
 std::vector<Property> properties(const Call& call) {
   std::vector<Property> result;
   for (const Field& field : fields_of(call)) result.push_back({field.name, text_of(field)});
@@ -174,14 +171,14 @@ std::vector<Property> properties(const Call& call) {
 
 Status check_agreement(std::span<const Call> calls) {
   if (calls.empty()) return {};
-  const auto num_ranks = static_cast<int32_t>(calls.size());
-  const auto call_of = [&](int32_t rank) -> const Call& {
-    return calls[static_cast<size_t>(rank)];
+  const auto disagree = [&](std::string_view name, const auto& text_of_call) {
+    std::vector<std::string> texts;
+    for (const Call& call : calls) texts.push_back(text_of_call(call));
+    return disagreement(name, texts);
   };
   for (const Call& call : calls) {
     if (call.index() == calls[0].index()) continue;
-    return disagreement(
-        "op", num_ranks, [&](int32_t rank) { return std::string(op_name(call_of(rank))); });
+    return disagree("op", [](const Call& other) { return std::string(op_name(other)); });
   }
   const Fields expected = fields_of(calls[0]);
   size_t first = expected.size;  // the first field in which some rank differs
@@ -192,9 +189,8 @@ Status check_agreement(std::span<const Call> calls) {
     }
   }
   if (first == expected.size) return {};
-  return disagreement(expected.items[first].name, num_ranks, [&](int32_t rank) {
-    return text_of(fields_of(call_of(rank)).items[first]);
-  });
+  return disagree(expected.items[first].name,
+                  [&](const Call& call) { return text_of(fields_of(call).items[first]); });
 }
 
 Status execute(std::span<const Call> calls, WorkerPool& workers) {

@@ -30,9 +30,12 @@ struct Property {
 };
 std::vector<Property> properties(const Call& call);
 
+// InvalidArgument: what is the same on all ranks is not. `text_of_rank` has its value on each; for
+// example "ranks disagree: hidden is 512 on ranks 0,1,3 and 256 on rank 2".
+Status disagreement(std::string_view name, std::span<const std::string> text_of_rank);
+
 // OK if all ranks brought the same op with the same properties; otherwise InvalidArgument that
-// names the ranks and the first difference, for example
-// "ranks disagree: hidden is 512 on ranks 0,1,3 and 256 on rank 2".
+// is the disagreement of the first difference.
 Status check_agreement(std::span<const Call> calls);
 
 // Runs the op for all ranks; `calls[r]` is rank r's and calls.size() == num_ranks.

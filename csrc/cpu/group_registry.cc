@@ -91,4 +91,12 @@ int64_t GroupRegistry::size() const {
   return static_cast<int64_t>(state.groups.size());
 }
 
+std::vector<GroupInfoPtr> GroupRegistry::all() const {
+  Impl& state = impl();
+  const std::lock_guard lock(state.mutex);
+  std::vector<GroupInfoPtr> groups;
+  for (const auto& [id, info] : state.groups) groups.push_back(info);
+  return groups;
+}
+
 }  // namespace jax_ep

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <vector>
 
 #include "csrc/core/group_errors.h"
 #include "csrc/core/status.h"
@@ -23,6 +24,9 @@ struct RankPlace {
   bool operator==(const RankPlace&) const = default;
 };
 
+class Flights;
+std::shared_ptr<Flights> make_flights();
+
 // What the library holds for a live EP group.
 struct GroupInfo {
   int64_t id = 0;
@@ -36,6 +40,8 @@ struct GroupInfo {
 
   // Set when the group is closed, for those who found it open just before.
   std::shared_ptr<std::atomic<bool>> closed = std::make_shared<std::atomic<bool>>(false);
+  // Exchanges of which the first half has begun. See csrc/cpu/flights/flights.h.
+  std::shared_ptr<Flights> flights = make_flights();
 
   // The device of a rank; -1 if there is none.
   [[nodiscard]] int32_t device_of(const RankPlace& place) const;
@@ -62,6 +68,8 @@ class GroupRegistry {
   // The group for a call of `op`; closed_group or unknown_group if there is none.
   Status find_open(int64_t id, std::string_view op, GroupInfoPtr& info) const;
   [[nodiscard]] int64_t size() const;
+  // Those that are open.
+  [[nodiscard]] std::vector<GroupInfoPtr> all() const;
 
  private:
   GroupRegistry() = default;

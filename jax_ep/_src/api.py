@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from jax_ep._src.backends.ffi import ops as ffi
-from jax_ep._src.backends.plan import Plan
+from jax_ep._src.backends.operands import DispatchResults
+from jax_ep._src.backends.plan import Counts, Plan
 from jax_ep._src.backends.xla import ops as xla
 from jax_ep._src.checks import check_array, check_call
 from jax_ep._src.compat import as_array
@@ -63,19 +64,26 @@ def dispatch(
         EpGroupClosed: the group has been closed.
     """
     x, topk_idx, topk_weights = checked_tokens(x, topk_idx, topk_weights, group=group)
-    config = group.config
     spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
-        plan, counts, received = backend.plan_dispatch(spec, x, topk_idx, topk_weights)
-    scales = received.rows_scales
+        results = backend.plan_dispatch(spec, x, topk_idx, topk_weights)
+    return dispatched_of(*results, group=group)
+
+
+def dispatched_of(
+    plan: Plan, counts: Counts, received: DispatchResults, *, group: EpGroup
+) -> Dispatched:
+    """What a backend gives, as what `dispatch` returns."""
+    rows, scales = received.rows, received.rows_scales
+    assert rows is not None
     return Dispatched(
-        x=received.rows if scales is None else QuantizedRows(received.rows, scales),
+        x=rows if scales is None else QuantizedRows(rows, scales),
         weights=received.row_scalars,
         topk_idx=plan.row_topk_idx,
         handle=DispatchHandle(
             **plan._asdict(),
-            config=config,
+            config=group.config,
             num_ranks=group.num_ranks,
             axis_names=group.axis_names,
         ),
@@ -84,10 +92,10 @@ def dispatch(
 
 
 def checked_tokens(
-    x: Any, topk_idx: Any, topk_weights: Any, *, group: EpGroup
+    x: Any, topk_idx: Any, topk_weights: Any, *, group: EpGroup, operation: str = "dispatch"
 ) -> tuple[jax.Array | QuantizedRows, jax.Array, jax.Array | None]:
     """What `dispatch` was given, arrays as arrays; raises if it does not fit the group."""
-    check_call("dispatch", group)
+    check_call(operation, group)
     topk_idx, topk_weights = as_array(topk_idx), as_array(topk_weights)
     config = group.config
     x, num_tokens = _checked_rows(x, config)
@@ -155,7 +163,16 @@ def combine(
             group, or the call is not inside `shard_map` over the group's axes.
         EpGroupClosed: the group has been closed.
     """
-    check_call("combine", group)
+    y, weights, spec = checked_rows(y, handle, weights, group=group)
+    with jax.named_scope("jax_ep.combine"):
+        return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
+
+
+def checked_rows(
+    y: Any, handle: Any, weights: Any, *, group: EpGroup, operation: str = "combine"
+) -> tuple[jax.Array, jax.Array | None, OpSpec]:
+    """What `combine` was given, arrays as arrays; raises if it does not fit the group."""
+    check_call(operation, group)
     y, weights = as_array(y), as_array(weights)
     config = group.config
     if not isinstance(handle, DispatchHandle):
@@ -166,8 +183,7 @@ def combine(
     check_array("y", y, rows, config.dtype, of=", the rows of the handle's dispatch")
     if weights is not None:
         check_array("weights", weights, spec.row_scalars_shape, _FLOAT32)
-    with jax.named_scope("jax_ep.combine"):
-        return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
+    return y, weights, spec
 
 
 def _check_handle(handle: DispatchHandle, group: EpGroup, spec: OpSpec) -> None:

@@ -13,11 +13,13 @@ from jax_ep._src.checks import check_array, check_group, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.grouped_dot import grouped_dot
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.halves import begin_dispatch, dispatch_done
 from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.restored import Sent, dispatch_in_fp8, restore
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]
+Overlap = Callable[[Any], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +49,7 @@ def moe(
     *,
     group: EpGroup,
     activation: Activation = ...,
+    overlap: Overlap | None = ...,
     with_stats: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -62,6 +65,7 @@ def moe(
     *,
     group: EpGroup,
     activation: Activation = ...,
+    overlap: Overlap | None = ...,
     with_stats: Literal[True],
 ) -> tuple[jax.Array, MoeStats]: ...
 
@@ -76,6 +80,7 @@ def moe(
     *,
     group: EpGroup,
     activation: Activation = jax.nn.silu,
+    overlap: Overlap | None = None,
     with_stats: bool = False,
 ) -> jax.Array | tuple[jax.Array, MoeStats]:
     """Sends every token through its experts and returns the weighted sum of their outputs.
@@ -99,39 +104,71 @@ def moe(
         w_down: `[L, F, H]` of `config.dtype`.
         group: an open `EpGroup` whose config has layout "expert".
         activation: of the gate, elementwise.
+        overlap: what to do between dispatch's halves, such as shared experts: a function of `x`,
+            as it was given, to `[T, H]` of `config.dtype`. Its result is added to the experts'.
         with_stats: whether to return what this rank's experts were asked for, too.
 
     Returns:
         `[T, H]` of `config.dtype`; 0 for a token with no selection. A row that was dropped for
-        lack of room counts as 0. With `with_stats`: a tuple of this and a `MoeStats`.
+        lack of room counts as 0. With `overlap`: plus `overlap(x)`, in `config.dtype`. With
+        `with_stats`: a tuple of this and a `MoeStats`.
 
     Raises:
-        ValueError: an argument does not fit the group's config, the layout is "rank", the call is
-            not inside `shard_map` over the group's axes, or it is traced to be differentiated in an
-            `x` that is quantized.
+        ValueError: an argument, or what `overlap` returns, does not fit the group's config, the
+            layout is "rank", the call is not inside `shard_map` over the group's axes, or it is
+            traced to be differentiated in an `x` that is quantized.
         EpGroupClosed: the group has been closed.
     """
     check_group(group, expert_layout_for="moe")
     w_gate, w_up, w_down = as_array(w_gate), as_array(w_up), as_array(w_down)
     _check_weights(group, w_gate, w_up, w_down)
+    if overlap is not None and not callable(overlap):
+        raise ValueError(
+            f"overlap is a {type(overlap).__name__}; allowed: None, or a function of x"
+        )
     if topk_weights is None:
         raise ValueError("topk_weights is None; allowed: float32[T, K]")
+    exchange = _Exchange(x, overlap)
     if group.config.recv_dtype is None:
-        recv = dispatch(x, topk_idx, topk_weights, group=group)
+        recv = exchange(x, topk_idx, topk_weights, group=group)
         with jax.named_scope("jax_ep.experts"):
             gate, up = _gate_and_up(group, recv, recv.x, w_gate, w_up)
         weights = recv.weights
     else:
-        recv, sent = dispatch_in_fp8(x, topk_idx, topk_weights, group)
+        recv, sent = dispatch_in_fp8(exchange, x, topk_idx, topk_weights, group)
         with jax.named_scope("jax_ep.experts"):
             gate, up, weights = _gate_and_up_of_fp8(group, recv, sent, w_gate, w_up)
     with jax.named_scope("jax_ep.experts"):
         y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
     out = combine(y, recv.handle, weights, group=group)
+    if exchange.overlapped is not None:
+        out = out + exchange.overlapped
     if not with_stats:
         return out
     stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
     return out, stats
+
+
+class _Exchange:
+    """A dispatch, with or without something between its halves."""
+
+    def __init__(self, x: jax.Array | QuantizedRows, overlap: Overlap | None) -> None:
+        self._x, self._overlap = x, overlap
+        self.overlapped: jax.Array | None = None  # what `overlap` has given
+
+    def __call__(
+        self, x: Any, topk_idx: jax.Array, topk_weights: jax.Array, *, group: EpGroup
+    ) -> Dispatched:
+        """Dispatches `x`, which may be cut off from gradients; `overlap` gets what came."""
+        if self._overlap is None:
+            return dispatch(x, topk_idx, topk_weights, group=group)
+        # Layers that do not depend on each other may be between the halves at once, as XLA likes.
+        flight = begin_dispatch(x, topk_idx, topk_weights, group=group, counts=False)
+        overlapped = as_array(self._overlap(self._x))
+        shape = (topk_idx.shape[0], group.config.hidden)
+        check_array("overlap(x)", overlapped, shape, group.config.dtype, of=", the tokens' rows")
+        self.overlapped = overlapped
+        return dispatch_done(flight, after=overlapped, group=group)
 
 
 def _gate_and_up(

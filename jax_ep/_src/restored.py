@@ -2,12 +2,13 @@
 """The gradient of rows that are received in FP8: straight through, in the rows' own dtype."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jax_ep._src import compat
-from jax_ep._src.api import backend_of, checked_tokens, dispatch
+from jax_ep._src.api import backend_of, checked_tokens
 from jax_ep._src.backends.plan import Plan
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.quantized import QuantizedRows, dequantize_rows
@@ -20,9 +21,16 @@ Received = tuple[QuantizedRows, jax.Array]
 
 
 def dispatch_in_fp8(
-    x: jax.Array | QuantizedRows, topk_idx: jax.Array, topk_weights: jax.Array, group: EpGroup
+    exchange: Callable[..., Dispatched],
+    x: jax.Array | QuantizedRows,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    group: EpGroup,
 ) -> tuple[Dispatched, Sent]:
-    """A dispatch with `recv_dtype`, cut off from gradients, and what `restore` connects again."""
+    """A dispatch with `recv_dtype`, cut off from gradients, and what `restore` connects again.
+
+    `exchange` makes it: `dispatch`, or its halves and what is between them.
+    """
     # Before anything makes JAX's arrays of them.
     x, topk_idx, weights = checked_tokens(x, topk_idx, topk_weights, group=group)
     assert weights is not None
@@ -31,7 +39,7 @@ def dispatch_in_fp8(
     else:
         sent = (x, weights)
         x = jax.lax.stop_gradient(x)
-    return dispatch(x, topk_idx, jax.lax.stop_gradient(weights), group=group), sent
+    return exchange(x, topk_idx, jax.lax.stop_gradient(weights), group=group), sent
 
 
 def restore(recv: Dispatched, sent: Sent, group: EpGroup) -> tuple[jax.Array, jax.Array]:

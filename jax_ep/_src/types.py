@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dispatch` returns: pytrees that cross `jit`, `shard_map`, `scan` and `checkpoint`."""
+"""What operations return: pytrees that cross `jit`, `shard_map`, `scan` and `checkpoint`."""
 
 import dataclasses
 
@@ -76,3 +76,59 @@ class Dispatched:
     tokens_per_expert: jax.Array
     num_dropped: jax.Array
     handle: DispatchHandle
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchFlight:
+    """A dispatch between its halves. Made by `dispatch_start`, for one `dispatch_done`.
+
+    Treat it as opaque: of what is here, a backend keeps what it needs.
+
+    Attributes:
+        ticket: `[2]` uint32, the flight's number; only of the `ffi` backend on CPU.
+        x: `[T, H]`, what is sent; likewise.
+        topk_idx: `[T, K]` int32; likewise.
+        topk_weights: `[T, K]` float32, or None; likewise.
+        dispatched: the result; of all others, where the first half does it all.
+        config: of the group that dispatches.
+        num_ranks: of the group that dispatches.
+        axis_names: of the group that dispatches.
+    """
+
+    ticket: jax.Array | None = None
+    x: jax.Array | QuantizedRows | None = None
+    topk_idx: jax.Array | None = None
+    topk_weights: jax.Array | None = None
+    dispatched: Dispatched | None = None
+    config: EpConfig = dataclasses.field(metadata={"static": True})
+    num_ranks: int = dataclasses.field(metadata={"static": True})
+    axis_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CombineFlight:
+    """A combine between its halves. Made by `combine_start`, for one `combine_done`.
+
+    Treat it as opaque: of what is here, a backend keeps what it needs.
+
+    Attributes:
+        ticket: `[2]` uint32, the flight's number; only of the `ffi` backend on CPU.
+        y: `[C, H]`, what is sent; likewise.
+        weights: float32, `[C]` or `[C, K]`, or None; likewise.
+        handle: of the dispatch; likewise.
+        out: `[T, H]`, the result; of all others, where the first half does it all.
+        config: of the group that combines.
+        num_ranks: of the group that combines.
+        axis_names: of the group that combines.
+    """
+
+    ticket: jax.Array | None = None
+    y: jax.Array | None = None
+    weights: jax.Array | None = None
+    handle: DispatchHandle | None = None
+    out: jax.Array | None = None
+    config: EpConfig = dataclasses.field(metadata={"static": True})
+    num_ranks: int = dataclasses.field(metadata={"static": True})
+    axis_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})

@@ -242,6 +242,7 @@ def _block(
         topk_idx = jnp.where(is_token, topk_idx, -1)
     tokens = tokens.astype(config.dtype)
     weights = {name: w.astype(config.dtype) for name, w in params.items() if name != "router"}
+    shared = functools.partial(_shared_experts, spec, weights) if spec.num_shared_experts else None
     out, stats = moe(
         tokens,
         topk_idx,
@@ -249,12 +250,9 @@ def _block(
         *(weights[name] for name in ("w_gate", "w_up", "w_down")),
         group=spec.group,
         activation=spec.activation,
+        overlap=shared,
         with_stats=True,
     )
-    if spec.num_shared_experts:
-        with jax.named_scope("jax_ep.shared_experts"):
-            gate = spec.activation(tokens @ weights["shared_gate"])
-            out = out + (gate * (tokens @ weights["shared_up"])) @ weights["shared_down"]
     # Counts of no tokens are constants, which vary over no axis and could not be summed over any.
     tokens_per_expert, num_dropped = compat.as_varying(
         frozenset(spec.token_axes), stats.tokens_per_expert, stats.num_dropped
@@ -269,6 +267,14 @@ def _block(
         load_balance_loss=balance,
         router_z_loss=z,
     )
+
+
+def _shared_experts(
+    spec: LayerSpec, weights: Mapping[str, jax.Array], tokens: jax.Array
+) -> jax.Array:
+    with jax.named_scope("jax_ep.shared_experts"):
+        gate = spec.activation(tokens @ weights["shared_gate"])
+        return (gate * (tokens @ weights["shared_up"])) @ weights["shared_down"]
 
 
 def _is_token(split: _Split, block_tokens: int, num_tokens: int) -> jax.Array:

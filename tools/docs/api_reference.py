@@ -25,7 +25,18 @@ SECTIONS = (
             "jax_ep._src.groups.group": ("EpGroup",),
             "jax_ep._src.groups.health": ("EpHealth",),
             "jax_ep._src.api": ("dispatch", "combine"),
-            "jax_ep._src.types": ("Dispatched", "DispatchHandle"),
+            "jax_ep._src.halves": (
+                "dispatch_start",
+                "dispatch_done",
+                "combine_start",
+                "combine_done",
+            ),
+            "jax_ep._src.types": (
+                "Dispatched",
+                "DispatchHandle",
+                "DispatchFlight",
+                "CombineFlight",
+            ),
             "jax_ep._src.quantized": ("QuantizedRows", "quantize"),
             "jax_ep._src.routing": (
                 "route",

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/core/notices.h"
+#include "csrc/cpu/flights/flights.h"
 #include "csrc/cpu/group_registry.h"
 #include "csrc/cpu/rendezvous/rendezvous.h"
 #include "csrc/cpu/rendezvous/waits.h"
@@ -40,9 +41,11 @@ nb::dict cpu_target(XLA_FFI_Handler* execute) {
 }
 
 bool close_group(int64_t id) {
+  const GroupInfoPtr group = GroupRegistry::instance().find(id);
   const bool was_open = GroupRegistry::instance().close(id);
   const nb::gil_scoped_release unlocked;
   Rendezvous::close_group(id);
+  if (group != nullptr) group->flights->close();
   return was_open;
 }
 
@@ -73,6 +76,11 @@ std::vector<WaitTuple> waits_of(int64_t id) {
   return result;
 }
 
+int64_t num_open_flights(int64_t id) {
+  const GroupInfoPtr group = GroupRegistry::instance().find(id);
+  return group == nullptr ? 0 : group->flights->num_open();
+}
+
 std::optional<std::pair<int32_t, std::string>> next_notice() {
   const nb::gil_scoped_release unlocked;
   std::optional<Notice> notice = Notices::shared().next();
@@ -92,6 +100,10 @@ NB_MODULE(_ext, m) {
         targets["jax_ep_dispatch"] = cpu_target(jax_ep_dispatch_cpu);
         targets["jax_ep_combine"] = cpu_target(jax_ep_combine_cpu);
         targets["jax_ep_plan_dispatch"] = cpu_target(jax_ep_plan_dispatch_cpu);
+        targets["jax_ep_dispatch_start"] = cpu_target(jax_ep_dispatch_start_cpu);
+        targets["jax_ep_dispatch_done"] = cpu_target(jax_ep_dispatch_done_cpu);
+        targets["jax_ep_combine_start"] = cpu_target(jax_ep_combine_start_cpu);
+        targets["jax_ep_combine_done"] = cpu_target(jax_ep_combine_done_cpu);
         return targets;
       },
       "FFI target name -> stages, for jax.ffi.register_ffi_target(..., platform='cpu').");
@@ -145,6 +157,7 @@ NB_MODULE(_ext, m) {
       "Ends the wait of next_notice(), for good.");
   m.def("num_groups", [] { return GroupRegistry::instance().size(); }, "Groups registered now.");
   m.def("num_call_sites", &Rendezvous::num_alive, "Custom calls of live compiled programs.");
+  m.def("num_open_flights", &num_open_flights, nb::arg("group_id"), "Flights of a group open now.");
   m.def("num_pending", &Rendezvous::num_pending, "Operations that wait for a rank now.");
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

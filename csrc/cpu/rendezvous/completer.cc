@@ -83,4 +83,12 @@ int64_t Completer::num_threads() const {
   return impl_->num_threads;
 }
 
+void post_with(const FloatEnv& float_env, std::function<void()> callback) {
+  Completer::shared().post([float_env, callback = std::move(callback)] {
+    float_env.apply();
+    callback();
+    FloatEnv::apply_default();
+  });
+}
+
 }  // namespace jax_ep

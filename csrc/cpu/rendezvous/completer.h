@@ -7,6 +7,8 @@
 #include <functional>
 #include <memory>
 
+#include "csrc/cpu/float_env.h"
+
 namespace jax_ep {
 
 // Runs callbacks that may block on each other: each on a thread that runs nothing else until
@@ -33,6 +35,10 @@ class Completer {
   struct Impl;
   std::shared_ptr<Impl> impl_;
 };
+
+// Posts to the process's a callback in which XLA continues a program, with that program's
+// floating-point modes: it is to compute as it would have on its own thread.
+void post_with(const FloatEnv& float_env, std::function<void()> callback);
 
 }  // namespace jax_ep
 

@@ -2,9 +2,10 @@
 #include "csrc/cpu/rendezvous/pending_rendezvous.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <functional>
 #include <utility>
 
+#include "csrc/cpu/flights/flight.h"
 #include "csrc/cpu/rendezvous/rank_list.h"
 
 namespace jax_ep {
@@ -12,25 +13,20 @@ namespace {
 
 using std::chrono::milliseconds;
 
-std::string format_seconds(milliseconds duration) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%g s", static_cast<double>(duration.count()) / 1000);
-  return text;
-}
-
 }  // namespace
 
 PendingRendezvous::PendingRendezvous(const Rendezvous::Arrival& first)
     : group_(first.group),
       group_index_(first.place.group_index),
-      op_name_(op_name(first.call)),
+      op_name_(op_name(first)),
       deadline_(opened_ + group_->timeout),
       next_warning_(group_->warn_after),
       num_ranks_(first.num_ranks),
       num_expected_(first.num_ranks),
       here_(static_cast<size_t>(first.num_ranks)),
       devices_(static_cast<size_t>(first.num_ranks), -1),
-      calls_(static_cast<size_t>(first.num_ranks)) {}
+      calls_(static_cast<size_t>(first.num_ranks)),
+      flights_(static_cast<size_t>(first.num_ranks)) {}
 
 bool PendingRendezvous::has(int32_t rank) const {
   return static_cast<size_t>(rank) < here_.size() && here_[static_cast<size_t>(rank)];
@@ -42,6 +38,7 @@ void PendingRendezvous::add(Rendezvous::Arrival arrival, Rendezvous::Done done) 
   devices_[index] = arrival.device;
   ++num_here_;
   calls_[index] = std::move(arrival.call);
+  flights_[index] = std::move(arrival.flight);
   waiters_.push_back({arrival.place.rank, FloatEnv::current(), std::move(done)});
 }
 
@@ -137,8 +134,28 @@ Status PendingRendezvous::abandoned(std::string_view what) const {
 
 std::vector<Waiter> PendingRendezvous::fail(Status error) {
   failure_ = std::move(error);
+  end_flights(*failure_);
   calls_ = {};
+  flights_ = {};
   return take_waiters();
+}
+
+Status PendingRendezvous::check_flights() const {
+  std::vector<std::string> numbers;
+  for (const auto& flight : flights_) {
+    if (flight.has_value()) numbers.push_back(flight_name(flight->number));
+  }
+  // Operations in one piece have none, and call sites of both kinds are apart.
+  if (std::adjacent_find(numbers.begin(), numbers.end(), std::not_equal_to<>()) == numbers.end()) {
+    return {};
+  }
+  return disagreement("flight", numbers);
+}
+
+void PendingRendezvous::end_flights(const Status& outcome) const {
+  for (const auto& flight : flights_) {
+    if (flight.has_value()) group_->flights->end(flight->number, outcome);
+  }
 }
 
 std::vector<Waiter> PendingRendezvous::take_waiters() { return std::exchange(waiters_, {}); }

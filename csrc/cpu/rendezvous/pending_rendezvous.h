@@ -68,13 +68,19 @@ class PendingRendezvous {
   // The error if the rendezvous goes away first, or the group is closed.
   [[nodiscard]] Status abandoned(std::string_view what) const;
 
-  // From now on late ranks get `error`. Returns the ranks that wait; forgets their calls.
+  // From now on late ranks get `error`. Returns the ranks that wait; forgets their calls, and ends
+  // their flights.
   std::vector<Waiter> fail(Status error);
   [[nodiscard]] const std::optional<Status>& failure() const { return failure_; }
 
   // Of a complete rendezvous: `calls` of all ranks, in order.
   [[nodiscard]] const std::vector<Call>& calls() const { return calls_; }
   std::vector<Waiter> take_waiters();
+
+  // OK if this is no second half, or that of one flight on all ranks that are here.
+  [[nodiscard]] Status check_flights() const;
+  // The flights of the ranks that are here, if any, have ended.
+  void end_flights(const Status& outcome) const;
 
   Deadlines::Ticket alarm;  // set while it is open
 
@@ -95,6 +101,7 @@ class PendingRendezvous {
   std::vector<bool> here_;
   std::vector<int32_t> devices_;  // of the ranks that are here
   std::vector<Call> calls_;
+  std::vector<std::optional<TakenFlight>> flights_;
   std::vector<Waiter> waiters_;
   std::optional<Status> failure_;
 };

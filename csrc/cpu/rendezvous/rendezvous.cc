@@ -25,8 +25,8 @@ std::atomic<int64_t> pending_count{0};
 
 Status check_arrival(const Rendezvous::Arrival& arrival) {
   const auto invalid = [&arrival](const std::string& what) {
-    return Status::invalid_argument(arrival.group->name + ", " +
-                                    std::string(op_name(arrival.call)) + ": " + what);
+    return Status::invalid_argument(arrival.group->name + ", " + std::string(op_name(arrival)) +
+                                    ": " + what);
   };
   if (arrival.num_ranks < 1) {
     return invalid("num_ranks is " + std::to_string(arrival.num_ranks) +
@@ -42,11 +42,7 @@ Status check_arrival(const Rendezvous::Arrival& arrival) {
 // Tells a waiting rank, on a thread that runs nothing else and that computes like the rank's own
 // did: XLA continues the rank's program in the callback.
 void tell(Waiter waiter, const Status& status) {
-  Completer::shared().post([waiter = std::move(waiter), status] {
-    waiter.float_env.apply();
-    waiter.done(status);
-    FloatEnv::apply_default();
-  });
+  post_with(waiter.float_env, [done = std::move(waiter.done), status] { done(status); });
 }
 
 void tell(std::vector<Waiter> waiters, const Status& status) {
@@ -71,9 +67,23 @@ void post_and_tell(std::vector<Failed> all) {
   }
 }
 
+// The rank of a second half cannot take part.
+void end_flight(const Rendezvous::Arrival& arrival, const Status& error) {
+  if (arrival.flight) arrival.group->flights->end(arrival.flight->number, error);
+}
+
+// The operation has ended for all ranks: so have their flights, and if it failed, their programs.
+void end(const std::pair<int64_t, int32_t>& key,
+         const PendingRendezvous& pending,
+         const Status& status) {
+  pending.end_flights(status);
+  if (!status.ok()) pending.group().flights->fail_run(key.first, key.second, status);
+}
+
 // Runs a rendezvous's operation; the error says where it happened.
 Status execute_pending(const PendingRendezvous& pending) {
-  Status status = check_agreement(pending.calls());
+  Status status = pending.check_flights();
+  if (status.ok()) status = check_agreement(pending.calls());
   if (status.ok()) status = execute(pending.calls(), WorkerPool::shared());
   if (status.ok()) return status;
   return {status.code(), pending.context() + status.message()};
@@ -136,6 +146,7 @@ void Rendezvous::Impl::join(Arrival arrival, Done done) {
   if (!outcome.failure && !outcome.complete) return;  // it waits
 
   const Status status = outcome.failure ? *outcome.failure : execute_pending(*outcome.complete);
+  if (outcome.complete) end(key, *outcome.complete, status);
   if (!status.ok()) post_failure(status);
   // The others first: this rank's callback may wait for them.
   for (Waiter& waiter : outcome.waiters) {
@@ -152,22 +163,25 @@ Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arriva
   Outcome outcome;
   if (const Status* refusal = refusal_of(arrival.run_id)) {
     outcome.late = *refusal;
+    end_flight(arrival, *refusal);
     return outcome;
   }
   // Closed since the caller found it open: close_group() has been here already, or will come.
   if (arrival.group->closed->load()) {
-    outcome.late = closed_group(arrival.group->name, op_name(arrival.call));
+    outcome.late = closed_group(arrival.group->name, op_name(arrival));
     return outcome;
   }
   const PendingPtr pending = find_or_open(key, arrival);
   if (pending->failure()) {
     outcome.late = pending->failure();
+    end_flight(arrival, *outcome.late);
     pending->add_late(arrival);
     if (pending->is_complete()) forget(key, pending);
   } else if (arrival.num_ranks != pending->num_ranks() || !arrival.refusal.ok()) {
     outcome.failure =
         arrival.refusal.ok() ? pending->other_num_ranks(arrival) : pending->refused(arrival);
     outcome.waiters = fail(key, pending, *outcome.failure);
+    end_flight(arrival, *outcome.failure);
     pending->add_late(arrival);
     if (pending->is_complete()) forget(key, pending);
   } else {
@@ -229,6 +243,7 @@ std::vector<Waiter> Rendezvous::Impl::fail(const Key& key,
   close(pending);
   failed.emplace_back(key, pending);
   std::vector<Waiter> waiters = pending->fail(error);
+  pending->group().flights->fail_run(key.first, key.second, error);
   if (failed.size() > kMaxFailed) {
     const auto [oldest_key, oldest] = failed.front();
     forget(oldest_key, oldest);
@@ -353,6 +368,10 @@ struct Rendezvous::Everywhere {
   }
 };
 
+std::string_view op_name(const Rendezvous::Arrival& arrival) {
+  return arrival.flight ? done_name(arrival.flight->kind) : op_name(arrival.call);
+}
+
 Rendezvous::Rendezvous() : impl_(std::make_shared<Impl>()) {
   Everywhere& everywhere = Everywhere::instance();
   const std::lock_guard lock(everywhere.mutex);
@@ -370,6 +389,7 @@ Rendezvous::~Rendezvous() {
 
 void Rendezvous::join(Arrival arrival, Done done) {
   if (const Status status = check_arrival(arrival); !status.ok()) {
+    end_flight(arrival, status);
     post_failure(status);
     return done(status);
   }
@@ -390,6 +410,7 @@ void Rendezvous::close_group(int64_t group_id) {
 std::vector<Wait> Rendezvous::waits() {
   std::vector<Wait> waits;
   for (const auto& impl : Everywhere::instance().all()) impl->add_waits(waits);
+  for (const auto& group : GroupRegistry::instance().all()) group->flights->add_waits(waits);
   return waits;
 }
 

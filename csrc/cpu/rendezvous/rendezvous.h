@@ -5,15 +5,25 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "csrc/core/status.h"
 #include "csrc/cpu/calls.h"
+#include "csrc/cpu/flights/flights.h"
 #include "csrc/cpu/group_registry.h"
 #include "csrc/cpu/rendezvous/waits.h"
 
 namespace jax_ep {
+
+// What a rank's second half of an exchange has taken (see csrc/cpu/flights/flights.h). Its call
+// points to the operands.
+struct TakenFlight {
+  FlightKind kind = FlightKind::kDispatch;
+  FlightNumber number = 0;
+  StagedOperandsPtr operands = {};
+};
 
 // Where the ranks of one call site meet. One object per custom call of a compiled program,
 // shared by all devices that run the program; so calls of different sites can never be
@@ -33,6 +43,7 @@ class Rendezvous {
     RankPlace place;     // of the device
     int32_t num_ranks = 1;
     Call call;
+    std::optional<TakenFlight> flight = {};  // of a second half
     Status refusal;  // not OK: the rank cannot take part, and no rank of the rendezvous will
   };
   // Called exactly once. Where the rendezvous completes inside join(), the last arriver's callback
@@ -62,7 +73,7 @@ class Rendezvous {
   // Fails the open rendezvous of a group that has been closed, in all rendezvous of the process:
   // those of its ranks that have not come will be refused.
   static void close_group(int64_t group_id);
-  // Those that wait now, over all rendezvous of the process.
+  // Those that wait now, over all rendezvous of the process, and ranks that wait to begin a flight.
   static std::vector<Wait> waits();
 
   // Rendezvous that lack a rank now, over all rendezvous of the process (for tests and leak
@@ -76,6 +87,9 @@ class Rendezvous {
   struct Everywhere;
   std::shared_ptr<Impl> impl_;
 };
+
+// The operation's name in messages: of a second half its own.
+std::string_view op_name(const Rendezvous::Arrival& arrival);
 
 }  // namespace jax_ep
 

@@ -2,6 +2,7 @@
 #include "csrc/cpu/rendezvous/waits.h"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "csrc/cpu/rendezvous/rank_list.h"
 
@@ -23,6 +24,12 @@ const Wait* find_wait_of(int32_t device, std::span<const Wait> all) {
 }
 
 }  // namespace
+
+std::string format_seconds(std::chrono::milliseconds duration) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g s", static_cast<double>(duration.count()) / 1000);
+  return text;
+}
 
 std::string describe(const Wait& wait, const GroupInfo& in) {
   return "rank(s) " + ranks_text(wait.waiting) + " wait in " + std::string(wait.op) +

@@ -30,6 +30,9 @@ struct Wait {
   std::vector<RankOnDevice> missing;
 };
 
+// "0.5 s".
+std::string format_seconds(std::chrono::milliseconds duration);
+
 // "rank(s) 0,1,3 wait in plan for rank(s) 2"; with the group's name where that is not `in`.
 std::string describe(const Wait& wait, const GroupInfo& in);
 

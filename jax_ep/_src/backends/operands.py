@@ -103,6 +103,35 @@ class CombineOperands(NamedTuple):
     plan: Plan
 
 
+class DispatchDoneOperands(NamedTuple):
+    """The second half of a `PlanDispatchOperands`.
+
+    Attributes:
+        sent: those of the first half. Nothing reads them but derivatives and transformations: the
+            rows are taken from where the first half has put them.
+        ticket: what the first half gave.
+        after: arrays that are to be there first.
+    """
+
+    sent: PlanDispatchOperands
+    ticket: Value
+    after: tuple[Value, ...]
+
+
+class CombineDoneOperands(NamedTuple):
+    """The second half of a `CombineOperands`. Fields as in `DispatchDoneOperands`."""
+
+    sent: CombineOperands
+    ticket: Value
+    after: tuple[Value, ...]
+
+
+class StartResults(NamedTuple):
+    """`ticket`: uint32[2], the number of a flight."""
+
+    ticket: Value
+
+
 class PlanResults(NamedTuple):
     """Of the plan all but `topk_idx`, which is an operand."""
 
@@ -161,8 +190,13 @@ NO_PLAN = Plan(*[None] * len(Plan._fields))
 
 
 def by_name(values: Any) -> dict[str, Any]:
-    """Operands or results as a dictionary, those of a plan or of counts among them."""
+    """Operands or results as a dictionary, those of a plan or of a first half among them."""
     flat: dict[str, Any] = {}
     for name, value in values._asdict().items():
-        flat |= value._asdict() if isinstance(value, (Plan, Counts)) else {name: value}
+        if isinstance(value, (Plan, Counts, PlanDispatchOperands, CombineOperands)):
+            flat |= by_name(value)
+        elif name == "after":
+            flat |= {f"after_{i}": array for i, array in enumerate(value)}
+        else:
+            flat[name] = value
     return flat

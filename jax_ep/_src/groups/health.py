@@ -11,8 +11,8 @@ class EpHealth:
     Attributes:
         waiting_for: the ranks that have not come, ascending; empty if nobody waits.
         seconds: since when the first rank has waited; 0.0 if nobody waits.
-        operation: "plan_dispatch" (what `dispatch` calls), "plan", "dispatch" or "combine"; None if
-            nobody waits.
+        operation: "plan_dispatch" (what `dispatch` calls), "plan", "dispatch" or "combine"; on CPU
+            also a half of one, such as "dispatch_done"; None if nobody waits.
         group_index: position of the ranks' EP group along the mesh's other axes; None if nobody
             waits.
         root: what is known of why the ranks have not come; None if nobody waits.

@@ -29,6 +29,7 @@ from jax_ep._src.backends.ffi.primitives import (
 from jax_ep._src.backends.operands import (
     NO_PLAN,
     CombineOperands,
+    CombineResults,
     DispatchOperands,
     PlanDispatchOperands,
     PlanDispatchResults,
@@ -71,18 +72,27 @@ def _dispatch_jvp(
 def _plan_dispatch_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, tree: Any, spec: OpSpec
 ) -> Any:
-    """Its tangents travel as those of a dispatch over the plan that it has made."""
     operands: PlanDispatchOperands = jax.tree.unflatten(tree, primals)
     dots: PlanDispatchOperands = jax.tree.unflatten(tree, tangents)
+    results: PlanDispatchResults = bind(plan_dispatch_p, operands, spec=spec)
+    return jax.tree.leaves(results), plan_dispatch_tangents(spec, operands, dots, results)
+
+
+def plan_dispatch_tangents(
+    spec: OpSpec,
+    operands: PlanDispatchOperands,
+    dots: PlanDispatchOperands,
+    results: PlanDispatchResults,
+) -> list[Any]:
+    """The tangents of its results: they travel as a dispatch over the plan that it has made."""
     quantized = spec.fp8_rows or operands.x_scales is not None
     refuse_quantized((dots.x, dots.x_scales), quantized=quantized)
-    results: PlanDispatchResults = bind(plan_dispatch_p, operands, spec=spec)
     plan = operands.of_dispatch(results.plan).plan
     results_dot = dispatch_linear(
         spec, operands.program_rank, nonzero(dots.x), nonzero(dots.token_scalars), plan
     )
     of_plan = jax.tree.leaves(results.of_plan())
-    return jax.tree.leaves(results), [
+    return [
         *tangents_of(of_plan, [None] * len(of_plan)),
         *tangents_of(results.of_dispatch(), results_dot),
     ]
@@ -101,18 +111,25 @@ def _products_apart(*leaves: Any, tree: Any, spec: OpSpec) -> list[Any]:
 def _combine_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, tree: Any, spec: OpSpec
 ) -> Any:
-    """A weighted combine is bilinear; its tangent is one unweighted combine of the rows' tangents.
-
-    So reverse mode sends the output's cotangent once.
-    """
     operands: CombineOperands = jax.tree.unflatten(tree, primals)
     dots: CombineOperands = jax.tree.unflatten(tree, tangents)
+    results: CombineResults = bind(combine_p, operands, spec=spec)
+    return jax.tree.leaves(results), combine_tangents(spec, operands, dots, results)
+
+
+def combine_tangents(
+    spec: OpSpec, operands: CombineOperands, dots: CombineOperands, results: CombineResults
+) -> list[Any]:
+    """The tangents of a combine's results.
+
+    A weighted one is bilinear; its tangent is one unweighted combine of the rows' tangents. So
+    reverse mode sends the output's cotangent once.
+    """
     plan = operands.plan
-    results = bind(combine_p, operands, spec=spec)
     rows_dot, weights_dot, scalars_dot = map(nonzero, (dots.y, dots.weights, dots.row_scalars))
     if operands.weights is None or not present((rows_dot, weights_dot)):
         results_dot = combine_linear(spec, operands.program_rank, rows_dot, scalars_dot, plan)
-        return jax.tree.leaves(results), tangents_of(results, results_dot)
+        return tangents_of(results, results_dot)
     tangent = TangentOperands(
         program_rank=operands.program_rank,
         y=None if weights_dot is None else operands.y,
@@ -122,8 +139,7 @@ def _combine_jvp(
         row_scalars_dot=scalars_dot,
         plan=plan,
     )
-    results_dot = combine_tangent(spec, tangent)
-    return jax.tree.leaves(results), tangents_of(results, results_dot)
+    return tangents_of(results, combine_tangent(spec, tangent))
 
 
 def _bars(

@@ -13,17 +13,24 @@ import jax.numpy as jnp
 
 from jax_ep._src import compat
 from jax_ep._src.backends.ffi import differentiation  # noqa: F401 (its rules are registered)
+from jax_ep._src.backends.ffi import halves as _halves  # noqa: F401 (likewise)
 from jax_ep._src.backends.ffi import splitting as _splitting  # noqa: F401 (likewise)
 from jax_ep._src.backends.ffi.linear import dispatch_linear
 from jax_ep._src.backends.ffi.primitives import (
     bind,
+    combine_done_p,
     combine_p,
+    combine_start_p,
+    dispatch_done_p,
     dispatch_p,
+    dispatch_start_p,
     plan_dispatch_p,
     plan_p,
 )
 from jax_ep._src.backends.operands import (
+    CombineDoneOperands,
     CombineOperands,
+    DispatchDoneOperands,
     DispatchResults,
     PlanDispatchOperands,
     PlanDispatchResults,
@@ -60,6 +67,46 @@ def plan_dispatch(
     return results.plan._replace(topk_idx=topk_idx), results.counts, results.of_dispatch()
 
 
+def _sent_in_halves(
+    spec: OpSpec, x: Rows, topk_idx: jax.Array, token_scalars: jax.Array | None
+) -> PlanDispatchOperands:
+    values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
+    return PlanDispatchOperands(_program_rank(spec), values, scales, token_scalars, topk_idx)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
+def plan_dispatch_start(
+    spec: OpSpec,
+    x: Rows,
+    topk_idx: jax.Array,
+    token_scalars: jax.Array | None,
+    counts: bool,
+) -> jax.Array:
+    """The first half of `plan_dispatch`, on CPU; returns the ticket."""
+    operands = _varying_alike(_sent_in_halves(spec, x, topk_idx, token_scalars))
+    return bind(dispatch_start_p, operands, spec=spec, counts=counts).ticket
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def plan_dispatch_done(
+    spec: OpSpec,
+    ticket: jax.Array,
+    after: tuple[jax.Array, ...],
+    x: Rows,
+    topk_idx: jax.Array,
+    token_scalars: jax.Array | None,
+) -> tuple[Plan, Counts, DispatchResults]:
+    """The second half, of the same operands. It comes after the arrays in `after`."""
+    sent = _sent_in_halves(spec, x, topk_idx, token_scalars)
+    operands = _varying_alike(DispatchDoneOperands(sent, ticket, after))
+    results: PlanDispatchResults = bind(dispatch_done_p, operands, spec=spec)
+    planned = results.of_plan()
+    if compat.varying_axes(*sent.of_plan()) != compat.varying_axes(*jax.tree.leaves(operands)):
+        # The same plan once more, which varies over fewer mesh axes, as that of `plan_dispatch`.
+        planned = bind(plan_p, _varying_alike(sent.of_plan()), spec=spec)
+    return planned.plan._replace(topk_idx=topk_idx), planned.counts, results.of_dispatch()
+
+
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def dispatch_tangents(
     spec: OpSpec, x: jax.Array | None, token_scalars: jax.Array | None, plan: Plan
@@ -79,3 +126,25 @@ def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -
         CombineOperands(_program_rank(spec), y, weights, row_scalars=None, plan=plan)
     )
     return bind(combine_p, operands, spec=spec).out
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def combine_start(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
+    """The first half of `combine`, on CPU; returns the ticket."""
+    sent = CombineOperands(_program_rank(spec), y, weights, row_scalars=None, plan=plan)
+    return bind(combine_start_p, _varying_alike(sent), spec=spec, counts=True).ticket
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def combine_done(
+    spec: OpSpec,
+    ticket: jax.Array,
+    after: tuple[jax.Array, ...],
+    y: jax.Array,
+    weights: jax.Array | None,
+    plan: Plan,
+) -> jax.Array:
+    """The second half, of the same operands. It comes after the arrays in `after`."""
+    sent = CombineOperands(_program_rank(spec), y, weights, row_scalars=None, plan=plan)
+    operands = _varying_alike(CombineDoneOperands(sent, ticket, after))
+    return bind(combine_done_p, operands, spec=spec).out

@@ -8,9 +8,11 @@
   used it becomes `plan_p`.
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
   and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
+* `dispatch_start_p` and `dispatch_done_p`, `combine_start_p` and `combine_done_p`: a
+  `plan_dispatch_p` and a `combine_p` in halves, on CPU (see `halves.py`).
 
 `bind` takes and gives their operands and results by name. All operands vary over the same manual
-mesh axes. No operation has side effects: what one hands to another is an array.
+mesh axes. No operation has side effects for JAX: what one hands to another is an array.
 """
 
 import functools
@@ -33,6 +35,7 @@ from jax_ep._src.backends.operands import (
     PlanDispatchResults,
     PlanOperands,
     PlanResults,
+    StartResults,
     by_name,
 )
 from jax_ep._src.backends.plan import Counts, Plan
@@ -49,15 +52,31 @@ plan_p = Primitive("jax_ep_plan")
 dispatch_p = Primitive("jax_ep_dispatch")
 plan_dispatch_p = Primitive("jax_ep_plan_dispatch")
 combine_p = Primitive("jax_ep_combine")
-_PRIMITIVES = (plan_p, dispatch_p, plan_dispatch_p, combine_p)
+dispatch_start_p = Primitive("jax_ep_dispatch_start")
+dispatch_done_p = Primitive("jax_ep_dispatch_done")
+combine_start_p = Primitive("jax_ep_combine_start")
+combine_done_p = Primitive("jax_ep_combine_done")
+_STARTS = (dispatch_start_p, combine_start_p)
+_PRIMITIVES = (
+    plan_p,
+    dispatch_p,
+    plan_dispatch_p,
+    combine_p,
+    *_STARTS,
+    dispatch_done_p,
+    combine_done_p,
+)
 for _primitive in _PRIMITIVES:
     _primitive.multiple_results = True
 
 
-def bind(primitive: Primitive, operands: Any, *, spec: OpSpec) -> Any:
-    """The results of an operation, by name like its operands."""
+def bind(primitive: Primitive, operands: Any, *, spec: OpSpec, **params: Any) -> Any:
+    """The results of an operation, by name like its operands.
+
+    A first half has a parameter `counts`: whether it is among the flights of which two may be open.
+    """
     leaves, tree = jax.tree.flatten(operands)
-    results = primitive.bind(*leaves, tree=tree, spec=spec)
+    results = primitive.bind(*leaves, tree=tree, spec=spec, **params)
     return jax.tree.unflatten(results_tree(primitive, operands, spec), results)
 
 
@@ -120,11 +139,20 @@ def _combine_results(spec: OpSpec, operands: CombineOperands) -> CombineResults:
     )
 
 
+def _start_results(spec: OpSpec, operands: Any) -> StartResults:
+    del spec, operands
+    return StartResults(ticket=jax.ShapeDtypeStruct((2,), np.dtype(np.uint32)))
+
+
 _RESULTS: dict[Primitive, Callable[[OpSpec, Any], Any]] = {
     plan_p: _plan_results,
     dispatch_p: _dispatch_results,
     plan_dispatch_p: _plan_dispatch_results,
     combine_p: _combine_results,
+    dispatch_start_p: _start_results,
+    combine_start_p: _start_results,
+    dispatch_done_p: lambda spec, operands: _plan_dispatch_results(spec, operands.sent),
+    combine_done_p: lambda spec, operands: _combine_results(spec, operands.sent),
 }
 
 
@@ -133,7 +161,10 @@ def results_tree(primitive: Primitive, operands: Any, spec: OpSpec) -> Any:
     return jax.tree.structure(_RESULTS[primitive](spec, operands))
 
 
-def _abstract(*avals: Any, primitive: Primitive, tree: Any, spec: OpSpec) -> list[Any]:
+def _abstract(
+    *avals: Any, primitive: Primitive, tree: Any, spec: OpSpec, **params: Any
+) -> list[Any]:
+    del params
     axes = {frozenset(aval.manual_axis_type.varying) for aval in avals}
     if len(axes) > 1:
         raise ValueError(f"{primitive.name}: operands vary over different mesh axes: {axes}")
@@ -145,12 +176,18 @@ def _abstract(*avals: Any, primitive: Primitive, tree: Any, spec: OpSpec) -> lis
 
 # Operands that are there for another platform, another backend, or for differentiation only.
 _OF_XLA = {"arrival_slot", "arrival_topk"}
+_UNUSED_BY_COMBINE = {"row_source", "row_topk_idx", "source_slot"}
+_STAGED = {"x", "x_scales", "token_scalars", "topk_idx", "y", "weights", "row_scalars", "slot"}
 _UNUSED = {
     "cpu": {
         plan_p: set(),
         plan_dispatch_p: set(),
         dispatch_p: {"row_topk_idx", "source_slot"},
-        combine_p: {"row_source", "row_topk_idx", "source_slot"},
+        combine_p: _UNUSED_BY_COMBINE,
+        dispatch_start_p: set(),
+        dispatch_done_p: _STAGED,
+        combine_start_p: _UNUSED_BY_COMBINE,
+        combine_done_p: _STAGED | _UNUSED_BY_COMBINE,
     },
     "cuda": {
         plan_p: set(),
@@ -179,6 +216,7 @@ def _lower(
     spec: OpSpec,
     primitive: Primitive,
     platform: str,
+    counts: bool | None = None,
 ) -> list[Any]:
     """A call of the primitive's target, without the operands that the platform does not read."""
     if (platform == "cuda") != spec.gpu:
@@ -205,7 +243,9 @@ def _lower(
         for name, result in results.items()
         if name not in _NO_RESULTS | _OF_XLA
     }
-    target = jax.ffi.ffi_lowering(primitive.name)
+    # A first half gives another ticket in every call, which XLA is told by a side effect: else it
+    # takes equal calls for one, and moves one out of a loop in which its operands do not vary.
+    target = jax.ffi.ffi_lowering(primitive.name, has_side_effect=primitive in _STARTS)
     outs = target(
         ctx.replace(avals_in=list(avals_in.values()), avals_out=list(avals_out.values())),
         *(
@@ -215,6 +255,7 @@ def _lower(
             for name, aval in avals_in.items()
         ),
         **_attributes(ctx, primitive, platform, spec),
+        **({} if counts is None else {"counts": np.bool_(counts)}),
     )
     return [out for out, name in zip(outs, avals_out, strict=True) if results[name] is not None]
 
@@ -223,7 +264,7 @@ def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> 
     attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
     if platform == "cuda":
         attributes["place"] = np.int32(_call_site(ctx))
-    if primitive in (dispatch_p, plan_dispatch_p):
+    if primitive in (dispatch_p, plan_dispatch_p, dispatch_done_p):
         attributes |= {
             "dtype": np.int32(list(DTYPES).index(spec.dtype.name)),
             "wire": np.int32(spec.fp8_wire),
@@ -250,9 +291,9 @@ for _primitive in _PRIMITIVES:
     _primitive.def_abstract_eval(functools.partial(_abstract, primitive=_primitive))
     _primitive.def_impl(functools.partial(_outside_shard_map, name=_primitive.name))
     # One call for each element of the batch, so that ranks meet in the same order. Of
-    # `plan_dispatch_p`, `splitting.py` has another rule.
+    # `plan_dispatch_p`, `splitting.py` has another rule, and of halves, `halves.py`.
     batching.primitive_batchers[_primitive] = functools.partial(one_by_one, _primitive)
-    for _platform in _UNUSED:
+    for _platform in (name for name, of_platform in _UNUSED.items() if _primitive in of_platform):
         mlir.register_lowering(
             _primitive,
             functools.partial(_lower, primitive=_primitive, platform=_platform),

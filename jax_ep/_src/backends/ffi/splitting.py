@@ -32,7 +32,7 @@ from jax_ep._src.spec import OpSpec
 _NOT_MAPPED = -1  # for None, which is no leaf
 
 
-def _batched(
+def plan_dispatch_batched(
     args: Sequence[Any], dims: Sequence[Any], *, tree: Any, spec: OpSpec
 ) -> tuple[list[Any], list[Any]]:
     """One call for each element; but elements of one routing have one plan."""
@@ -97,6 +97,6 @@ def _partially_known(trace: Any, *tracers: Any, tree: Any, spec: OpSpec) -> list
     return [*jax.tree.leaves(planned), *outs]
 
 
-batching.primitive_batchers[plan_dispatch_p] = _batched
+batching.primitive_batchers[plan_dispatch_p] = plan_dispatch_batched
 compat.set_dead_code_rule(plan_dispatch_p, _without_dead_code)
 pe.custom_partial_eval_rules[plan_dispatch_p] = _partially_known
