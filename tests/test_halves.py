@@ -147,7 +147,11 @@ def test_forward_mode_and_second_derivatives(backend):
             )(*arguments(PROBLEM))
             for halves in (True, False)
         )
-    assert_same_bits(got, want)
+    if backend == "ffi":
+        assert_same_bits(got, want)
+    else:  # XLA sums as it likes: it fuses one program otherwise than the other
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @BACKENDS
