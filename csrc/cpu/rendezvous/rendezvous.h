@@ -38,13 +38,13 @@ class Rendezvous {
  public:
   struct Arrival {
     int64_t run_id = 0;
-    GroupInfoPtr group;
-    int32_t device = 0;  // its ordinal
-    RankPlace place;     // of the device
+    GroupInfoPtr group = nullptr;
+    int32_t device = 0;    // its ordinal
+    RankPlace place = {};  // of the device
     int32_t num_ranks = 1;
-    Call call;
+    Call call = {};
     std::optional<TakenFlight> flight = {};  // of a second half
-    Status refusal;  // not OK: the rank cannot take part, and no rank of the rendezvous will
+    Status refusal = {};  // not OK: the rank cannot take part, and no rank of the rendezvous will
   };
   // Called exactly once. Where the rendezvous completes inside join(), the last arriver's callback
   // runs on its own thread before join() returns; every other callback runs on a thread of the
