@@ -81,6 +81,31 @@ def test_it_is_hashable_and_equal_only_to_itself(mesh):
             },
             "set EpConfig.recv_capacity",
         ),
+        (
+            {
+                "config": jax_ep.EpConfig(
+                    num_experts=64,
+                    num_topk=32,
+                    hidden=1,
+                    max_tokens_per_rank=256,
+                    low_latency_tokens=129,
+                )
+            },
+            "EpConfig.low_latency_tokens is 129; with 4 ranks, num_topk 32 and num_experts 64 at "
+            "most 128 are supported",
+        ),
+        (
+            {
+                "config": jax_ep.EpConfig(
+                    num_experts=1092,
+                    num_topk=1,
+                    hidden=1,
+                    max_tokens_per_rank=4,
+                    low_latency_tokens=1,
+                )
+            },
+            "num_experts 1092 at most 0 are supported",
+        ),
     ],
 )
 def test_bad_arguments(mesh, change, message):

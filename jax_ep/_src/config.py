@@ -78,7 +78,8 @@ class EpConfig:
             and on other devices.
         low_latency_tokens: GPU kernels for few tokens, as when a model generates text, serve calls
             of at most so many tokens on each rank, for which the group's heaps get more room. At
-            most 256, and at most `max_tokens_per_rank`. 0: none. None: chosen; that is none as
+            most 256, at most `max_tokens_per_rank`, and at most 16,384 selections of all ranks of
+            the group. 0: none. None: chosen; that is none as
             yet, since these kernels have run in a simulator only. Without effect on the numbers,
             and on other devices.
 

@@ -16,6 +16,8 @@ MAX_EXPERTS = 4096
 MAX_TOKENS_PER_RANK = 2**20
 # As in csrc/core/low_latency.h.
 MAX_LOW_LATENCY_TOKENS = 256
+MAX_LOW_LATENCY_SELECTIONS = 16384
+MAX_LOW_LATENCY_BINS = 1088
 
 # In the order in which the compiled modules number them: csrc/core/dtype.h, csrc/core/ep_shape.h.
 DTYPES = {

@@ -24,6 +24,24 @@ def check_num_ranks(config: EpConfig, num_ranks: int, axis_name: str | tuple[str
             "max_tokens_per_rank"
         )
 
+    _check_low_latency_tokens(config, num_ranks)
+
+
+def _check_low_latency_tokens(config: EpConfig, num_ranks: int) -> None:
+    """Raises where heaps would get room for calls that low-latency kernels cannot serve."""
+    if not config.low_latency_tokens:
+        return
+    bins = config.num_experts + (num_ranks if config.layout == "rank" else 0)
+    most = limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * config.num_topk)
+    if bins > limits.MAX_LOW_LATENCY_BINS:
+        most = 0
+    if config.low_latency_tokens > most:
+        raise ValueError(
+            f"EpConfig.low_latency_tokens is {config.low_latency_tokens}; with {num_ranks} ranks, "
+            f"num_topk {config.num_topk} and num_experts {config.num_experts} at most {most} are "
+            "supported"
+        )
+
 
 def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
     """Which size the kernels for GPUs cannot serve; None if they can serve all."""

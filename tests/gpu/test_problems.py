@@ -9,7 +9,7 @@ from ep_testing import large_shape
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.rank_cases import case_of, check_cases
 from ep_testing.rank_programs import exchange, gradients, moe
-from jax_ep._src.limits import MAX_LOW_LATENCY_TOKENS
+from jax_ep._src import limits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -83,7 +83,8 @@ def test_low_latency_kernels_give_the_oracles_bits(num_ranks, on_ranks):
     cases = []
     for case in _cases(num_ranks):
         problem = case.kwargs["problem"]
-        tokens = min(problem.tokens_limit, MAX_LOW_LATENCY_TOKENS)
+        most = limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * problem.num_topk)
+        tokens = min(problem.tokens_limit, limits.MAX_LOW_LATENCY_TOKENS, most)
         cases.append(case_of(case.function, problem.replace(low_latency_tokens=tokens)))
     check_cases(on_ranks, cases, num_ranks)
 
