@@ -50,8 +50,9 @@ std::string seen_text(const ErrorRecord& record) {
 
 std::string deadline_text(const ErrorRecord& record, double timeout_s) {
   const auto tag = static_cast<WaitTag>(record.tag);
-  const std::string awaited =
+  std::string awaited =
       tag == WaitTag::kArrived ? arrival_text(record) : awaited_text(tag, record.op, record.peer);
+  if (tag == WaitTag::kPacket) awaited += " (token " + std::to_string(record.chunk) + ")";
   // Kernels give their own rank twice the time.
   const bool own = waits_for_own_blocks(tag) || record.peer == record.rank;
   return "rank " + std::to_string(record.rank) + " waited " +
@@ -100,6 +101,7 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
       }
     case WaitTag::kGridBarrier: return "the other blocks of its own kernel";
     case WaitTag::kPlanned: return "the other blocks of its own kernel to have made the plan";
+    case WaitTag::kPacket: return "a packet of " + rank;
     case WaitTag::kWrongOp:
     case WaitTag::kWrongCall: return rank + ", which runs something else";
     case WaitTag::kWrongRank:

@@ -20,7 +20,8 @@ struct ErrorRecord {
   uint32_t peer;      // for whom; kWrongRank: the rank that the program says; kPeerGaveUp: who did
   uint32_t expected;  // the exchange, or the generation of the grid barrier
   uint32_t seen;      // the last that there was
-  uint32_t chunk;  // kArrived: which chunk (or part of one) of the peer's, as its flag is numbered
+  uint32_t chunk;  // kArrived: which chunk (or part of one) of the peer's, as its flag is numbered;
+                   // kPacket: of which token
   uint32_t other_op;  // kWrongOp, kOverlap: the other operation
   uint32_t detail;    // kWrongCall: a bit for each CallPart that differs; kPeerGaveUp: an Aborted;
                       // kClosed: 0 or kClosedInAWait

@@ -98,6 +98,7 @@ enum class WaitTag : uint32_t {
   kOverlap,       // did not wait: another operation of the group runs on the rank
   kClosed,        // did not wait: the group has been closed; the kernel ended and gave no results
   kPeerGaveUp,    // waited, and was told by a peer that it gave up
+  kPacket,        // waited for a packet of a peer's low-latency exchange
 };
 
 // ErrorRecord::detail of kClosed: the kernel did wait, and ended with an error.

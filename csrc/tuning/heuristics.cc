@@ -151,8 +151,13 @@ LaunchShape low_latency_launch_shape(OpKind op,
       combines ? kCompiledLowLatencyCombine : kCompiledLowLatencyDispatch;
   const int64_t segments = ceil_div(
       row_bytes, combines ? kLowLatencyCombineSegmentBytes : kLowLatencyDispatchSegmentBytes);
-  const int64_t units = shape.num_ranks * shape.num_tokens * segments;
-  const int32_t requested = budget.requested > 0 ? budget.requested : kLowLatencyBlocks;
+  // A dispatch also clears rows: at most all.
+  const int64_t rows =
+      std::max(shape.num_ranks * shape.num_tokens, combines ? int64_t{0} : shape.recv_capacity);
+  const int64_t units = rows * segments;
+  // Half of the SMs are left to others, such as XLA's collectives.
+  const int32_t by_default = std::min(kLowLatencyBlocks, std::max(budget.available / 2, 1));
+  const int32_t requested = budget.requested > 0 ? budget.requested : by_default;
   const int64_t blocks =
       std::min<int64_t>({requested, budget.available, ceil_div(units, kLowLatencyUnitsPerBlock)});
   // All warps send.

@@ -57,7 +57,8 @@ template <typename Op>
 ffi::Error launch(const RankCall& call,
                   const OpArguments<Op>& arguments,
                   const LaunchShape& shape,
-                  LaunchKernel<Op> launch_kernel) {
+                  LaunchKernel<Op> launch_kernel,
+                  bool low_latency = false) {
   const KernelParams<Op> params{.view = call.rank->view(),
                                 .call_tag = call_tag_of(arguments.op, call.place),
                                 .program_rank = arguments.program_rank,
@@ -65,8 +66,9 @@ ffi::Error launch(const RankCall& call,
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   const cudaError_t error = launch_kernel(params, shape, call.stream);
-  return to_error(
-      cuda_status(error, ("launch_" + std::string(name(Op::kKind))).c_str(), __FILE__, __LINE__));
+  const std::string what =
+      std::string(low_latency ? "launch_low_latency_" : "launch_") + std::string(name(Op::kKind));
+  return to_error(cuda_status(error, what.c_str(), __FILE__, __LINE__));
 }
 
 // The high-throughput kernel of an op that moves rows of so many bytes (0: none).
@@ -88,7 +90,7 @@ ffi::Error launch_low_latency(const RankCall& call,
                               LaunchKernel<Op> launch_kernel) {
   const LaunchShape shape = low_latency_launch_shape(
       Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget());
-  return launch(call, arguments, shape, launch_kernel);
+  return launch(call, arguments, shape, launch_kernel, true);
 }
 
 }  // namespace jax_ep

@@ -78,5 +78,74 @@ TEST(Heap, HasRoomForLowLatencyExchangesIfItIsAsked) {
   EXPECT_NEAR(layout.total_bytes - without, 2 * 8 * 16 * packets, 3 * 256);
 }
 
+HeapLayout heap_for(int64_t low_latency_tokens) {
+  return make_heap_layout({.num_ranks = 8,
+                           .num_experts = 64,
+                           .num_topk = 8,
+                           .max_tokens = 4096,
+                           .hidden = 7168,
+                           .low_latency_tokens = low_latency_tokens});
+}
+
+TEST(Fit, IsOfTokensSelectionsAndBins) {
+  const EpShape shape{.num_ranks = 8, .num_experts = 64, .num_topk = 8, .num_tokens = 256};
+  EXPECT_TRUE(fits_low_latency(heap_for(256), shape));  // 16,384 selections
+  EXPECT_FALSE(fits_low_latency(heap_for(255), shape));
+  EXPECT_FALSE(fits_low_latency(heap_for(0), shape));
+  EpShape other = shape;
+  other.num_topk = 9;
+  EXPECT_FALSE(fits_low_latency(heap_for(256), other));
+  other.num_tokens = 227;  // 16,344 selections
+  EXPECT_TRUE(fits_low_latency(heap_for(256), other));
+  other = shape;
+  other.num_experts = kMaxLowLatencyBins;
+  EXPECT_TRUE(fits_low_latency(heap_for(256), other));
+  other.layout = Layout::kRank;  // which counts ranks, too
+  EXPECT_FALSE(fits_low_latency(heap_for(256), other));
+  other.num_experts = kMaxLowLatencyBins - 8;
+  EXPECT_TRUE(fits_low_latency(heap_for(256), other));
+  other.num_tokens = 0;
+  EXPECT_TRUE(fits_low_latency(heap_for(256), other));
+  EXPECT_FALSE(fits_low_latency(heap_for(0), other));
+}
+
+TEST(Fit, IsOfWholeVectorsAndOfNoGradient) {
+  const HeapLayout heap = heap_for(128);
+  PlanDispatchOp op;
+  op.dispatch.shape = {.num_ranks = 8, .num_experts = 64, .num_topk = 8, .num_tokens = 128};
+  const auto fits = [&](int64_t hidden, DType dtype, Wire wire, RowFormat x, RowFormat rows) {
+    op.dispatch.hidden = hidden;
+    op.dispatch.dtype = dtype;
+    op.dispatch.wire = wire;
+    op.dispatch.x_format = x;
+    op.dispatch.rows_format = rows;
+    return fits_low_latency(heap, op);
+  };
+  using enum RowFormat;
+  EXPECT_TRUE(fits(8, DType::kBFloat16, Wire::kSame, kDType, kDType));
+  EXPECT_FALSE(fits(8, DType::kBFloat16, Wire::kFloat8E4M3, kDType, kDType));
+  EXPECT_TRUE(fits(16, DType::kBFloat16, Wire::kFloat8E4M3, kFloat8E4M3, kFloat8E4M3));
+  EXPECT_TRUE(fits(4, DType::kFloat32, Wire::kSame, kDType, kDType));
+  EXPECT_FALSE(fits(2, DType::kFloat32, Wire::kSame, kDType, kDType));
+  EXPECT_FALSE(fits(0, DType::kFloat32, Wire::kSame, kDType, kDType));
+  ASSERT_TRUE(fits(16, DType::kFloat32, Wire::kSame, kDType, kDType));
+  op.dispatch.weighted = true;
+  EXPECT_FALSE(fits_low_latency(heap, op));
+  op.dispatch.weighted = false;
+  op.dispatch.with_dots = true;
+  EXPECT_FALSE(fits_low_latency(heap, op));
+
+  CombineOp combine;
+  combine.shape = op.dispatch.shape;
+  combine.hidden = 8;
+  combine.dtype = DType::kFloat16;
+  EXPECT_TRUE(fits_low_latency(heap, combine));
+  combine.num_scalars = 8;
+  EXPECT_FALSE(fits_low_latency(heap, combine));
+  combine.num_scalars = 0;
+  combine.hidden = 12;
+  EXPECT_FALSE(fits_low_latency(heap, combine));
+}
+
 }  // namespace
 }  // namespace jax_ep

@@ -105,7 +105,9 @@ class PlanAssigner {
   }
 
   JAX_EP_DEVICE void clear_rows_without_token() {
-    layout_.for_each_gap([this](u32 begin, u32 end) { clear(begin, end, lane_id(), kWarpSize); });
+    layout_.for_each_gap(c_.warp, c_.num_warps, [this](u32 begin, u32 end) {
+      clear(begin, end, lane_id(), kWarpSize);
+    });
     clear(layout_.end_of_rows(),
           c_.capacity,
           block_id() * c_.warps.count() * kWarpSize + c_.warps.thread(),

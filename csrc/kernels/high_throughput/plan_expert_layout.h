@@ -89,10 +89,11 @@ class PlanExpertLayout {
   // All threads of a closed group's kernel.
   JAX_EP_DEVICE void poison_rows() const { c_.exchange.poison(c_.op.row_source, c_.capacity); }
 
-  // `use(begin, end)`, with a warp, for the rows between those of an expert and the next.
+  // `use(begin, end)`, with a warp, for the rows between those of an expert and the next: of
+  // experts `first`, `first + step`, ... of this rank.
   template <typename Use>
-  JAX_EP_DEVICE void for_each_gap(const Use& use) const {
-    for (i32 local = c_.warp; local < c_.num_local; local += c_.num_warps) {
+  JAX_EP_DEVICE void for_each_gap(i32 first, i32 step, const Use& use) const {
+    for (i32 local = first; local < c_.num_local; local += step) {
       const i32 expert = c_.rank * c_.num_local + local;
       const u64 start = start_of(expert);
       use(c_.clip(start + ld(c_.totals() + expert)), end_of(local));

@@ -73,7 +73,7 @@ class LowLatencyCombineKernel {
   JAX_EP_DEVICE void run() {
     if (c_.exchange.closed()) return leave_no_results();
     send();
-    wait_for_exchange(c_.exchange);
+    if (waits_for_exchange(this_warp(), num_warps())) wait_for_exchange(c_.exchange);
     receive();
     finish_exchange(c_.exchange);
   }
@@ -87,7 +87,7 @@ class LowLatencyCombineKernel {
   static constexpr int kPackets = Config::kSegmentBytes / kPacketDataBytes / kWarpSize;
   static constexpr int kPerPacket = 3 * RowType::kPerWord;
   static constexpr i32 kLanes = static_cast<i32>(kWarpSize);
-  // Sources whose packets are asked for at once.
+  // Sources whose packets are held at once.
   static constexpr int kSourcesAtOnce = 2;
 
   JAX_EP_DEVICE static i32 this_warp() {
@@ -111,7 +111,7 @@ class LowLatencyCombineKernel {
   // Read y, weights, row_topk_idx, source_slot. Write the owners' packets.
 
   JAX_EP_DEVICE void send() {
-    if (this_warp() == 0) announce_exchange(c_.exchange);
+    if (announces_exchange(this_warp(), num_warps())) announce_exchange(c_.exchange);
     const i32 others = c_.num_ranks - 1;
     const i32 units = static_cast<i32>(c_.shape.num_tokens) * others * c_.segments.count;
     for (i32 unit = this_warp(); unit < units; unit += num_warps()) {

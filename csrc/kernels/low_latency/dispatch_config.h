@@ -36,7 +36,7 @@ struct LowLatencyDispatchConfig {
 
     // Of a warp, by bin: the selections counted so far, or the next row.
     JAX_EP_DEVICE Shared<u32>& cursor(u32 warp, i32 bin) const {
-      return memory_.stage[warp][0][bin];
+      return (&memory_.stage[warp][0][0])[bin];
     }
     JAX_EP_DEVICE Shared<u32>& cursor(i32 bin) const { return cursor(warp_id(), bin); }
     JAX_EP_DEVICE Shared<u32>& start(i32 expert) const { return memory_.start[expert]; }

@@ -30,8 +30,9 @@ class LowLatencyDispatchKernel {
     send(rows);
     RoutingPlan<RowLayout> plan(plan_, op_.dispatch);
     plan.make();
-    expand(rows, plan);
+    // While packets are on their way.
     plan.for_each_empty_row([&rows](i64 row) { rows.clear(row); });
+    expand(rows, plan);
     plan.report();
     bulk_wait<0>();
     finish_exchange(exchange_);
@@ -42,7 +43,7 @@ class LowLatencyDispatchKernel {
 
   JAX_EP_DEVICE void send(DispatchRows<Config, RowType>& rows) {
     const i64 selections = op_.plan.shape.num_tokens * op_.plan.shape.num_topk;
-    if (plan_.warp == 0) announce_exchange(exchange_);
+    if (announces_exchange(plan_.warp, plan_.num_warps)) announce_exchange(exchange_);
     send_experts(
         exchange_, Ptr<const i32>{op_.plan.topk_idx}, selections, plan_.warp, plan_.num_warps);
     const auto units = static_cast<i32>(op_.plan.shape.num_tokens) * rows.num_segments();

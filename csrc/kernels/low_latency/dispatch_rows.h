@@ -106,7 +106,7 @@ class DispatchRows {
 
  private:
   using Element = typename RowType::Element;
-  static constexpr i32 kPacketsAtOnce = 4;  // loads in flight, of each lane
+  static constexpr i32 kPacketsAtOnce = sizeof(Element) == 4 ? 4 : 8;  // loads in flight of a lane
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
@@ -141,9 +141,19 @@ class DispatchRows {
   JAX_EP_DEVICE void load_x(i64 token, i32 segment, Ptr<u32> stage) const {
     const auto from = Ptr<const std::byte>{static_cast<const std::byte*>(op_.x)} +
                       (token * hidden_ + segments_.first(segment)) * x_bytes_;
-    const i64 vectors = i64{segments_.size(segment, hidden_)} * x_bytes_ / 16;
-    for (i64 i = lane_id(); i < vectors; i += kWarpSize) {
-      st(as<Vec16>(stage) + i, ld(as<const Vec16>(from) + i));
+    const i32 vectors = segments_.size(segment, hidden_) * x_bytes_ / 16;
+    constexpr int kVectors = Config::kSegmentBytes / 16 / static_cast<int>(kWarpSize);
+    const auto at = [](int v) {
+      return static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
+    };
+    Vec16 held[kVectors];  // all loads are in flight at once
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (at(v) < vectors) held[v] = ld(as<const Vec16>(from) + at(v));
+    }
+    JAX_EP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (at(v) < vectors) st(as<Vec16>(stage) + at(v), held[v]);
     }
   }
 

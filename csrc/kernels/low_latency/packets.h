@@ -8,6 +8,18 @@
 
 namespace jax_ep::dev {
 
+// Says of which exchange the place of the last missing packet holds one; 0: of none.
+template <int kCount>
+[[noreturn]] JAX_EP_DEVICE void give_up_on_packets(const RankView& view,
+                                                   const WaitContext& context,
+                                                   u32 missing,
+                                                   const Packet (&packets)[kCount]) {
+  u32 seen = 0;
+  JAX_EP_UNROLL
+  for (int i = 0; i < kCount; ++i) seen = (missing >> i & 1) != 0 ? packets[i].flag >> 1 : seen;
+  give_up(view, context, seen);
+}
+
 // Waits for packets of this exchange from a source, each lane for up to kCount of its own: those
 // that `from(i)` names, for i below `count`. Lanes that wait for nothing have a count of 0. All
 // that is missing is asked for at once, again and again. `token`: of which, for messages.
@@ -23,7 +35,7 @@ JAX_EP_DEVICE void wait_packets(const Exchange& exchange,
   const RankView& view = exchange.view();
   const u32 flag = packet_flag(exchange.epoch());
   const WaitContext context = {
-      WaitTag::kArrived, exchange.op(), source, exchange.epoch(), static_cast<u32>(token)};
+      WaitTag::kPacket, exchange.op(), source, exchange.epoch(), static_cast<u32>(token)};
   u32 missing = 0;  // as bits
   JAX_EP_UNROLL
   for (int i = 0; i < kCount; ++i) {
@@ -44,7 +56,7 @@ JAX_EP_DEVICE void wait_packets(const Exchange& exchange,
     }
     if (missing == 0) break;
     // It has polled once more after the deadline: it may itself have stood still meanwhile.
-    if ((level & kOverdue) != 0) give_up(view, context, 0);
+    if ((level & kOverdue) != 0) give_up_on_packets(view, context, missing, packets);
     if (polls % kPollsPerLook == 0) level = look(view, context, start, level & ~kOverdue);
     if ((level & kOverdue) == 0) spin_pause("packets");
   }
@@ -175,12 +187,18 @@ JAX_EP_DEVICE void clear_bank(const RankView& view, u32 epoch) {
 JAX_EP_DEVICE i32 flag_of_exchange(const Exchange& exchange) {
   return static_cast<i32>(bank_of_epoch(exchange.epoch()));
 }
+// Of the warps of a rank: who tells the peers, and who waits for them. Neither is one that sends
+// the first packets of the routing, for which all wait.
+JAX_EP_DEVICE bool announces_exchange(i32 warp, i32 num_warps) { return warp + 2 == num_warps; }
+JAX_EP_DEVICE bool waits_for_exchange(i32 warp, i32 num_warps) { return warp + 1 == num_warps; }
+
 // All lanes of a warp, first thing: begins the exchange for the peers, and tells them that this
 // rank has ended the one before.
 JAX_EP_DEVICE void announce_exchange(const Exchange& exchange) {
   exchange.signal_arrived(flag_of_exchange(exchange));
 }
-// All lanes of each warp that reads packets: all peers have begun it, with the same call.
+// All lanes of a warp: all peers have begun it, with the same call. Who reads packets need not
+// know; who sends those of the next exchange must.
 JAX_EP_DEVICE void wait_for_exchange(const Exchange& exchange) {
   share_out_peers(exchange.view(), [&exchange](i32 source) {
     exchange.wait_arrived(source, flag_of_exchange(exchange));

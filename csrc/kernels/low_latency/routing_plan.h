@@ -67,17 +67,18 @@ class RoutingPlan {
   // too.
   template <typename Clear>
   JAX_EP_DEVICE void for_each_empty_row(const Clear& clear) const {
-    const auto clear_row = [this, &clear](u32 row) {
-      if (lane_id() == 0) layout_.clear_row(row);
-      clear(static_cast<i64>(row));
+    const auto num_warps = static_cast<u32>(c_.num_warps);
+    u32 passed = 0;  // of the empty rows, which the warps take by turns
+    const auto take = [&](u32 begin, u32 end) {
+      const u32 turn = (static_cast<u32>(c_.warp) + num_warps - passed % num_warps) % num_warps;
+      for (u32 row = begin + turn; row < end; row += num_warps) {
+        if (lane_id() == 0) layout_.clear_row(row);
+        clear(static_cast<i64>(row));
+      }
+      passed += end - begin;
     };
-    layout_.for_each_gap([&clear_row](u32 begin, u32 end) {
-      for (u32 row = begin; row < end; ++row) clear_row(row);
-    });
-    for (u32 row = layout_.end_of_rows() + static_cast<u32>(c_.warp); row < c_.capacity;
-         row += static_cast<u32>(c_.num_warps)) {
-      clear_row(row);
-    }
+    layout_.for_each_gap(0, 1, take);
+    take(layout_.end_of_rows(), c_.capacity);
   }
 
  private:
@@ -94,7 +95,7 @@ class RoutingPlan {
       c_.tables.cursor(bin) = 0;
     }
     warp_sync();
-    wait_for_exchange(c_.exchange);
+    if (waits_for_exchange(c_.warp, c_.num_warps)) wait_for_exchange(c_.exchange);
     for (i32 first = first_; first < last_; first += c_.run_tokens) {
       const Selected selected = selected_of(first);
       layout_.count(c_.selection_of(selected.expert));

@@ -172,12 +172,17 @@ TEST(Tuning, LowLatencyCallsSpreadOverManySms) {
     shape.num_tokens = 128;
     EXPECT_EQ(launch({.available = 132, .requested = 0}), 64);
     EXPECT_EQ(launch({.available = 132, .requested = 96}), 96);
-    EXPECT_EQ(launch({.available = 16, .requested = 0}), 16);
+    EXPECT_EQ(launch({.available = 78, .requested = 0}), 39);
+    EXPECT_EQ(launch({.available = 1, .requested = 0}), 1);
+    EXPECT_EQ(launch({.available = 16, .requested = 24}), 16);
     EXPECT_EQ(launch({.available = 132, .requested = 8}), 8);
     shape.num_tokens = 1;  // 8 ranks, 5 or 10 segments of a row
     EXPECT_EQ(launch({.available = 132, .requested = 0}), op == OpKind::kCombine ? 20 : 10);
     shape.num_tokens = 0;
     EXPECT_EQ(launch({.available = 132, .requested = 0}), 1);
+    shape.recv_capacity = 1000;  // rows to be cleared
+    EXPECT_EQ(launch({.available = 132, .requested = 0}), op == OpKind::kCombine ? 1 : 64);
+    shape.recv_capacity = 0;
   }
 }
 
