@@ -9,23 +9,11 @@ that JAX makes of the CPU; `--platform cuda` takes GPUs, all of one process. `--
 options.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
-from moe_lm.options import Options, parse
-
-
-def set_up_devices(options: Options) -> None:
-    """Asks JAX for as many CPU devices as the mesh has, unless the user has decided otherwise."""
-    if options.platform == "auto":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    else:
-        os.environ["JAX_PLATFORMS"] = options.platform
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        count = f"--xla_force_host_platform_device_count={options.num_devices}"
-        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+from moe_lm.devices import set_up_devices
+from moe_lm.options import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -176,3 +176,74 @@ def test_a_tour_runs_and_checks_itself(name):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    _run(*TINY, "--steps", 30, out=out)
+    return out
+
+
+def _written(out: pathlib.Path, *args: object, status: int = 0) -> tuple[str, str, str]:
+    """The text that generate.py writes, its report, and its errors."""
+    command = [sys.executable, str(EXAMPLES / "generate.py"), *TINY, "--steps", "30"]
+    done = subprocess.run(
+        [*command, "--out", str(out), *map(str, args)],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    text, _, report = done.stdout.rpartition(f"{'-' * 72}\n")
+    return text, report, done.stderr
+
+
+PROMPT = ["--prompt", "import os\ndef main(argv):\n", "--num-bytes", 90]
+
+
+def test_text_is_that_of_the_dense_model_and_of_chunks(trained):
+    """Longer than the model's window of 64 bytes; of what is drawn, many bytes could differ."""
+    for drawn in ([], ["--temperature", 1.0]):
+        text, report, _ = _written(trained, *PROMPT, *drawn)
+        assert text.count("import os") == 1
+        assert len(text) >= 100
+        assert _number_after("time to first byte", report) > 0
+        assert "between bytes" in report
+        assert _written(trained, *PROMPT, *drawn, "--prefill-chunk", 7)[0] == text
+        assert _written(trained, *PROMPT, *drawn, "--dense")[0] == text
+
+
+def test_a_batch_of_equal_prompts_gets_equal_text(trained):
+    text, _, _ = _written(trained, *PROMPT)
+    assert _written(trained, *PROMPT, "--copies", 3, "--flavor", "nnx")[0] == 3 * text
+
+
+def test_text_is_drawn_from_its_seed(trained):
+    prompt = ["--num-bytes", 30, "--temperature", 1.0, "--sample-seed"]
+    one, again, other = (_written(trained, *prompt, seed)[0] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-bytes", "0"], "--num-bytes: 0; allowed: at least 1"),
+        (["--prompt", ""], "--prompt: ''; allowed: at least one byte"),
+        (["--temperature", "-1"], "--temperature: -1.0; allowed: at least 0"),
+        (["--prompt", "x" * 600], "75 bytes on each device at once, over all copies; allowed: up"),
+        (["--layers", "2"], "--layers 1 (now 2)"),
+    ],
+)
+def test_what_cannot_be_written_is_an_error(options, message, trained):
+    assert message in _written(trained, *options, status=2)[2]
+
+
+def test_a_model_that_was_not_trained_writes_nothing(tmp_path):
+    assert "has no checkpoint" in _written(tmp_path / "none", status=2)[2]
+    assert not (tmp_path / "none").exists()

@@ -13,6 +13,7 @@ import jax_ep
 from jax_ep.flax.linen import MoE as LinenMoE
 from jax_ep.flax.nnx import LayerStats
 from jax_ep.flax.nnx import MoE as NnxMoE
+from moe_lm.attention import KvCache
 from moe_lm.dense import LinenDenseMoE, NnxDenseMoE
 from moe_lm.linen_model import LinenFlavor
 from moe_lm.nnx_model import NnxFlavor
@@ -27,6 +28,15 @@ class Flavor(Protocol):
 
     def apply(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, list[LayerStats]]:
         """`[B, S]` bytes to `[B, S, 256]` logits, and the statistics of every layer."""
+
+    def extend(
+        self, params: Any, tokens: jax.Array, caches: list[KvCache], start: jax.Array
+    ) -> tuple[jax.Array, list[KvCache]]:
+        """`[B, S]` bytes that follow `start` others to `[B, S, 256]` logits.
+
+        The caches have what came before, one for each layer, and room for these; they come back
+        with them.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,7 @@ def _group(options: Options, mesh: jax.sharding.Mesh) -> jax_ep.EpGroup:
         max_tokens_per_rank=options.batch * options.seq_len // options.num_devices,
         dtype=jnp.float32,
         wire_dtype=jnp.float8_e4m3fn if options.fp8_wire else None,
+        low_latency_tokens=options.low_latency_tokens,
     )
     if options.capacity_factor is not None and not options.dense:
         config = config.with_capacity_factor(options.capacity_factor)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The language model in Flax NNX."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_ep.flax.nnx import LayerStats, MoE, MoeStat
-from moe_lm.attention import attend
+from moe_lm.attention import Attend, KvCache, Memory, attend
 from moe_lm.corpus import VOCABULARY
 from moe_lm.options import Options
 
@@ -24,7 +24,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(hidden, 3 * hidden, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(hidden, hidden, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Attend = attend) -> jax.Array:
         """`[B, S, H]` to `[B, S, H]`."""
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         return self.out(attend(q, k, v, self.num_heads))
@@ -39,9 +39,9 @@ class Block(nnx.Module):
         self.moe_norm = nnx.RMSNorm(options.hidden, rngs=rngs)
         self.moe = make_moe(rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Attend = attend) -> jax.Array:
         """`[B, S, H]` to `[B, S, H]`."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), attend)
         return x + self.moe(self.moe_norm(x))
 
 
@@ -54,11 +54,16 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.RMSNorm(options.hidden, rngs=rngs)
         self.head = nnx.Linear(options.hidden, VOCABULARY, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Runs the model and keeps the statistics of its MoE layers."""
+    def __call__(self, tokens: jax.Array, attends: Sequence[Attend] | None = None) -> jax.Array:
+        """Runs the model and keeps the statistics of its MoE layers.
+
+        `attends` has each block's attention; None: to the tokens alone.
+        """
         x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
+        for block, attend_of_block in zip(
+            self.blocks, attends or [attend] * len(self.blocks), strict=True
+        ):
+            x = block(x, attend_of_block)
         return self.head(self.norm(x))
 
 
@@ -66,6 +71,7 @@ class NnxFlavor:
     """The model as functions of its parameters, as `training.py` wants it."""
 
     def __init__(self, options: Options, make_moe: MakeMoE) -> None:
+        self._options = options
         self._make = lambda seed: LanguageModel(options, make_moe, nnx.Rngs(seed))
         abstract = nnx.eval_shape(lambda: self._make(options.seed))
         self._graph, _, self._stats = nnx.split(abstract, nnx.Param, MoeStat)
@@ -76,8 +82,19 @@ class NnxFlavor:
 
     def apply(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, list[LayerStats]]:
         """Logits, and the statistics of every layer."""
-        stats = jax.tree.map(lambda stat: jnp.zeros(stat.shape, stat.dtype), self._stats)
-        model = nnx.merge(self._graph, params, stats)
+        model = self._model(params)
         logits = model(tokens)
         layers = [nnx.state(block.moe, MoeStat) for block in model.blocks]
         return logits, [LayerStats(**{k: v[...] for k, v in layer.items()}) for layer in layers]
+
+    def extend(
+        self, params: Any, tokens: jax.Array, caches: list[KvCache], start: jax.Array
+    ) -> tuple[jax.Array, list[KvCache]]:
+        """Logits of tokens that follow what is in the caches, and the caches with them."""
+        memories = [Memory(cache, start, self._options.seq_len) for cache in caches]
+        logits = self._model(params)(tokens, [memory.attend for memory in memories])
+        return logits, [memory.cache for memory in memories]
+
+    def _model(self, params: Any) -> LanguageModel:
+        stats = jax.tree.map(lambda stat: jnp.zeros(stat.shape, stat.dtype), self._stats)
+        return nnx.merge(self._graph, params, stats)

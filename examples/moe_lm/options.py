@@ -33,6 +33,7 @@ class Options:
     backend: str
     capacity_factor: float | None
     fp8_wire: bool
+    low_latency_tokens: int | None
     flavor: str
     dense: bool
     out: pathlib.Path
@@ -153,6 +154,13 @@ def _add_expert_parallelism(parser: argparse.ArgumentParser) -> None:
         metavar="{none,FACTOR}",
     )
     ep.add_argument("--fp8-wire", action="store_true", help="send tokens to experts in float8")
+    _add(
+        ep,
+        "--low-latency-tokens",
+        _COUNT,
+        None,
+        "GPU kernels for few tokens serve at most so many of a device, as when the model writes",
+    )
     _add(ep, "--flavor", str, "nnx", "of Flax", choices=("nnx", "linen"))
     ep.add_argument(
         "--dense",

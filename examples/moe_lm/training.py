@@ -17,13 +17,14 @@ from jax_ep.flax.nnx import LayerStats
 from moe_lm.build import Flavor, Setup, build
 from moe_lm.checkpoints import Checkpoints
 from moe_lm.corpus import Corpus, unigram_entropy
+from moe_lm.generation import Writer, printable
 from moe_lm.metrics import Metrics, StepMetrics
 from moe_lm.options import Options
 from moe_lm.plots import plot_expert_load, plot_losses
 from moe_lm.progress import Progress
-from moe_lm.sampling import sample
 
 PROMPT = b"\n    def "
+TEMPERATURE = 0.7
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +73,23 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     )
 
 
+def initial_state(
+    options: Options, setup: Setup, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Before the first step, on the devices of the mesh."""
+    params = setup.model.init(options.seed)
+    # What Flax's metadata has not placed yet goes to every device.
+    mesh = setup.replicated.mesh
+
+    def place(leaf: jax.Array) -> jax.Array:
+        is_placed = getattr(leaf.sharding, "mesh", None) == mesh
+        return leaf if is_placed else jax.device_put(leaf, setup.replicated)
+
+    params = jax.tree.map(place, params)
+    opt_state = jax.tree.map(place, optimizer.init(params))
+    return TrainState(params=params, opt_state=opt_state)
+
+
 def make_step(
     options: Options, model: Flavor, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array, LayerStats]]:
@@ -103,7 +121,8 @@ class _Run:
         shape = {"batch": options.batch, "seq_len": options.seq_len}
         self.held_out = self.corpus.held_out_batches(options.eval_batches, **shape)
         self.unigram = unigram_entropy(self.held_out)
-        self.state = self._init()
+        self.optimizer = make_optimizer(options)
+        self.state = initial_state(options, setup, self.optimizer)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self.step = jax.jit(
             make_step(options, setup.model, self.optimizer),
@@ -113,20 +132,6 @@ class _Run:
         self.held_out_step = jax.jit(
             lambda params, text: cross_entropy(setup.model, params, text)[0],
         )
-
-    def _init(self) -> TrainState:
-        self.optimizer = make_optimizer(self.options)
-        params = self.setup.model.init(self.options.seed)
-        # What Flax's metadata has not placed yet goes to every device.
-        mesh = self.setup.replicated.mesh
-
-        def place(leaf: jax.Array) -> jax.Array:
-            is_placed = getattr(leaf.sharding, "mesh", None) == mesh
-            return leaf if is_placed else jax.device_put(leaf, self.setup.replicated)
-
-        params = jax.tree.map(place, params)
-        opt_state = jax.tree.map(place, self.optimizer.init(params))
-        return TrainState(params=params, opt_state=opt_state)
 
     def run(self) -> int:
         """Trains from the newest checkpoint or from the start."""
@@ -209,14 +214,14 @@ class _Run:
         if metrics.steps:
             plot_expert_load(options.out / "expert_load.png", metrics)
         if options.sample_bytes:
-            text = sample(
-                self.setup.model,
-                self.state.params,
-                PROMPT,
+            writer = Writer(options, self.setup.model, self.state.params)
+            written = writer.write(
+                np.frombuffer(PROMPT, np.uint8)[None],
                 num_bytes=options.sample_bytes,
-                seq_len=options.seq_len,
+                temperature=TEMPERATURE,
                 seed=options.seed,
             )
+            text = printable(PROMPT + written.text.tobytes())
             print(f"\nA sample that the model wrote:\n{'-' * 72}\n{text}\n{'-' * 72}")
         held_out = metrics.last_held_out
         print(f"held-out loss    {held_out:.4f} nats per byte")

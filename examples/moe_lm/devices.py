@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices for the mesh, before JAX is imported."""
+
+import os
+
+from moe_lm.options import Options
+
+
+def set_up_devices(options: Options) -> None:
+    """Asks JAX for as many CPU devices as the mesh has, unless the user has decided otherwise."""
+    if options.platform == "auto":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    else:
+        os.environ["JAX_PLATFORMS"] = options.platform
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        count = f"--xla_force_host_platform_device_count={options.num_devices}"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
