@@ -37,9 +37,9 @@ struct Flights::Impl : std::enable_shared_from_this<Impl> {
   using FlightPtr = std::shared_ptr<Flight>;
   // A run, of all groups or of one.
   struct FailedRun {
-    int64_t run_id;
-    std::optional<int32_t> group_index;
-    Status error;
+    int64_t run_id = 0;
+    std::optional<int32_t> group_index = {};
+    Status error = {};
 
     [[nodiscard]] bool holds(int64_t run, int32_t index) const {
       return run == run_id && group_index.value_or(index) == index;
@@ -74,6 +74,8 @@ struct Flights::Impl : std::enable_shared_from_this<Impl> {
   FlightPtr take_left_behind(int64_t run_id);
   [[nodiscard]] bool may_open(const Flight& flight) const;
   void remove(const FlightPtr& flight, const std::string& why);
+  // What the run starts from now on is refused.
+  void note_failed(const FailedRun& run);
   // Flights may have ended: those that may be open now are; returns the ranks that waited.
   std::vector<std::pair<Waiter, FlightNumber>> admit(int32_t group_index);
   void set_alarm(const FlightPtr& flight);
@@ -250,8 +252,7 @@ void Flights::Impl::fail_run(const FailedRun& run) {
   std::deque<FlightPtr> gone;  // their memory is freed without the mutex
   {
     const std::lock_guard lock(mutex);
-    failed_runs.push_back(run);
-    if (failed_runs.size() > kMaxEnded) failed_runs.pop_front();
+    note_failed(run);
     for (const FlightPtr& flight : std::deque(flights)) {
       if (!run.holds(flight->run_id(), flight->group_index())) continue;
       refused.push_back({flight->take_waiters(), run.error});
@@ -264,6 +265,16 @@ void Flights::Impl::fail_run(const FailedRun& run) {
   }
   for (Refused& some : refused) tell(std::move(some));
   go_on(std::move(admitted));
+}
+
+void Flights::Impl::note_failed(const FailedRun& run) {
+  const bool is_known =
+      std::any_of(failed_runs.begin(), failed_runs.end(), [&run](const FailedRun& other) {
+        return other.run_id == run.run_id && other.group_index == run.group_index;
+      });
+  if (is_known) return;
+  failed_runs.push_back(run);
+  if (failed_runs.size() > kMaxEnded) failed_runs.pop_front();
 }
 
 void Flights::Impl::close() {
@@ -309,6 +320,7 @@ void Flights::Impl::alarm(const FlightPtr& flight) {
   std::vector<Waiter> waiters;
   std::vector<FlightPtr> given_up;
   std::string gave_up;
+  FailedRun run;
   {
     const std::lock_guard lock(mutex);
     // It may have been opened, or ended, between the alarm and here.
@@ -327,11 +339,14 @@ void Flights::Impl::alarm(const FlightPtr& flight) {
     for (const FlightPtr& other : given_up) remove(other, gave_up);
     waiters = flight->take_waiters();
     remove(flight, "ended with an error: " + error.message());
+    // Before anybody is told: a late rank of the run that comes now must not open it again.
+    run = {flight->run_id(), flight->group_index(), error};
+    note_failed(run);
   }
   Notices::shared().post(NoticeLevel::kError, error.message());
   tell({std::move(waiters), error});
   // Its late ranks are told; and others may be opened.
-  fail_run({flight->run_id(), flight->group_index(), error});
+  fail_run(run);
   std::vector<std::pair<Waiter, FlightNumber>> admitted;
   {
     const std::lock_guard lock(mutex);
