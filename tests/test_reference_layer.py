@@ -142,7 +142,7 @@ def test_moe_is_the_dense_layer_where_nothing_is_dropped(problem):
     w = [problem.random(s, salt=20 + i).astype(np.float64) for i, s in enumerate(shapes)]
     x = problem.random(problem.x.shape, salt=23).astype(np.float64)
     routing = problem.topk_idx, problem.topk_weights.astype(np.float64)
-    kwargs = {**problem.plan_kwargs(), "recv_capacity": None}
+    kwargs = {**problem.plan_kwargs(), "recv_capacity": None, "capacity_factor": None}
     del kwargs["num_experts"]
     out = reference.moe(x, *routing, *w, **kwargs)
     dense = reference.moe_dense(x, *routing, *w)

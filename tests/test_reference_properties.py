@@ -120,7 +120,7 @@ def test_gradients_are_transposes(problem):
 
 @hypothesis.given(strategies.problems())
 def test_weights_that_sum_to_1_and_identity_experts_give_the_token_back(problem):
-    problem = problem.replace(recv_capacity=None)
+    problem = problem.replace(recv_capacity=None, capacity_factor=None)
     selected = problem.topk_idx >= 0
     weights = np.where(selected, 1.0 / np.maximum(selected.sum(-1, keepdims=True), 1), 5.0)
     recv = reference.dispatch(problem.x, problem.topk_idx, weights, **problem.dispatch_kwargs())

@@ -88,7 +88,8 @@ class EpProblem:
         """`recv_capacity` of the config."""
         if not isinstance(self.recv_capacity, str):
             return self.recv_capacity
-        unlimited = reference.plan(self.topk_idx, **{**self._plan_sizes(), "recv_capacity": None})
+        sizes = {**self._plan_sizes(), "capacity_factor": None}
+        unlimited = reference.plan(self.topk_idx, **sizes)
         fullest = int(unlimited.group_sizes.sum(axis=1).max())
         return max(1, {"exact": fullest, "one_short": fullest - 1}[self.recv_capacity])
 
