@@ -148,7 +148,7 @@ def test_moe_is_the_dense_layer_where_nothing_is_dropped(problem):
     dense = reference.moe_dense(x, *routing, *w)
     np.testing.assert_allclose(out, dense, rtol=1e-10, atol=1e-10)
     # A dropped selection is one that was never made.
-    kwargs["recv_capacity"] = problem.capacity
+    kwargs |= {"recv_capacity": problem.capacity, "capacity_factor": problem.capacity_factor}
     kept = np.where(problem.plan.slot >= 0, problem.topk_idx, -1)
     out = reference.moe(x, *routing, *w, **kwargs)
     dense = reference.moe_dense(x, kept, routing[1], *w)
