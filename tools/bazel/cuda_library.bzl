@@ -35,7 +35,9 @@ def _include_flags(context):
     return flags + ["-isystem=" + d for d in context.system_includes.to_list()]
 
 def _compile(ctx, cc_toolchain, src, context):
-    obj = ctx.actions.declare_file("_cuda/{}/{}.pic.o".format(ctx.label.name, src.basename))
+    # Of files with one name in two folders, an archive would keep one.
+    name = src.owner.name.replace("/", "_")
+    obj = ctx.actions.declare_file("_cuda/{}/{}.pic.o".format(ctx.label.name, name))
     flags = _COPTS + [_gencode(a) for a in CUDA_ARCHITECTURES]
     ctx.actions.run(
         executable = ctx.files._nvcc[0],
