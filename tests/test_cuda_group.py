@@ -132,7 +132,8 @@ def test_a_size_past_the_kernels_limits_is_named(changes, message, mesh, fake):
 
 @needs_sources
 def test_limits_are_those_of_the_kernels():
-    text = (ROOT / "csrc" / "core" / "limits.h").read_text()
+    headers = ("limits.h", "low_latency.h")
+    text = "".join((ROOT / "csrc" / "core" / header).read_text() for header in headers)
 
     def constant(name):
         value = re.search(rf"constexpr int\w+ {name} = ([^;]+);", text)[1]
@@ -142,6 +143,9 @@ def test_limits_are_those_of_the_kernels():
     assert constant("kMaxTopk") == limits.MAX_TOPK
     assert constant("kMaxExperts") == limits.MAX_EXPERTS
     assert constant("kMaxTokens") == limits.MAX_TOKENS_PER_RANK
+    assert constant("kMaxLowLatencyTokens") == limits.MAX_LOW_LATENCY_TOKENS
+    assert constant("kMaxLowLatencySelections") == limits.MAX_LOW_LATENCY_SELECTIONS
+    assert constant("kMaxLowLatencyBins") == limits.MAX_LOW_LATENCY_BINS
     why = ranges.why_too_large(_config(num_experts=128), 128)
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
 

@@ -23,7 +23,6 @@ def check_num_ranks(config: EpConfig, num_ranks: int, axis_name: str | tuple[str
             "are supported: set EpConfig.recv_capacity (see with_capacity_factor) or lower "
             "max_tokens_per_rank"
         )
-
     _check_low_latency_tokens(config, num_ranks)
 
 
