@@ -87,8 +87,6 @@ class LowLatencyCombineKernel {
   static constexpr int kPackets = Config::kSegmentBytes / kPacketDataBytes / kWarpSize;
   static constexpr int kPerPacket = 3 * RowType::kPerWord;
   static constexpr i32 kLanes = static_cast<i32>(kWarpSize);
-  // Sources whose packets are held at once.
-  static constexpr int kSourcesAtOnce = 2;
 
   JAX_EP_DEVICE static i32 this_warp() {
     return static_cast<i32>(warp_id() * num_blocks() + block_id());
@@ -206,28 +204,16 @@ class LowLatencyCombineKernel {
     const i32 words = num_words(segment);
     float sum[kPackets][kPerPacket] = {};
     JAX_EP_NO_UNROLL
-    for (i32 first = 0; first < num_sources; first += kSourcesAtOnce) {
-      i32 sources[kSourcesAtOnce];
-      JAX_EP_UNROLL
-      for (int s = 0; s < kSourcesAtOnce; ++s) {
-        const auto lane = static_cast<u32>(first + s) % kWarpSize;
-        const auto source = static_cast<i32>(warp_shfl(static_cast<u32>(source_of_lane), lane));
-        sources[s] = first + s < num_sources ? source : -1;
+    for (i32 place = 0; place < num_sources; ++place) {
+      const auto source =
+          static_cast<i32>(warp_shfl(static_cast<u32>(source_of_lane), static_cast<u32>(place)));
+      Packet packets[kPackets];
+      if (source == c_.rank) {
+        read_stage(words, has_own, packets);
+      } else {
+        wait_segment(source, token, segment, words, packets);
       }
-      Packet packets[kSourcesAtOnce][kPackets];
-      JAX_EP_UNROLL
-      for (int s = 0; s < kSourcesAtOnce; ++s) {
-        if (sources[s] < 0) continue;
-        if (sources[s] == c_.rank) {
-          read_stage(words, has_own, packets[s]);
-        } else {
-          wait_segment(sources[s], token, segment, words, packets[s]);
-        }
-      }
-      JAX_EP_UNROLL
-      for (int s = 0; s < kSourcesAtOnce; ++s) {
-        if (sources[s] >= 0) add(packets[s], sum);
-      }
+      add(packets, sum);
     }
     write_sum(token, segment, words, sum);
   }
@@ -257,6 +243,7 @@ class LowLatencyCombineKernel {
   JAX_EP_DEVICE void read_stage(i32 words, bool has_own, Packet (&packets)[kPackets]) const {
     JAX_EP_UNROLL
     for (int i = 0; i < kPackets; ++i) {
+      JAX_EP_UNROLL
       for (int c = 0; c < 3; ++c) {
         const bool is_word = has_own && word_of(i, c) < words;
         packets[i].data[c] = is_word ? ld(stage() + word_of(i, c)) : 0;
@@ -268,9 +255,11 @@ class LowLatencyCombineKernel {
     JAX_EP_UNROLL
     for (int i = 0; i < kPackets; ++i) {
       float values[kPerPacket];
+      JAX_EP_UNROLL
       for (int c = 0; c < 3; ++c) {
         RowType::unpack(packets[i].data[c], values + c * RowType::kPerWord);
       }
+      JAX_EP_UNROLL
       for (int e = 0; e < kPerPacket; ++e) {
         sum[i][e] = fused_multiply_add(1.0F, values[e], sum[i][e]);
       }

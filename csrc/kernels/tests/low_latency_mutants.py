@@ -112,8 +112,8 @@ LOW_LATENCY_MUTANTS = [
             "num_earlier(selections.dest(), leaders, c_.num_topk)",
             "count_bits(leaders & lanes_below(lane_id()))"),
     _mutant("the rank's own sum is left out", COMBINE, "own.count() > 0);", "false);"),
-    _mutant("some ranks' sums are left out", COMBINE, "first < num_sources; first += kSourcesAtOnce",
-            "first < num_sources; first += 2 * kSourcesAtOnce"),
+    _mutant("some ranks' sums are left out", COMBINE, "place < num_sources; ++place",
+            "place < num_sources; place += 2"),
     # --- what must not be noticed ------------------------------------------------------------------
     _mutant("low latency, more barriers", ROWS, "warp_sync();", "warp_sync(); warp_sync();",
             harmless=True, seeds=25),
