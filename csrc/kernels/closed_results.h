@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What kernels of a closed group leave as results: no row, no selection, and NaN. All threads.
-#ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_CLOSED_RESULTS_H_
-#define JAX_EP_CSRC_KERNELS_LOW_LATENCY_CLOSED_RESULTS_H_
+#ifndef JAX_EP_CSRC_KERNELS_CLOSED_RESULTS_H_
+#define JAX_EP_CSRC_KERNELS_CLOSED_RESULTS_H_
 
 #include "csrc/core/ops.h"
 #include "csrc/core/work_partition.h"
@@ -37,8 +37,9 @@ JAX_EP_DEVICE void poison_rows(const Exchange& exchange, const DispatchOp& op) {
   if (op.num_scalars > 0) {
     exchange.poison(reinterpret_cast<u32*>(op.row_scalars), capacity * op.shape.scalars_per_row());
   }
+  if (op.with_dots) exchange.poison(reinterpret_cast<u32*>(op.row_dots), capacity);
 }
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_KERNELS_LOW_LATENCY_CLOSED_RESULTS_H_
+#endif  // JAX_EP_CSRC_KERNELS_CLOSED_RESULTS_H_

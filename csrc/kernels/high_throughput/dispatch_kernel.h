@@ -7,6 +7,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_KERNEL_H_
 
+#include "csrc/kernels/closed_results.h"
 #include "csrc/kernels/high_throughput/dispatch_expert_layout.h"
 #include "csrc/kernels/high_throughput/dispatch_rank_layout.h"
 #include "csrc/kernels/high_throughput/dispatch_receiver.h"
@@ -38,7 +39,7 @@ class DispatchKernel {
 
  private:
   JAX_EP_DEVICE void leave_no_results() {
-    DispatchReceiver<RowLayout>(context_).poison_results();
+    poison_rows<typename RowLayout::RowType>(context_.exchange, context_.op);
     context_.exchange.report_closed();
   }
 

@@ -40,25 +40,6 @@ class DispatchReceiver {
     }
   }
 
-  // When the group has been closed: all threads.
-  JAX_EP_DEVICE void poison_results() {
-    const i64 capacity = c_.shape.recv_capacity;
-    const i64 elements = capacity * c_.hidden;
-    if (c_.op.rows_format == RowFormat::kFloat8E4M3) {
-      c_.exchange.poison(static_cast<u8*>(c_.op.rows), elements);
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.rows_scales), capacity * c_.num_scale_blocks);
-    } else {
-      c_.exchange.poison(static_cast<Element*>(c_.op.rows), elements);
-    }
-    if (c_.op.num_scalars > 0) {
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_scalars),
-                         capacity * layout().scalars_per_row());
-    }
-    if (c_.with_dots()) {
-      c_.exchange.poison(reinterpret_cast<u32*>(c_.op.row_dots), capacity);
-    }
-  }
-
  private:
   using Config = typename RowLayout::Config;
   using RowType = typename RowLayout::RowType;

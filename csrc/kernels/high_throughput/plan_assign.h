@@ -24,18 +24,6 @@ class PlanAssigner {
     clear_rows_without_token();
   }
 
-  // When the group has been closed: all threads. Without a row or a selection: what comes after
-  // must not lead anywhere.
-  JAX_EP_DEVICE void poison_results() {
-    const i64 selections = i64{c_.num_tokens} * c_.num_topk;
-    c_.exchange.poison(c_.op.slot, selections);
-    layout_.poison_rows();
-    c_.exchange.poison(c_.op.source_slot, i64{c_.num_ranks} * c_.num_tokens * c_.max_rows);
-    c_.exchange.fill(Ptr<i32>{c_.op.group_sizes}, c_.shape.num_row_groups(), 0);
-    c_.exchange.fill(Ptr<i32>{c_.op.tokens_per_expert}, c_.num_local, 0);
-    c_.exchange.fill(Ptr<i32>{c_.op.num_dropped}, 1, 0);
-  }
-
  private:
   JAX_EP_DEVICE void assign(i32 item) {
     const typename Context::TokenTile tile = c_.tile_of(item);

@@ -5,6 +5,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_KERNEL_H_
 
+#include "csrc/kernels/closed_results.h"
 #include "csrc/kernels/high_throughput/dispatch_expert_layout.h"
 #include "csrc/kernels/high_throughput/dispatch_rank_layout.h"
 #include "csrc/kernels/high_throughput/dispatch_receiver.h"
@@ -63,9 +64,8 @@ class PlanDispatchKernel {
 
   // All threads of the main blocks.
   JAX_EP_DEVICE void leave_no_results() {
-    typename PlanLayout::Context plan(op_.plan, exchange_, Warps(0), PlanLayout::kLayout);
-    PlanAssigner<PlanLayout>(plan).poison_results();
-    DispatchReceiver<RowLayout>(dispatch_).poison_results();
+    poison_plan(exchange_, op_.plan);
+    poison_rows<typename RowLayout::RowType>(exchange_, op_.dispatch);
     exchange_.report_closed();
   }
 

@@ -86,8 +86,6 @@ class PlanExpertLayout {
 
   // What a row without token holds.
   JAX_EP_DEVICE void clear_row(i64 row) const { st(Ptr<i32>{c_.op.row_source} + row, -1); }
-  // All threads of a closed group's kernel.
-  JAX_EP_DEVICE void poison_rows() const { c_.exchange.poison(c_.op.row_source, c_.capacity); }
 
   // `use(begin, end)`, with a warp, for the rows between those of an expert and the next: of
   // experts `first`, `first + step`, ... of this rank.

@@ -8,6 +8,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_KERNEL_H_
 
+#include "csrc/kernels/closed_results.h"
 #include "csrc/kernels/high_throughput/plan_expert_layout.h"
 #include "csrc/kernels/high_throughput/plan_rank_layout.h"
 #include "csrc/kernels/high_throughput/plan_steps.h"
@@ -31,7 +32,7 @@ class PlanKernel {
 
  private:
   JAX_EP_DEVICE void leave_no_results() {
-    PlanAssigner<RowLayout>(context_).poison_results();
+    poison_plan(context_.exchange, context_.op);
     context_.exchange.report_closed();
   }
 

@@ -71,11 +71,6 @@ class PlanRankLayout {
       st(Ptr<i32>{c_.op.row_topk_idx} + (row * c_.num_topk + k), -1);
     }
   }
-  // All threads of a closed group's kernel.
-  JAX_EP_DEVICE void poison_rows() const {
-    c_.exchange.poison(c_.op.row_source, c_.capacity);
-    c_.exchange.poison(c_.op.row_topk_idx, i64{c_.capacity} * c_.num_topk);
-  }
 
   template <typename Use>
   JAX_EP_DEVICE void for_each_gap(i32 /*first*/, i32 /*step*/, const Use&) const {}

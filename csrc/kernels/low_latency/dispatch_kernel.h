@@ -5,9 +5,9 @@
 #define JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_KERNEL_H_
 
 #include "csrc/core/kernel_params.h"
+#include "csrc/kernels/closed_results.h"
 #include "csrc/kernels/high_throughput/plan_expert_layout.h"
 #include "csrc/kernels/high_throughput/plan_rank_layout.h"
-#include "csrc/kernels/low_latency/closed_results.h"
 #include "csrc/kernels/low_latency/dispatch_rows.h"
 #include "csrc/kernels/low_latency/routing_plan.h"
 

@@ -47,6 +47,7 @@ SUM = DEVICE + "row_sum.h"
 QUEUE = DEVICE + "work_queue.h"
 QUANTIZE = DEVICE + "quantize.h"
 PARTS = DEVICE + "chunk_parts.h"
+CLOSED = "csrc/kernels/closed_results.h"
 PLAN = KERNELS + "plan_kernel.h"
 PLAN_CONTEXT = KERNELS + "plan_context.h"
 PLAN_COUNT = KERNELS + "plan_count.h"
@@ -215,9 +216,9 @@ MUTANTS = [
     Mutant("a closed group's kernel runs (plan_dispatch)", PLAN_DISPATCH,
            "if (exchange_.closed()) {", "if (false) {", mishaps=True),
     Mutant("a closed group's kernel leaves the plan as it is", PLAN_DISPATCH,
-           "PlanAssigner<PlanLayout>(plan).poison_results();", "", mishaps=True),
+           "poison_plan(exchange_, op_.plan);", "", mishaps=True),
     Mutant("a closed group's kernel leaves the rows as they are", PLAN_DISPATCH,
-           "DispatchReceiver<RowLayout>(dispatch_).poison_results();", "", mishaps=True),
+           "poison_rows<typename RowLayout::RowType>(exchange_, op_.dispatch);", "", mishaps=True),
     Mutant("a closed group's kernel runs (combine)", COMBINE,
            "if (c_.exchange.closed()) return leave_no_results();", "", mishaps=True),
     Mutant("a closed group's kernel says nothing", EXCHANGE,
@@ -312,8 +313,9 @@ MUTANTS = [
              "if (c_.with_dots() && lane_id() == 0) st(Ptr<float>{c_.op.row_dots} + row, 0.0F);"),
     Mutant("dot products of rows that do not travel", RECEIVER,
            "c_.hidden == 0 && !c_.with_dots()", "c_.hidden == 0", seeds=120),
-    Mutant("a closed group leaves its dot products alone", RECEIVER, "    if (c_.with_dots()) {",
-           "    if (false) {", "void poison_results()", mishaps=True),
+    _removed("a closed group's dot products", CLOSED,
+             "if (op.with_dots) exchange.poison(reinterpret_cast<u32*>(op.row_dots), capacity);",
+             mishaps=True),
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", COMBINE, "c_.exchange.wait_until_writable();"),
     _removed("warp_sync after arrival (combine)", COMBINE, "warp_sync();",
