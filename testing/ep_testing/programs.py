@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from ep_testing.problems import EpProblem
+from jax_ep._src.compat import as_varying, varying_axes
 
 
 def make_mesh(shape: Sequence[int], names: Sequence[str], *, order: Any = None) -> Mesh:
@@ -42,11 +44,17 @@ def over_ranks(
     """`f` on every rank, for arrays whose leading axis is the rank: `[R, ...]` in and out."""
     spec = P(group.axis_name)
 
-    # XLA (of jax 0.10 to 0.12) refuses a `shard_map` of empty arrays alone, as they are where no
-    # rank has a token: `one` is not.
+    # XLA refuses a `shard_map` of empty arrays alone (jax 0.10 and 0.12), as they are where no rank
+    # has a token, and its compiler crashes if they come beside others (0.11): `one` is beside them,
+    # and a rank makes its empty ones, so that those that came are used by nothing.
     def on_rank(args: Any) -> Any:
         *args, one = args
-        outs = f(*jax.tree.map(lambda a: a[0], args))
+        axes = varying_axes(one)
+
+        def own(a: jax.Array) -> jax.Array:
+            return a[0] if a.size else as_varying(axes, jnp.zeros(a.shape[1:], a.dtype))[0]
+
+        outs = f(*jax.tree.map(own, args))
         return jax.tree.map(lambda a: a[None], outs), one
 
     mapped = jax.shard_map(
