@@ -8,7 +8,7 @@ import pytest
 
 import jax_ep
 from ep_testing import bazel_files, cmake_files
-from jax_ep._src.groups.capabilities import serves
+from jax_ep._src.groups.gpu_architectures import serves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CC_RULES = "tools/bazel/cc.bzl"
@@ -126,7 +126,7 @@ def test_every_source_has_the_same_flags_of_its_own():
 
 def test_the_flags_that_define_the_numbers_are_there():
     flags = _own_flags_of_bazel()
-    assert "-ffp-contract=off" in flags["csrc/cpu/row_kernels.cc"]
+    assert "-ffp-contract=off" in flags["csrc/cpu/row_arithmetic.cc"]
     assert "-fmad=false" in bazel_files.constant(CUDA_RULES, "_COPTS")
 
 

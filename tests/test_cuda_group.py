@@ -15,7 +15,7 @@ import jax_ep
 from ep_testing import fake_cuda
 from ep_testing.programs import make_mesh
 from jax_ep._src import info, limits, ranges
-from jax_ep._src.groups import group, native
+from jax_ep._src.groups import backend_choice, group, native
 from jax_ep._src.groups.placements import placements
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def test_a_size_past_the_kernels_limits_is_named(changes, message, mesh, fake):
 
 @needs_sources
 def test_limits_are_those_of_the_kernels():
-    headers = ("limits.h", "low_latency.h")
+    headers = ("limits.h", "low_latency_protocol.h")
     text = "".join((ROOT / "csrc" / "core" / header).read_text() for header in headers)
 
     def constant(name):
@@ -172,7 +172,7 @@ def test_without_the_cuda_module_groups_on_gpus_fall_back_with_the_reason(
 ):
     monkeypatch.setattr(native, "_try_load_cuda", LOAD_CUDA)
     monkeypatch.setitem(sys.modules, "jax_ep._cuda", None)
-    monkeypatch.setattr(group, "_logged", set())
+    monkeypatch.setattr(backend_choice, "_logged", set())
     with (
         caplog.at_level(logging.WARNING, logger="jax_ep"),
         jax_ep.EpGroup(mesh, "expert", CONFIG) as made,

@@ -24,10 +24,9 @@ import jax_ep
 from ep_testing import program_files
 from ep_testing.programs import make_mesh
 from jax_ep._src import ranges
+from jax_ep._src.groups import backend_choice, native
 from jax_ep._src.groups import cpu as cpu_group
 from jax_ep._src.groups import cuda as cuda_group
-from jax_ep._src.groups import group as group_module
-from jax_ep._src.groups import native
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -192,7 +191,7 @@ def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
     page = _normal((ROOT / "docs" / "guide" / "errors.md").read_text())
     config = jax_ep.EpConfig(num_experts=2, num_topk=1, hidden=1, max_tokens_per_rank=1)
     on_tpu = _mesh_of(platform="tpu", process_index=0)
-    assert group_module._offer("tpu", _parameters(on_tpu, config)).why_not in page
+    assert backend_choice._offer("tpu", _parameters(on_tpu, config)).why_not in page
     two_processes = _mesh_of(platform="cpu", process_index=0)
     two_processes.devices[1].process_index = 1
     assert cpu_group.why_not(_parameters(two_processes, config)) in page

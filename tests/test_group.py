@@ -21,8 +21,7 @@ import jax_ep
 from ep_launch.processes import run_processes
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.programs import exchange, make_group, make_mesh, over_ranks
-from jax_ep._src.groups import group as group_module
-from jax_ep._src.groups import native
+from jax_ep._src.groups import backend_choice, native
 
 PROBLEM = EpProblem(name="group", num_ranks=4, num_tokens=3, num_topk=2, num_experts=8)
 CONFIG = jax_ep.EpConfig(**PROBLEM.config_kwargs())
@@ -209,7 +208,7 @@ def test_groups_of_different_configs_side_by_side(backend):
 
 
 def test_the_choice_of_the_backend_is_logged_once(mesh, caplog, monkeypatch):
-    monkeypatch.setattr(group_module, "_logged", set())
+    monkeypatch.setattr(backend_choice, "_logged", set())
     with caplog.at_level(logging.INFO, logger="jax_ep"):
         for _ in range(3):
             with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
@@ -220,7 +219,7 @@ def test_the_choice_of_the_backend_is_logged_once(mesh, caplog, monkeypatch):
 def test_without_the_compiled_module_only_xla_is_there(mesh, caplog, monkeypatch):
     why_not = "the compiled module jax_ep._ext does not load (no such file)"
     monkeypatch.setattr(native, "_try_load", lambda: (None, why_not))
-    monkeypatch.setattr(group_module, "_logged", set())
+    monkeypatch.setattr(backend_choice, "_logged", set())
     with caplog.at_level(logging.INFO, logger="jax_ep"):
         for _ in range(2):
             with jax_ep.EpGroup(mesh, "expert", CONFIG) as group:
@@ -249,7 +248,7 @@ def test_it_may_be_closed_over_by_jit_and_passed_as_static(mesh):
 
 def test_a_mesh_of_devices_of_another_process(mesh, caplog, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(group_module, "_logged", set())
+    monkeypatch.setattr(backend_choice, "_logged", set())
     before = native.load().num_groups()
     message = "backend 'ffi' cannot serve this group: no device of the mesh belongs to this process"
     with pytest.raises(jax_ep.EpUnavailable, match=f"^{re.escape(message)}$"):

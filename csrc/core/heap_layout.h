@@ -12,7 +12,7 @@
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/limits.h"
-#include "csrc/core/low_latency.h"
+#include "csrc/core/low_latency_protocol.h"
 #include "csrc/core/protocol.h"
 #include "csrc/core/work_partition.h"
 

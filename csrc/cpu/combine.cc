@@ -15,7 +15,7 @@
 #include "csrc/cpu/chunks.h"
 #include "csrc/cpu/first_error.h"
 #include "csrc/cpu/huge_pages.h"
-#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/row_arithmetic.h"
 
 namespace jax_ep {
 namespace {
@@ -58,7 +58,7 @@ class Combiner {
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
         row_bytes_(first_.hidden * size_bytes(first_.dtype)),
-        kernels_(row_kernels(first_.dtype)) {}
+        arithmetic_(row_arithmetic(first_.dtype)) {}
 
   Status run() {
     for (const CombineOp& op : ops_) advise_huge_pages(op.out, shape_.num_tokens * row_bytes_);
@@ -123,10 +123,10 @@ class Combiner {
 
   void sum(const TokenSum& token, const TokenSum& next) const {
     if (token.out == nullptr) return;  // before the first token, or no rows travel
-    kernels_.sum_terms({token.terms.data(), token.num_terms},
-                       {next.terms.data(), next.num_terms},
-                       first_.hidden,
-                       token.out);
+    arithmetic_.sum_terms({token.terms.data(), token.num_terms},
+                          {next.terms.data(), next.num_terms},
+                          first_.hidden,
+                          token.out);
   }
 
   // Where a float32 of a row, per selection, lies: [C] or [C, K].
@@ -170,7 +170,7 @@ class Combiner {
   const int32_t num_topk_;
   const int32_t num_local_;
   const int64_t row_bytes_;
-  const RowKernels& kernels_;
+  const RowArithmetic& arithmetic_;
   FirstError first_error_;
 };
 

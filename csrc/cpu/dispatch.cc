@@ -21,7 +21,7 @@
 #include "csrc/cpu/chunks.h"
 #include "csrc/cpu/first_error.h"
 #include "csrc/cpu/huge_pages.h"
-#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/row_arithmetic.h"
 #include "csrc/cpu/row_writer.h"
 
 namespace jax_ep {
@@ -54,7 +54,7 @@ class Dispatcher {
         scale_bytes_(quantized_out_ ? num_scales_ * int64_t{sizeof(float)} : 0),
         scalars_per_row_(first_.num_scalars > 0 ? shape_.scalars_per_row() : 0),
         streaming_(bytes_written() > kStreamBytes),
-        kernels_(row_kernels(first_.dtype)) {}
+        arithmetic_(row_arithmetic(first_.dtype)) {}
 
   Status run() {
     for (const DispatchOp& op : ops_) {
@@ -134,12 +134,12 @@ class Dispatcher {
     }
     std::byte* const values = scratch + scale_bytes_;
     if (quantized_in_) {
-      kernels_.restore(reinterpret_cast<const uint8_t*>(x), scales, first_.hidden, values);
+      arithmetic_.restore(reinterpret_cast<const uint8_t*>(x), scales, first_.hidden, values);
     } else if (quantized_out_) {
-      kernels_.quantize(
+      arithmetic_.quantize(
           x, first_.hidden, reinterpret_cast<uint8_t*>(values), reinterpret_cast<float*>(scratch));
     } else {
-      kernels_.round_to_fp8(x, first_.hidden, values);
+      arithmetic_.round_to_fp8(x, first_.hidden, values);
     }
     return {.values = values, .scales = scratch};
   }
@@ -154,10 +154,10 @@ class Dispatcher {
     const std::byte* values = row.values;
     if (first_.with_dots) {
       const auto* const y = static_cast<const std::byte*>(to.y) + slot * row_bytes_;
-      to.row_dots[slot] = kernels_.dot(values, y, first_.hidden);
+      to.row_dots[slot] = arithmetic_.dot(values, y, first_.hidden);
     }
     if (first_.weighted) {
-      kernels_.scale(values, to.row_weights[slot], first_.hidden, scratch);
+      arithmetic_.scale(values, to.row_weights[slot], first_.hidden, scratch);
       values = scratch;
     }
     writer.copy(static_cast<std::byte*>(to.rows) + slot * row_bytes_, values, row_bytes_);
@@ -253,7 +253,7 @@ class Dispatcher {
   const int64_t scale_bytes_;      // of a row of rows: 0 where they are not quantized
   const int64_t scalars_per_row_;  // 0: no scalars travel
   const bool streaming_;
-  const RowKernels& kernels_;
+  const RowArithmetic& arithmetic_;
   FirstError first_error_;
 };
 

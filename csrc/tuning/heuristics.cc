@@ -5,7 +5,7 @@
 #include <cmath>
 #include <iterator>
 
-#include "csrc/core/low_latency.h"
+#include "csrc/core/low_latency_protocol.h"
 #include "csrc/core/work_partition.h"
 #include "csrc/tuning/compiled_configs.h"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import jax
 
-from jax_ep._src.groups import capabilities, native
+from jax_ep._src.groups import gpu_architectures, native
 
 Row = tuple[str, str, str]  # what, its state, what is missing or what it is for
 
@@ -84,8 +84,8 @@ def _cuda() -> Row:
         return ("ffi on CUDA", "not available", why_not)
     build = native.load_cuda().build_info()
     version = f"{build['cuda_runtime'] // 1000}.{build['cuda_runtime'] % 1000 // 10}"
-    note = f"CUDA {version}, kernels for {', '.join(capabilities.architectures())}"
-    if why_not := capabilities.why_not_built_for(_gpus()):
+    note = f"CUDA {version}, kernels for {', '.join(gpu_architectures.architectures())}"
+    if why_not := gpu_architectures.why_not_built_for(_gpus()):
         return ("ffi on CUDA", "not available", f"{why_not} ({note})")
     return ("ffi on CUDA", "available" if _gpus() else "built", note)
 

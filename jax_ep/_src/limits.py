@@ -14,7 +14,7 @@ MAX_RANKS = 64
 MAX_TOPK = 32
 MAX_EXPERTS = 4096
 MAX_TOKENS_PER_RANK = 2**20
-# As in csrc/core/low_latency.h.
+# As in csrc/core/low_latency_protocol.h.
 MAX_LOW_LATENCY_TOKENS = 256
 MAX_LOW_LATENCY_SELECTIONS = 16384
 MAX_LOW_LATENCY_BINS = 1088

@@ -16,7 +16,7 @@ import marked_part
 
 HEADER = marked_part.ROOT / "csrc" / "core" / "heap_layout.h"
 PARTITION = marked_part.ROOT / "csrc" / "core" / "work_partition.h"
-LOW_LATENCY = marked_part.ROOT / "csrc" / "core" / "low_latency.h"
+LOW_LATENCY = marked_part.ROOT / "csrc" / "core" / "low_latency_protocol.h"
 PROTOCOL = marked_part.ROOT / "csrc" / "core" / "protocol.h"
 PAGE = marked_part.ROOT / "docs" / "design" / "protocol.md"
 SCRIPT = "tools/docs/heap_table.py"

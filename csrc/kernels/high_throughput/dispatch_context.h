@@ -12,7 +12,7 @@
 #include "csrc/device/quantize.h"
 #include "csrc/device/segment_ring.h"
 #include "csrc/device/token_selections.h"
-#include "csrc/kernels/high_throughput/dispatch_config.h"
+#include "csrc/kernels/high_throughput/dispatch_block.h"
 
 namespace jax_ep::dev {
 

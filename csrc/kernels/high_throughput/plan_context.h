@@ -7,7 +7,7 @@
 #include "csrc/device/exchange.h"
 #include "csrc/device/token_selections.h"
 #include "csrc/device/warp_scan.h"
-#include "csrc/kernels/high_throughput/plan_config.h"
+#include "csrc/kernels/high_throughput/plan_block.h"
 
 namespace jax_ep::dev {
 

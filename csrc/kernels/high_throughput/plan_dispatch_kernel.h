@@ -10,7 +10,7 @@
 #include "csrc/kernels/high_throughput/dispatch_rank_layout.h"
 #include "csrc/kernels/high_throughput/dispatch_receiver.h"
 #include "csrc/kernels/high_throughput/dispatch_sender.h"
-#include "csrc/kernels/high_throughput/plan_dispatch_config.h"
+#include "csrc/kernels/high_throughput/plan_dispatch_block.h"
 #include "csrc/kernels/high_throughput/plan_expert_layout.h"
 #include "csrc/kernels/high_throughput/plan_rank_layout.h"
 #include "csrc/kernels/high_throughput/plan_steps.h"

@@ -12,7 +12,7 @@
 #include "csrc/device/quantize.h"
 #include "csrc/device/segment_ring.h"
 #include "csrc/device/token_selections.h"
-#include "csrc/kernels/low_latency/dispatch_config.h"
+#include "csrc/kernels/low_latency/dispatch_block.h"
 #include "csrc/kernels/low_latency/packets.h"
 
 namespace jax_ep::dev {

@@ -3,7 +3,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_
 #define JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_
 
-#include "csrc/core/low_latency.h"
+#include "csrc/core/low_latency_protocol.h"
 #include "csrc/device/exchange.h"
 
 namespace jax_ep::dev {
@@ -170,8 +170,8 @@ JAX_EP_DEVICE void receive_words(const Exchange& exchange,
 // --- the end
 // ---------------------------------------------------------------------------------------
 
-// All lanes of the last warp: once in a while, see low_latency.h. What this rank has read nobody
-// will store to before it begins the next exchange.
+// All lanes of the last warp: once in a while, see low_latency_protocol.h. What this rank has read
+// nobody will store to before it begins the next exchange.
 JAX_EP_DEVICE void clear_bank(const RankView& view, u32 epoch) {
   const auto clear = [&](Ptr<Packet> of_first_source, i64 packets_per_source) {
     const i64 count = packets_per_source * view.num_ranks;

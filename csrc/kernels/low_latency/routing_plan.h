@@ -9,7 +9,7 @@
 #define JAX_EP_CSRC_KERNELS_LOW_LATENCY_ROUTING_PLAN_H_
 
 #include "csrc/kernels/high_throughput/plan_context.h"
-#include "csrc/kernels/low_latency/dispatch_config.h"
+#include "csrc/kernels/low_latency/dispatch_block.h"
 #include "csrc/kernels/low_latency/packets.h"
 
 namespace jax_ep::dev {

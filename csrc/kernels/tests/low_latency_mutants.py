@@ -3,10 +3,10 @@
 
 import functools
 
-from mutant_list import DEVICE, Mutant
+from mutant import DEVICE, Mutant
 
 KERNELS = "csrc/kernels/low_latency/"
-CORE = "csrc/core/low_latency.h"
+CORE = "csrc/core/low_latency_protocol.h"
 HEAP = DEVICE + "heap.h"
 PEERS = DEVICE + "peers.h"
 EXCHANGE = DEVICE + "exchange.h"

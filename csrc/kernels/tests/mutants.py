@@ -19,12 +19,12 @@ import sys
 import tempfile
 import time
 
-import mutant_list
+from high_throughput_mutants import HIGH_THROUGHPUT_MUTANTS, operations
 from low_latency_mutants import LOW_LATENCY_MUTANTS
-from mutant_list import Mutant, operations
+from mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-MUTANTS = mutant_list.MUTANTS + LOW_LATENCY_MUTANTS
+MUTANTS = HIGH_THROUGHPUT_MUTANTS + LOW_LATENCY_MUTANTS
 SOURCES = "csrc/testing/simulated_{}.cc"
 
 

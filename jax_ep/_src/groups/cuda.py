@@ -19,7 +19,7 @@ import jax
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpUnavailable
-from jax_ep._src.groups import capabilities, native
+from jax_ep._src.groups import gpu_architectures, native
 from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
@@ -74,7 +74,7 @@ def why_not(parameters: GroupParameters) -> str | None:
     return (
         native.why_no_cuda()
         or why_too_large(parameters.config, parameters.num_ranks)
-        or capabilities.why_not_built_for(parameters.mesh.devices.flat)
+        or gpu_architectures.why_not_built_for(parameters.mesh.devices.flat)
     )
 
 

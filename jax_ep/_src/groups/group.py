@@ -3,7 +3,6 @@
 
 import contextlib
 import itertools
-import logging
 import math
 import numbers
 import threading
@@ -15,15 +14,12 @@ import jax
 import numpy as np
 
 from jax_ep._src.config import EpConfig
-from jax_ep._src.errors import EpGroupClosed, EpUnavailable
-from jax_ep._src.groups import cpu, cuda
+from jax_ep._src.errors import EpGroupClosed
+from jax_ep._src.groups.backend_choice import choose_backend, default_timeout
 from jax_ep._src.groups.health import EpHealth
-from jax_ep._src.groups.interface import BackendGroup, GroupParameters, Offer
-from jax_ep._src.groups.placements import has_local_devices
-from jax_ep._src.groups.xla import XlaGroup
+from jax_ep._src.groups.interface import GroupParameters
 from jax_ep._src.ranges import check_num_ranks
 
-_logger = logging.getLogger("jax_ep")
 _BACKENDS = ("ffi", "xla")
 
 
@@ -103,7 +99,7 @@ class EpGroup:
             warn_after=self.warn_after,
             timeout=self.timeout,
         )
-        self.backend, make = _choose_backend(backend, self.platform, parameters)
+        self.backend, make = choose_backend(backend, self.platform, parameters)
         self.name = (
             f"EpGroup {next(_serial_numbers)} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
         )
@@ -249,19 +245,7 @@ def _platform(mesh: jax.sharding.Mesh) -> str:
     return "/".join(sorted("cuda" if name == "gpu" else name for name in names))
 
 
-# By platform, the kernels of this library.
-_PLATFORMS = {"cpu": cpu, "cuda": cuda}
 _WARN_AFTER_S = 10.0
-
-
-def _offer(platform: str, parameters: GroupParameters) -> Offer:
-    """Whether the `ffi` backend can serve a mesh."""
-    module = _PLATFORMS.get(platform)
-    if module is None:
-        return Offer.refusal(f"it has no kernels for platform {platform}")
-    if not has_local_devices(parameters.mesh):
-        return Offer.refusal("no device of the mesh belongs to this process")
-    return module.offer(parameters)
 
 
 def _deadlines(
@@ -271,9 +255,7 @@ def _deadlines(
     for name, value in (("warn_after", warn_after), ("timeout", timeout)):
         if value is not None and not _is_above_zero(value):
             raise ValueError(f"{name} is {value!r}; allowed: None, or seconds above 0 (math.inf)")
-    module = _PLATFORMS.get(platform)
-    default = module.DEFAULT_TIMEOUT_S if module else math.inf
-    until_given_up = default if timeout is None else float(timeout)
+    until_given_up = default_timeout(platform) if timeout is None else float(timeout)
     if warn_after is None:
         return min(_WARN_AFTER_S, until_given_up / 2), until_given_up
     if until_given_up <= float(warn_after) < math.inf:
@@ -287,30 +269,3 @@ def _deadlines(
 def _is_above_zero(value: Any) -> bool:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_number and float(value) > 0  # false for NaN
-
-
-def _choose_backend(
-    asked: str | None, platform: str, parameters: GroupParameters
-) -> tuple[str, Callable[[str], BackendGroup]]:
-    """The backend that serves a group, and what makes what it keeps for a group of a name."""
-    if asked == "xla":
-        return "xla", XlaGroup
-    offer = _offer(platform, parameters)
-    if asked == "ffi" and offer.why_not is not None:
-        raise EpUnavailable(f"backend 'ffi' cannot serve this group: {offer.why_not}")
-    backend = "ffi" if offer.why_not is None else "xla"
-    _log_choice_once(backend, offer.why_not)
-    return backend, offer.make if offer.why_not is None else XlaGroup
-
-
-_logged: set[tuple[str, str | None]] = set()
-
-
-def _log_choice_once(backend: str, why_not: str | None) -> None:
-    if (backend, why_not) in _logged:
-        return
-    _logged.add((backend, why_not))
-    if why_not is None:
-        _logger.info("EP backend: ffi")
-    else:
-        _logger.warning("EP backend: xla, because ffi cannot serve: %s", why_not)

@@ -12,8 +12,8 @@ import jax_ep
 from ep_testing import fake_cuda
 from ep_testing.programs import make_mesh
 from jax_ep._src import info
-from jax_ep._src.groups import capabilities, group
-from jax_ep._src.groups.capabilities import serves
+from jax_ep._src.groups import backend_choice, gpu_architectures
+from jax_ep._src.groups.gpu_architectures import serves
 
 CONFIG = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
 # Hopper, Blackwell, Blackwell Ultra, Thor, RTX of Blackwell, and one that does not exist yet.
@@ -43,7 +43,7 @@ def test_what_an_architecture_serves(architecture, served):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(group, "_logged", set())
+    monkeypatch.setattr(backend_choice, "_logged", set())
     return fake_cuda.install(monkeypatch)
 
 
@@ -90,7 +90,7 @@ def test_a_build_for_other_gpus_is_named_with_what_to_do(fake, monkeypatch):
     build = fake.build_info() | {"architectures": "90a-real, 100a-real"}
     fake.build_info = lambda: build
     _gpus_of("10.3", monkeypatch)
-    why = capabilities.why_not_built_for(jax.devices())
+    why = gpu_architectures.why_not_built_for(jax.devices())
     assert why == (
         "on cpu (compute capability 10.3) the kernels do not run, which were built for 90a-real, "
         "100a-real: install again with pip install . -C cmake.define.JAX_EP_CUDA_ARCHS=103-real"
@@ -104,7 +104,7 @@ def test_a_build_for_other_gpus_is_named_with_what_to_do(fake, monkeypatch):
 
 def test_devices_that_do_not_say_what_they_are_are_left_to_cuda(fake):
     assert not hasattr(jax.devices()[0], "compute_capability")
-    assert capabilities.why_not_built_for(jax.devices()) is None
+    assert gpu_architectures.why_not_built_for(jax.devices()) is None
     assert not fake.log
 
 
@@ -117,5 +117,5 @@ def test_the_compiled_module_says_what_it_was_built_for():
     build = _cuda.build_info()
     assert build.keys() == fake_cuda.FakeCuda().build_info().keys()
     assert 99 * 1024 < build["shared_memory"] <= 227 * 1024
-    built = capabilities.architectures()
+    built = gpu_architectures.architectures()
     assert any(serves(a, capability) for a in built for capability in KNOWN), built

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONFIG_H_
-#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONFIG_H_
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_BLOCK_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_BLOCK_H_
 
 #include "csrc/device/block_warps.h"
 #include "csrc/device/heap.h"
@@ -50,4 +50,4 @@ struct PlanConfig {
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_CONFIG_H_
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_BLOCK_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/row_arithmetic.h"
 
 #include <gtest/gtest.h>
 
@@ -18,7 +18,7 @@ namespace {
 
 // Every kernel of every instruction set against the definitions, for every dtype.
 template <typename F>
-class RowKernelsOf : public testing::Test {
+class RowArithmeticOf : public testing::Test {
  protected:
   using Storage = typename F::Storage;
 
@@ -57,7 +57,7 @@ class RowKernelsOf : public testing::Test {
     for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
       if (!is_supported(isa)) continue;
       SCOPED_TRACE(std::string(name(isa)));
-      body(row_kernels(F::kDType, isa));
+      body(row_arithmetic(F::kDType, isa));
     }
   }
 
@@ -65,9 +65,9 @@ class RowKernelsOf : public testing::Test {
 };
 
 using Formats = testing::Types<Float32, BFloat16, Float16>;
-TYPED_TEST_SUITE(RowKernelsOf, Formats);
+TYPED_TEST_SUITE(RowArithmeticOf, Formats);
 
-TYPED_TEST(RowKernelsOf, SumTermsRoundsAsDefined) {
+TYPED_TEST(RowArithmeticOf, SumTermsRoundsAsDefined) {
   const reference::Format format = reference::format_of(TypeParam::kDType);
   // Ends of vector loops and of blocks, and one more.
   for (const int64_t hidden : {0, 1, 3, 15, 16, 17, 63, 64, 65, 1000, 1023, 1024, 1025, 2500}) {
@@ -96,7 +96,7 @@ TYPED_TEST(RowKernelsOf, SumTermsRoundsAsDefined) {
       for (size_t i = 0; i < rows.size(); ++i) {
         terms.push_back({rows[i].data(), weights[i].first, weights[i].second});
       }
-      this->for_each_isa([&](const RowKernels& kernels) {
+      this->for_each_isa([&](const RowArithmetic& kernels) {
         std::vector<typename TypeParam::Storage> out(static_cast<size_t>(hidden), 7);
         // The next token's rows are only fetched, so any will do.
         kernels.sum_terms(terms, terms, hidden, out.data());
@@ -106,30 +106,30 @@ TYPED_TEST(RowKernelsOf, SumTermsRoundsAsDefined) {
   }
 }
 
-TYPED_TEST(RowKernelsOf, SumOfNegativeZerosIsPositiveZero) {
+TYPED_TEST(RowArithmeticOf, SumOfNegativeZerosIsPositiveZero) {
   const auto row = this->encode(std::vector<float>(20, -0.0F));
   const std::vector<Term> terms = {{row.data(), 1.0F, true}};
-  this->for_each_isa([&](const RowKernels& kernels) {
+  this->for_each_isa([&](const RowArithmetic& kernels) {
     std::vector<typename TypeParam::Storage> out(20, 7);
     kernels.sum_terms(terms, {}, 20, out.data());
     this->expect_same(out, std::vector<float>(20, 0.0F));
   });
 }
 
-TYPED_TEST(RowKernelsOf, SumTermsKeepsNansAndInfinities) {
+TYPED_TEST(RowArithmeticOf, SumTermsKeepsNansAndInfinities) {
   const std::vector<float> values = {NAN, INFINITY, -INFINITY, INFINITY, 0.0F};
   const std::vector<float> others = {1.0F, 1.0F, 1.0F, -INFINITY, NAN};
   const auto row = this->encode(values);
   const auto other = this->encode(others);
   const std::vector<Term> terms = {{row.data(), 1.0F, true}, {other.data(), 1.0F, true}};
-  this->for_each_isa([&](const RowKernels& kernels) {
+  this->for_each_isa([&](const RowArithmetic& kernels) {
     std::vector<typename TypeParam::Storage> out(5);
     kernels.sum_terms(terms, {}, 5, out.data());
     this->expect_same(out, {NAN, INFINITY, -INFINITY, NAN, NAN});
   });
 }
 
-TYPED_TEST(RowKernelsOf, ScaleAndDotAsDefined) {
+TYPED_TEST(RowArithmeticOf, ScaleAndDotAsDefined) {
   for (const int64_t hidden : {0, 1, 3, 17, 255, 256, 257, 1000, 1024, 1025, 2500}) {
     const std::vector<float> row = this->random_row(hidden, 5);
     const std::vector<float> other = this->random_row(hidden, 5);
@@ -139,7 +139,7 @@ TYPED_TEST(RowKernelsOf, ScaleAndDotAsDefined) {
     const float dot = reference::row_dots(row, other, {0}, hidden)[0];
     const auto x = this->encode(row);
     const auto y = this->encode(other);
-    this->for_each_isa([&](const RowKernels& kernels) {
+    this->for_each_isa([&](const RowArithmetic& kernels) {
       std::vector<typename TypeParam::Storage> out(x.size(), 7);
       kernels.scale(x.data(), weight, hidden, out.data());
       this->expect_same(out, scaled);
@@ -148,11 +148,11 @@ TYPED_TEST(RowKernelsOf, ScaleAndDotAsDefined) {
   }
 }
 
-TYPED_TEST(RowKernelsOf, ProductsKeepNansAndInfinities) {
+TYPED_TEST(RowArithmeticOf, ProductsKeepNansAndInfinities) {
   const std::vector<float> values = {NAN, INFINITY, -INFINITY, 0.0F, -0.0F};
   const auto x = this->encode(values);
   const auto ones = this->encode(std::vector<float>(5, 1.0F));
-  this->for_each_isa([&](const RowKernels& kernels) {
+  this->for_each_isa([&](const RowArithmetic& kernels) {
     std::vector<typename TypeParam::Storage> out(5);
     kernels.scale(x.data(), 0.0F, 5, out.data());
     this->expect_same(out, {NAN, NAN, NAN, 0.0F, -0.0F});
@@ -162,13 +162,13 @@ TYPED_TEST(RowKernelsOf, ProductsKeepNansAndInfinities) {
   });
 }
 
-TYPED_TEST(RowKernelsOf, RoundToFp8AsDefined) {
+TYPED_TEST(RowArithmeticOf, RoundToFp8AsDefined) {
   for (const int64_t hidden : {1, 2, 100, 127, 128, 129, 255, 256, 700}) {
     for (const int max_exponent : {0, 6, 13}) {
       const std::vector<float> row = this->random_row(hidden, max_exponent);
       const std::vector<float> expected = reference::fp8_wire(row, TypeParam::kDType);
       const auto x = this->encode(row);
-      this->for_each_isa([&](const RowKernels& kernels) {
+      this->for_each_isa([&](const RowArithmetic& kernels) {
         std::vector<typename TypeParam::Storage> out(x.size(), 7);
         kernels.round_to_fp8(x.data(), hidden, out.data());
         this->expect_same(out, expected);
@@ -178,14 +178,14 @@ TYPED_TEST(RowKernelsOf, RoundToFp8AsDefined) {
 }
 
 // In two steps, whose arrays end where the row does: the address sanitizer watches.
-TYPED_TEST(RowKernelsOf, QuantizeAndRestoreAsDefined) {
+TYPED_TEST(RowArithmeticOf, QuantizeAndRestoreAsDefined) {
   for (const int64_t hidden : {0, 1, 2, 100, 127, 128, 129, 255, 256, 700}) {
     for (const int max_exponent : {0, 6, 13}) {
       const std::vector<float> row = this->random_row(hidden, max_exponent);
       const reference::QuantizedRow expected = reference::fp8_quantize(row);
       const std::vector<float> restored = reference::fp8_restore(expected, TypeParam::kDType);
       const auto x = this->encode(row);
-      this->for_each_isa([&](const RowKernels& kernels) {
+      this->for_each_isa([&](const RowArithmetic& kernels) {
         reference::QuantizedRow got{std::vector<uint8_t>(x.size(), 7),
                                     std::vector<float>(expected.scales.size(), 7)};
         kernels.quantize(x.data(), hidden, got.values.data(), got.scales.data());
@@ -200,12 +200,12 @@ TYPED_TEST(RowKernelsOf, QuantizeAndRestoreAsDefined) {
 }
 
 // Rows that a user quantized: every code, and scales that `quantize` would not give.
-TYPED_TEST(RowKernelsOf, RestoreTakesEveryCodeAndScale) {
+TYPED_TEST(RowArithmeticOf, RestoreTakesEveryCodeAndScale) {
   for (const float scale : {0.0F, -1.5F, 0.3F, 1e-30F, 1e30F, INFINITY, NAN}) {
     reference::QuantizedRow row{{}, {scale, scale}};
     for (int code = 0; code < 256; ++code) row.values.push_back(static_cast<uint8_t>(code));
     const std::vector<float> expected = reference::fp8_restore(row, TypeParam::kDType);
-    this->for_each_isa([&](const RowKernels& kernels) {
+    this->for_each_isa([&](const RowArithmetic& kernels) {
       std::vector<typename TypeParam::Storage> out(256, 7);
       kernels.restore(row.values.data(), row.scales.data(), 256, out.data());
       this->expect_same(out, expected);
@@ -214,7 +214,7 @@ TYPED_TEST(RowKernelsOf, RestoreTakesEveryCodeAndScale) {
 }
 
 // One special value decides over its block of 128, and over no other.
-TYPED_TEST(RowKernelsOf, RoundToFp8OfSpecialValues) {
+TYPED_TEST(RowArithmeticOf, RoundToFp8OfSpecialValues) {
   for (const float special : {NAN, INFINITY, -INFINITY, 0.0F, -0.0F, 1e-7F, 65504.0F}) {
     std::vector<float> row(300, special == 1e-7F ? 0.0F : 0.5F);
     row[130] = TypeParam::to_float(TypeParam::from_float(special));
@@ -223,7 +223,7 @@ TYPED_TEST(RowKernelsOf, RoundToFp8OfSpecialValues) {
     EXPECT_FALSE(std::isnan(expected[127]));
     EXPECT_FALSE(std::isnan(expected[256]));
     const auto x = this->encode(row);
-    this->for_each_isa([&](const RowKernels& kernels) {
+    this->for_each_isa([&](const RowArithmetic& kernels) {
       std::vector<typename TypeParam::Storage> out(x.size(), 7);
       kernels.round_to_fp8(x.data(), 300, out.data());
       this->expect_same(out, expected);
@@ -231,15 +231,15 @@ TYPED_TEST(RowKernelsOf, RoundToFp8OfSpecialValues) {
   }
 }
 
-TEST(RowKernels, ThisProcessorHasABaseline) {
+TEST(RowArithmetic, ThisProcessorHasABaseline) {
   EXPECT_TRUE(is_supported(Isa::kBaseline));
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    EXPECT_NE(row_kernels(dtype).sum_terms, nullptr);
-    EXPECT_NE(row_kernels(dtype).scale, nullptr);
-    EXPECT_NE(row_kernels(dtype).dot, nullptr);
-    EXPECT_NE(row_kernels(dtype).quantize, nullptr);
-    EXPECT_NE(row_kernels(dtype).restore, nullptr);
-    EXPECT_NE(row_kernels(dtype).round_to_fp8, nullptr);
+    EXPECT_NE(row_arithmetic(dtype).sum_terms, nullptr);
+    EXPECT_NE(row_arithmetic(dtype).scale, nullptr);
+    EXPECT_NE(row_arithmetic(dtype).dot, nullptr);
+    EXPECT_NE(row_arithmetic(dtype).quantize, nullptr);
+    EXPECT_NE(row_arithmetic(dtype).restore, nullptr);
+    EXPECT_NE(row_arithmetic(dtype).round_to_fp8, nullptr);
   }
 }
 

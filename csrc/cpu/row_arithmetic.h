@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arithmetic over the elements of rows, compiled for several instruction sets.
-#ifndef JAX_EP_CSRC_CPU_ROW_KERNELS_H_
-#define JAX_EP_CSRC_CPU_ROW_KERNELS_H_
+#ifndef JAX_EP_CSRC_CPU_ROW_ARITHMETIC_H_
+#define JAX_EP_CSRC_CPU_ROW_ARITHMETIC_H_
 
 #include <cstdint>
 #include <span>
@@ -19,7 +19,7 @@ struct Term {
 };
 
 // For rows of one dtype.
-struct RowKernels {
+struct RowArithmetic {
   // out [H] = the sum, over ranks, of the ranks' partial sums; see run_combine. No terms: zeros.
   // Meanwhile the rows of `next`, of which a call will be made next, are fetched into the cache.
   void (*sum_terms)(std::span<const Term> terms,
@@ -54,9 +54,9 @@ constexpr std::string_view name(Isa isa) {
 bool is_supported(Isa isa);
 
 // Those for the best instruction set of this processor.
-const RowKernels& row_kernels(DType dtype);
-const RowKernels& row_kernels(DType dtype, Isa isa);
+const RowArithmetic& row_arithmetic(DType dtype);
+const RowArithmetic& row_arithmetic(DType dtype, Isa isa);
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_CSRC_CPU_ROW_KERNELS_H_
+#endif  // JAX_EP_CSRC_CPU_ROW_ARITHMETIC_H_

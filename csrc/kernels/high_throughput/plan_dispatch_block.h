@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_CONFIG_H_
-#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_CONFIG_H_
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_BLOCK_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_BLOCK_H_
 
-#include "csrc/kernels/high_throughput/dispatch_config.h"
-#include "csrc/kernels/high_throughput/plan_config.h"
+#include "csrc/kernels/high_throughput/dispatch_block.h"
+#include "csrc/kernels/high_throughput/plan_block.h"
 
 namespace jax_ep::dev {
 
@@ -36,4 +36,4 @@ struct PlanInDispatchConfig {
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_CONFIG_H_
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_DISPATCH_BLOCK_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/core/low_latency.h"
+#include "csrc/core/low_latency_protocol.h"
 
 #include <gtest/gtest.h>
 

@@ -1,38 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mutants of `mutants.py`: edits of the kernels' headers that the simulator must notice."""
+"""The mutants of `mutants.py` that are edits of the high-throughput kernels and of what they use."""
 
-import dataclasses
+from mutant import DEVICE, Mutant
 
-DEVICE = "csrc/device/"
 KERNELS = "csrc/kernels/high_throughput/"
-LOW_LATENCY = "csrc/kernels/low_latency/"
-
-
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    """One edit.
-
-    Attributes:
-        name: what it takes away.
-        path: of the header.
-        old: text that occurs in it; the first occurrence after `after` is replaced.
-        new: what it becomes.
-        after: text before the position, if `old` occurs more than once.
-        seeds: within how many scenarios it must be caught.
-        harmless: the edit changes nothing that matters: no scenario may fail.
-        mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
-        low_latency: it is one of the low-latency kernels.
-    """
-
-    name: str
-    path: str
-    old: str
-    new: str
-    after: str = ""
-    seeds: int = 40
-    harmless: bool = False
-    mishaps: bool = False
-    low_latency: bool = False
 
 
 def _removed(name: str, path: str, old: str, after: str = "", **more: int) -> Mutant:
@@ -56,7 +27,7 @@ PLAN_EXPERT = KERNELS + "plan_expert_layout.h"
 PLAN_RANK = KERNELS + "plan_rank_layout.h"
 PLAN_STEPS = KERNELS + "plan_steps.h"
 PLAN_DISPATCH = KERNELS + "plan_dispatch_kernel.h"
-PLAN_DISPATCH_CONFIG = KERNELS + "plan_dispatch_config.h"
+PLAN_DISPATCH_BLOCK = KERNELS + "plan_dispatch_block.h"
 SELECTIONS = DEVICE + "token_selections.h"
 DISPATCH = KERNELS + "dispatch_kernel.h"
 SENDER = KERNELS + "dispatch_sender.h"
@@ -97,7 +68,7 @@ def operations(mutant: Mutant) -> list[str]:
         PLAN_STEPS,
     )
     only |= dict.fromkeys(plan, "plan")
-    both = (PLAN_DISPATCH, PLAN_DISPATCH_CONFIG, DEVICE + "block_warps.h")
+    both = (PLAN_DISPATCH, PLAN_DISPATCH_BLOCK, DEVICE + "block_warps.h")
     only |= dict.fromkeys(both, "plan_dispatch")
     only |= dict.fromkeys((COMBINE, COMBINE_EXPERT, COMBINE_RANK, SUM), "combine")
     if path in only:
@@ -105,7 +76,7 @@ def operations(mutant: Mutant) -> list[str]:
     return ["plan", "dispatch", "combine", "plan_dispatch"] + ["wait"] * (path == WAIT)
 
 
-MUTANTS = [
+HIGH_THROUGHPUT_MUTANTS = [
     # --- flags -----------------------------------------------------------------------------------
     Mutant("arrived: release -> relaxed", PEERS, "st_release", "st_relaxed", "RELEASE(arrived): pub"),
     Mutant("arrived: sys -> gpu", PEERS, "st_release<Scope::kSys>", "st_release<Scope::kGpu>",
@@ -440,11 +411,11 @@ MUTANTS = [
     _removed("proxy fence after the tables", PLAN_DISPATCH, "fence_proxy_async_shared();"),
     Mutant("proxy fence after the tables of the other memory", PLAN_DISPATCH,
            "fence_proxy_async_shared();", "fence_proxy_async_global();"),
-    Mutant("tables lie in a sender's stages", PLAN_DISPATCH_CONFIG, "words_of(warp_id())",
+    Mutant("tables lie in a sender's stages", PLAN_DISPATCH_BLOCK, "words_of(warp_id())",
            "words_of(warp_id() - warps.first())"),
-    Mutant("starts lie on cursors", PLAN_DISPATCH_CONFIG, "words_of(warps.first()) + kMaxBins",
+    Mutant("starts lie on cursors", PLAN_DISPATCH_BLOCK, "words_of(warps.first()) + kMaxBins",
            "words_of(warps.first())"),
-    Mutant("starts lie in a sender's stages", PLAN_DISPATCH_CONFIG,
+    Mutant("starts lie in a sender's stages", PLAN_DISPATCH_BLOCK,
            "words_of(warps.first()) + kMaxBins", "words_of(0) + kMaxBins"),
     _removed("wait for bulk stores at the end (plan_dispatch)", PLAN_DISPATCH, "bulk_wait<0>();"),
     Mutant("a plan's warp is left out", DEVICE + "block_warps.h", "return warp_id() - first_;",

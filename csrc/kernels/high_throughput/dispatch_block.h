@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONFIG_H_
-#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONFIG_H_
+#ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_BLOCK_H_
+#define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_BLOCK_H_
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ops.h"
@@ -26,4 +26,4 @@ struct DispatchConfig {
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_CONFIG_H_
+#endif  // JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_BLOCK_H_

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_CONFIG_H_
-#define JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_CONFIG_H_
+#ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_BLOCK_H_
+#define JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_BLOCK_H_
 
-#include "csrc/core/low_latency.h"
+#include "csrc/core/low_latency_protocol.h"
 #include "csrc/device/block_warps.h"
 #include "csrc/device/heap.h"
 
@@ -61,4 +61,4 @@ struct LowLatencyDispatchConfig {
 
 }  // namespace jax_ep::dev
 
-#endif  // JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_CONFIG_H_
+#endif  // JAX_EP_CSRC_KERNELS_LOW_LATENCY_DISPATCH_BLOCK_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/row_arithmetic.h"
 
 #include <algorithm>
 #include <array>
@@ -265,25 +265,25 @@ struct Avx512 {
 #endif
 
 template <template <typename> class Compiled>
-const RowKernels& kernels_of(DType dtype) {
-  static constexpr RowKernels kFloat32{&Compiled<Float32>::sum_terms,
-                                       &Compiled<Float32>::scale,
-                                       &Compiled<Float32>::dot,
-                                       &Compiled<Float32>::quantize,
-                                       &Compiled<Float32>::restore,
-                                       &Compiled<Float32>::round_to_fp8};
-  static constexpr RowKernels kBFloat16{&Compiled<BFloat16>::sum_terms,
-                                        &Compiled<BFloat16>::scale,
-                                        &Compiled<BFloat16>::dot,
-                                        &Compiled<BFloat16>::quantize,
-                                        &Compiled<BFloat16>::restore,
-                                        &Compiled<BFloat16>::round_to_fp8};
-  static constexpr RowKernels kFloat16{&Compiled<Float16>::sum_terms,
-                                       &Compiled<Float16>::scale,
-                                       &Compiled<Float16>::dot,
-                                       &Compiled<Float16>::quantize,
-                                       &Compiled<Float16>::restore,
-                                       &Compiled<Float16>::round_to_fp8};
+const RowArithmetic& kernels_of(DType dtype) {
+  static constexpr RowArithmetic kFloat32{&Compiled<Float32>::sum_terms,
+                                          &Compiled<Float32>::scale,
+                                          &Compiled<Float32>::dot,
+                                          &Compiled<Float32>::quantize,
+                                          &Compiled<Float32>::restore,
+                                          &Compiled<Float32>::round_to_fp8};
+  static constexpr RowArithmetic kBFloat16{&Compiled<BFloat16>::sum_terms,
+                                           &Compiled<BFloat16>::scale,
+                                           &Compiled<BFloat16>::dot,
+                                           &Compiled<BFloat16>::quantize,
+                                           &Compiled<BFloat16>::restore,
+                                           &Compiled<BFloat16>::round_to_fp8};
+  static constexpr RowArithmetic kFloat16{&Compiled<Float16>::sum_terms,
+                                          &Compiled<Float16>::scale,
+                                          &Compiled<Float16>::dot,
+                                          &Compiled<Float16>::quantize,
+                                          &Compiled<Float16>::restore,
+                                          &Compiled<Float16>::round_to_fp8};
   switch (dtype) {
     case DType::kBFloat16: return kBFloat16;
     case DType::kFloat16: return kFloat16;
@@ -318,12 +318,12 @@ bool is_supported(Isa isa) {
 #endif
 }
 
-const RowKernels& row_kernels(DType dtype) {
+const RowArithmetic& row_arithmetic(DType dtype) {
   static const Isa isa = best_isa();
-  return row_kernels(dtype, isa);
+  return row_arithmetic(dtype, isa);
 }
 
-const RowKernels& row_kernels(DType dtype, [[maybe_unused]] Isa isa) {
+const RowArithmetic& row_arithmetic(DType dtype, [[maybe_unused]] Isa isa) {
 #ifdef __x86_64__
   if (isa == Isa::kAvx512) return kernels_of<Avx512>(dtype);
   if (isa == Isa::kAvx2) return kernels_of<Avx2>(dtype);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Exchanges of few tokens: what senders and receivers of the low-latency kernels agree on, and how
 // much may be in such an exchange. docs/design/low_latency.md explains it.
-#ifndef JAX_EP_CSRC_CORE_LOW_LATENCY_H_
-#define JAX_EP_CSRC_CORE_LOW_LATENCY_H_
+#ifndef JAX_EP_CSRC_CORE_LOW_LATENCY_PROTOCOL_H_
+#define JAX_EP_CSRC_CORE_LOW_LATENCY_PROTOCOL_H_
 
 #include <cstdint>
 
@@ -64,4 +64,4 @@ static_assert(kLowLatencyCombineSegmentBytes % (kPacketBytes * kPacketDataBytes)
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_CSRC_CORE_LOW_LATENCY_H_
+#endif  // JAX_EP_CSRC_CORE_LOW_LATENCY_PROTOCOL_H_

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a mutant is: an edit of the kernels' headers that the simulator must notice."""
+
+import dataclasses
+
+DEVICE = "csrc/device/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One edit.
+
+    Attributes:
+        name: what it takes away.
+        path: of the header.
+        old: text that occurs in it; the first occurrence after `after` is replaced.
+        new: what it becomes.
+        after: text before the position, if `old` occurs more than once.
+        seeds: within how many scenarios it must be caught.
+        harmless: the edit changes nothing that matters: no scenario may fail.
+        mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
+        low_latency: it is one of the low-latency kernels.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    after: str = ""
+    seeds: int = 40
+    harmless: bool = False
+    mishaps: bool = False
+    low_latency: bool = False

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves a group: this library's kernels for the platform, or XLA's collectives."""
+
+import logging
+import math
+from collections.abc import Callable
+
+from jax_ep._src.errors import EpUnavailable
+from jax_ep._src.groups import cpu, cuda
+from jax_ep._src.groups.interface import BackendGroup, GroupParameters, Offer
+from jax_ep._src.groups.placements import has_local_devices
+from jax_ep._src.groups.xla import XlaGroup
+
+_logger = logging.getLogger("jax_ep")
+
+# By platform, the kernels of this library.
+_PLATFORMS = {"cpu": cpu, "cuda": cuda}
+
+
+def choose_backend(
+    asked: str | None, platform: str, parameters: GroupParameters
+) -> tuple[str, Callable[[str], BackendGroup]]:
+    """The backend that serves a group, and what makes what it keeps for a group of a name."""
+    if asked == "xla":
+        return "xla", XlaGroup
+    offer = _offer(platform, parameters)
+    if asked == "ffi" and offer.why_not is not None:
+        raise EpUnavailable(f"backend 'ffi' cannot serve this group: {offer.why_not}")
+    backend = "ffi" if offer.why_not is None else "xla"
+    _log_choice_once(backend, offer.why_not)
+    return backend, offer.make if offer.why_not is None else XlaGroup
+
+
+def _offer(platform: str, parameters: GroupParameters) -> Offer:
+    """Whether the `ffi` backend can serve a mesh."""
+    module = _PLATFORMS.get(platform)
+    if module is None:
+        return Offer.refusal(f"it has no kernels for platform {platform}")
+    if not has_local_devices(parameters.mesh):
+        return Offer.refusal("no device of the mesh belongs to this process")
+    return module.offer(parameters)
+
+
+def default_timeout(platform: str) -> float:
+    """Seconds until ranks give up one that does not come, where nobody says otherwise."""
+    module = _PLATFORMS.get(platform)
+    return module.DEFAULT_TIMEOUT_S if module else math.inf
+
+
+_logged: set[tuple[str, str | None]] = set()
+
+
+def _log_choice_once(backend: str, why_not: str | None) -> None:
+    if (backend, why_not) in _logged:
+        return
+    _logged.add((backend, why_not))
+    if why_not is None:
+        _logger.info("EP backend: ffi")
+    else:
+        _logger.warning("EP backend: xla, because ffi cannot serve: %s", why_not)
