@@ -22,6 +22,10 @@ from ep_testing.programs import make_group, make_mesh
 
 XLA_FFI = pathlib.Path(__file__).resolve().parents[1] / "xla_ffi"
 TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine", "jax_ep_plan_dispatch")
+HALVES = (
+    *("jax_ep_dispatch_start", "jax_ep_dispatch_done"),
+    *("jax_ep_combine_start", "jax_ep_combine_done"),
+)
 EXPERT = PROBLEMS["eight_ranks"]
 PROBLEMS_HERE = {
     "expert": EXPERT,
@@ -56,7 +60,8 @@ def _struct_members(name: str) -> dict[str, str]:
 
 def _declaration(target: str) -> str:
     """What the target's CUDA handler binds."""
-    text = (XLA_FFI / "cuda" / f"{target.removeprefix('jax_ep_')}.cc").read_text()
+    file = "halves" if target in HALVES else target.removeprefix("jax_ep_")
+    text = (XLA_FFI / "cuda" / f"{file}.cc").read_text()
     pattern = rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{target}_cuda,(.*?)\);\n"
     found = re.search(pattern, text, re.DOTALL)
     assert found, f"no handler {target}_cuda"
@@ -78,16 +83,17 @@ def _decoded(target: str) -> dict:
     """Counts of operands and results, and attributes: name -> type, or members of a struct."""
     declaration = _declaration(target)
     text = (XLA_FFI / "op_arguments.cc").read_text()
-    (reads,) = re.findall(
-        rf"^Status read_{target.removeprefix('jax_ep_')}\(.*?^}}$", text, re.DOTALL | re.MULTILINE
-    )
-    for part in re.findall(r"const (\w+) \w+\(reader\);", reads):  # read by a constructor
+    name = target.removeprefix("jax_ep_")
+    # A second half has the operands of the whole, and the ticket.
+    name = {"dispatch_done": "plan_dispatch", "combine_done": "combine"}.get(name, name)
+    (reads,) = re.findall(rf"^Status read_{name}\(.*?^}}$", text, re.DOTALL | re.MULTILINE)
+    for part in re.findall(r"const (\w+) \w+\(reader(?:, \w+)?\);", reads):  # by a constructor
         reads += text.partition(f"struct {part} {{")[2].partition("\n};")[0]
     attributes = {}
     for cpp, name in re.findall(r'\bAttr<(\w+)>\("(\w+)"\)', declaration):
         attributes[name] = _MLIR_TYPES[cpp] if cpp in _MLIR_TYPES else _struct_members(cpp)
     return {
-        "operands": reads.count("reader.operand("),
+        "operands": reads.count("reader.operand(") + target.endswith("_done"),
         "results": reads.count("reader.result("),
         "attributes": attributes,
     }
@@ -203,7 +209,7 @@ def test_calls_are_as_the_handlers_declare(name, kind, fake):
 
 
 def test_every_handler_may_be_recorded_in_a_cuda_graph():
-    for target in TARGETS:
+    for target in TARGETS + HALVES:
         assert "kCmdBufferCompatible" in _declaration(target), target
 
 
@@ -290,17 +296,67 @@ def test_a_handle_of_another_platform_is_refused(monkeypatch):
         _lower(mixed, on_gpu, EXPERT)
 
 
-def test_halves_on_gpus_are_the_operations_in_one_piece(fake):
-    """The first half does it all, yet."""
-
+def _in_halves(group):
     def halves(x, idx, w, weights):
         del weights
         flight = jax_ep.dispatch_start(x, idx, w, group=group)
         received = jax_ep.dispatch_done(flight, after=jnp.cos(x), group=group)
         flight = jax_ep.combine_start(received.x, received.handle, received.weights, group=group)
-        return jax_ep.combine_done(flight, after=received.num_dropped, group=group)
+        return jax_ep.combine_done(flight, group=group)
 
-    with make_group(EXPERT, "ffi") as group:
-        lowered = _lower(halves, group, EXPERT)
+    return halves
+
+
+@pytest.mark.parametrize("low_latency_tokens", [None, 0, EXPERT.num_tokens - 1])
+def test_halves_of_large_calls_on_gpus_are_the_operations_in_one_piece(low_latency_tokens, fake):
+    """The first half does it all."""
+    problem = EXPERT.replace(low_latency_tokens=low_latency_tokens)
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(_in_halves(group), group, problem)
     targets = sorted(_target(call) for call in _calls(lowered))
     assert targets == ["jax_ep_combine", "jax_ep_plan_dispatch"]
+
+
+@pytest.mark.parametrize("name", PROBLEMS_HERE)
+def test_halves_of_low_latency_calls_are_as_the_handlers_declare(name, fake):
+    problem = PROBLEMS_HERE[name].replace(low_latency_tokens=EXPERT.num_tokens)
+
+    def halves(x, idx, w, weights):
+        if group.config.recv_dtype is None:
+            return _in_halves(group)(x, idx, w, weights)
+        flight = jax_ep.dispatch_start(x, idx, w, group=group)
+        return jax_ep.dispatch_done(flight, after=jnp.cos(x), group=group).weights
+
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(halves, group, problem)
+    calls = {_target(call): call for call in _calls(lowered)}
+    assert set(calls) == set(HALVES if problem.recv_dtype is None else HALVES[:2])
+    for target, call in calls.items():
+        declared = _decoded(target)
+        declared["operands"] += target == "jax_ep_dispatch_done"  # what it comes after
+        assert {
+            "operands": len(call.operands),
+            "results": len(call.results),
+            "attributes": _type_of(call.attributes["mhlo.backend_config"]),
+        } == declared, target
+        has_side_effect = str(call.attributes["has_side_effect"])
+        assert has_side_effect == str(target.endswith("_start")).lower()
+
+
+def test_gradients_through_halves_move_no_second_half(fake):
+    """Backwards the rows go through the exchanges in one piece."""
+    problem = EXPERT.replace(low_latency_tokens=EXPERT.num_tokens)
+
+    def gradient(x, idx, w, weights):
+        def loss(x):
+            return jnp.sum(_in_halves(group)(x, idx, w, weights) ** 2)
+
+        return jax.grad(loss)(x)
+
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(gradient, group, problem)
+    counts = collections.Counter(_target(call) for call in _calls(lowered))
+    assert {name: counts[name] for name in HALVES} == dict.fromkeys(HALVES, 1)
+    assert counts["jax_ep_plan_dispatch"] == counts["jax_ep_plan"] == 0
+    assert counts["jax_ep_dispatch"] >= 1, "the transpose of combine"
+    assert counts["jax_ep_combine"] >= 1, "the transpose of dispatch"

@@ -313,6 +313,7 @@ def test_two_groups_interleave():
 
 
 def test_many_threads_and_launches():
+    """Four threads, which keep 28 launches unfinished: XLA takes 32 on a device at a time."""
     errors = []
     mesh = make_mesh((2, 4), ("data", "expert"))
 
@@ -320,7 +321,7 @@ def test_many_threads_and_launches():
         return block(group, x * scale[0, 0], idx, w, halves=True)
 
     def launch(thread):
-        scales = [np.full((8, 1), thread * 20 + i, np.float32) for i in range(20)]
+        scales = [np.full((8, 1), thread * 7 + i, np.float32) for i in range(7)]
         outs = [program(scale, *args) for scale in scales]
         for scale, out in zip(scales, outs, strict=True):
             if not np.array_equal(out, plain(scale, *args)):

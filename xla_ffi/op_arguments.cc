@@ -90,16 +90,13 @@ Status check_product_buffers(const Buffer& row_weights,
 }
 
 // A scalar for each selection travels, or none does: then both buffers are absent.
-Status check_scalars(const Buffer& token_scalars,
-                     const Buffer& row_scalars,
-                     bool travel,
-                     const EpShape& shape) {
-  if (travel) {
-    JAX_EP_RETURN_IF_ERROR(token_scalars.check(F32, {shape.num_tokens, shape.num_topk}));
-    return check_row_scalars(row_scalars, shape);
-  }
-  JAX_EP_RETURN_IF_ERROR(token_scalars.check(F32, {0}));
-  return row_scalars.check(F32, {0});
+Status check_token_scalars(const Buffer& buffer, bool travel, const EpShape& shape) {
+  if (travel) return buffer.check(F32, {shape.num_tokens, shape.num_topk});
+  return buffer.check(F32, {0});
+}
+Status check_travelled_scalars(const Buffer& buffer, bool travel, const EpShape& shape) {
+  if (travel) return check_row_scalars(buffer, shape);
+  return buffer.check(F32, {0});
 }
 
 // What a plan gives.
@@ -173,6 +170,27 @@ struct DispatchResults {
   const Buffer row_scalars;
 };
 
+// Checks what is sent, and sets of the op all that it says.
+Status set_sent(const DispatchOperands& operands,
+                const EpAttrs& attrs,
+                const DispatchAttrs& own,
+                int64_t capacity,
+                DispatchOp& op) {
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(read_attributes(own, op));
+  JAX_EP_RETURN_IF_ERROR(operands.x.check_rows_or_fp8(op.dtype, {kAny, kAny}, op.x_format));
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, operands.x.dim(0), capacity, op.shape));
+  op.hidden = operands.x.dim(1);
+  JAX_EP_RETURN_IF_ERROR(check_scales(operands.x_scales, op.x_format, shape.num_tokens, op.hidden));
+  const bool with_scalars = !operands.token_scalars.absent();
+  JAX_EP_RETURN_IF_ERROR(check_token_scalars(operands.token_scalars, with_scalars, shape));
+  op.num_scalars = with_scalars ? shape.num_topk : 0;
+  op.x = operands.x.data<const void>();
+  op.x_scales = operands.x_scales.data<const float>();
+  op.token_scalars = operands.token_scalars.data<const float>();
+  return check_row_formats(op);
+}
+
 // Checks what is no plan's, and sets of the op all but the pointers to a plan's.
 Status set_dispatch(const DispatchOperands& operands,
                     const DispatchResults& results,
@@ -181,26 +199,62 @@ Status set_dispatch(const DispatchOperands& operands,
                     int64_t capacity,
                     DispatchOp& op) {
   const EpShape& shape = op.shape;
-  JAX_EP_RETURN_IF_ERROR(read_attributes(own, op));
-  JAX_EP_RETURN_IF_ERROR(operands.x.check_rows_or_fp8(op.dtype, {kAny, kAny}, op.x_format));
-  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, operands.x.dim(0), capacity, op.shape));
-  op.hidden = operands.x.dim(1);
+  JAX_EP_RETURN_IF_ERROR(set_sent(operands, attrs, own, capacity, op));
   JAX_EP_RETURN_IF_ERROR(
       results.rows.check_rows_or_fp8(op.dtype, {shape.recv_capacity, op.hidden}, op.rows_format));
-  JAX_EP_RETURN_IF_ERROR(check_scales(operands.x_scales, op.x_format, shape.num_tokens, op.hidden));
   JAX_EP_RETURN_IF_ERROR(
       check_scales(results.rows_scales, op.rows_format, shape.recv_capacity, op.hidden));
-  JAX_EP_RETURN_IF_ERROR(check_row_formats(op));
-  const bool with_scalars = !operands.token_scalars.absent();
-  JAX_EP_RETURN_IF_ERROR(
-      check_scalars(operands.token_scalars, results.row_scalars, with_scalars, shape));
-  op.num_scalars = with_scalars ? shape.num_topk : 0;
-  op.x = operands.x.data<const void>();
-  op.x_scales = operands.x_scales.data<const float>();
-  op.token_scalars = operands.token_scalars.data<const float>();
+  JAX_EP_RETURN_IF_ERROR(check_travelled_scalars(results.row_scalars, op.num_scalars > 0, shape));
   op.rows = results.rows.data<void>();
   op.rows_scales = results.rows_scales.data<float>();
   op.row_scalars = results.row_scalars.data<float>();
+  return check_row_formats(op);
+}
+
+// What a combine is given; on CPU without what is for GPUs only.
+struct CombineOperands {
+  CombineOperands(BufferReader& reader, bool on_gpu)
+      : y(reader.operand("y")),
+        weights(reader.operand("weights")),
+        row_scalars(reader.operand("row_scalars")),
+        topk_idx(reader.operand("topk_idx")),
+        slot(reader.operand("slot")),
+        row_topk_idx(on_gpu ? reader.operand("row_topk_idx") : Buffer("row_topk_idx")),
+        source_slot(on_gpu ? reader.operand("source_slot") : Buffer("source_slot")) {}
+
+  const Buffer y;
+  const Buffer weights;
+  const Buffer row_scalars;
+  const Buffer topk_idx;
+  const Buffer slot;
+  const Buffer row_topk_idx;
+  const Buffer source_slot;
+};
+
+// Checks these, and sets of the op all that they say.
+Status set_sent(const CombineOperands& operands, const EpAttrs& attrs, bool on_gpu, CombineOp& op) {
+  const EpShape& shape = op.shape;
+  JAX_EP_RETURN_IF_ERROR(operands.y.check_rows({kAny, kAny}, op.dtype));
+  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, operands.topk_idx.dim(0), operands.y.dim(0), op.shape));
+  op.hidden = operands.y.dim(1);
+  JAX_EP_RETURN_IF_ERROR(check_selections(operands.topk_idx, shape));
+  JAX_EP_RETURN_IF_ERROR(check_selections(operands.slot, shape));
+  if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(operands.source_slot, shape));
+  op.weighted = !operands.weights.absent();
+  if (op.weighted) JAX_EP_RETURN_IF_ERROR(check_row_scalars(operands.weights, shape));
+  if (op.weighted && on_gpu && shape.layout == Layout::kRank) {
+    JAX_EP_RETURN_IF_ERROR(operands.row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
+  }
+  const bool with_scalars = !operands.row_scalars.absent();
+  JAX_EP_RETURN_IF_ERROR(check_travelled_scalars(operands.row_scalars, with_scalars, shape));
+  op.num_scalars = with_scalars ? shape.num_topk : 0;
+  op.y = operands.y.data<const void>();
+  op.weights = operands.weights.data<const float>();
+  op.row_scalars = operands.row_scalars.data<const float>();
+  op.topk_idx = operands.topk_idx.data<const int32_t>();
+  op.slot = operands.slot.data<const int32_t>();
+  op.row_topk_idx = operands.row_topk_idx.data<const int32_t>();
+  op.source_slot = operands.source_slot.data<const int32_t>();
   return {};
 }
 
@@ -295,45 +349,65 @@ Status read_combine(const Operands& operands,
   const bool on_gpu = platform == Platform::kCuda;
   BufferReader reader(operands, results);
   const Buffer program_rank = reader.operand("program_rank");
-  const Buffer y = reader.operand("y");
-  const Buffer weights = reader.operand("weights");
-  const Buffer row_scalars = reader.operand("row_scalars");
-  const Buffer topk_idx = reader.operand("topk_idx");
-  const Buffer slot = reader.operand("slot");
-  const Buffer row_topk_idx = on_gpu ? reader.operand("row_topk_idx") : Buffer("row_topk_idx");
-  const Buffer source_slot = on_gpu ? reader.operand("source_slot") : Buffer("source_slot");
+  const CombineOperands taken(reader, on_gpu);
   const Buffer out = reader.result("out");
   const Buffer token_scalars = reader.result("token_scalars");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   CombineOp& op = arguments.op;
   const EpShape& shape = op.shape;
-  JAX_EP_RETURN_IF_ERROR(y.check_rows({kAny, kAny}, op.dtype));
-  JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), y.dim(0), op.shape));
-  op.hidden = y.dim(1);
+  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, on_gpu, op));
   DType out_dtype;
   JAX_EP_RETURN_IF_ERROR(out.check_rows({shape.num_tokens, op.hidden}, out_dtype));
   JAX_EP_RETURN_IF_ERROR(check_same_dtype("out", out_dtype, "y", op.dtype));
-  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
-  JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
-  if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
-  op.weighted = !weights.absent();
-  if (op.weighted) JAX_EP_RETURN_IF_ERROR(check_row_scalars(weights, shape));
-  if (op.weighted && on_gpu && shape.layout == Layout::kRank) {
-    JAX_EP_RETURN_IF_ERROR(row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
-  }
-  const bool with_scalars = !row_scalars.absent();
-  JAX_EP_RETURN_IF_ERROR(check_scalars(token_scalars, row_scalars, with_scalars, shape));
-  op.num_scalars = with_scalars ? shape.num_topk : 0;
+  JAX_EP_RETURN_IF_ERROR(check_token_scalars(token_scalars, op.num_scalars > 0, shape));
   arguments.program_rank = program_rank.data<const int32_t>();
-  op.y = y.data<const void>();
-  op.weights = weights.data<const float>();
-  op.row_scalars = row_scalars.data<const float>();
-  op.topk_idx = topk_idx.data<const int32_t>();
-  op.slot = slot.data<const int32_t>();
-  op.row_topk_idx = row_topk_idx.data<const int32_t>();
-  op.source_slot = source_slot.data<const int32_t>();
   op.out = out.data<void>();
   op.token_scalars = token_scalars.data<float>();
+  return program_rank.check(S32, {1});
+}
+
+Status read_dispatch_start(const Operands& operands,
+                           const ffi::RemainingRets& results,
+                           const EpAttrs& attrs,
+                           const DispatchAttrs& own,
+                           int64_t recv_capacity,
+                           OpArguments<PlanDispatchOp>& arguments,
+                           uint32_t*& ticket) {
+  BufferReader reader(operands, results);
+  const Buffer program_rank = reader.operand("program_rank");
+  const DispatchOperands taken(reader);
+  const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer given = reader.result("ticket");
+  JAX_EP_RETURN_IF_ERROR(reader.finish());
+  PlanOp plan;
+  DispatchOp dispatch;
+  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, own, recv_capacity, dispatch));
+  plan.shape = dispatch.shape;
+  JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, plan.shape));
+  JAX_EP_RETURN_IF_ERROR(given.check(U32, {kTicketWords}));
+  plan.topk_idx = topk_idx.data<const int32_t>();
+  arguments.program_rank = program_rank.data<const int32_t>();
+  arguments.op = plan_dispatch_op(plan, dispatch);
+  ticket = given.data<uint32_t>();
+  return program_rank.check(S32, {1});
+}
+
+Status read_combine_start(const Operands& operands,
+                          const ffi::RemainingRets& results,
+                          const EpAttrs& attrs,
+                          Platform platform,
+                          OpArguments<CombineOp>& arguments,
+                          uint32_t*& ticket) {
+  const bool on_gpu = platform == Platform::kCuda;
+  BufferReader reader(operands, results);
+  const Buffer program_rank = reader.operand("program_rank");
+  const CombineOperands taken(reader, on_gpu);
+  const Buffer given = reader.result("ticket");
+  JAX_EP_RETURN_IF_ERROR(reader.finish());
+  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, on_gpu, arguments.op));
+  JAX_EP_RETURN_IF_ERROR(given.check(U32, {kTicketWords}));
+  arguments.program_rank = program_rank.data<const int32_t>();
+  ticket = given.data<uint32_t>();
   return program_rank.check(S32, {1});
 }
 

@@ -82,6 +82,21 @@ Status read_combine(const Operands& operands,
                     Platform platform,
                     OpArguments<CombineOp>& arguments);
 
+// The same of a first half, which has a ticket for its only result.
+Status read_dispatch_start(const Operands& operands,
+                           const ffi::RemainingRets& results,
+                           const EpAttrs& attrs,
+                           const DispatchAttrs& own,
+                           int64_t recv_capacity,
+                           OpArguments<PlanDispatchOp>& arguments,
+                           uint32_t*& ticket);
+Status read_combine_start(const Operands& operands,
+                          const ffi::RemainingRets& results,
+                          const EpAttrs& attrs,
+                          Platform platform,
+                          OpArguments<CombineOp>& arguments,
+                          uint32_t*& ticket);
+
 // An error on its way to XLA, which takes it in the type that the handler returns.
 struct Failure {
   Status status;

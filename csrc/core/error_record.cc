@@ -105,6 +105,8 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
     case WaitTag::kWrongOp:
     case WaitTag::kWrongCall: return rank + ", which runs something else";
     case WaitTag::kWrongRank:
+    case WaitTag::kStaleFlight:
+    case WaitTag::kFlightOpen:
     case WaitTag::kOverlap: return "nobody, because its own program is wrong";
     default:
       return "an unknown event (tag " + std::to_string(static_cast<uint32_t>(tag)) + ") of " + rank;
@@ -140,6 +142,17 @@ std::string describe(const ErrorRecord& record, double timeout_s) {
       return op + " of " + rank +
              " was called after the EpGroup had been closed: its results are NaN, or -1; a "
              "compiled function may be called only while the group that it was traced with is open";
+    case WaitTag::kStaleFlight:
+      return "the second half of a " + op + " of " + rank + " got the flight of exchange " +
+             std::to_string(record.expected) +
+             ", which is not open: it has been received before, or is of another EpGroup or "
+             "operation (exchange " +
+             std::to_string(record.seen) + " was begun last); a flight is used once";
+    case WaitTag::kFlightOpen:
+      return op + " of " + rank + " begins exchange " + std::to_string(record.expected) +
+             " while the flight of exchange " + std::to_string(record.seen) +
+             " is still open; allowed: " + std::to_string(kLowLatencyBanks - 1) +
+             " exchanges between the halves of one";
     case WaitTag::kPeerGaveUp: return peer_gave_up_text(record);
     default: return deadline_text(record, timeout_s);
   }

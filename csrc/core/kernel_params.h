@@ -41,6 +41,10 @@ struct CallBlocks {
   int32_t num_tail = 0;
 };
 
+// What of an exchange a kernel does: it sends, it receives, or both. Only low-latency ones come in
+// halves. What a second half receives was sent by the first half that wrote its ticket.
+enum class Half : int32_t { kBoth, kFirst, kSecond };
+
 // What a kernel of an operation is launched with.
 template <typename Op>
 struct KernelParams {
@@ -49,6 +53,8 @@ struct KernelParams {
   const int32_t* program_rank;  // [1]: this rank, as the program says; must be the view's
   int32_t num_senders = 1;      // of a block's warps, those that send rows before they receive some
   CallBlocks blocks = {};       // filled in by the launch
+  Half half = Half::kBoth;
+  uint32_t* ticket = nullptr;  // [kTicketWords] out of a first half, in of a second one
   Op op;
 };
 using PlanParams = KernelParams<PlanOp>;

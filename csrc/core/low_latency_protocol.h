@@ -39,11 +39,17 @@ constexpr uint32_t packet_flag(uint32_t epoch) { return epoch << 1 | 1; }
 
 // --- banks ---------------------------------------------------------------------------------------
 
-// Staging for so many exchanges. A rank stores into the bank of exchange e only after it has ended
-// exchange e - 1, in which it waited for all peers to begin; and who began e - 1 has ended e - 2,
-// whose packets the bank held. So nothing need be acknowledged.
-inline constexpr int64_t kLowLatencyBanks = 2;
+// Staging for so many exchanges: while the flight of one is open, as many others less one may
+// begin. A rank stores into the bank of exchange e once all peers have ended exchange e - banks and
+// all before it. Each says so when it next begins a kernel, so nothing is acknowledged for its own
+// sake.
+inline constexpr int64_t kLowLatencyBanks = 4;
 constexpr uint32_t bank_of_epoch(uint32_t epoch) { return epoch % uint32_t{kLowLatencyBanks}; }
+static_assert((uint64_t{1} << 31) % kLowLatencyBanks == 0, "flags and epochs begin anew");
+
+// What a rank keeps of a bank's exchange: 0, or of an open flight which call it is (see call_tag).
+constexpr uint32_t open_flight(uint32_t call_tag) { return 1U << 31 | call_tag; }
+constexpr uint32_t call_tag_of_flight(uint32_t word) { return word & 0xFF'FFFF; }
 
 // A packet may lie unused for long: its token's number is too large for the calls in between. When
 // the flags begin anew, after 2^31 exchanges, it must not be taken for a new one. So once in so

@@ -121,6 +121,9 @@ constexpr PlanDispatchOp plan_dispatch_op(const PlanOp& plan, DispatchOp dispatc
   return {plan, dispatch};
 }
 
+// What the first half of an exchange gives, uint32[2]: by it the second half finds its flight.
+inline constexpr int64_t kTicketWords = 2;
+
 constexpr const EpShape& shape_of(const PlanOp& op) { return op.shape; }
 constexpr const EpShape& shape_of(const DispatchOp& op) { return op.shape; }
 constexpr const EpShape& shape_of(const CombineOp& op) { return op.shape; }

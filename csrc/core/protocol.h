@@ -10,6 +10,7 @@
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
+#include "csrc/core/low_latency_protocol.h"
 
 namespace jax_ep {
 
@@ -99,6 +100,8 @@ enum class WaitTag : uint32_t {
   kClosed,        // did not wait: the group has been closed; the kernel ended and gave no results
   kPeerGaveUp,    // waited, and was told by a peer that it gave up
   kPacket,        // waited for a packet of a peer's low-latency exchange
+  kStaleFlight,   // did not wait: a second half, and the flight of its ticket is not open
+  kFlightOpen,    // did not wait: it begins an exchange in whose bank a flight is still open
 };
 
 // ErrorRecord::detail of kClosed: the kernel did wait, and ended with an error.
@@ -155,7 +158,7 @@ enum class Control : int32_t {
 inline constexpr int32_t kNumControlWords = 2;
 // Those of each channel, which follow.
 enum class ChannelControl : int32_t {
-  kEpoch,              // exchanges that this rank has finished
+  kEpoch,              // exchanges that this rank has finished; low latency: has begun
   kRunning,            // of the running kernel, see Exchange; 0 between kernels
   kBlocksDone,         // blocks of the running kernel that are done; 0 between kernels
   kSendersDone,        // warps that have sent all they will; 0 between kernels
@@ -165,8 +168,13 @@ enum class ChannelControl : int32_t {
                        // 0 between them
   kBarrierGeneration,  // grid barriers so far
   kPlanned,            // 1 once the running kernel has made its plan; 0 between kernels
+  // Of low-latency exchanges alone.
+  kPeersEnded,      // one that all peers have ended, and all before it, as kernels before have seen
+  kPeersEndedSeen,  // the same as the running kernel has seen
+  kFlights,         // [kLowLatencyBanks] by bank, an open_flight or 0
 };
-inline constexpr int32_t kNumChannelControlWords = 9;
+inline constexpr int32_t kNumChannelControlWords =
+    static_cast<int32_t>(ChannelControl::kFlights) + int32_t{kLowLatencyBanks};
 inline constexpr int64_t kControlBytes = 256;  // of a rank: cache lines of its own
 static_assert(4 * (kNumControlWords + kNumChannelControlWords * kNumChannels) <= kControlBytes);
 constexpr int32_t control_index(Control word) { return static_cast<int32_t>(word); }

@@ -14,6 +14,10 @@
 
 namespace jax_ep::dev {
 
+JAX_EP_DEVICE u32 next_epoch(const RankView& view, Channel channel) {
+  return ld(control(view, channel, ChannelControl::kEpoch)) + 1;
+}
+
 class Exchange {
  public:
   // All threads, first thing in the kernel.
@@ -22,14 +26,15 @@ class Exchange {
                          Channel channel,
                          OpKind op,
                          u32 call_tag,
-                         const i32* program_rank)
+                         const i32* program_rank,
+                         u32 epoch)
       : view_(view),
         blocks_(blocks),
         channel_(channel),
         op_(op),
         call_tag_(call_tag),
         closed_(ld(control(view, Control::kClosed)) != 0),
-        epoch_(ld(control(view, channel, ChannelControl::kEpoch)) + 1) {
+        epoch_(epoch) {
     if (closed_) return;
     // By every thread: none stores to a peer as another rank.
     const i32 rank = ld(Ptr<const i32>{program_rank});
@@ -69,6 +74,7 @@ class Exchange {
   JAX_EP_DEVICE const RankView& view() const { return view_; }
   JAX_EP_DEVICE OpKind op() const { return op_; }
   JAX_EP_DEVICE u32 epoch() const { return epoch_; }
+  JAX_EP_DEVICE u32 call_tag() const { return call_tag_; }
 
   JAX_EP_DEVICE u32 num_main() const { return static_cast<u32>(blocks_.num_main); }
   JAX_EP_DEVICE bool has_tail() const { return blocks_.num_tail > 0; }
@@ -216,9 +222,10 @@ class Exchange {
       share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
     });
   }
-  // The same; what a warp does when all blocks have come is `close_up()`.
+  // The same; what a warp does when all blocks have come is `close_up()`. `begins`: the kernel is
+  // the one that began the exchange, and not its second half.
   template <typename CloseUp>
-  JAX_EP_DEVICE void finish(const CloseUp& close_up) const {
+  JAX_EP_DEVICE void finish(const CloseUp& close_up, bool begins = true) const {
     block_sync();
     if (warp_id() != 0) return;
     u32 blocks_before = 0;
@@ -234,14 +241,13 @@ class Exchange {
     close_up();
     if (lane_id() != 0) return;
     // Two kernels that overlap by less than the first one's look at kRunning.
-    if (ld(control(view_, channel_, ChannelControl::kEpoch)) + 1 != epoch_)
-      give_up_overlapping(kMaxOps);
+    if (begins && next_epoch(view_, channel_) != epoch_) give_up_overlapping(kMaxOps);
     st(control(view_, channel_, ChannelControl::kBlocksDone), 0);
     st(control(view_, channel_, ChannelControl::kSendersDone), 0);
     st(control(view_, channel_, ChannelControl::kSendTickets), 0);
     st(control(view_, channel_, ChannelControl::kReceiveTickets), 0);
     if (op_ == OpKind::kPlanDispatch) st(control(view_, channel_, ChannelControl::kPlanned), 0);
-    st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
+    if (begins) st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
     st(control(view_, channel_, ChannelControl::kRunning), 0);
   }
 
@@ -287,11 +293,17 @@ class Exchange {
   i32 first_flag_ = 0;
 };
 
-// The exchange of a kernel's operation. All threads, first thing in the kernel.
+// The high-throughput exchange of a kernel's operation. All threads, first thing in the kernel.
 template <typename Op>
-JAX_EP_DEVICE Exchange exchange_of(const KernelParams<Op>& params,
-                                   Channel channel = Channel::kHighThroughput) {
-  return {params.view, params.blocks, channel, Op::kKind, params.call_tag, params.program_rank};
+JAX_EP_DEVICE Exchange exchange_of(const KernelParams<Op>& params) {
+  constexpr Channel kChannel = Channel::kHighThroughput;
+  return {params.view,
+          params.blocks,
+          kChannel,
+          Op::kKind,
+          params.call_tag,
+          params.program_rank,
+          next_epoch(params.view, kChannel)};
 }
 
 }  // namespace jax_ep::dev

@@ -24,6 +24,11 @@ JAX_EP_DEVICE Ptr<u32> control(const RankView& view, Channel channel, ChannelCon
   return Ptr<u32>{view.control} + control_index(channel, word);
 }
 
+// What this rank keeps of the flight of a low-latency exchange, or of one that had its bank before.
+JAX_EP_DEVICE Ptr<u32> flight(const RankView& view, u32 epoch) {
+  return control(view, Channel::kLowLatency, ChannelControl::kFlights) + bank_of_epoch(epoch);
+}
+
 // Where `reader` tells `holder` which epoch it has read.
 JAX_EP_DEVICE Ptr<u32> acknowledged(const RankView& view, Channel channel, i32 holder, i32 reader) {
   return region<u32>(view, holder, Region::kAcknowledged) +

@@ -38,6 +38,7 @@ KernelArrays::KernelArrays(const ExchangeSizes& sizes, std::byte* memory)
                                           : place<float>(capacity * shape.scalars_per_row());
   out = place<std::byte>(tokens * row_bytes);
   returned_scalars = place<float>(tokens * sizes.num_scalars);
+  tickets = place<uint32_t>(kMaxFlights * kTicketWords);
 }
 
 PlanParams KernelArrays::plan(const RankView& view) const {

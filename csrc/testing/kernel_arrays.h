@@ -73,6 +73,9 @@ class KernelArrays {
   std::span<float> weights;  // combine's row scalars too
   std::span<std::byte> out;
   std::span<float> returned_scalars;
+  std::span<uint32_t> tickets;  // [kMaxFlights, kTicketWords], of exchanges in halves
+
+  static constexpr int64_t kMaxFlights = 2;
 
  private:
   static constexpr int64_t kAlignment = 256;  // as XLA's buffers have

@@ -14,7 +14,8 @@ bool has(const ErrorRecord& record, WaitTag tag) {
 
 bool is_low_latency(const Scenario& scenario) { return scenario.groups[0].low_latency_tokens > 0; }
 
-OpKind last_op(const Scenario& scenario) { return scenario.groups[0].steps[0].ops.back(); }
+ScenarioOp last_of(const Scenario& scenario) { return scenario.groups[0].steps[0].ops.back(); }
+OpKind last_op(const Scenario& scenario) { return last_of(scenario).kind; }
 
 std::string text_of(const ErrorRecord& record) {
   return record.written == 1 ? describe(record, 1) : "no record";
@@ -46,7 +47,8 @@ std::string expect_records(const Outcome& outcome, WaitTag tag, const Check& che
 std::string judge_missing(const Scenario& scenario, const Outcome& outcome) {
   const size_t exchanges = scenario.groups[0].steps[0].ops.size();
   // Low-latency exchanges have their flags by turns.
-  const size_t before = is_low_latency(scenario) ? kLowLatencyBanks : 1;
+  const size_t before =
+      is_low_latency(scenario) ? std::min<size_t>(kLowLatencyBanks, exchanges) : 1;
   return expect_records(outcome, WaitTag::kArrived, [&](const ErrorRecord& record) {
     return record.peer == static_cast<uint32_t>(scenario.rank) &&
            record.op == static_cast<uint32_t>(last_op(scenario)) && record.expected == exchanges &&
@@ -146,6 +148,15 @@ std::string judge_wrong_rank(const Scenario& scenario, const Outcome& outcome) {
   return "";
 }
 
+// Nobody waits for the others to find out.
+std::string judge_wrong_flight(const Scenario& scenario, const Outcome& outcome) {
+  const bool begins = last_of(scenario).half != Half::kSecond;
+  const WaitTag tag = begins ? WaitTag::kFlightOpen : WaitTag::kStaleFlight;
+  return expect_records(outcome, tag, [&](const ErrorRecord& record) {
+    return record.op == static_cast<uint32_t>(last_op(scenario)) && record.peer == record.rank;
+  });
+}
+
 // Where rows are said to come that nobody has sent, it waits for them, and says so at last.
 std::string judge_hostile_handle(const Scenario& scenario, const Outcome& outcome) {
   if (outcome.report.ok()) return "";
@@ -221,6 +232,50 @@ void append_low_latency_mishaps(std::vector<Scenario>& scenarios, uint64_t seed)
   }
 }
 
+// What must not be done with a flight, as operations whose last one does it.
+std::vector<std::vector<ScenarioOp>> wrong_uses_of_flights() {
+  using enum OpKind;
+  using enum Half;
+  const ScenarioOp start(kPlanDispatch, kFirst);
+  const ScenarioOp done(kPlanDispatch, kSecond);
+  const ScenarioOp back(kCombine, kFirst);
+  const ScenarioOp end(kCombine, kSecond);
+  const ScenarioOp back1(kCombine, kFirst, 1);
+  return {
+      {start, done, done},
+      {kPlanDispatch, back, end, end},
+      // Another flight is open in its bank.
+      {kPlanDispatch, back, end, kPlanDispatch, kCombine, kPlanDispatch, back1, end},
+      // It is of the other operation.
+      {kPlanDispatch, start, end},
+      {kPlanDispatch, back, done},
+      // As many exchanges as there are banks begin while it is open.
+      {kPlanDispatch, back, kPlanDispatch, kCombine, kPlanDispatch, kCombine},
+      {start, kPlanDispatch, kCombine, kPlanDispatch, start},
+  };
+}
+
+void append_wrong_flights(std::vector<Scenario>& scenarios, uint64_t seed) {
+  for (const std::vector<ScenarioOp>& ops : wrong_uses_of_flights()) {
+    scenarios.push_back(
+        low_latency_mishap_scenario(kWrongFlight, OpKind::kCombine, Layout::kExpert, seed));
+    scenarios.back().groups[0].steps[0].ops = ops;
+  }
+}
+
+// Halves of a closed group.
+void append_closed_halves(std::vector<Scenario>& scenarios, uint64_t seed) {
+  using enum OpKind;
+  for (const OpKind last : {kPlanDispatch, kCombine}) {
+    for (const Half half : {Half::kFirst, Half::kSecond}) {
+      scenarios.push_back(low_latency_mishap_scenario(kClosed, last, Layout::kExpert, seed));
+      std::vector<ScenarioOp>& ops = scenarios.back().groups[0].steps[0].ops;
+      ops = {kPlanDispatch, {last, Half::kFirst}};
+      if (half == Half::kSecond) ops.emplace_back(last, half);
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<Scenario> all_mishaps(uint64_t seed) {
@@ -254,6 +309,8 @@ std::vector<Scenario> all_mishaps(uint64_t seed) {
     scenarios.back().other_op = other;
   }
   append_low_latency_mishaps(scenarios, seed);
+  append_wrong_flights(scenarios, seed);
+  append_closed_halves(scenarios, seed);
   return scenarios;
 }
 
@@ -269,6 +326,7 @@ std::string verdict_on(const Scenario& scenario, const Outcome& outcome) {
     case kClosed: return judge_closed(scenario, outcome);
     case kClosedMeanwhile: return judge_closed_meanwhile(scenario, outcome);
     case kWrongRank: return judge_wrong_rank(scenario, outcome);
+    case kWrongFlight: return judge_wrong_flight(scenario, outcome);
     case kStoodStill: return judge_stood_still(outcome);
     case kHostileHandle: return judge_hostile_handle(scenario, outcome);
     case kNone: break;

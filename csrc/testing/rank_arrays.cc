@@ -285,6 +285,11 @@ std::string RankArrays::check_poisoned(OpKind op, DeviceMemory& memory) const {
   return "unknown operation";
 }
 
+std::string RankArrays::check_poisoned_ticket(int32_t flight, DeviceMemory& memory) const {
+  const std::span<uint32_t> words(ticket(flight), as_size(kTicketWords));
+  return compare(memory, "ticket", words, std::vector<uint32_t>(words.size(), ~uint32_t{0}), 1);
+}
+
 std::string RankArrays::check_combine(DeviceMemory& memory) const {
   return first_of({compare(memory,
                            "out",

@@ -61,12 +61,19 @@ class RankArrays {
     return arrays_.plan_dispatch(view);
   }
 
+  // Where the first half of an exchange leaves its ticket.
+  [[nodiscard]] uint32_t* ticket(int32_t flight) const {
+    return arrays_.tickets.data() + flight * kTicketWords;
+  }
+
   // What is wrong with the results of an operation; empty if nothing is.
   [[nodiscard]] std::string check_plan(DeviceMemory& memory) const;
   [[nodiscard]] std::string check_dispatch(DeviceMemory& memory) const;
   [[nodiscard]] std::string check_combine(DeviceMemory& memory) const;
   // The same where the group had been closed before.
   [[nodiscard]] std::string check_poisoned(OpKind op, DeviceMemory& memory) const;
+  // The same of a first half.
+  [[nodiscard]] std::string check_poisoned_ticket(int32_t flight, DeviceMemory& memory) const;
 
  private:
   [[nodiscard]] RankBuffers& buffers() const { return problem_.cluster.rank(rank_); }

@@ -57,9 +57,9 @@ class GroupRun {
     uint32_t last_told = 0;
     for (const ScenarioStep& step : mine_.steps) {
       const bool tells = tells_all_sent(step.options.shape.num_tokens, mine_.chunk_target);
-      for (const OpKind op : step.ops) {
+      for (const ScenarioOp& op : step.ops) {
         ++epoch;
-        const bool dispatches = op == OpKind::kDispatch || op == OpKind::kPlanDispatch;
+        const bool dispatches = op.kind == OpKind::kDispatch || op.kind == OpKind::kPlanDispatch;
         if (dispatches && tells) last_told = epoch;
       }
     }
@@ -115,15 +115,17 @@ class GroupRun {
       SimulatedMemory device(machine_, rank);
       arrays->upload(device);
     });
-    const std::vector<OpKind>& ops = mine_.steps[step].ops;
+    const std::vector<ScenarioOp>& ops = mine_.steps[step].ops;
     for (size_t i = 0; i < ops.size(); ++i) {
       const bool last = step + 1 == problems_.size() && i + 1 == ops.size();
       if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
       RankView view = group_.view(rank);
       if (absent >= 0) leave_out(view, absent);
-      append_op(ops[i], view, *arrays, launch_on(stream_, 0));
+      // The halves of a call are two places of the program.
+      append_op(ops[i], view, *arrays, launch_on(stream_, ops[i].half == Half::kSecond ? 1 : 0));
+      if (ops[i].half == Half::kFirst) continue;
       append_check(
-          rank, "step " + std::to_string(step), ops[i], [op = ops[i], arrays](auto& device) {
+          rank, "step " + std::to_string(step), ops[i], [op = ops[i].kind, arrays](auto& device) {
             return check(op, *arrays, device);
           });
     }
@@ -136,9 +138,11 @@ class GroupRun {
   }
 
   template <typename Check>
-  void append_check(int32_t rank, const std::string& what, OpKind op, const Check& check) {
-    const std::string where =
-        what + " rank " + std::to_string(rank) + " " + std::string(name(op)) + ": ";
+  void append_check(int32_t rank,
+                    const std::string& what,
+                    const ScenarioOp& op,
+                    const Check& check) {
+    const std::string where = what + " rank " + std::to_string(rank) + " " + describe(op) + ": ";
     machine_.check(static_cast<uint32_t>(rank), stream_, [this, rank, check, where] {
       SimulatedMemory device(machine_, rank);
       const std::string error = check(device);
@@ -147,7 +151,7 @@ class GroupRun {
   }
 
   // The last operation, with what goes wrong.
-  void append_mishap(OpKind op, int32_t rank, const RankArrays& arrays) {
+  void append_mishap(ScenarioOp op, int32_t rank, const RankArrays& arrays) {
     const bool is_it = rank == scenario_.rank;
     const SimulatedLaunch launch = launch_on(stream_, 1);
     RankView view = group_.view(rank);
@@ -155,7 +159,8 @@ class GroupRun {
       machine_.host_call(static_cast<uint32_t>(rank), stream_, call);
     };
     switch (scenario_.mishap) {
-      case Mishap::kNone: break;
+      case Mishap::kNone:
+      case Mishap::kWrongFlight: break;
       case Mishap::kOneImpatient:
         if (rank != 0) view.timeout_ns = kNever;
         [[fallthrough]];
@@ -167,7 +172,7 @@ class GroupRun {
         if (is_it) return append_late(op, rank, arrays, launch);
         break;
       case Mishap::kOtherOp:
-        if (is_it) op = scenario_.other_op;
+        if (is_it) op.kind = scenario_.other_op;
         break;
       case Mishap::kOtherPlace:
         return append_op(op, view, arrays, launch_on(stream_, is_it ? 2 : 1));
@@ -188,7 +193,8 @@ class GroupRun {
         for (std::byte*& heap : view.heap) heap = nullptr;
         append_op(op, view, arrays, launch);
         return append_check(rank, "closed", op, [op, &arrays](auto& device) {
-          return arrays.check_poisoned(op, device);
+          return op.half == Half::kFirst ? arrays.check_poisoned_ticket(op.flight, device)
+                                         : arrays.check_poisoned(op.kind, device);
         });
       case Mishap::kClosedMeanwhile:
         view.timeout_ns = kNever;
@@ -227,26 +233,35 @@ class GroupRun {
   }
 
   // Once all others have reported that they wait for the rank.
-  void append_late(OpKind op, int32_t rank, const RankArrays& arrays, SimulatedLaunch launch) {
+  void append_late(const ScenarioOp& op,
+                   int32_t rank,
+                   const RankArrays& arrays,
+                   SimulatedLaunch launch) {
     machine_.launch(static_cast<uint32_t>(rank), stream_, {}, [] {
       // After the first leap the others report, and after the second one they have.
       while (dev::now_ns() < kLeap + kLeap / 2) dev::spin_pause("the others to lose patience");
     });
     append_op(op, group_.view(rank), arrays, launch);
     append_check(
-        rank, "late", op, [op, &arrays](auto& device) { return check(op, arrays, device); });
+        rank, "late", op, [op, &arrays](auto& device) { return check(op.kind, arrays, device); });
   }
 
-  void append_op(OpKind op,
+  void append_op(const ScenarioOp& op,
                  const RankView& view,
                  const RankArrays& arrays,
                  const SimulatedLaunch& launch,
                  int64_t fewer_tokens = 0) {
     const auto run = [&](auto params) {
       for (EpShape* shape : shapes_of(params.op)) shape->num_tokens -= fewer_tokens;
+      if (SimulatedGroup::is_low_latency(params)) {
+        params.half = op.half;
+        params.ticket = arrays.ticket(op.flight);
+      } else if (op.half == Half::kSecond) {
+        return;
+      }
       group_.launch(params, launch);
     };
-    switch (op) {
+    switch (op.kind) {
       case OpKind::kPlan: return run(arrays.plan(view));
       case OpKind::kDispatch: return run(arrays.dispatch(view));
       case OpKind::kCombine: return run(arrays.combine(view));

@@ -60,11 +60,11 @@ GroupScenario random_group(Draw& draw, int32_t num_ranks, const ScenarioLimits& 
     }
     // Also without a combine, which would order what comes after it, and over a used handle.
     using enum OpKind;
-    step.ops = draw.one_of<std::vector<OpKind>>({{kPlan, kDispatch, kCombine},
-                                                 {kPlan, kDispatch},
-                                                 {kPlan, kDispatch, kDispatch, kDispatch},
-                                                 {kPlan, kCombine, kDispatch, kCombine},
-                                                 {kPlan, kPlan}});
+    step.ops = draw.one_of<std::vector<ScenarioOp>>({{kPlan, kDispatch, kCombine},
+                                                     {kPlan, kDispatch},
+                                                     {kPlan, kDispatch, kDispatch, kDispatch},
+                                                     {kPlan, kCombine, kDispatch, kCombine},
+                                                     {kPlan, kPlan}});
     scenario.steps.push_back(step);
   }
   return scenario;
@@ -80,11 +80,11 @@ void draw_products(Draw& draw, GroupScenario& scenario) {
 }
 
 // Half of the plans are made in the dispatch that follows. Two plans become two of those.
-void make_plans_in_dispatches(std::vector<OpKind>& ops, Draw& draw) {
+void make_plans_in_dispatches(std::vector<ScenarioOp>& ops, Draw& draw) {
   using enum OpKind;
   if (draw.one_in(2)) return;
-  if (ops == std::vector{kPlan, kPlan}) ops = {kPlanDispatch, kPlanDispatch, kCombine};
-  if (ops[1] != kDispatch) return;
+  if (ops == std::vector<ScenarioOp>{kPlan, kPlan}) ops = {kPlanDispatch, kPlanDispatch, kCombine};
+  if (ops[1].kind != kDispatch) return;
   ops.erase(ops.begin());
   ops[0] = kPlanDispatch;
 }
@@ -97,12 +97,37 @@ void make_low_latency(Draw& draw, GroupScenario& scenario) {
   scenario.low_latency_tokens = draw.one_of<int64_t>({most, most, most / 2 + 1});
   for (ScenarioStep& step : scenario.steps) {
     if (step.options.row_weights || step.options.row_dots) continue;
-    step.ops = draw.one_of<std::vector<OpKind>>({{kPlanDispatch, kCombine},
-                                                 {kPlanDispatch},
-                                                 {kPlanDispatch, kCombine, kCombine},
-                                                 {kPlanDispatch, kPlanDispatch, kCombine},
-                                                 {kPlanDispatch, kDispatch, kCombine},
-                                                 {kPlan, kDispatch, kCombine}});
+    step.ops = draw.one_of<std::vector<ScenarioOp>>({{kPlanDispatch, kCombine},
+                                                     {kPlanDispatch},
+                                                     {kPlanDispatch, kCombine, kCombine},
+                                                     {kPlanDispatch, kPlanDispatch, kCombine},
+                                                     {kPlanDispatch, kDispatch, kCombine},
+                                                     {kPlan, kDispatch, kCombine}});
+  }
+}
+
+// Some steps in halves: one after the other, with others between, and two flights at a time that
+// end in either order. In two of them as much is between the halves as may be.
+void make_halves(Draw& draw, GroupScenario& scenario) {
+  using enum OpKind;
+  using enum Half;
+  const ScenarioOp start(kPlanDispatch, kFirst);
+  const ScenarioOp done(kPlanDispatch, kSecond);
+  const ScenarioOp start1(kPlanDispatch, kFirst, 1);
+  const ScenarioOp done1(kPlanDispatch, kSecond, 1);
+  const ScenarioOp back(kCombine, kFirst);
+  const ScenarioOp end(kCombine, kSecond);
+  const ScenarioOp back1(kCombine, kFirst, 1);
+  const ScenarioOp end1(kCombine, kSecond, 1);
+  for (ScenarioStep& step : scenario.steps) {
+    if (step.options.row_weights || step.options.row_dots || draw.one_in(2)) continue;
+    step.ops = draw.one_of<std::vector<ScenarioOp>>(
+        {{start, done, back, end},
+         {start, done, back, start1, end, done1},
+         {start, done, back, start1, done1, end},
+         {start, done, back, kPlanDispatch, kCombine, kPlanDispatch, end},
+         {kPlanDispatch, back, back1, end1, end},
+         {kPlanDispatch, back, back1, kCombine, kCombine, end, end1, kCombine}});
   }
 }
 
@@ -121,8 +146,15 @@ const char* name(Mishap mishap) {
                                     "the group is closed",
                                     "the group is closed while a rank waits",
                                     "the program says another rank",
+                                    "a flight is not the right one",
                                     "a rank stands still"};
   return kNames[static_cast<int>(mishap)];
+}
+
+std::string describe(const ScenarioOp& op) {
+  if (op.half == Half::kBoth) return std::string(name(op.kind));
+  return std::string(name(op.kind)) + (op.half == Half::kFirst ? "_start" : "_done") +
+         std::to_string(op.flight);
 }
 
 int32_t said_rank(const Scenario& scenario) {
@@ -177,9 +209,13 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   if (!limits.low_latency) return scenario;
   for (GroupScenario& group : scenario.groups) make_low_latency(others, group);
+  Draw halves(seed ^ 0x94d049bb133111eb);
+  for (GroupScenario& group : scenario.groups) make_halves(halves, group);
   if (others.one_in(4)) {
-    scenario.first_epoch = kClearBankEvery - 2;
-    scenario.stale_packets = kClearBankEvery + others.one_of<uint32_t>({2, 3});
+    // The next exchanges clear the banks, one each.
+    scenario.first_epoch = kClearBankEvery - 1;
+    scenario.stale_packets =
+        kClearBankEvery + uint32_t{kLowLatencyBanks} + others.one_of<uint32_t>({0, 1});
   }
   return scenario;
 }
@@ -198,7 +234,7 @@ std::string describe(const Scenario& scenario) {
       text += "\n    " + describe(step.options);
       if (step.x_format == RowFormat::kFloat8E4M3) text += "_fp8in";
       if (step.rows_format == RowFormat::kFloat8E4M3) text += "_fp8out";
-      for (const OpKind op : step.ops) text += " " + std::string(name(op));
+      for (const ScenarioOp& op : step.ops) text += " " + describe(op);
     }
   }
   return text;

@@ -13,12 +13,26 @@
 
 namespace jax_ep {
 
+// An operation of a step, or half of one: of halves with the same number, the second receives what
+// the first one sent. Calls that are no low-latency ones are in one piece: the first half is all.
+struct ScenarioOp {
+  // Not explicit: most operations are in one piece.
+  ScenarioOp(OpKind kind, Half half = Half::kBoth, int32_t flight = 0)  // NOLINT
+      : kind(kind), half(half), flight(flight) {}
+  bool operator==(const ScenarioOp&) const = default;
+
+  OpKind kind;
+  Half half;
+  int32_t flight;  // below KernelArrays::kMaxFlights
+};
+std::string describe(const ScenarioOp& op);
+
 // One problem, and the operations that are run on it, the plan first.
 struct ScenarioStep {
   ClusterOptions options;
   RowFormat x_format = RowFormat::kDType;
   RowFormat rows_format = RowFormat::kDType;
-  std::vector<OpKind> ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine};
+  std::vector<ScenarioOp> ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine};
 };
 
 // What the ranks of a group do, one step after the other.
@@ -43,6 +57,7 @@ enum class Mishap {
   kClosed,           // the group has been closed: it must not touch the heap, and leave no results
   kClosedMeanwhile,  // `rank` never runs it, and the group is closed while rank 0 waits for it
   kWrongRank,        // on `rank` the program says another one: it must send nothing as either
+  kWrongFlight,      // it is half of an exchange whose bank or ticket is not right
   kStoodStill,       // instead, rank 0 waits for `rank`, which comes while it stands still
 };
 

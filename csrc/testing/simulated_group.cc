@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "csrc/core/heap_description.h"
-#include "csrc/core/low_latency_fit.h"
 #include "csrc/device/primitives.h"
 #include "csrc/testing/simulated_kernel.h"
 
@@ -16,18 +15,10 @@ constexpr uint64_t kErrorAt = kControlBytes;
 constexpr uint64_t kLongWaitsAt = kErrorAt + 256;
 constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
 
-// Calls of few tokens, if the heaps have room for them.
-template <typename Params>
-bool is_low_latency(const Params& params) {
-  if constexpr (requires { simulated_low_latency_kernel(params); }) {
-    return fits_low_latency(params.view.layout, params.op);
-  }
-  return false;
-}
 template <typename Params>
 SimulatedKernel kernel_of(const Params& params) {
   if constexpr (requires { simulated_low_latency_kernel(params); }) {
-    if (is_low_latency(params)) return simulated_low_latency_kernel(params);
+    if (SimulatedGroup::is_low_latency(params)) return simulated_low_latency_kernel(params);
   }
   return simulated_kernel(params);
 }
@@ -37,7 +28,7 @@ void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch)
   params.call_tag = call_tag_of(params.op, launch.place);
   const bool dispatches =
       params.op.kKind == OpKind::kDispatch || params.op.kKind == OpKind::kPlanDispatch;
-  const bool has_tail = dispatches && !is_low_latency(params);
+  const bool has_tail = dispatches && !SimulatedGroup::is_low_latency(params);
   params.blocks = {.first = 0,
                    .num_main = static_cast<int32_t>(launch.blocks),
                    .num_tail = has_tail ? static_cast<int32_t>(launch.tail_blocks) : 0};
@@ -117,9 +108,15 @@ void SimulatedGroup::set_epoch(uint32_t epoch) {
       machine_.write(
           r, control(rank, control_index(channel, ChannelControl::kEpoch)), &epoch, sizeof epoch);
     }
-    for (int32_t peer = 0; peer < num_ranks_; ++peer) {
+    for (const ChannelControl seen :
+         {ChannelControl::kPeersEnded, ChannelControl::kPeersEndedSeen}) {
+      const int32_t index = control_index(Channel::kLowLatency, seen);
+      machine_.write(r, control(rank, index), &epoch, sizeof epoch);
+    }
+    const int32_t num_words = num_ranks_ * static_cast<int32_t>(kNumChannels);
+    for (int32_t i = 0; i < num_words; ++i) {
       machine_.write(
-          r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * peer, &epoch, sizeof epoch);
+          r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * i, &epoch, sizeof epoch);
     }
   }
 }

@@ -9,6 +9,7 @@
 
 #include "csrc/core/heap_layout.h"
 #include "csrc/core/kernel_params.h"
+#include "csrc/core/low_latency_fit.h"
 #include "csrc/sim/machine.h"
 #include "csrc/testing/rank_arrays.h"
 
@@ -47,6 +48,14 @@ class SimulatedGroup {
   // Threads of the blocks that it launches, and the most shared memory of one.
   static constexpr uint32_t kMaxThreads = 96;
   static uint32_t max_shared_bytes();
+  // Whether the call is a low-latency one.
+  template <typename Params>
+  static bool is_low_latency(const Params& params) {
+    if constexpr (requires { fits_low_latency(params.view.layout, params.op); }) {
+      return fits_low_latency(params.view.layout, params.op);
+    }
+    return false;
+  }
   // Bytes that a group takes of every rank's memory.
   static uint64_t memory_bytes(const HeapShape& shape);
 

@@ -17,7 +17,7 @@ from jax_ep._src.api import (
 from jax_ep._src.backends.plan import Plan
 from jax_ep._src.checks import check_call, is_array
 from jax_ep._src.compat import as_array
-from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.groups.group import EpGroup, backend_group
 from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.spec import OpSpec
 from jax_ep._src.types import CombineFlight, Dispatched, DispatchFlight, DispatchHandle
@@ -43,9 +43,12 @@ def dispatch_start(
     Finish a flight inside of the same `jax.checkpoint` in which it was started, and of the same
     `vmap`, under which the second half is the whole exchange.
 
-    On GPUs, with backend `xla`, and where `shard_map` leaves axes of the mesh to the compiler, the
-    exchange is in the first half yet: nothing overlaps. There a flight holds results, of which
-    nothing goes stale, and any number may be open.
+    On GPUs it is the exchanges of the low-latency kernels that are in halves (see
+    `EpConfig.low_latency_tokens`): between them no SM is held. There at most three other ones of
+    them may begin while a flight is open; the fourth is an error that names the flight. All other
+    exchanges on GPUs, those of backend `xla`, and those where `shard_map` leaves axes of the mesh
+    to the compiler, are in the first half: nothing overlaps. There a flight holds results, of
+    which nothing goes stale, and any number may be open.
 
     Args:
         x: tokens, as `dispatch` takes them: `[T, H]` of `config.dtype`, or a `QuantizedRows`.
@@ -74,7 +77,9 @@ def begin_dispatch(
     )
     of_group = _of_group(group)
     with jax.named_scope("jax_ep.dispatch_start"):
-        if not _in_two(group):
+        quantized = isinstance(x, QuantizedRows)
+        possible = backend_group(group).dispatches_in_halves(topk_idx.shape[0], quantized=quantized)
+        if not _in_two(group, possible):
             whole = dispatch(x, topk_idx, topk_weights, group=group)
             return DispatchFlight(dispatched=whole, **of_group)
         spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
@@ -90,7 +95,7 @@ def dispatch_done(flight: DispatchFlight, after: Any = None, *, group: EpGroup) 
 
     Args:
         flight: from `dispatch_start` of the same group. Used before, or not by all ranks the same,
-            it is an error when the program runs, which names it (backend `ffi` on CPU).
+            it is an error when the program runs, which names it (backend `ffi`).
         after: any pytree of arrays, such as the outputs of shared experts. They are computed
             first; it has no gradient. None: this half may run as soon as the first one has.
         group: an open `EpGroup`.
@@ -147,7 +152,8 @@ def combine_start(
     y, weights, spec = checked_rows(y, handle, weights, group=group, operation="combine_start")
     of_group = _of_group(group)
     with jax.named_scope("jax_ep.combine_start"):
-        if not _in_two(group):
+        possible = backend_group(group).combines_in_halves(handle.topk_idx.shape[0])
+        if not _in_two(group, possible):
             return CombineFlight(out=combine(y, handle, weights, group=group), **of_group)
         ticket = backend_of(group.backend).combine_start(spec, y, weights, Plan.of(handle))
     return CombineFlight(ticket=ticket, y=y, weights=weights, handle=handle, **of_group)
@@ -184,19 +190,14 @@ def combine_done(flight: CombineFlight, after: Any = None, *, group: EpGroup) ->
         )
 
 
-def _has_halves(group: EpGroup) -> bool:
-    """Whether the group's exchanges can be in two pieces."""
-    return group.backend == "ffi" and group.platform == "cpu"
-
-
-def _in_two(group: EpGroup) -> bool:
-    """Whether an exchange here is in two pieces; else the first half does it all.
+def _in_two(group: EpGroup, possible: bool) -> bool:
+    """Whether an exchange that may be in two pieces is; else the first half does it all.
 
     XLA compiles no first half where it has to partition along axes that are not manual: it has a
     side effect.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return _has_halves(group) and set(mesh.axis_names) == set(mesh.manual_axes)
+    return possible and set(mesh.axis_names) == set(mesh.manual_axes)
 
 
 def _of_group(group: EpGroup) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def _check_flight(flight: Any, kind: type, group: EpGroup) -> None:
             f"flight is of a {start} with {flight.num_ranks} ranks and {flight.config}; allowed: "
             f"one of this group, with {group.num_ranks} ranks and {group.config}"
         )
-    if flight.ticket is not None and not _has_halves(group):
+    if flight.ticket is not None and group.backend != "ffi":
         raise ValueError(
             f"flight is of a {start} by another backend; this group's is {group.backend!r} on "
             f"{group.platform}"

@@ -86,7 +86,7 @@ class DispatchFlight:
     Treat it as opaque: of what is here, a backend keeps what it needs.
 
     Attributes:
-        ticket: `[2]` uint32, the flight's number; only of the `ffi` backend on CPU.
+        ticket: `[2]` uint32, the flight's number; only where the exchange is in two operations.
         x: `[T, H]`, what is sent; likewise.
         topk_idx: `[T, K]` int32; likewise.
         topk_weights: `[T, K]` float32, or None; likewise.
@@ -114,7 +114,7 @@ class CombineFlight:
     Treat it as opaque: of what is here, a backend keeps what it needs.
 
     Attributes:
-        ticket: `[2]` uint32, the flight's number; only of the `ffi` backend on CPU.
+        ticket: `[2]` uint32, the flight's number; only where the exchange is in two operations.
         y: `[C, H]`, what is sent; likewise.
         weights: float32, `[C]` or `[C, K]`, or None; likewise.
         handle: of the dispatch; likewise.

@@ -21,6 +21,17 @@ RESULTS["plan_dispatch"] = (
     *RESULTS["plan"], *(name for name in RESULTS["dispatch"] if name != "row_dots"),
 )  # fmt: skip
 OPERATIONS = tuple(RESULTS)
+# Half -> the operation that it is half of.
+HALVES = {
+    "dispatch_start": "plan_dispatch",
+    "dispatch_done": "plan_dispatch",
+    "combine_start": "combine",
+    "combine_done": "combine",
+}
+RESULTS |= {
+    half: ("ticket",) if half.endswith("_start") else RESULTS[whole]
+    for half, whole in HALVES.items()
+}
 DTYPES = ("float32", "bfloat16", "float16")  # in the order in which they are numbered
 
 
@@ -107,11 +118,25 @@ def _buffers_of_one(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
 
 def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
     """The arrays of a call, by name, in the order in which the handler takes them."""
+    if operation in HALVES:
+        return _buffers_of_half(operation, sizes)
     if operation != "plan_dispatch":
         return _buffers_of_one(operation, sizes)
     both = _buffers_of_one("dispatch", sizes) | _buffers_of_one("plan", sizes)
     operands = ("program_rank", "x", "x_scales", "token_scalars", "topk_idx")
     return {name: both[name] for name in (*operands, *RESULTS[operation])}
+
+
+def _buffers_of_half(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
+    """The operands of the whole; of a second half the ticket, an array after that, and results."""
+    whole = HALVES[operation]
+    arrays = buffers(whole, sizes)
+    operands = {name: array for name, array in arrays.items() if name not in RESULTS[whole]}
+    ticket = {"ticket": np.zeros(2, np.uint32)}
+    if operation.endswith("_start"):
+        return operands | ticket
+    after = {"after": np.zeros(3, np.float16)}
+    return operands | ticket | after | {name: arrays[name] for name in RESULTS[whole]}
 
 
 def call(
@@ -133,6 +158,8 @@ def call(
             "wire": np.int32(sizes.x_dtype is not None or sizes.rows_dtype is not None),
             "zero_fill": np.bool_(True),
         }
+    if operation == "dispatch_start":
+        all_attributes["recv_capacity"] = np.int64(sizes.recv_capacity)
     all_attributes |= {
         name.replace("ep_", "ep.", 1) if name.startswith("ep_") else name: value
         for name, value in attributes.items()

@@ -62,6 +62,15 @@ class FakeCuda:
         element = 4 if shape.dtype == 0 else 2
         return math.prod((shape.num_ranks, shape.max_tokens, shape.hidden, element))
 
+    def dispatch_is_low_latency(
+        self, shape: HeapShape, *, num_tokens: int, fp8_x: bool, fp8_rows: bool
+    ) -> bool:
+        del fp8_x, fp8_rows
+        return 0 < num_tokens <= shape.low_latency_tokens
+
+    def combine_is_low_latency(self, shape: HeapShape, *, num_tokens: int) -> bool:
+        return 0 < num_tokens <= shape.low_latency_tokens
+
     def heap_regions(self, shape: HeapShape) -> list[tuple]:
         return [(*REGIONS, 0, self.heap_bytes(shape))]
 

@@ -32,8 +32,8 @@ _WORDS = "cudaMalloc: 32768 bytes"  # kWordsAtOnce times kControlBytes
 
 # Name in NumPy -> XLA_FFI_DataType.
 _DTYPES = {
-    "bool": 1, "int32": 4, "int64": 5, "uint16": 7, "float16": 10, "float32": 11, "bfloat16": 16,
-    "float8_e4m3fn": 20,
+    "bool": 1, "int32": 4, "int64": 5, "uint16": 7, "uint32": 8, "float16": 10, "float32": 11,
+    "bfloat16": 16, "float8_e4m3fn": 20,
 }  # fmt: skip
 
 

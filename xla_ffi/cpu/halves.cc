@@ -16,7 +16,7 @@ namespace jax_ep {
 namespace {
 
 // A flight's number, in two words: JAX has no integers of 64 bits by default.
-constexpr int64_t kTicketWords = 2;
+static_assert(kTicketWords == 2);
 
 FlightNumber read_ticket(const uint32_t* words) {
   return FlightNumber{words[1]} << 32 | FlightNumber{words[0]};

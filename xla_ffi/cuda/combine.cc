@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/core/heap_fit.h"
 #include "csrc/core/low_latency_fit.h"
-#include "csrc/core/row_alignment.h"
 #include "csrc/launch/launch.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/rank_call.h"
@@ -21,14 +19,11 @@ ffi::Error combine(cudaStream_t stream,
   const CombineOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
-  JAX_EP_FAIL_IF_ERROR(check_rows_fit(call.heap(), op.hidden, op.dtype, Wire::kSame));
-  const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
-  JAX_EP_FAIL_IF_ERROR(check_rows_aligned("y", op.y, op.shape.recv_capacity, row_bytes));
-  JAX_EP_FAIL_IF_ERROR(check_rows_aligned("out", op.out, op.shape.num_tokens, row_bytes));
+  JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op));
   if (fits_low_latency(call.rank->view().layout, op)) {
-    return launch_low_latency(call, arguments, row_bytes, launch_low_latency_combine);
+    return launch_low_latency(call, arguments, launch_low_latency_combine);
   }
-  return launch(call, arguments, row_bytes, launch_combine);
+  return launch(call, arguments, row_bytes_of(op), launch_combine);
 }
 
 }  // namespace

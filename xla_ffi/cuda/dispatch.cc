@@ -22,7 +22,7 @@ ffi::Error dispatch(cudaStream_t stream,
   const DispatchOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
-  JAX_EP_FAIL_IF_ERROR(check_dispatched_rows(call.heap(), op));
+  JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op));
   return launch(call, arguments, op.hidden * size_bytes(op.dtype), launch_dispatch);
 }
 

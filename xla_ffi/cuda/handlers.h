@@ -17,6 +17,14 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_dispatch_cuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_combine_cuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_plan_dispatch_cuda);
 
+// The halves of a low-latency exchange. Operands and results: of a first half see
+// read_dispatch_start and read_combine_start; a second one has the operands of the whole, the
+// ticket, and arrays that it comes after, which nobody reads.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_dispatch_start_cuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_dispatch_done_cuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_combine_start_cuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_ep_combine_done_cuda);
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_XLA_FFI_CUDA_HANDLERS_H_

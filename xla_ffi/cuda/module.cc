@@ -21,6 +21,7 @@
 
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_description.h"
+#include "csrc/core/low_latency_fit.h"
 #include "csrc/core/shape_check.h"
 #include "csrc/core/wait_times.h"
 #include "csrc/launch/launch.h"
@@ -214,6 +215,56 @@ void define_heap_shape(nb::module_& m) {
         "(name, shape, holds, offset, bytes) of each region of the heap. Needs no GPU.");
 }
 
+EpShape call_shape(const HeapShape& shape, int64_t num_tokens) {
+  return {.num_ranks = shape.num_ranks,
+          .num_experts = shape.num_experts,
+          .num_topk = shape.num_topk,
+          .num_tokens = num_tokens,
+          .layout = shape.layout};
+}
+
+// Whether calls of the group with so many tokens on each rank are low-latency ones.
+bool dispatch_is_low_latency(const HeapShape& shape,
+                             int64_t num_tokens,
+                             bool fp8_x,
+                             bool fp8_rows) {
+  PlanDispatchOp op{};
+  op.plan.shape = call_shape(shape, num_tokens);
+  op.dispatch.shape = op.plan.shape;
+  op.dispatch.hidden = shape.hidden;
+  op.dispatch.dtype = shape.dtype;
+  op.dispatch.wire = shape.wire;
+  op.dispatch.x_format = fp8_x ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
+  op.dispatch.rows_format = fp8_rows ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
+  return fits_low_latency(make_heap_layout(shape), op);
+}
+bool combine_is_low_latency(const HeapShape& shape, int64_t num_tokens) {
+  CombineOp op{};
+  op.shape = call_shape(shape, num_tokens);
+  op.hidden = shape.hidden;
+  op.dtype = shape.dtype;
+  return fits_low_latency(make_heap_layout(shape), op);
+}
+
+void define_low_latency(nb::module_& m) {
+  m.def(
+      "dispatch_is_low_latency",
+      &dispatch_is_low_latency,
+      nb::arg("shape"),
+      nb::kw_only(),
+      nb::arg("num_tokens"),
+      nb::arg("fp8_x"),
+      nb::arg("fp8_rows"),
+      "Whether a dispatch of so many tokens on each rank, quantized or not on the way in or out,\n"
+      "is done by the low-latency kernels, which can do it in halves. Needs no GPU.");
+  m.def("combine_is_low_latency",
+        &combine_is_low_latency,
+        nb::arg("shape"),
+        nb::kw_only(),
+        nb::arg("num_tokens"),
+        "The same of a combine.");
+}
+
 void define_groups(nb::module_& m) {
   m.def(
       "create_group",
@@ -301,6 +352,10 @@ NB_MODULE(_cuda, m) {
         targets["jax_ep_dispatch"] = cuda_target(jax_ep_dispatch_cuda);
         targets["jax_ep_combine"] = cuda_target(jax_ep_combine_cuda);
         targets["jax_ep_plan_dispatch"] = cuda_target(jax_ep_plan_dispatch_cuda);
+        targets["jax_ep_dispatch_start"] = cuda_target(jax_ep_dispatch_start_cuda);
+        targets["jax_ep_dispatch_done"] = cuda_target(jax_ep_dispatch_done_cuda);
+        targets["jax_ep_combine_start"] = cuda_target(jax_ep_combine_start_cuda);
+        targets["jax_ep_combine_done"] = cuda_target(jax_ep_combine_done_cuda);
         return targets;
       },
       "FFI target name -> stages, for jax.ffi.register_ffi_target(..., platform='CUDA').");
@@ -316,6 +371,7 @@ NB_MODULE(_cuda, m) {
       "What the kernels were compiled for (architectures, as CMake names them), with which CUDA,\n"
       "and how many bytes of shared memory a block takes at most. Needs no GPU.");
   define_heap_shape(m);
+  define_low_latency(m);
   define_groups(m);
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

@@ -24,10 +24,10 @@ ffi::Error plan_dispatch(cudaStream_t stream,
   const PlanDispatchOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, shape_of(op), call));
-  JAX_EP_FAIL_IF_ERROR(check_dispatched_rows(call.heap(), op.dispatch));
-  const int64_t row_bytes = op.dispatch.hidden * size_bytes(op.dispatch.dtype);
+  JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op.dispatch));
+  const int64_t row_bytes = row_bytes_of(op);
   if (fits_low_latency(call.rank->view().layout, op)) {
-    return launch_low_latency(call, arguments, row_bytes, launch_low_latency_dispatch);
+    return launch_low_latency(call, arguments, launch_low_latency_dispatch);
   }
   if (plan_fits_in_dispatch(shape_of(op))) {
     return launch(call, arguments, row_bytes, launch_plan_dispatch);

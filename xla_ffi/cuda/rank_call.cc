@@ -15,7 +15,7 @@ Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall
   return check_fits(call.heap(), shape);
 }
 
-Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op) {
+Status check_rows(const HeapShape& heap, const DispatchOp& op) {
   JAX_EP_RETURN_IF_ERROR(check_rows_fit(heap, op.hidden, op.dtype, op.wire));
   const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
   const int64_t min_bytes = op.wire == Wire::kFloat8E4M3 ? op.hidden : row_bytes;
@@ -24,6 +24,13 @@ Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op) {
     JAX_EP_RETURN_IF_ERROR(check_rows_aligned("y", op.y, op.shape.recv_capacity, row_bytes));
   }
   return check_rows_aligned("rows", op.rows, op.shape.recv_capacity, min_bytes);
+}
+
+Status check_rows(const HeapShape& heap, const CombineOp& op) {
+  JAX_EP_RETURN_IF_ERROR(check_rows_fit(heap, op.hidden, op.dtype, Wire::kSame));
+  const int64_t row_bytes = row_bytes_of(op);
+  JAX_EP_RETURN_IF_ERROR(check_rows_aligned("y", op.y, op.shape.recv_capacity, row_bytes));
+  return check_rows_aligned("out", op.out, op.shape.num_tokens, row_bytes);
 }
 
 }  // namespace jax_ep

@@ -24,6 +24,8 @@ struct RankCall {
   int32_t device = 0;  // its ordinal
   cudaStream_t stream = nullptr;
   uint32_t place = 0;  // see call_tag
+  Half half = Half::kBoth;
+  uint32_t* ticket = nullptr;  // of half an exchange
   std::shared_ptr<CudaGroup> group = nullptr;
   const RankContext* rank = nullptr;
 
@@ -46,8 +48,16 @@ inline auto bind_call() {
 // call does not fit the group's heap.
 Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall& call);
 
-// InvalidArgument unless the rows of a dispatch fit the heap, and are aligned as its kernels need.
-Status check_dispatched_rows(const HeapShape& heap, const DispatchOp& op);
+// InvalidArgument unless the rows of an operation fit the heap, and are aligned as its kernels
+// need. A first half has no results.
+Status check_rows(const HeapShape& heap, const DispatchOp& op);
+Status check_rows(const HeapShape& heap, const CombineOp& op);
+
+// Bytes of a row of the operation, in its dtype.
+inline int64_t row_bytes_of(const PlanDispatchOp& op) {
+  return op.dispatch.hidden * size_bytes(op.dispatch.dtype);
+}
+inline int64_t row_bytes_of(const CombineOp& op) { return op.hidden * size_bytes(op.dtype); }
 
 template <typename Op>
 using LaunchKernel = cudaError_t (*)(const KernelParams<Op>&, const LaunchShape&, cudaStream_t);
@@ -62,6 +72,8 @@ ffi::Error launch(const RankCall& call,
   const KernelParams<Op> params{.view = call.rank->view(),
                                 .call_tag = call_tag_of(arguments.op, call.place),
                                 .program_rank = arguments.program_rank,
+                                .half = call.half,
+                                .ticket = call.ticket,
                                 .op = arguments.op};
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
@@ -86,10 +98,9 @@ ffi::Error launch(const RankCall& call,
 template <typename Op>
 ffi::Error launch_low_latency(const RankCall& call,
                               const OpArguments<Op>& arguments,
-                              int64_t row_bytes,
                               LaunchKernel<Op> launch_kernel) {
   const LaunchShape shape = low_latency_launch_shape(
-      Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget());
+      Op::kKind, shape_of(arguments.op), row_bytes_of(arguments.op), call.rank->sm_budget());
   return launch(call, arguments, shape, launch_kernel, true);
 }
 

@@ -46,9 +46,20 @@ TEST(Flags, TellExchangesApart) {
   for (const uint32_t epoch : {0U, 1U, 0x7FFF'FFFFU, 0x8000'0000U, kLast}) {
     EXPECT_NE(packet_flag(epoch), 0);
     EXPECT_NE(packet_flag(epoch), packet_flag(epoch + 1));
-    EXPECT_NE(bank_of_epoch(epoch), bank_of_epoch(epoch + 1));
+    for (uint32_t later = 1; later < uint32_t{kLowLatencyBanks}; ++later) {
+      EXPECT_NE(bank_of_epoch(epoch), bank_of_epoch(epoch + later));
+    }
+    EXPECT_EQ(bank_of_epoch(epoch), bank_of_epoch(epoch + static_cast<uint32_t>(kLowLatencyBanks)));
     // What the bank held before.
     EXPECT_NE(packet_flag(epoch), packet_flag(epoch - static_cast<uint32_t>(kLowLatencyBanks)));
+  }
+}
+
+// Call tags have 24 bits, and 0 is one of them.
+TEST(Flights, AreOpenWhateverTheirCall) {
+  for (const uint32_t tag : {0U, 1U, 0xFF'FFFFU}) {
+    EXPECT_NE(open_flight(tag), 0);
+    EXPECT_EQ(call_tag_of_flight(open_flight(tag)), tag);
   }
 }
 
@@ -58,10 +69,10 @@ TEST(Flags, EachBankIsClearedBeforeTheyBeginAnew) {
   for (uint32_t epoch = 5 * kClearBankEvery - 4; epoch != 5 * kClearBankEvery + 4; ++epoch) {
     if (clears_bank(epoch)) cleared |= 1U << bank_of_epoch(epoch);
   }
-  EXPECT_EQ(cleared, 0b11);
+  EXPECT_EQ(cleared, 0b1111);
   EXPECT_EQ(uint64_t{1} << 31, uint64_t{kClearBankEvery} * 128);
   EXPECT_FALSE(clears_bank(kClearBankEvery - 1));
-  EXPECT_FALSE(clears_bank(kClearBankEvery + 2));
+  EXPECT_FALSE(clears_bank(kClearBankEvery + static_cast<uint32_t>(kLowLatencyBanks)));
 }
 
 TEST(Heap, HasRoomForLowLatencyExchangesIfItIsAsked) {
@@ -75,7 +86,7 @@ TEST(Heap, HasRoomForLowLatencyExchangesIfItIsAsked) {
   shape.low_latency_tokens = 128;
   const HeapLayout layout = make_heap_layout(shape);
   const int64_t packets = 128 * 1195 + ceil_div(128 * 8, 6) + ceil_div(128 * 8, 3);
-  EXPECT_NEAR(layout.total_bytes - without, 2 * 8 * 16 * packets, 3 * 256);
+  EXPECT_NEAR(layout.total_bytes - without, kLowLatencyBanks * 8 * 16 * packets, 3 * 256);
 }
 
 HeapLayout heap_for(int64_t low_latency_tokens) {

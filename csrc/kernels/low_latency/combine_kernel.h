@@ -2,7 +2,7 @@
 // A low-latency combine: all warps sum the rows that this rank holds of other ranks' tokens and
 // send the sums, then they sum what the ranks have sent for this rank's own tokens, in ascending
 // order of the ranks. A warp does a segment of a token at a time. The order of all sums, and where
-// they are rounded, is that of the high-throughput combine.
+// they are rounded, is that of the high-throughput combine. In halves, the first one sends.
 #ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_COMBINE_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_LOW_LATENCY_COMBINE_KERNEL_H_
 
@@ -12,6 +12,7 @@
 #include "csrc/device/token_selections.h"
 #include "csrc/kernels/high_throughput/combine_expert_layout.h"
 #include "csrc/kernels/high_throughput/combine_rank_layout.h"
+#include "csrc/kernels/low_latency/low_latency_exchange.h"
 #include "csrc/kernels/low_latency/packets.h"
 
 namespace jax_ep::dev {
@@ -37,7 +38,8 @@ struct LowLatencyCombineContext {
   JAX_EP_DEVICE explicit LowLatencyCombineContext(const CombineParams& params)
       : params(params),
         shape(params.op.shape),
-        exchange(exchange_of(params, Channel::kLowLatency)),
+        half(params),
+        exchange(low_latency_exchange_of(params)),
         row_bytes(params.op.hidden * kElementBytes),
         segments(params.op.hidden, Config::kSegmentBytes / kElementBytes),
         rank(params.view.rank),
@@ -54,6 +56,7 @@ struct LowLatencyCombineContext {
 
   const CombineParams& params;
   const EpShape& shape;
+  const ExchangeHalf half;
   const Exchange exchange;
   const i64 row_bytes;
   const Segments segments;
@@ -72,10 +75,10 @@ class LowLatencyCombineKernel {
 
   JAX_EP_DEVICE void run() {
     if (c_.exchange.closed()) return leave_no_results();
-    send();
-    if (waits_for_exchange(this_warp(), num_warps())) wait_for_exchange(c_.exchange);
-    receive();
-    finish_exchange(c_.exchange);
+    c_.half.announce(c_.exchange, this_warp(), num_warps());
+    if (c_.half.sends()) send();
+    if (c_.half.receives()) receive();
+    c_.half.finish(c_.exchange);
   }
 
  private:
@@ -109,7 +112,7 @@ class LowLatencyCombineKernel {
   // Read y, weights, row_topk_idx, source_slot. Write the owners' packets.
 
   JAX_EP_DEVICE void send() {
-    if (announces_exchange(this_warp(), num_warps())) announce_exchange(c_.exchange);
+    c_.half.wait_until_bank_is_free(c_.exchange);
     const i32 others = c_.num_ranks - 1;
     const i32 units = static_cast<i32>(c_.shape.num_tokens) * others * c_.segments.count;
     for (i32 unit = this_warp(); unit < units; unit += num_warps()) {
@@ -171,6 +174,7 @@ class LowLatencyCombineKernel {
   // Read this rank's packets, topk_idx, slot, and of its own tokens what is read above. Write out.
 
   JAX_EP_DEVICE void receive() {
+    c_.half.wait_for_peers(c_.exchange, this_warp(), num_warps());
     const i32 units = static_cast<i32>(c_.shape.num_tokens) * c_.segments.count;
     for (i32 unit = this_warp(); unit < units; unit += num_warps()) {
       const i64 token = unit / c_.segments.count;
@@ -286,8 +290,12 @@ class LowLatencyCombineKernel {
   }
 
   JAX_EP_DEVICE void leave_no_results() const {
-    c_.exchange.poison(static_cast<typename RowType::Element*>(c_.params.op.out),
-                       c_.shape.num_tokens * c_.params.op.hidden);
+    if (c_.half.receives()) {
+      c_.exchange.poison(static_cast<typename RowType::Element*>(c_.params.op.out),
+                         c_.shape.num_tokens * c_.params.op.hidden);
+    } else {
+      c_.half.poison_ticket(c_.exchange);
+    }
     c_.exchange.report_closed();
   }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Waiting for packets, and what is in them.
+// Packets on their way: waiting for them, and what is in them.
 #ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_
 #define JAX_EP_CSRC_KERNELS_LOW_LATENCY_PACKETS_H_
 
@@ -165,51 +165,6 @@ JAX_EP_DEVICE void receive_words(const Exchange& exchange,
       }
     }
   }
-}
-
-// --- the end
-// ---------------------------------------------------------------------------------------
-
-// All lanes of the last warp: once in a while, see low_latency_protocol.h. What this rank has read
-// nobody will store to before it begins the next exchange.
-JAX_EP_DEVICE void clear_bank(const RankView& view, u32 epoch) {
-  const auto clear = [&](Ptr<Packet> of_first_source, i64 packets_per_source) {
-    const i64 count = packets_per_source * view.num_ranks;
-    for (i64 i = lane_id(); i < count; i += kWarpSize) st_packet(of_first_source + i, Packet{});
-  };
-  const HeapLayout& layout = view.layout;
-  clear(expert_packets(view, view.rank, epoch, 0), layout.expert_packets);
-  clear(scalar_packets(view, view.rank, epoch, 0), layout.scalar_packets);
-  clear(row_packets(view, view.rank, epoch, 0, 0), layout.low_latency_tokens * layout.row_packets);
-}
-
-// Each bank has a flag: a peer may begin the next exchange before all warps have seen this one's.
-JAX_EP_DEVICE i32 flag_of_exchange(const Exchange& exchange) {
-  return static_cast<i32>(bank_of_epoch(exchange.epoch()));
-}
-// Of the warps of a rank: who tells the peers, and who waits for them. Neither is one that sends
-// the first packets of the routing, for which all wait.
-JAX_EP_DEVICE bool announces_exchange(i32 warp, i32 num_warps) { return warp + 2 == num_warps; }
-JAX_EP_DEVICE bool waits_for_exchange(i32 warp, i32 num_warps) { return warp + 1 == num_warps; }
-
-// All lanes of a warp, first thing: begins the exchange for the peers, and tells them that this
-// rank has ended the one before.
-JAX_EP_DEVICE void announce_exchange(const Exchange& exchange) {
-  exchange.signal_arrived(flag_of_exchange(exchange));
-}
-// All lanes of a warp: all peers have begun it, with the same call. Who reads packets need not
-// know; who sends those of the next exchange must.
-JAX_EP_DEVICE void wait_for_exchange(const Exchange& exchange) {
-  share_out_peers(exchange.view(), [&exchange](i32 source) {
-    exchange.wait_arrived(source, flag_of_exchange(exchange));
-  });
-  warp_sync();
-}
-// All threads, last thing.
-JAX_EP_DEVICE void finish_exchange(const Exchange& exchange) {
-  exchange.finish([&exchange] {
-    if (clears_bank(exchange.epoch())) clear_bank(exchange.view(), exchange.epoch());
-  });
 }
 
 }  // namespace jax_ep::dev

@@ -95,7 +95,6 @@ class RoutingPlan {
       c_.tables.cursor(bin) = 0;
     }
     warp_sync();
-    if (waits_for_exchange(c_.warp, c_.num_warps)) wait_for_exchange(c_.exchange);
     for (i32 first = first_; first < last_; first += c_.run_tokens) {
       const Selected selected = selected_of(first);
       layout_.count(c_.selection_of(selected.expert));

@@ -185,9 +185,47 @@ TEST(LowLatency, APacketIsNotTakenForOneOfTheSameFlag) {
   for (const uint32_t exchange : {1, 2, 3, 4}) {
     Scenario scenario{
         .groups = {{.max_tokens = 6, .low_latency_tokens = 6, .steps = {small, large}}}};
-    scenario.first_epoch = kClearBankEvery - 3;
+    scenario.first_epoch = kClearBankEvery - 1;
     scenario.stale_packets = scenario.first_epoch + 4 + exchange;
     expect_ok(scenario);
+  }
+}
+
+// A first half waits for nobody: ranks end it though one never comes to it.
+TEST(LowLatency, AFirstHalfWaitsForNobody) {
+  using enum OpKind;
+  const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 5};
+  for (const OpKind op : {kPlanDispatch, kCombine}) {
+    ScenarioStep step = step_of(shape, 16, DType::kBFloat16);
+    step.ops = {kPlanDispatch, kCombine, {op, Half::kFirst}};
+    Scenario scenario = alone(step);
+    scenario.mishap = Mishap::kMissing;
+    expect_ok(scenario);
+  }
+}
+
+// Two batches by turns, as a model that overlaps them has it: a flight of each is always open.
+TEST(LowLatency, TwoFlightsByTurns) {
+  using enum OpKind;
+  using enum Half;
+  const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 3, .num_tokens = 4};
+  ScenarioStep step = step_of(shape, 24, DType::kBFloat16);
+  step.ops = {{kPlanDispatch, kFirst, 0}, {kPlanDispatch, kSecond, 0}};
+  for (int layer = 0; layer < 4; ++layer) {
+    step.ops.insert(step.ops.end(),
+                    {{kPlanDispatch, kFirst, 1},
+                     {kCombine, kFirst, 0},
+                     {kPlanDispatch, kSecond, 1},
+                     {kCombine, kSecond, 0},
+                     {kPlanDispatch, kFirst, 0},
+                     {kCombine, kFirst, 1},
+                     {kPlanDispatch, kSecond, 0},
+                     {kCombine, kSecond, 1}});
+  }
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
+    Scenario scenario = alone(step);
+    scenario.first_epoch = 0xFFFF'FFF0;
+    expect_ok(scenario, seed);
   }
 }
 

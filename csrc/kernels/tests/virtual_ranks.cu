@@ -163,7 +163,7 @@ LaunchShape low_latency_launch_of(OpKind op, const ClusterOptions& options, cons
 
 // --- scenarios -----------------------------------------------------------------------------------
 
-cudaError_t launch_op(OpKind op,
+cudaError_t launch_op(const ScenarioOp& op,
                       const RankArrays& arrays,
                       const RankView& view,
                       const ScenarioStep& step,
@@ -171,27 +171,32 @@ cudaError_t launch_op(OpKind op,
                       cudaStream_t stream) {
   const auto blocks = static_cast<int32_t>(scenario.blocks);
   const SmBudget sms{.available = blocks, .requested = blocks};
-  LaunchShape shape = launch_of(op, step.options, sms);
-  LaunchShape low_latency_shape = low_latency_launch_of(op, step.options, sms);
+  LaunchShape shape = launch_of(op.kind, step.options, sms);
+  LaunchShape low_latency_shape = low_latency_launch_of(op.kind, step.options, sms);
   low_latency_shape.num_blocks = blocks;
   const auto tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
-  switch (op) {
+  const auto in_halves = [&](auto& params) {
+    if (!fits_low_latency(view.layout, params.op)) return false;
+    params.half = op.half;
+    params.ticket = arrays.ticket(op.flight);
+    return true;
+  };
+  const bool did_all = op.half == Half::kSecond;  // its first half, of what is in one piece
+  switch (op.kind) {
     case OpKind::kPlan: return launch_plan(arrays.plan(view), shape, stream);
     case OpKind::kDispatch:
       shape.num_tail_blocks = tail_blocks;
       return launch_dispatch(arrays.dispatch(view), shape, stream);
     case OpKind::kCombine: {
-      const CombineParams params = arrays.combine(view);
-      if (fits_low_latency(view.layout, params.op))
-        return launch_low_latency_combine(params, low_latency_shape, stream);
-      return launch_combine(params, shape, stream);
+      CombineParams params = arrays.combine(view);
+      if (in_halves(params)) return launch_low_latency_combine(params, low_latency_shape, stream);
+      return did_all ? cudaSuccess : launch_combine(params, shape, stream);
     }
     case OpKind::kPlanDispatch: {
-      const PlanDispatchParams params = arrays.plan_dispatch(view);
-      if (fits_low_latency(view.layout, params.op))
-        return launch_low_latency_dispatch(params, low_latency_shape, stream);
+      PlanDispatchParams params = arrays.plan_dispatch(view);
+      if (in_halves(params)) return launch_low_latency_dispatch(params, low_latency_shape, stream);
       shape.num_tail_blocks = tail_blocks;
-      return launch_plan_dispatch(params, shape, stream);
+      return did_all ? cudaSuccess : launch_plan_dispatch(params, shape, stream);
     }
   }
   return cudaErrorInvalidValue;
@@ -211,15 +216,14 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
   }
   ranks.synchronize_uploads();
   const int32_t absent = step.options.absent_rank;
-  for (const OpKind op : step.ops) {
+  for (const ScenarioOp& op : step.ops) {
     for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
       if (rank == absent) continue;
       const RankArrays& mine = arrays[static_cast<size_t>(rank)];
       RankView view = ranks.view(rank);
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
-      check(launch_op(op, mine, view, step, scenario, ranks.stream(rank)),
-            std::string(name(op)).c_str());
+      check(launch_op(op, mine, view, step, scenario, ranks.stream(rank)), describe(op).c_str());
     }
   }
   ranks.synchronize();
@@ -227,8 +231,9 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
     if (rank == absent) continue;
     const RankArrays& mine = arrays[static_cast<size_t>(rank)];
     std::string error;
-    for (const OpKind op : step.ops) {
+    for (const ScenarioOp& of_step : step.ops) {
       if (!error.empty()) break;
+      const OpKind op = of_step.kind;
       const bool both = op == OpKind::kPlanDispatch;
       if (op == OpKind::kPlan || both) error = mine.check_plan(memory);
       if ((op == OpKind::kDispatch || both) && error.empty()) error = mine.check_dispatch(memory);

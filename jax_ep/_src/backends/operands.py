@@ -107,8 +107,9 @@ class DispatchDoneOperands(NamedTuple):
     """The second half of a `PlanDispatchOperands`.
 
     Attributes:
-        sent: those of the first half. Nothing reads them but derivatives and transformations: the
-            rows are taken from where the first half has put them.
+        sent: those of the first half. On CPU nothing reads them but derivatives and
+            transformations: the rows are taken from where the first half has put them. On GPUs
+            those are read that stay on their rank.
         ticket: what the first half gave.
         after: arrays that are to be there first.
     """

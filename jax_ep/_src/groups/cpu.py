@@ -74,6 +74,16 @@ class CpuGroup:
             root=root,
         )
 
+    def dispatches_in_halves(self, num_tokens: int, *, quantized: bool) -> bool:
+        """Yes."""
+        del num_tokens, quantized
+        return True
+
+    def combines_in_halves(self, num_tokens: int) -> bool:
+        """Yes."""
+        del num_tokens
+        return True
+
     def close(self) -> None:
         """Calls that come later fail."""
         self._module.close_group(self.group_id)

@@ -167,6 +167,7 @@ class CudaGroup:
         ranks = placements(parameters.mesh, parameters.axis_names)
         self._local_ranks = [rank for rank in ranks if rank.process == jax.process_index()]
         heap = self._module.HeapShape(**_heap_shape(parameters.config, parameters.num_ranks))
+        self._heap = heap
         self.heap_bytes: int = self._module.heap_bytes(heap)
         self.group_id = agreement.group_id
         self._bootstrap = agreement.bootstrap
@@ -261,6 +262,17 @@ class CudaGroup:
     def health(self) -> EpHealth:
         """Whom the ranks of this process wait for."""
         return self._watch.health(self._name)
+
+    def dispatches_in_halves(self, num_tokens: int, *, quantized: bool) -> bool:
+        """Those that the low-latency kernels serve."""
+        fp8_rows = self._parameters.config.recv_dtype is not None
+        return self._module.dispatch_is_low_latency(
+            self._heap, num_tokens=num_tokens, fp8_x=quantized, fp8_rows=fp8_rows
+        )
+
+    def combines_in_halves(self, num_tokens: int) -> bool:
+        """Those that the low-latency kernels serve."""
+        return self._module.combine_is_low_latency(self._heap, num_tokens=num_tokens)
 
     def close(self, limit: float = _CLOSE_S, kernels_limit: float = math.inf) -> None:
         """Gives the memory back, once no peer maps it any more.

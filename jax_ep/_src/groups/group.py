@@ -17,7 +17,7 @@ from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed
 from jax_ep._src.groups.backend_choice import choose_backend, default_timeout
 from jax_ep._src.groups.health import EpHealth
-from jax_ep._src.groups.interface import GroupParameters
+from jax_ep._src.groups.interface import BackendGroup, GroupParameters
 from jax_ep._src.ranges import check_num_ranks
 
 _BACKENDS = ("ffi", "xla")
@@ -178,6 +178,11 @@ class EpGroup:
             f"backend={self.backend!r}, config={self.config}"
             f"{', closed' if self._closed else ''})"
         )
+
+
+def backend_group(group: EpGroup) -> BackendGroup:
+    """What the backend keeps for an open group."""
+    return group._backend_group
 
 
 def kept(group: EpGroup, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -41,6 +41,14 @@ class BackendGroup(Protocol):
         """Whom the ranks of this process wait for."""
         ...
 
+    def dispatches_in_halves(self, num_tokens: int, *, quantized: bool) -> bool:
+        """Whether a dispatch of so many tokens on each rank, quantized or not, has two halves."""
+        ...
+
+    def combines_in_halves(self, num_tokens: int) -> bool:
+        """The same of a combine."""
+        ...
+
     def close(self) -> None:
         """Frees it; called once, when no program that is running needs it."""
         ...

@@ -18,5 +18,15 @@ class XlaGroup:
         """Nothing is known."""
         return EpHealth()
 
+    def dispatches_in_halves(self, num_tokens: int, *, quantized: bool) -> bool:
+        """No."""
+        del num_tokens, quantized
+        return False
+
+    def combines_in_halves(self, num_tokens: int) -> bool:
+        """No."""
+        del num_tokens
+        return False
+
     def close(self) -> None:
         """Has nothing to free."""

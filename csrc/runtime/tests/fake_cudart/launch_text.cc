@@ -63,6 +63,8 @@ Fields fields_of_call(const KernelParams<Op>& params) {
       .add(params.view)
       .add(shape_of(params.op))
       .add("call_tag", params.call_tag)
+      .add("half", static_cast<int32_t>(params.half))
+      .add("ticket", params.ticket)
       .add("program_rank", params.program_rank);
 }
 

@@ -82,7 +82,7 @@ def plan_dispatch_start(
     token_scalars: jax.Array | None,
     counts: bool,
 ) -> jax.Array:
-    """The first half of `plan_dispatch`, on CPU; returns the ticket."""
+    """The first half of `plan_dispatch`, of a call that has halves; returns the ticket."""
     operands = _varying_alike(_sent_in_halves(spec, x, topk_idx, token_scalars))
     return bind(dispatch_start_p, operands, spec=spec, counts=counts).ticket
 
@@ -130,7 +130,7 @@ def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def combine_start(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
-    """The first half of `combine`, on CPU; returns the ticket."""
+    """The first half of `combine`, of a call that has halves; returns the ticket."""
     sent = CombineOperands(_program_rank(spec), y, weights, row_scalars=None, plan=plan)
     return bind(combine_start_p, _varying_alike(sent), spec=spec, counts=True).ticket
 

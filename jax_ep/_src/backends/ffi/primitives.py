@@ -9,7 +9,7 @@
 * `combine_p`: rows travel back and are summed, scalars travel back. Without weights it is linear
   and the exact transpose of `dispatch_p` over the same slots (see `differentiation.py`).
 * `dispatch_start_p` and `dispatch_done_p`, `combine_start_p` and `combine_done_p`: a
-  `plan_dispatch_p` and a `combine_p` in halves, on CPU (see `halves.py`).
+  `plan_dispatch_p` and a `combine_p` in halves (see `halves.py`).
 
 `bind` takes and gives their operands and results by name. All operands vary over the same manual
 mesh axes. No operation has side effects for JAX: what one hands to another is an array.
@@ -73,7 +73,8 @@ for _primitive in _PRIMITIVES:
 def bind(primitive: Primitive, operands: Any, *, spec: OpSpec, **params: Any) -> Any:
     """The results of an operation, by name like its operands.
 
-    A first half has a parameter `counts`: whether it is among the flights of which two may be open.
+    A first half has a parameter `counts`: whether it is among the flights of which two may be open,
+    on CPU.
     """
     leaves, tree = jax.tree.flatten(operands)
     results = primitive.bind(*leaves, tree=tree, spec=spec, **params)
@@ -194,6 +195,11 @@ _UNUSED = {
         plan_dispatch_p: set(),
         dispatch_p: {"row_topk_idx"},
         combine_p: {"row_source"},
+        # What stays on its rank does not travel: the second half needs it, too.
+        dispatch_start_p: set(),
+        dispatch_done_p: set(),
+        combine_start_p: {"row_source"},
+        combine_done_p: {"row_source"},
     },
 }
 # Of a `Plan`, what no target gives.
@@ -255,7 +261,7 @@ def _lower(
             for name, aval in avals_in.items()
         ),
         **_attributes(ctx, primitive, platform, spec),
-        **({} if counts is None else {"counts": np.bool_(counts)}),
+        **({"counts": np.bool_(counts)} if platform == "cpu" and counts is not None else {}),
     )
     return [out for out, name in zip(outs, avals_out, strict=True) if results[name] is not None]
 
@@ -264,7 +270,10 @@ def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> 
     attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
     if platform == "cuda":
         attributes["place"] = np.int32(_call_site(ctx))
-    if primitive in (dispatch_p, plan_dispatch_p, dispatch_done_p):
+        if primitive is dispatch_start_p:  # no result says so
+            attributes["recv_capacity"] = np.int64(spec.recv_capacity)
+    reads_rows = (dispatch_p, plan_dispatch_p, dispatch_done_p)
+    if primitive in reads_rows or (platform == "cuda" and primitive is dispatch_start_p):
         attributes |= {
             "dtype": np.int32(list(DTYPES).index(spec.dtype.name)),
             "wire": np.int32(spec.fp8_wire),
