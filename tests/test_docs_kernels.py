@@ -124,7 +124,7 @@ def test_the_bounds_in_the_text_are_those_of_the_tables(traffic):
 
 def test_the_page_has_the_warps_that_are_compiled():
     page = (ROOT / "docs" / "design" / "kernels.md").read_text()
-    configs = (CSRC / "tuning" / "compiled_configs.h").read_text()
+    configs = (CSRC / "tuning" / "warps_and_stages.h").read_text()
     (few, bins), (many, _) = re.findall(r"{\.num_warps = (\d+), \.max_bins = ([^}]*)}", configs)
     assert f"| plan, up to {int(bins):,} bins | {few} |" in page
     assert f"| plan, more | {many} |" in page

@@ -153,7 +153,7 @@ def test_the_model_has_the_kernels_constants():
         segment = _constant("core/work_partition.h", f"k{name}SegmentBytes")
         assert kernel_work.MAX_CHUNK_TOKENS[operation] == chunk
         assert kernel_work.SEGMENT_BYTES[operation] == segment
-    configs = (ROOT / "csrc/tuning/compiled_configs.h").read_text()
+    configs = (ROOT / "csrc/tuning/warps_and_stages.h").read_text()
     compiled = r"kCompiled(Dispatch|Combine)\{\.num_warps = (\d+), \.num_stages = (\d+)\}"
     dispatch, combine = kernel_work.DISPATCH_WARPS, kernel_work.COMBINE_WARPS
     sizes = re.findall(compiled, configs)

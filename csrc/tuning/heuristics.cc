@@ -7,7 +7,7 @@
 
 #include "csrc/core/low_latency_protocol.h"
 #include "csrc/core/work_partition.h"
-#include "csrc/tuning/compiled_configs.h"
+#include "csrc/tuning/warps_and_stages.h"
 
 namespace jax_ep {
 namespace {

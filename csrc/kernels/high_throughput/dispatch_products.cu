@@ -3,7 +3,7 @@
 // that only moves rows, and none of what FP8 needs.
 #include "csrc/kernels/high_throughput/dispatch_kernel.h"
 #include "csrc/kernels/launch.cuh"
-#include "csrc/tuning/compiled_configs.h"
+#include "csrc/tuning/warps_and_stages.h"
 
 namespace jax_ep {
 namespace {

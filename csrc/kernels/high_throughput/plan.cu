@@ -3,7 +3,7 @@
 
 #include "csrc/kernels/high_throughput/plan_kernel.h"
 #include "csrc/kernels/launch.cuh"
-#include "csrc/tuning/compiled_configs.h"
+#include "csrc/tuning/warps_and_stages.h"
 
 namespace jax_ep {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/kernels/high_throughput/plan_dispatch_kernel.h"
 #include "csrc/kernels/launch.cuh"
-#include "csrc/tuning/compiled_configs.h"
+#include "csrc/tuning/warps_and_stages.h"
 
 namespace jax_ep {
 namespace {

@@ -2,7 +2,7 @@
 #include "csrc/core/low_latency_fit.h"
 #include "csrc/kernels/launch.cuh"
 #include "csrc/kernels/low_latency/combine_kernel.h"
-#include "csrc/tuning/compiled_configs.h"
+#include "csrc/tuning/warps_and_stages.h"
 
 namespace jax_ep {
 namespace {

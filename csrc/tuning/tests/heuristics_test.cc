@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "csrc/tuning/compiled_configs.h"
+#include "csrc/tuning/warps_and_stages.h"
 
 namespace jax_ep {
 namespace {

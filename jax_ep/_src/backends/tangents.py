@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rules of differentiation of both backends share."""
+"""What the rules of differentiation of both backends share.
+
+Tangents and cotangents travel in the rows' own dtype (`OpSpec.for_cotangents`), also where the rows
+themselves go over the FP8 wire: the derivative of its rounding is taken to be 1 (straight through).
+Rows that are quantized before or after they travel have no gradient here (see `restored.py`).
+"""
 
 import functools
 from collections.abc import Sequence

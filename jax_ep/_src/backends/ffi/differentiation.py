@@ -2,10 +2,8 @@
 """How the primitives of `primitives.py` are differentiated; importing this registers the rules.
 
 `dispatch` and an unweighted `combine` are linear and each other's transposes over the same slots.
-So a backward pass is made of the same exchanges, and of no exchange of counts. Tangents and
-cotangents travel in the rows' own dtype, also where the rows go over the FP8 wire: the derivative
-of its rounding is taken to be 1 (straight through). Rows that are quantized before or after they
-travel have no gradient (see `restored.py`).
+So a backward pass is made of the same exchanges, and of no exchange of counts. What holds for both
+backends, such as the straight-through gradient of rows on the FP8 wire, is in `tangents.py`.
 """
 
 import functools

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The blocks that the kernels are compiled for. The kernels' .cu files instantiate each of these,
-// and heuristics.h chooses from them: no other launch exists.
-#ifndef JAX_EP_CSRC_TUNING_COMPILED_CONFIGS_H_
-#define JAX_EP_CSRC_TUNING_COMPILED_CONFIGS_H_
+// The blocks that the kernels are compiled for, by their warps and stages. The kernels' .cu files
+// instantiate each of these, and heuristics.h chooses from them: no other launch exists.
+#ifndef JAX_EP_CSRC_TUNING_WARPS_AND_STAGES_H_
+#define JAX_EP_CSRC_TUNING_WARPS_AND_STAGES_H_
 
 #include <cstdint>
 
@@ -33,4 +33,4 @@ inline constexpr CompiledTransfer kCompiledLowLatencyCombine{.num_warps = 16, .n
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_CSRC_TUNING_COMPILED_CONFIGS_H_
+#endif  // JAX_EP_CSRC_TUNING_WARPS_AND_STAGES_H_
