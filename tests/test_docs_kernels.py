@@ -75,8 +75,8 @@ def test_a_heap_of_odd_sizes_is_as_large_as_make_heap_layout_says(heap_table):
     assert heap_table.heap_bytes(shape) == 8753152
     low_latency = dataclasses.replace(shape, low_latency_tokens=9)
     sizes = list(heap_table.region_bytes(low_latency).values())
-    assert sizes[7:] == [1536, 2880, 193536, 46080, 120]
-    assert heap_table.heap_bytes(low_latency) == 8951296
+    assert sizes[7:] == [3072, 5760, 387072, 46080, 120]
+    assert heap_table.heap_bytes(low_latency) == 9149184
 
 
 def test_the_page_has_the_chunks_and_tiles_of_the_example(heap_table):
