@@ -146,8 +146,16 @@ def test_limits_are_those_of_the_kernels():
     assert constant("kMaxLowLatencyTokens") == limits.MAX_LOW_LATENCY_TOKENS
     assert constant("kMaxLowLatencySelections") == limits.MAX_LOW_LATENCY_SELECTIONS
     assert constant("kMaxLowLatencyBins") == limits.MAX_LOW_LATENCY_BINS
-    why = ranges.why_too_large(_config(num_experts=128), 128)
+    why = ranges.why_not_on_gpus(_config(num_experts=128), 128)
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
+    for domain_size, served in ((None, True), (1, True), (4, True), (2, False)):
+        config = _config(domain_size=domain_size)
+        why = ranges.why_not_on_gpus(config, 4)
+        assert why == (
+            None
+            if served
+            else "EpConfig.domain_size is 2; on GPUs it may be None, 1 or the number of ranks, 4"
+        )
 
 
 @needs_sources

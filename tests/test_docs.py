@@ -196,7 +196,7 @@ def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
     two_processes.devices[1].process_index = 1
     assert cpu_group.why_not(_parameters(two_processes, config)) in page
     large = jax_ep.EpConfig(num_experts=64, num_topk=33, hidden=1, max_tokens_per_rank=1)
-    assert ranges.why_too_large(large, 2) in page
+    assert ranges.why_not_on_gpus(large, 2) in page
 
     def import_nothing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")

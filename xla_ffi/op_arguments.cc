@@ -94,7 +94,7 @@ Status check_token_scalars(const Buffer& buffer, bool travel, const EpShape& sha
   if (travel) return buffer.check(F32, {shape.num_tokens, shape.num_topk});
   return buffer.check(F32, {0});
 }
-Status check_travelled_scalars(const Buffer& buffer, bool travel, const EpShape& shape) {
+Status check_carried_scalars(const Buffer& buffer, bool travel, const EpShape& shape) {
   if (travel) return check_row_scalars(buffer, shape);
   return buffer.check(F32, {0});
 }
@@ -204,7 +204,7 @@ Status set_dispatch(const DispatchOperands& operands,
       results.rows.check_rows_or_fp8(op.dtype, {shape.recv_capacity, op.hidden}, op.rows_format));
   JAX_EP_RETURN_IF_ERROR(
       check_scales(results.rows_scales, op.rows_format, shape.recv_capacity, op.hidden));
-  JAX_EP_RETURN_IF_ERROR(check_travelled_scalars(results.row_scalars, op.num_scalars > 0, shape));
+  JAX_EP_RETURN_IF_ERROR(check_carried_scalars(results.row_scalars, op.num_scalars > 0, shape));
   op.rows = results.rows.data<void>();
   op.rows_scales = results.rows_scales.data<float>();
   op.row_scalars = results.row_scalars.data<float>();
@@ -232,11 +232,17 @@ struct CombineOperands {
 };
 
 // Checks these, and sets of the op all that they say.
-Status set_sent(const CombineOperands& operands, const EpAttrs& attrs, bool on_gpu, CombineOp& op) {
+Status set_sent(const CombineOperands& operands,
+                const EpAttrs& attrs,
+                int32_t domain_size,
+                bool on_gpu,
+                CombineOp& op) {
   const EpShape& shape = op.shape;
   JAX_EP_RETURN_IF_ERROR(operands.y.check_rows({kAny, kAny}, op.dtype));
   JAX_EP_RETURN_IF_ERROR(make_shape(attrs, operands.topk_idx.dim(0), operands.y.dim(0), op.shape));
   op.hidden = operands.y.dim(1);
+  op.domain_size = domain_size;
+  JAX_EP_RETURN_IF_ERROR(check_domains(op));
   JAX_EP_RETURN_IF_ERROR(check_selections(operands.topk_idx, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(operands.slot, shape));
   if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(operands.source_slot, shape));
@@ -246,7 +252,7 @@ Status set_sent(const CombineOperands& operands, const EpAttrs& attrs, bool on_g
     JAX_EP_RETURN_IF_ERROR(operands.row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
   }
   const bool with_scalars = !operands.row_scalars.absent();
-  JAX_EP_RETURN_IF_ERROR(check_travelled_scalars(operands.row_scalars, with_scalars, shape));
+  JAX_EP_RETURN_IF_ERROR(check_carried_scalars(operands.row_scalars, with_scalars, shape));
   op.num_scalars = with_scalars ? shape.num_topk : 0;
   op.y = operands.y.data<const void>();
   op.weights = operands.weights.data<const float>();
@@ -344,6 +350,7 @@ Status read_plan_dispatch(const Operands& operands,
 Status read_combine(const Operands& operands,
                     const ffi::RemainingRets& results,
                     const EpAttrs& attrs,
+                    int32_t domain_size,
                     Platform platform,
                     OpArguments<CombineOp>& arguments) {
   const bool on_gpu = platform == Platform::kCuda;
@@ -355,7 +362,7 @@ Status read_combine(const Operands& operands,
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   CombineOp& op = arguments.op;
   const EpShape& shape = op.shape;
-  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, on_gpu, op));
+  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, domain_size, on_gpu, op));
   DType out_dtype;
   JAX_EP_RETURN_IF_ERROR(out.check_rows({shape.num_tokens, op.hidden}, out_dtype));
   JAX_EP_RETURN_IF_ERROR(check_same_dtype("out", out_dtype, "y", op.dtype));
@@ -395,6 +402,7 @@ Status read_dispatch_start(const Operands& operands,
 Status read_combine_start(const Operands& operands,
                           const ffi::RemainingRets& results,
                           const EpAttrs& attrs,
+                          int32_t domain_size,
                           Platform platform,
                           OpArguments<CombineOp>& arguments,
                           uint32_t*& ticket) {
@@ -404,7 +412,7 @@ Status read_combine_start(const Operands& operands,
   const CombineOperands taken(reader, on_gpu);
   const Buffer given = reader.result("ticket");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
-  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, on_gpu, arguments.op));
+  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, domain_size, on_gpu, arguments.op));
   JAX_EP_RETURN_IF_ERROR(given.check(U32, {kTicketWords}));
   arguments.program_rank = program_rank.data<const int32_t>();
   ticket = given.data<uint32_t>();

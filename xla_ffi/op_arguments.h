@@ -43,6 +43,12 @@ auto with_dispatch_attrs(Binding binding) {
       .template Attr<bool>("zero_fill");
 }
 
+// The same of a combine.
+template <typename Binding>
+auto with_combine_attrs(Binding binding) {
+  return std::move(binding).template Attr<int32_t>("domain_size");
+}
+
 // Where a handler runs: on CUDA the plan also says which rows hold which token (source_slot), and
 // the other operations read it.
 enum class Platform { kCpu, kCuda };
@@ -79,6 +85,7 @@ Status read_plan_dispatch(const Operands& operands,
 Status read_combine(const Operands& operands,
                     const ffi::RemainingRets& results,
                     const EpAttrs& attrs,
+                    int32_t domain_size,
                     Platform platform,
                     OpArguments<CombineOp>& arguments);
 
@@ -93,6 +100,7 @@ Status read_dispatch_start(const Operands& operands,
 Status read_combine_start(const Operands& operands,
                           const ffi::RemainingRets& results,
                           const EpAttrs& attrs,
+                          int32_t domain_size,
                           Platform platform,
                           OpArguments<CombineOp>& arguments,
                           uint32_t*& ticket);

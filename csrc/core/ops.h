@@ -91,6 +91,9 @@ struct CombineOp {
   int64_t hidden = 0;  // H; 0: no rows travel
   bool weighted = false;
   int32_t num_scalars = 0;  // K: row_scalars travel back; 0: they don't
+  // D, a divisor of R: the sum over each D consecutive ranks is rounded before it is added to those
+  // of the others. 0 is R; with R and with 1 there is one level of sums, and the same bits.
+  int32_t domain_size = 0;
   DType dtype = DType::kFloat32;
   const void* y = nullptr;                // [C, H] in
   const float* weights = nullptr;         // [C] (kExpert) or [C, K] (kRank) in if weighted
@@ -102,6 +105,10 @@ struct CombineOp {
   void* out = nullptr;                    // [T, H] out
   float* token_scalars = nullptr;         // [T, K] out if num_scalars > 0; 0 where slot < 0
 };
+
+constexpr bool sums_over_domains(const CombineOp& op) {
+  return op.domain_size > 1 && op.domain_size < op.shape.num_ranks;
+}
 
 // A plan and the dispatch that it is for, as one operation. What the dispatch reads of a plan is
 // what this one writes.

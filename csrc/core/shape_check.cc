@@ -54,6 +54,13 @@ Status check_row_formats(const DispatchOp& op) {
                                   std::string(name(op.wire)) + "; allowed: wire float8_e4m3fn");
 }
 
+Status check_domains(const CombineOp& op) {
+  const int32_t num_ranks = op.shape.num_ranks;
+  if (op.domain_size >= 0 && (op.domain_size == 0 || num_ranks % op.domain_size == 0)) return {};
+  return out_of_range(
+      "domain_size", op.domain_size, "0, or a divisor of num_ranks, " + std::to_string(num_ranks));
+}
+
 Status check_products(const DispatchOp& op) {
   if (op.wire == Wire::kSame || (!op.weighted && !op.with_dots)) return {};
   return Status::invalid_argument(std::string(op.weighted ? "row_weights" : "y") +

@@ -21,6 +21,8 @@ Status check_row_formats(const DispatchOp& op);
 
 // InvalidArgument if products are made of rows that are quantized on their way.
 Status check_products(const DispatchOp& op);
+// InvalidArgument unless the ranks are in domains of equal sizes.
+Status check_domains(const CombineOp& op);
 
 // InvalidArgument: "`name` is `value`; allowed: `allowed`".
 Status out_of_range(std::string_view name, int64_t value, std::string_view allowed);

@@ -72,6 +72,7 @@ Fields fields_of(const CombineOp& call) {
   fields.add("hidden", call.hidden);
   fields.add_flag("weighted", call.weighted);
   fields.add("num_scalars", call.num_scalars);
+  fields.add("domain_size", call.domain_size);
   fields.add_enum("dtype", call.dtype);
   return fields;
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine is driven by the sources too: each token pulls the rows of its selections from the
 // slots where they are, in ascending order of experts, so the order of the sum is that of the
-// experts alone. Every output row is written by one task.
+// experts alone, as are the ranks and the domains in which it is rounded. Every output row is
+// written by one task.
 //
 // Extra memory, per thread: 40 K bytes, and the fixed scratch of the row kernels.
 #include <algorithm>
@@ -57,6 +58,8 @@ class Combiner {
         shape_(first_.shape),
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
+        experts_per_domain_(sums_over_domains(first_) ? num_local_ * first_.domain_size
+                                                      : shape_.num_experts),
         row_bytes_(first_.hidden * size_bytes(first_.dtype)),
         arithmetic_(row_arithmetic(first_.dtype)) {}
 
@@ -142,8 +145,8 @@ class Combiner {
     size_t num_terms = 0;
     for (size_t i = 0; i < keys.size(); ++i) {
       const int32_t rank = owner_of(keys[i].expert(), num_local_);
-      const bool ends_rank =
-          i + 1 == keys.size() || owner_of(keys[i + 1].expert(), num_local_) != rank;
+      const bool is_last = i + 1 == keys.size();
+      const bool ends_rank = is_last || owner_of(keys[i + 1].expert(), num_local_) != rank;
       // Without weights a row of the rank layout, which holds the sum of its experts, counts once.
       if (!first_.weighted && shape_.layout == Layout::kRank && !ends_rank) continue;
       const CombineOp& dest = op_of(rank);
@@ -151,7 +154,10 @@ class Combiner {
       const int32_t row = slot[k];
       const float weight = first_.weighted ? row_scalar(dest.weights, row, k) : 1.0F;
       const auto* const rows = static_cast<const std::byte*>(dest.y);
-      terms[num_terms++] = {rows + row * row_bytes_, weight, ends_rank};
+      const bool ends_domain =
+          sums_over_domains(first_) && (is_last || keys[i + 1].expert() / experts_per_domain_ !=
+                                                       keys[i].expert() / experts_per_domain_);
+      terms[num_terms++] = {rows + row * row_bytes_, weight, ends_rank, ends_domain};
     }
     return num_terms;
   }
@@ -169,6 +175,7 @@ class Combiner {
   const EpShape& shape_;
   const int32_t num_topk_;
   const int32_t num_local_;
+  const int32_t experts_per_domain_;
   const int64_t row_bytes_;
   const RowArithmetic& arithmetic_;
   FirstError first_error_;

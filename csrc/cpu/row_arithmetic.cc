@@ -20,7 +20,7 @@
 namespace jax_ep {
 namespace {
 
-// Channels that are summed at a time: two such float32 arrays stay in the L1 cache.
+// Channels that are summed at a time: three such float32 arrays stay in the L1 cache.
 constexpr int64_t kSumBlock = 1024;
 
 template <typename Storage>
@@ -49,6 +49,15 @@ JAX_EP_INLINE_BODY void add_term(const typename Format::Storage* __restrict row,
   }
 }
 
+// A domain's sum is rounded, and added to those of earlier ones; the next begins.
+template <typename Format>
+JAX_EP_INLINE_BODY void end_domain(int64_t count, float* __restrict sum, float* __restrict total) {
+  for (int64_t i = 0; i < count; ++i) {
+    total[i] += Format::round(sum[i]);
+    sum[i] = 0.0F;
+  }
+}
+
 template <typename Format>
 JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms,
                                        std::span<const Term> next,
@@ -57,9 +66,12 @@ JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms,
   using Storage = typename Format::Storage;
   float partial[kSumBlock];
   float sum[kSumBlock];
+  float total[kSumBlock];  // over domains
+  const bool over_domains = !terms.empty() && terms.back().ends_domain;
   for (int64_t begin = 0; begin < hidden; begin += kSumBlock) {
     const int64_t count = std::min(kSumBlock, hidden - begin);
     std::fill_n(sum, count, 0.0F);
+    if (over_domains) std::fill_n(total, count, 0.0F);
     bool is_first = true;
     for (size_t i = 0; i < terms.size(); ++i) {
       const Term& term = terms[i];
@@ -75,9 +87,11 @@ JAX_EP_INLINE_BODY void sum_terms_body(std::span<const Term> terms,
         add_term<Format, false, false>(row, term.weight, count, partial, sum);
       }
       is_first = term.ends_rank;
+      if (term.ends_domain) end_domain<Format>(count, sum, total);
     }
+    const float* const sums = over_domains ? total : sum;
     Storage* const result = static_cast<Storage*>(out) + begin;
-    for (int64_t i = 0; i < count; ++i) result[i] = Format::from_float(sum[i]);
+    for (int64_t i = 0; i < count; ++i) result[i] = Format::from_float(sums[i]);
   }
 }
 

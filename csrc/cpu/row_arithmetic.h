@@ -15,12 +15,14 @@ namespace jax_ep {
 struct Term {
   const void* row;  // [H]
   float weight;
-  bool ends_rank;  // the last of its destination rank
+  bool ends_rank;            // the last of its destination rank
+  bool ends_domain = false;  // the last of a domain, if sums are taken over domains
 };
 
 // For rows of one dtype.
 struct RowArithmetic {
-  // out [H] = the sum, over ranks, of the ranks' partial sums; see run_combine. No terms: zeros.
+  // out [H] = the sum, over ranks, of the ranks' partial sums, or, where a term ends a domain, over
+  // domains, of their sums over ranks; see run_combine. No terms: zeros.
   // Meanwhile the rows of `next`, of which a call will be made next, are fetched into the cache.
   void (*sum_terms)(std::span<const Term> terms,
                     std::span<const Term> next,

@@ -32,6 +32,7 @@ std::string describe(const ClusterOptions& options) {
   if (!options.weighted) text += "_unweighted";
   if (options.row_weights) text += "_rowweights";
   if (options.row_dots) text += "_rowdots";
+  if (options.domain_size != 0) text += "_D" + std::to_string(options.domain_size);
   return text;
 }
 
@@ -200,6 +201,7 @@ std::vector<Call> Cluster::combine_calls() {
                               .hidden = options_.hidden,
                               .weighted = options_.weighted,
                               .num_scalars = options_.scalars ? options_.shape.num_topk : 0,
+                              .domain_size = options_.domain_size,
                               .dtype = options_.dtype,
                               .y = rank.y.data(),
                               .weights = rank.weights.data(),

@@ -29,6 +29,7 @@ struct ClusterOptions {
   bool weighted = true;
   bool row_weights = false;  // dispatch multiplies rows
   bool row_dots = false;     // dispatch takes dot products with y
+  int32_t domain_size = 0;   // of combine
   uint32_t seed = 1;
   // A rank without tokens, whose experts nobody selects; -1: none.
   int32_t absent_rank = -1;

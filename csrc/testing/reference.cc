@@ -319,7 +319,8 @@ PerRank<float> combine_rows(const EpShape& shape,
                             const PerRank<float>& y,
                             const PerRank<float>& weights,
                             int64_t hidden,
-                            DType dtype) {
+                            DType dtype,
+                            int32_t domain_size) {
   const Format format = format_of(dtype);
   // partial[dest][source][token, channel]: the sums inside a rank, in order of local experts.
   std::vector<PerRank<float>> partial(
@@ -342,14 +343,23 @@ PerRank<float> combine_rows(const EpShape& shape,
                       weights[at(s.dest)][at(scalar_index(shape, slot, s.k))], value, acc);
     }
   }
+  // As it is defined, also where there is one domain, or each rank is one.
+  const int32_t ranks_per_domain = domain_size == 0 ? shape.num_ranks : domain_size;
+  const auto rounded = [&format](float value) {
+    return static_cast<float>(round_to(format, value));
+  };
   PerRank<float> out(at(shape.num_ranks), std::vector<float>(at(shape.num_tokens * hidden)));
   for (int32_t source = 0; source < shape.num_ranks; ++source) {
     for (int64_t i = 0; i < shape.num_tokens * hidden; ++i) {
       float sum = 0;
-      for (int32_t dest = 0; dest < shape.num_ranks; ++dest) {
-        sum += static_cast<float>(round_to(format, partial[at(dest)][at(source)][at(i)]));
+      for (int32_t first = 0; first < shape.num_ranks; first += ranks_per_domain) {
+        float of_domain = 0;
+        for (int32_t dest = first; dest < first + ranks_per_domain; ++dest) {
+          of_domain += rounded(partial[at(dest)][at(source)][at(i)]);
+        }
+        sum += rounded(of_domain);
       }
-      out[at(source)][at(i)] = static_cast<float>(round_to(format, sum));
+      out[at(source)][at(i)] = rounded(sum);
     }
   }
   return out;

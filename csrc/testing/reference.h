@@ -90,7 +90,8 @@ PerRank<float> combine_rows(const EpShape& shape,
                             const PerRank<float>& y,
                             const PerRank<float>& weights,
                             int64_t hidden,
-                            DType dtype);
+                            DType dtype,
+                            int32_t domain_size = 0);
 PerRank<float> combine_scalars(const EpShape& shape,
                                const PerRank<int32_t>& topk_idx,
                                const Plan& plan,

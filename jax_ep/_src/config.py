@@ -18,7 +18,10 @@ from jax_ep._src import limits
 
 _Class = TypeVar("_Class", bound=type)
 # Fields that may be None, or an int.
-_OPTIONAL_INTS = ("recv_capacity", "max_num_sms", "tail_num_sms", "low_latency_tokens")
+_OPTIONAL_INTS = (
+    *("recv_capacity", "max_num_sms", "tail_num_sms", "low_latency_tokens"),
+    "domain_size",
+)
 _MAY_BE_0 = ("tail_num_sms", "low_latency_tokens")
 
 
@@ -82,6 +85,11 @@ class EpConfig:
             the group. 0: none. None: chosen; that is none as
             yet, since these kernels have run in a simulator only. Without effect on the numbers,
             and on other devices.
+        domain_size: `D`, ranks of a domain: `combine` rounds the sum over each `D` consecutive
+            ranks to `dtype` before it adds the sums of the domains, as it has to be where domains
+            are joined by a network. Must divide the number of ranks. None: all ranks are one. It
+            says what the numbers are, wherever the ranks run: set it to have the bits of another
+            arrangement. 1 and None give the same ones. GPUs serve these two alone, yet.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the
@@ -105,6 +113,7 @@ class EpConfig:
     max_num_sms: int | None = None
     tail_num_sms: int | None = None
     low_latency_tokens: int | None = None
+    domain_size: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):

@@ -16,6 +16,11 @@ def check_num_ranks(config: EpConfig, num_ranks: int, axis_name: str | tuple[str
             f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
             f"group's {num_ranks} ranks (axis {axis_name!r} of the mesh)"
         )
+    if num_ranks % (config.domain_size or 1):
+        raise ValueError(
+            f"EpConfig.domain_size is {config.domain_size}; it must divide the group's {num_ranks} "
+            f"ranks (axis {axis_name!r} of the mesh)"
+        )
     recv_capacity = config.capacity(num_ranks=num_ranks, num_tokens=config.max_tokens_per_rank)
     if recv_capacity > limits.INT32_MAX:
         raise ValueError(
@@ -42,7 +47,7 @@ def _check_low_latency_tokens(config: EpConfig, num_ranks: int) -> None:
         )
 
 
-def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
+def why_not_on_gpus(config: EpConfig, num_ranks: int) -> str | None:
     """Which size the kernels for GPUs cannot serve; None if they can serve all."""
     for field, maximum in (
         ("num_topk", limits.MAX_TOPK),
@@ -52,6 +57,11 @@ def why_too_large(config: EpConfig, num_ranks: int) -> str | None:
         value = getattr(config, field)
         if value > maximum:
             return f"EpConfig.{field} is {value}; on GPUs it may be at most {maximum}"
+    if config.domain_size not in (None, 1, num_ranks):
+        return (
+            f"EpConfig.domain_size is {config.domain_size}; on GPUs it may be None, 1 or the "
+            f"number of ranks, {num_ranks}"
+        )
     if num_ranks > limits.MAX_RANKS:
         return f"the group has {num_ranks} ranks; on GPUs it may have at most {limits.MAX_RANKS}"
     return None

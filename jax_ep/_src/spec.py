@@ -27,6 +27,8 @@ class OpSpec:
         dtype: of rows.
         fp8_wire: whether rows of `dispatch` travel as float8_e4m3fn.
         fp8_rows: whether they are received as such, with their scales.
+        domain_size: `D`, consecutive ranks whose sum is rounded before the sums of the next are
+            added.
     """
 
     group_id: int
@@ -42,6 +44,7 @@ class OpSpec:
     dtype: np.dtype
     fp8_wire: bool
     fp8_rows: bool
+    domain_size: int
 
     @classmethod
     def of(cls, group: EpGroup, *, num_tokens: int) -> "OpSpec":
@@ -61,6 +64,7 @@ class OpSpec:
             dtype=config.dtype,
             fp8_wire=config.wire_dtype is not None,
             fp8_rows=config.recv_dtype is not None,
+            domain_size=group.domain_size,
         )
 
     def for_cotangents(self) -> "OpSpec":

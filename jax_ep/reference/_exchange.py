@@ -177,6 +177,7 @@ def combine(
     *,
     dtype: DTypeLike | None = None,
     exact_bits: bool = True,
+    domain_size: int | None = None,
 ) -> np.ndarray:
     """Sums every token's rows, times their weights, where the token came from.
 
@@ -188,20 +189,35 @@ def combine(
         exact_bits: True: the defined float32 operations, roundings and order, giving `dtype`.
             False: the mathematical value, in float64, from which a right implementation differs
             by at most `combine_error_bound`.
+        domain_size: consecutive ranks whose sum is rounded before it is added to those of the
+            others; None: all are one domain.
 
     Returns:
         `[R, T, H]`.
     """
+    domain_size = _checked_domain_size(plan, domain_size)
     if not exact_bits:
-        return _sum_terms(np.asarray(y), plan, weights, np.float64, _plain_fma, lambda v: v)
+        return _sum_terms(
+            np.asarray(y), plan, weights, domain_size, np.float64, _plain_fma, lambda v: v
+        )
     if dtype is None:
         raise ValueError("dtype is None; exact_bits needs the dtype of the rows")
     rounded = np.dtype(dtype)
     rows = np.asarray(y).astype(rounded)
     out = _sum_terms(
-        rows, plan, weights, np.float32, fma32, lambda v: round_to(v, rounded).astype(np.float32)
-    )
+        rows, plan, weights, domain_size, np.float32, fma32,
+        lambda v: round_to(v, rounded).astype(np.float32),
+    )  # fmt: skip
     return round_to(out, rounded)
+
+
+def _checked_domain_size(plan: Plan, domain_size: int | None) -> int:
+    num_ranks = plan.topk_idx.shape[0]
+    if domain_size is None:
+        return num_ranks
+    if domain_size < 1 or num_ranks % domain_size:
+        raise ValueError(f"domain_size is {domain_size}; it must divide the {num_ranks} ranks")
+    return domain_size
 
 
 def _plain_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -212,28 +228,38 @@ def _sum_terms(
     y: np.ndarray,
     plan: Plan,
     weights: ArrayLike | None,
+    domain_size: int,
     number: type[np.floating],
     fma: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     to_wire: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """`combine` in arithmetic of `number`, with `to_wire` rounding each rank's partial sum."""
+    """`combine` in arithmetic of `number`; `to_wire` rounds the sums of each rank and domain."""
     y = y.astype(number)
     weights = None if weights is None else np.asarray(weights).astype(number)
     num_ranks, num_tokens, _ = plan.topk_idx.shape
     out = np.zeros((num_ranks, num_tokens, y.shape[-1]), number)
     with np.errstate(all="ignore"):
         for source, token in np.ndindex(num_ranks, num_tokens):
+            of_domain: dict[int, np.ndarray] = {}  # ascending, as ranks are
             for rank, terms in _terms(plan, weights, source, token):
                 partial = np.zeros(y.shape[-1], number)
                 for row, weight in terms:
                     value = y[rank, row]
                     partial = partial + value if weight is None else fma(weight, value, partial)
-                out[source, token] += to_wire(partial)
+                before = of_domain.get(rank // domain_size, np.zeros(y.shape[-1], number))
+                of_domain[rank // domain_size] = before + to_wire(partial)
+            for total in of_domain.values():
+                out[source, token] += to_wire(total)
     return out
 
 
 def combine_error_bound(
-    y: ArrayLike, plan: Plan, weights: ArrayLike | None = None, *, dtype: DTypeLike
+    y: ArrayLike,
+    plan: Plan,
+    weights: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike,
+    domain_size: int | None = None,
 ) -> np.ndarray:
     """The most by which a right `combine` may differ from the float64 value, per element.
 
@@ -241,13 +267,22 @@ def combine_error_bound(
     float32 lose at most `g(n) = n 2^-24 / (1 - n 2^-24)` times the sum of the terms' magnitudes
     (Higham, Accuracy and Stability of Numerical Algorithms, section 3). So a rank's partial sum of
     `n` terms is off by `e = g(n) S`, and by `u (|p| + e)` more once rounded; the sum of `m`
-    partials loses `g(m)` times their magnitudes; the last rounding adds `u` times the value. Every
-    rounding may in addition lose the smallest positive number, or a float32 subnormal flushed to
-    zero. Overflow is not covered.
+    partials loses `g(m)` times their magnitudes. The sum of a domain is rounded in the same way,
+    and so are the domains' sums added; the last rounding adds `u` times the value. Every rounding
+    may in addition lose the smallest positive number, or a float32 subnormal flushed to zero.
+    Overflow is not covered.
+
+    Args:
+        y: as for `combine`, and so on.
+        plan: likewise.
+        weights: likewise.
+        dtype: likewise.
+        domain_size: likewise.
 
     Returns:
         `[R, T, H]` float64.
     """
+    domain_size = _checked_domain_size(plan, domain_size)
     y = np.asarray(y).astype(np.float64)
     weights = None if weights is None else np.asarray(weights).astype(np.float64)
     info = {"float32": (0.0, 2.0**-126), "bfloat16": (2.0**-8, 2.0**-126)}
@@ -256,21 +291,29 @@ def combine_error_bound(
     def lost(n: int) -> float:
         return n * 2.0**-24 / (1 - n * 2.0**-24)
 
+    # Values, and by how much they may be off.
+    def rounded(value: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return value, off + unit * (np.abs(value) + off) + tiny
+
+    def added(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        value = error = size = np.zeros(y.shape[-1])
+        for part, off in parts:
+            value, error, size = value + part, error + off, size + np.abs(part) + off
+        return value, error + lost(len(parts)) * size
+
     num_ranks, num_tokens, _ = plan.topk_idx.shape
     bound = np.zeros((num_ranks, num_tokens, y.shape[-1]))
     for source, token in np.ndindex(num_ranks, num_tokens):
-        value = error = size = np.zeros(y.shape[-1])
-        num_partials = 0
+        of_domain: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         for rank, terms in _terms(plan, weights, source, token):
             products = np.stack([y[rank, r] if w is None else w * y[rank, r] for r, w in terms])
-            partial = products.sum(axis=0)
             off = lost(len(terms)) * np.abs(products).sum(axis=0) + len(terms) * 2.0**-126
-            off = off + unit * (np.abs(partial) + off) + tiny
-            value, error = value + partial, error + off
-            size = size + np.abs(partial) + off
-            num_partials += 1
-        error = error + lost(num_partials) * size
-        bound[source, token] = error + unit * (np.abs(value) + error) + tiny
+            partial = rounded(products.sum(axis=0), off)
+            of_domain.setdefault(rank // domain_size, []).append(partial)
+        sums = [added(partials) for partials in of_domain.values()]
+        # The second rounding of a single domain's sum changes nothing.
+        value, error = sums[0] if len(sums) == 1 else added([rounded(*s) for s in sums])
+        bound[source, token] = rounded(value, error)[1]
     return bound
 
 

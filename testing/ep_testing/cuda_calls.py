@@ -158,6 +158,8 @@ def call(
             "wire": np.int32(sizes.x_dtype is not None or sizes.rows_dtype is not None),
             "zero_fill": np.bool_(True),
         }
+    if operation.startswith("combine"):
+        all_attributes["domain_size"] = np.int32(sizes.num_ranks)
     if operation == "dispatch_start":
         all_attributes["recv_capacity"] = np.int64(sizes.recv_capacity)
     all_attributes |= {

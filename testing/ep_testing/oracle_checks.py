@@ -26,20 +26,24 @@ def assert_received_matches_oracle(problem: EpProblem, received) -> None:
 
 def assert_unweighted_matches_oracle(problem: EpProblem, got: np.ndarray) -> None:
     """Sums of rows."""
-    want = reference.combine(problem.expert_outputs(), problem.plan, dtype=problem.np_dtype)
+    want = reference.combine(
+        problem.expert_outputs(), problem.plan, dtype=problem.np_dtype,
+        domain_size=problem.domain_size,
+    )  # fmt: skip
     assertions.assert_sums_equal(got, want, problem)
 
 
 def assert_weighted_matches_oracle(problem: EpProblem, got: np.ndarray, backend: str) -> None:
     """Sums of rows times weights."""
-    y, weights, dtype = problem.expert_outputs(), problem.dispatched.weights, problem.np_dtype
+    y, weights = problem.expert_outputs(), problem.dispatched.weights
+    sums = {"dtype": problem.np_dtype, "domain_size": problem.domain_size}
     if backend == "ffi":
-        want = reference.combine(y, problem.plan, weights, dtype=dtype)
+        want = reference.combine(y, problem.plan, weights, **sums)
         assertions.assert_sums_equal(got, want, problem)
         return
     # XLA decides whether it fuses a product and a sum, so the last bit is not defined.
     value = reference.combine(y, problem.plan, weights, exact_bits=False)
-    bound = reference.combine_error_bound(y, problem.plan, weights, dtype=dtype)
+    bound = reference.combine_error_bound(y, problem.plan, weights, **sums)
     off = np.abs(got.astype(np.float64) - value) - bound
     assert np.all(off <= 0), f"{problem.name}: off the derived bound by {np.max(off)}"
 

@@ -43,6 +43,7 @@ class EpProblem:
         table: `topk_idx` of all ranks, written out; with routing "table".
         max_tokens_per_rank: None: `num_tokens`, and at least 1.
         low_latency_tokens: of the config.
+        domain_size: of the config.
         seed: of everything random.
     """
 
@@ -64,6 +65,7 @@ class EpProblem:
     table: Table | None = None
     max_tokens_per_rank: int | None = None
     low_latency_tokens: int | None = None
+    domain_size: int | None = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -123,6 +125,7 @@ class EpProblem:
             "hidden": self.hidden,
             "max_tokens_per_rank": self.tokens_limit,
             "low_latency_tokens": self.low_latency_tokens,
+            "domain_size": self.domain_size,
             "zero_fill": self.zero_fill,
         }
 

@@ -53,6 +53,7 @@ def problems(
     num_tokens = draw(st.integers(0, max_tokens))
     layout = draw(st.sampled_from(tuple(layouts)))
     rows = num_ranks * max(num_tokens, 1) * num_topk
+    divisors = [d for d in range(1, num_ranks + 1) if num_ranks % d == 0]
     recv_capacity = draw(
         st.none() | st.sampled_from(("exact", "one_short")) | st.integers(1, rows + 2)
     )
@@ -73,6 +74,7 @@ def problems(
         routing="table",
         table=draw(tables(num_ranks, num_tokens, num_topk, num_experts)),
         max_tokens_per_rank=max(num_tokens, 1) + draw(st.integers(0, 2)),
+        domain_size=draw(st.none() | st.sampled_from(divisors)),
     )
 
 

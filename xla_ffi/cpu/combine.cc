@@ -11,15 +11,16 @@ ffi::Future combine(CallSiteState* site,
                     int32_t device,
                     ffi::RemainingArgs operands,
                     ffi::RemainingRets results,
-                    EpAttrs attrs) {
+                    EpAttrs attrs,
+                    int32_t domain_size) {
   const RankCall call{site, run_id, device};
   return take_part<CombineOp>(call, attrs, [&](auto& arguments) {
-    return read_combine(operands, results, attrs, Platform::kCpu, arguments);
+    return read_combine(operands, results, attrs, domain_size, Platform::kCpu, arguments);
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cpu, combine, bind_call());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cpu, combine, with_combine_attrs(bind_call()));
 
 }  // namespace jax_ep

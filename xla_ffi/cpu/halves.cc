@@ -181,13 +181,15 @@ ffi::Future combine_done(CallSiteState* site,
                          int32_t device,
                          ffi::RemainingArgs operands,
                          ffi::RemainingRets results,
-                         EpAttrs attrs) {
+                         EpAttrs attrs,
+                         int32_t domain_size) {
   return finish<CombineOp>(FlightKind::kCombine,
                            {site, run_id, device},
                            operands,
                            attrs,
                            [&](const Operands& staged, auto& arguments) {
-                             return read_combine(staged, results, attrs, Platform::kCpu, arguments);
+                             return read_combine(
+                                 staged, results, attrs, domain_size, Platform::kCpu, arguments);
                            });
 }
 
@@ -202,6 +204,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_done_cpu,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_start_cpu,
                               combine_start,
                               bind_call().Attr<bool>("counts"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_done_cpu, combine_done, bind_call());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_done_cpu,
+                              combine_done,
+                              with_combine_attrs(bind_call()));
 
 }  // namespace jax_ep

@@ -13,9 +13,11 @@ ffi::Error combine(cudaStream_t stream,
                    ffi::RemainingArgs operands,
                    ffi::RemainingRets results,
                    EpAttrs attrs,
-                   int32_t place) {
+                   int32_t place,
+                   int32_t domain_size) {
   OpArguments<CombineOp> arguments;
-  JAX_EP_FAIL_IF_ERROR(read_combine(operands, results, attrs, Platform::kCuda, arguments));
+  JAX_EP_FAIL_IF_ERROR(
+      read_combine(operands, results, attrs, domain_size, Platform::kCuda, arguments));
   const CombineOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
@@ -30,7 +32,7 @@ ffi::Error combine(cudaStream_t stream,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_cuda,
                               combine,
-                              bind_call(),
+                              with_combine_attrs(bind_call()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -99,12 +99,13 @@ ffi::Error combine_start(cudaStream_t stream,
                          ffi::RemainingArgs operands,
                          ffi::RemainingRets results,
                          EpAttrs attrs,
-                         int32_t place) {
+                         int32_t place,
+                         int32_t domain_size) {
   RankCall call = call_of(stream, device, place);
   call.half = Half::kFirst;
   OpArguments<CombineOp> arguments;
-  JAX_EP_FAIL_IF_ERROR(
-      read_combine_start(operands, results, attrs, Platform::kCuda, arguments, call.ticket));
+  JAX_EP_FAIL_IF_ERROR(read_combine_start(
+      operands, results, attrs, domain_size, Platform::kCuda, arguments, call.ticket));
   return launch_half(attrs, arguments, call, launch_low_latency_combine);
 }
 
@@ -113,12 +114,14 @@ ffi::Error combine_done(cudaStream_t stream,
                         ffi::RemainingArgs operands,
                         ffi::RemainingRets results,
                         EpAttrs attrs,
-                        int32_t place) {
+                        int32_t place,
+                        int32_t domain_size) {
   RankCall call = call_of(stream, device, place);
   Operands whole(std::vector<ffi::AnyBuffer>{});
   JAX_EP_FAIL_IF_ERROR(split(operands, kCombineOperands, whole, call));
   OpArguments<CombineOp> arguments;
-  JAX_EP_FAIL_IF_ERROR(read_combine(whole, results, attrs, Platform::kCuda, arguments));
+  JAX_EP_FAIL_IF_ERROR(
+      read_combine(whole, results, attrs, domain_size, Platform::kCuda, arguments));
   return launch_half(attrs, arguments, call, launch_low_latency_combine);
 }
 
@@ -134,11 +137,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_done_cuda,
                               {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_start_cuda,
                               combine_start,
-                              bind_call(),
+                              with_combine_attrs(bind_call()),
                               {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_done_cuda,
                               combine_done,
-                              bind_call(),
+                              with_combine_attrs(bind_call()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -53,7 +53,8 @@ TEST(Calls, HaveProperties) {
   EXPECT_EQ(
       texts(combine_call()),
       "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
-      "expert_alignment=1 layout=expert hidden=512 weighted=false num_scalars=0 dtype=float32 ");
+      "expert_alignment=1 layout=expert hidden=512 weighted=false num_scalars=0 domain_size=0 "
+      "dtype=float32 ");
 }
 
 TEST(Calls, MakeProductsOfRowsThatTravelAsTheyAre) {

@@ -27,7 +27,8 @@ TEST_P(CombineOf, IsTheDefinedSumToTheBit) {
       cluster.all(&RankBuffers::y),
       options.weighted ? cluster.all(&RankBuffers::weights) : reference::PerRank<float>{},
       options.hidden,
-      options.dtype);
+      options.dtype,
+      options.domain_size);
   for (int32_t rank = 0; rank < options.shape.num_ranks; ++rank) {
     // As bytes: a zero must have the right sign too.
     EXPECT_EQ(cluster.rank(rank).out, cluster.encode(expected[static_cast<size_t>(rank)]))
@@ -82,6 +83,20 @@ std::vector<ClusterOptions> problems() {
         add({.shape = shape(1, 1, 1, 6), .hidden = 5, .dtype = dtype, .weighted = weighted});
         add({.shape = shape(3, 12, 4, 9, 8), .dtype = dtype, .weighted = weighted});
       }
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+        for (const int32_t domain_size : {1, 2, 4, 8}) {
+          add({.shape = shape(8, 16, 9, 7),
+               .hidden = 35,
+               .dtype = dtype,
+               .weighted = weighted,
+               .domain_size = domain_size});
+        }
+        // Rows are dropped; a token may have none in a domain.
+        add({.shape = shape(6, 12, 3, 9, 8),
+             .dtype = dtype,
+             .weighted = weighted,
+             .domain_size = 3});
+      }
       add({.shape = shape(16, 32, 5, 4), .weighted = weighted});
       add({.shape = shape(3, 12, 4, 9, 0), .weighted = weighted});
       add({.shape = shape(3, 12, 4, 0), .weighted = weighted});
@@ -120,6 +135,32 @@ TEST(Combine, OfManyBytesIsAsDefinedAndRepeats) {
     const auto first = cluster.rank(3).out;
     ASSERT_TRUE(cluster.combine().ok());
     EXPECT_EQ(cluster.rank(3).out, first);
+  }
+}
+
+std::vector<std::vector<std::byte>> sums_of(ClusterOptions options, int32_t domain_size) {
+  options.domain_size = domain_size;
+  Cluster cluster(options);
+  EXPECT_TRUE(cluster.plan().ok());
+  EXPECT_TRUE(cluster.combine().ok());
+  std::vector<std::vector<std::byte>> all;
+  for (const RankBuffers& rank : cluster.ranks()) all.push_back(rank.out);
+  return all;
+}
+
+// One domain, and one for each rank, are what there was without domains; others are not.
+TEST(Combine, DomainsOfOneRankAndOfAllChangeNothing) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    ClusterOptions options{
+        .shape = {.num_ranks = 8, .num_experts = 16, .num_topk = 12, .num_tokens = 30},
+        .hidden = 100,
+        .dtype = dtype};
+    options.shape.recv_capacity = worst_case_capacity(options.shape);
+    const auto expected = sums_of(options, 0);
+    EXPECT_EQ(sums_of(options, 1), expected);
+    EXPECT_EQ(sums_of(options, 8), expected);
+    EXPECT_NE(sums_of(options, 4), expected);
+    EXPECT_NE(sums_of(options, 2), sums_of(options, 4));
   }
 }
 

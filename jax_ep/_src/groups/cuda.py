@@ -26,7 +26,7 @@ from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.kernel_errors import GroupWatch, Watch
 from jax_ep._src.groups.placements import Placement, placements
 from jax_ep._src.limits import DTYPES, LAYOUTS
-from jax_ep._src.ranges import why_too_large
+from jax_ep._src.ranges import why_not_on_gpus
 
 _logger = logging.getLogger("jax_ep")
 
@@ -73,7 +73,7 @@ def why_not(parameters: GroupParameters) -> str | None:
     """Why the kernels cannot serve the group in this process; None if they can."""
     return (
         native.why_no_cuda()
-        or why_too_large(parameters.config, parameters.num_ranks)
+        or why_not_on_gpus(parameters.config, parameters.num_ranks)
         or gpu_architectures.why_not_built_for(parameters.mesh.devices.flat)
     )
 

@@ -45,6 +45,7 @@ class EpGroup:
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank.
+        domain_size: `D` of the config; where that is None, `R`.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
             where ranks share an address space, and with the `xla` backend.
     """
@@ -91,6 +92,7 @@ class EpGroup:
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
         check_num_ranks(config, self.num_ranks, self.axis_name)
         self.num_local_experts = config.num_experts // self.num_ranks
+        self.domain_size = config.domain_size or self.num_ranks
         parameters = GroupParameters(
             mesh=mesh,
             axis_names=self.axis_names,

@@ -279,6 +279,10 @@ def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> 
             "wire": np.int32(spec.fp8_wire),
             "zero_fill": np.bool_(spec.zero_fill),
         }
+    # A first half on CPU sums nothing; on GPUs it sums this rank's rows.
+    sums = (combine_p, combine_done_p)
+    if primitive in sums or (platform == "cuda" and primitive is combine_start_p):
+        attributes["domain_size"] = np.int32(spec.domain_size)
     return attributes
 
 

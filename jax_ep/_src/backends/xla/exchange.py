@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ep._src.backends.plan import Plan
 from jax_ep._src.backends.xla.indexing import or_past_end, take_rows
@@ -84,6 +85,19 @@ def combine_rows(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Pl
         acc = jnp.where((slot[..., j] >= 0)[..., None], acc + term, acc)
     partial = _return_to_sources(spec, acc.astype(y.dtype)).astype(jnp.float32)
     total = jnp.zeros_like(partial[0])
-    for source in range(spec.num_ranks):
-        total = total + partial[source]
+    # Domains of one rank, whose sums are rounded already, are as one domain of all.
+    domain_size = spec.num_ranks if spec.domain_size == 1 else spec.domain_size
+    for first in range(0, spec.num_ranks, domain_size):
+        of_domain = jnp.zeros_like(total)
+        for source in range(first, first + domain_size):
+            of_domain = of_domain + partial[source]
+        total = of_domain if domain_size == spec.num_ranks else total + _rounded(of_domain, y.dtype)
     return total.astype(y.dtype)
+
+
+def _rounded(values: jax.Array, dtype: np.dtype) -> jax.Array:
+    """float32 values rounded to `dtype`. By way of integers: XLA may drop a conversion and back."""
+    if dtype == jnp.float32:
+        return values
+    bits = jax.lax.bitcast_convert_type(values.astype(dtype), jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
