@@ -42,9 +42,15 @@ COMBINE_RANK = KERNELS + "combine_rank_layout.h"
 
 
 def operations(mutant: Mutant) -> list[str]:
-    """Operations whose kernels include a header, enough to see; "wait" is a kernel that does but that."""
+    """Operations that are compiled with a mutant, enough to see it; "wait" is a kernel that does but that.
+
+    What several kernels include is compiled into the two that compile fastest, or into the one that
+    has all of it.
+    """
     if mutant.low_latency:
         return ["low_latency"]
+    if mutant.in_plan_dispatch:
+        return ["plan_dispatch"]
     path = mutant.path
     of_dispatch = (
         DISPATCH,
@@ -73,7 +79,7 @@ def operations(mutant: Mutant) -> list[str]:
     only |= dict.fromkeys((COMBINE, COMBINE_EXPERT, COMBINE_RANK, SUM), "combine")
     if path in only:
         return [only[path]]
-    return ["plan", "dispatch", "combine", "plan_dispatch"] + ["wait"] * (path == WAIT)
+    return ["plan", "combine"] + ["wait"] * (path == WAIT)
 
 
 HIGH_THROUGHPUT_MUTANTS = [
@@ -355,9 +361,9 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("warps that have sent are not set back", EXCHANGE,
            "st(control(view_, channel_, ChannelControl::kSendersDone), 0);", ""),
     Mutant("one peer is never told that all is sent", EXCHANGE, "[this](i32 peer) { put_sent",
-           "[this](i32 peer) { if (peer + 1 != view_.num_ranks) put_sent"),
+           "[this](i32 peer) { if (peer + 1 != view_.num_ranks) put_sent", in_plan_dispatch=True),
     Mutant("a rank tells nobody that all is sent", EXCHANGE, "num_main() * num_senders) return;",
-           "num_main() * num_senders + 1) return;"),
+           "num_main() * num_senders + 1) return;", in_plan_dispatch=True),
     # --- plan --------------------------------------------------------------------------------------
     _removed("wait to write (plan)", PLAN_COUNT, "c_.exchange.wait_until_writable();"),
     Mutant("a tile does not wait for its last chunk", PLAN_COUNT, "chunk <= last_chunk", "chunk < last_chunk"),
@@ -387,17 +393,18 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("who has made its part does not wait for the plan", PLAN_DISPATCH,
            "exchange_.wait_planned();",
            "if (warp_id() < dispatch_.num_senders) exchange_.wait_planned();"),
-    _removed("warp_sync after waiting for the plan", EXCHANGE, "warp_sync();", '"planned");\n    }'),
+    _removed("warp_sync after waiting for the plan", EXCHANGE, "warp_sync();", '"planned");\n    }',
+             in_plan_dispatch=True),
     _removed("barrier before the plan is announced", EXCHANGE, "warps.sync();",
-             "void announce_plan("),
+             "void announce_plan(", in_plan_dispatch=True),
     Mutant("planned: release -> relaxed", EXCHANGE, "st_release<Scope::kGpu>(", "st_relaxed<Scope::kGpu>(",
-           "RELEASE(planned)"),
+           "RELEASE(planned)", in_plan_dispatch=True),
     Mutant("planned: blocks come relaxed", EXCHANGE, "fetch_add_acq_rel<Scope::kGpu>(count, 1)",
-           "fetch_add_relaxed<Scope::kGpu>(count, 1)", "RELEASE(planned)"),
+           "fetch_add_relaxed<Scope::kGpu>(count, 1)", "RELEASE(planned)", in_plan_dispatch=True),
     Mutant("the first block announces the plan", EXCHANGE, "+ 1 != num_main()) return;",
-           "!= 0) return;", "RELEASE(planned)"),
+           "!= 0) return;", "RELEASE(planned)", in_plan_dispatch=True),
     Mutant("blocks that made the plan are not forgotten", EXCHANGE, "st_relaxed<Scope::kGpu>(count, 0);",
-           "", "RELEASE(planned)"),
+           "", "RELEASE(planned)", in_plan_dispatch=True),
     Mutant("the plan is not forgotten", EXCHANGE, "if (op_ == OpKind::kPlanDispatch)", "if (false)"),
     Mutant("a plan's barrier is for all warps", DEVICE + "block_warps.h",
            "named_sync(kBarrier, count() * kWarpSize);", "block_sync();"),
@@ -421,13 +428,16 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("a plan's warp is left out", DEVICE + "block_warps.h", "return warp_id() - first_;",
            "return warp_id() - first_ + 1;"),
     Mutant("rows go to the owners of repeated experts' lanes", SELECTIONS,
-           "if (lowest_bit(warp_match(static_cast<u32>(expert_))) != lane) dest_ = -1;", ""),
+           "if (lowest_bit(warp_match(static_cast<u32>(expert_))) != lane) dest_ = -1;", "",
+           in_plan_dispatch=True),
     Mutant("rows go to a rank that takes no part", SELECTIONS, "if (is_active(view, owner)) dest_",
-           "dest_", seeds=120),
+           "dest_", seeds=120, in_plan_dispatch=True),
     Mutant("rows go to the owners of experts that do not exist", SELECTIONS,
-           "if (expert_ >= 0 && expert_ < shape.num_experts) {", "if (expert_ >= 0) {"),
+           "if (expert_ >= 0 && expert_ < shape.num_experts) {", "if (expert_ >= 0) {",
+           in_plan_dispatch=True),
     Mutant("scalars of an unplanned token lie in the order of its selections", SELECTIONS,
-           "num_earlier(expert_,", "num_earlier(static_cast<i32>(lane_id()),"),
+           "num_earlier(expert_,", "num_earlier(static_cast<i32>(lane_id()),",
+           in_plan_dispatch=True),
     # --- what must not be noticed --------------------------------------------------------------------
     Mutant("unchanged", EXCHANGE, "class Exchange", "class Exchange", harmless=True, seeds=25),
     Mutant("release as a fence and a relaxed store", PEERS, "st_release<Scope::kSys>(",
