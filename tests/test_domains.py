@@ -97,6 +97,26 @@ def test_the_gradient_of_dispatch_is_summed_over_domains(layout, backend):
     assert (assertions.bits(got) != assertions.bits(_combined(problem, None))).any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [("bfloat16", "stablehlo.reduce_precision"), ("float16", "stablehlo.optimization_barrier")],
+)
+def test_xla_is_told_to_round(dtype, kept):
+    """It may drop a conversion and back, as it does on GPUs; on CPU no result would show it."""
+    problem = EIGHT.replace(dtype=dtype, domain_size=4)
+    with make_group(problem, "xla") as group:
+
+        def on_rank(x, idx):
+            received = jax_ep.dispatch(x, idx, group=group)
+            return jax_ep.combine(received.x, received.handle, group=group)
+
+        spec = jax.sharding.PartitionSpec("expert")
+        mapped = jax.shard_map(on_rank, mesh=group.mesh, in_specs=spec, out_specs=spec)
+        args = [a.reshape(-1, a.shape[-1]) for a in (problem.x, problem.topk_idx)]
+        text = jax.jit(mapped).lower(*args).as_text()
+    assert text.count(kept) == 2, "once for each domain"
+
+
 def test_halves_sum_over_domains_too():
     problem = EIGHT.replace(dtype="bfloat16", domain_size=4)
     with make_group(problem, "ffi") as group:

@@ -92,7 +92,7 @@ std::string peer_gave_up_text(const ErrorRecord& record) {
 std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
   const std::string rank = "rank " + std::to_string(peer);
   switch (tag) {
-    case WaitTag::kAcknowledged: return rank + " to have read the rows of the exchange before";
+    case WaitTag::kAcknowledged: return rank + " to have read the rows of an exchange before";
     case WaitTag::kArrived:
       switch (static_cast<OpKind>(op)) {
         case OpKind::kPlan: return "the routing of " + rank;
@@ -106,7 +106,6 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
     case WaitTag::kWrongCall: return rank + ", which runs something else";
     case WaitTag::kWrongRank:
     case WaitTag::kStaleFlight:
-    case WaitTag::kFlightOpen:
     case WaitTag::kOverlap: return "nobody, because its own program is wrong";
     default:
       return "an unknown event (tag " + std::to_string(static_cast<uint32_t>(tag)) + ") of " + rank;
@@ -145,14 +144,10 @@ std::string describe(const ErrorRecord& record, double timeout_s) {
     case WaitTag::kStaleFlight:
       return "the second half of a " + op + " of " + rank + " got the flight of exchange " +
              std::to_string(record.expected) +
-             ", which is not open: it has been received before, or is of another EpGroup or "
-             "operation (exchange " +
+             ", which is not open: it has been received before, " +
+             std::to_string(kLowLatencyBanks) +
+             " others have begun since, or it is of another EpGroup or operation (exchange " +
              std::to_string(record.seen) + " was begun last); a flight is used once";
-    case WaitTag::kFlightOpen:
-      return op + " of " + rank + " begins exchange " + std::to_string(record.expected) +
-             " while the flight of exchange " + std::to_string(record.seen) +
-             " is still open; allowed: " + std::to_string(kLowLatencyBanks - 1) +
-             " exchanges between the halves of one";
     case WaitTag::kPeerGaveUp: return peer_gave_up_text(record);
     default: return deadline_text(record, timeout_s);
   }

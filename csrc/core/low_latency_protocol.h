@@ -56,7 +56,7 @@ constexpr uint32_t call_tag_of_flight(uint32_t word) { return word & 0xFF'FFFF; 
 // many exchanges each bank is cleared when it has been read.
 inline constexpr uint32_t kClearBankEvery = 1U << 24;
 constexpr bool clears_bank(uint32_t epoch) {
-  return epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};
+  return epoch >= kClearBankEvery && epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};
 }
 
 // --- rows ----------------------------------------------------------------------------------------

@@ -101,7 +101,6 @@ enum class WaitTag : uint32_t {
   kPeerGaveUp,    // waited, and was told by a peer that it gave up
   kPacket,        // waited for a packet of a peer's low-latency exchange
   kStaleFlight,   // did not wait: a second half, and the flight of its ticket is not open
-  kFlightOpen,    // did not wait: it begins an exchange in whose bank a flight is still open
 };
 
 // ErrorRecord::detail of kClosed: the kernel did wait, and ended with an error.

@@ -27,6 +27,7 @@ StatusCode code_of(WaitTag tag) {
     case WaitTag::kWrongCall: return StatusCode::kInvalidArgument;
     case WaitTag::kWrongRank:
     case WaitTag::kOverlap:
+    case WaitTag::kStaleFlight:
     case WaitTag::kClosed: return StatusCode::kFailedPrecondition;
     default: return StatusCode::kDeadlineExceeded;
   }

@@ -14,8 +14,7 @@ bool has(const ErrorRecord& record, WaitTag tag) {
 
 bool is_low_latency(const Scenario& scenario) { return scenario.groups[0].low_latency_tokens > 0; }
 
-ScenarioOp last_of(const Scenario& scenario) { return scenario.groups[0].steps[0].ops.back(); }
-OpKind last_op(const Scenario& scenario) { return last_of(scenario).kind; }
+OpKind last_op(const Scenario& scenario) { return scenario.groups[0].steps[0].ops.back().kind; }
 
 std::string text_of(const ErrorRecord& record) {
   return record.written == 1 ? describe(record, 1) : "no record";
@@ -150,9 +149,7 @@ std::string judge_wrong_rank(const Scenario& scenario, const Outcome& outcome) {
 
 // Nobody waits for the others to find out.
 std::string judge_wrong_flight(const Scenario& scenario, const Outcome& outcome) {
-  const bool begins = last_of(scenario).half != Half::kSecond;
-  const WaitTag tag = begins ? WaitTag::kFlightOpen : WaitTag::kStaleFlight;
-  return expect_records(outcome, tag, [&](const ErrorRecord& record) {
+  return expect_records(outcome, WaitTag::kStaleFlight, [&](const ErrorRecord& record) {
     return record.op == static_cast<uint32_t>(last_op(scenario)) && record.peer == record.rank;
   });
 }
@@ -241,6 +238,7 @@ std::vector<std::vector<ScenarioOp>> wrong_uses_of_flights() {
   const ScenarioOp back(kCombine, kFirst);
   const ScenarioOp end(kCombine, kSecond);
   const ScenarioOp back1(kCombine, kFirst, 1);
+  const ScenarioOp start1(kPlanDispatch, kFirst, 1);
   return {
       {start, done, done},
       {kPlanDispatch, back, end, end},
@@ -249,9 +247,9 @@ std::vector<std::vector<ScenarioOp>> wrong_uses_of_flights() {
       // It is of the other operation.
       {kPlanDispatch, start, end},
       {kPlanDispatch, back, done},
-      // As many exchanges as there are banks begin while it is open.
-      {kPlanDispatch, back, kPlanDispatch, kCombine, kPlanDispatch, kCombine},
-      {start, kPlanDispatch, kCombine, kPlanDispatch, start},
+      // As many exchanges as there are banks have begun while it was open.
+      {kPlanDispatch, back, kPlanDispatch, kCombine, kPlanDispatch, kCombine, end},
+      {start, kPlanDispatch, kCombine, kPlanDispatch, start1, done},
   };
 }
 

@@ -160,10 +160,6 @@ void RankArrays::upload(DeviceMemory& memory) const {
     if (to.size() != from.size()) throw std::logic_error("an array is not as large as its values");
     if (!from.empty()) memory.write(to.data(), from.data(), from.size() * sizeof(T));
   };
-  const auto untouched = [&]<typename T>(std::span<T> to) {
-    const std::vector<std::byte> fill(to.size_bytes(), kUntouchedByte);
-    if (!fill.empty()) memory.write(to.data(), fill.data(), fill.size());
-  };
   put(arrays_.program_rank, std::vector{rank_});
   put(arrays_.topk_idx, with_bad_experts(mine.topk_idx, options()));
   put(arrays_.x, x_);
@@ -172,8 +168,39 @@ void RankArrays::upload(DeviceMemory& memory) const {
   put(arrays_.row_weights, mine.row_weights);
   put(arrays_.y, mine.y);
   put(arrays_.weights, mine.weights);
+  mark_rows(memory);
+}
+
+void RankArrays::mark_rows(DeviceMemory& memory) const {
+  const auto untouched = [&]<typename T>(std::span<T> to) {
+    const std::vector<std::byte> fill(to.size_bytes(), kUntouchedByte);
+    if (!fill.empty()) memory.write(to.data(), fill.data(), fill.size());
+  };
   untouched(arrays_.rows);
   untouched(arrays_.rows_scales);
+}
+
+std::vector<std::span<std::byte>> RankArrays::results_of(OpKind op) const {
+  const auto bytes = [](auto array) { return std::as_writable_bytes(array); };
+  const KernelArrays& a = arrays_;
+  const std::vector<std::span<std::byte>> plan = {bytes(a.slot),
+                                                  bytes(a.row_source),
+                                                  bytes(a.row_topk_idx),
+                                                  bytes(a.source_slot),
+                                                  bytes(a.group_sizes),
+                                                  bytes(a.tokens_per_expert),
+                                                  bytes(a.num_dropped)};
+  switch (op) {
+    case OpKind::kPlan: return plan;
+    case OpKind::kDispatch: return {bytes(a.row_scalars), bytes(a.row_dots)};
+    case OpKind::kCombine: return {bytes(a.out), bytes(a.returned_scalars)};
+    case OpKind::kPlanDispatch: {
+      std::vector<std::span<std::byte>> both = plan;
+      both.push_back(bytes(a.row_scalars));
+      return both;
+    }
+  }
+  return {};
 }
 
 void RankArrays::replace_rank(DeviceMemory& memory, int32_t said) const {

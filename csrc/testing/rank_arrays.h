@@ -46,6 +46,11 @@ class RankArrays {
   // Writes all operands but those that earlier operations make, and marks results as untouched.
   void upload(DeviceMemory& memory) const;
 
+  // What an operation writes, all of it but `rows` and `rows_scales`, of which it may leave some.
+  [[nodiscard]] std::vector<std::span<std::byte>> results_of(OpKind op) const;
+  // Marks these two as untouched.
+  void mark_rows(DeviceMemory& memory) const;
+
   // Has the program say that it runs on another rank.
   void replace_rank(DeviceMemory& memory, int32_t said) const;
   // Writes a handle that no plan made: zeros, as a carry starts with, repetitions, holes, or

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "csrc/device/heap.h"
@@ -121,6 +122,7 @@ class GroupRun {
       if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
       RankView view = group_.view(rank);
       if (absent >= 0) leave_out(view, absent);
+      append_forgetting(ops[i], rank, view, *arrays);
       // The halves of a call are two places of the program.
       append_op(ops[i], view, *arrays, launch_on(stream_, ops[i].half == Half::kSecond ? 1 : 0));
       if (ops[i].half == Half::kFirst) continue;
@@ -129,6 +131,30 @@ class GroupRun {
             return check(op, *arrays, device);
           });
     }
+  }
+
+  // What a kernel is about to write is gone: results of an earlier one are none of it.
+  void append_forgetting(const ScenarioOp& op,
+                         int32_t rank,
+                         const RankView& view,
+                         const RankArrays& arrays) {
+    const bool writes =
+        has_halves(op.kind, view, arrays) ? op.half != Half::kFirst : op.half != Half::kSecond;
+    if (!writes) return;
+    const auto r = static_cast<uint32_t>(rank);
+    machine_.host_call(r, stream_, [this, r, rank, kind = op.kind, &arrays] {
+      for (const std::span<std::byte> result : arrays.results_of(kind)) {
+        machine_.poison(r, result.data(), result.size());
+      }
+      SimulatedMemory device(machine_, rank);
+      if (kind == OpKind::kDispatch || kind == OpKind::kPlanDispatch) arrays.mark_rows(device);
+    });
+  }
+
+  static bool has_halves(OpKind op, const RankView& view, const RankArrays& arrays) {
+    if (op == OpKind::kCombine) return SimulatedGroup::is_low_latency(arrays.combine(view));
+    return op == OpKind::kPlanDispatch &&
+           SimulatedGroup::is_low_latency(arrays.plan_dispatch(view));
   }
 
   // The rank takes no part: whoever reaches for its heap finds none.

@@ -127,7 +127,9 @@ void make_halves(Draw& draw, GroupScenario& scenario) {
          {start, done, back, start1, done1, end},
          {start, done, back, kPlanDispatch, kCombine, kPlanDispatch, end},
          {kPlanDispatch, back, back1, end1, end},
-         {kPlanDispatch, back, back1, kCombine, kCombine, end, end1, kCombine}});
+         {kPlanDispatch, back, back1, kCombine, kCombine, end, end1, kCombine},
+         // Nobody comes for a flight.
+         {kPlanDispatch, back, kCombine, start, kCombine, kPlanDispatch, kCombine}});
   }
 }
 

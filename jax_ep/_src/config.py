@@ -89,7 +89,8 @@ class EpConfig:
             ranks to `dtype` before it adds the sums of the domains, as it has to be where domains
             are joined by a network. Must divide the number of ranks. None: all ranks are one. It
             says what the numbers are, wherever the ranks run: set it to have the bits of another
-            arrangement. 1 and None give the same ones. GPUs serve these two alone, yet.
+            arrangement. None, 1 and the number of ranks give the same ones; kernels on GPUs serve
+            no others, yet.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the

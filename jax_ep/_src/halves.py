@@ -45,7 +45,7 @@ def dispatch_start(
 
     On GPUs it is the exchanges of the low-latency kernels that are in halves (see
     `EpConfig.low_latency_tokens`): between them no SM is held. There at most three other ones of
-    them may begin while a flight is open; the fourth is an error that names the flight. All other
+    them may begin while a flight is open; of the fourth on its second half is an error. All other
     exchanges on GPUs, those of backend `xla`, and those where `shard_map` leaves axes of the mesh
     to the compiler, are in the first half: nothing overlaps. There a flight holds results, of
     which nothing goes stale, and any number may be open.
@@ -94,8 +94,10 @@ def dispatch_done(flight: DispatchFlight, after: Any = None, *, group: EpGroup) 
     """The second half of `dispatch`: receives.
 
     Args:
-        flight: from `dispatch_start` of the same group. Used before, or not by all ranks the same,
-            it is an error when the program runs, which names it (backend `ffi`).
+        flight: from `dispatch_start` of the same group. Used before, it is an error when the
+            program runs, which names it (backend `ffi`; on GPUs the log does, and the process is
+            lost). So it is, on CPU, if the ranks do not use the same one; on GPUs that is not
+            noticed.
         after: any pytree of arrays, such as the outputs of shared experts. They are computed
             first; it has no gradient. None: this half may run as soon as the first one has.
         group: an open `EpGroup`.

@@ -283,6 +283,8 @@ def combine_error_bound(
         `[R, T, H]` float64.
     """
     domain_size = _checked_domain_size(plan, domain_size)
+    if domain_size == 1:  # what is rounded again does not change
+        domain_size = plan.topk_idx.shape[0]
     y = np.asarray(y).astype(np.float64)
     weights = None if weights is None else np.asarray(weights).astype(np.float64)
     info = {"float32": (0.0, 2.0**-126), "bfloat16": (2.0**-8, 2.0**-126)}

@@ -66,10 +66,10 @@ class FakeCuda:
         self, shape: HeapShape, *, num_tokens: int, fp8_x: bool, fp8_rows: bool
     ) -> bool:
         del fp8_x, fp8_rows
-        return 0 < num_tokens <= shape.low_latency_tokens
+        return 0 < shape.low_latency_tokens >= num_tokens
 
     def combine_is_low_latency(self, shape: HeapShape, *, num_tokens: int) -> bool:
-        return 0 < num_tokens <= shape.low_latency_tokens
+        return 0 < shape.low_latency_tokens >= num_tokens
 
     def heap_regions(self, shape: HeapShape) -> list[tuple]:
         return [(*REGIONS, 0, self.heap_bytes(shape))]

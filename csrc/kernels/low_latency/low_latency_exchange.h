@@ -37,8 +37,6 @@ class ExchangeHalf {
   JAX_EP_DEVICE void announce(const Exchange& exchange, i32 warp, i32 num_warps) const {
     const RankView& view = exchange.view();
     if (warp + 2 != num_warps) return;  // neither this one nor the last sends the first packets
-    if (sends() && lane_id() == 0) check_bank(exchange);
-    warp_sync();
     const u32 ended = ended_by_this_rank(view);
     share_out_peers(view,
                     [&](i32 peer) { put_acknowledged(view, Channel::kLowLatency, peer, ended); });
@@ -118,12 +116,6 @@ class ExchangeHalf {
     return static_cast<u32>(address / kControlBytes) << 3 | static_cast<u32>(exchange.op());
   }
 
-  // One thread: that no flight is open in the bank of the exchange that begins.
-  JAX_EP_DEVICE static void check_bank(const Exchange& exchange) {
-    const u32 epoch = exchange.epoch();
-    if (ld(flight(exchange.view(), epoch)) == 0) return;
-    give_up_on_flight(exchange, WaitTag::kFlightOpen, epoch - u32{kLowLatencyBanks});
-  }
   // One thread: that the ticket is that of the flight which is open in its bank.
   JAX_EP_DEVICE void check_ticket(const Exchange& exchange) const {
     const RankView& view = exchange.view();
@@ -132,20 +124,17 @@ class ExchangeHalf {
     const u32 begun = next_epoch(view, Channel::kLowLatency) - 1;
     const bool is_of_bank = begun - epoch < u32{kLowLatencyBanks};
     if (is_open && is_of_bank && ld(Ptr<u32>{ticket_} + 1) == ticket_mark(exchange)) return;
-    give_up_on_flight(exchange, WaitTag::kStaleFlight, begun);
-  }
-  [[noreturn]] JAX_EP_DEVICE static void give_up_on_flight(const Exchange& exchange,
-                                                           WaitTag tag,
-                                                           u32 seen) {
-    const RankView& view = exchange.view();
-    give_up(view, {tag, exchange.op(), view.rank, exchange.epoch(), 0}, seen);
+    give_up(view, {WaitTag::kStaleFlight, exchange.op(), view.rank, epoch, 0}, begun);
   }
 
-  // The last exchange that this rank has ended together with all before it, as the kernel begins.
-  JAX_EP_DEVICE static u32 ended_by_this_rank(const RankView& view) {
+  // The last exchange that this rank has ended together with all before it, as the kernel begins. A
+  // flight whose bank a kernel is about to use has been left behind, by a program that failed or
+  // that nobody asked for results: its second half, if it comes, is refused.
+  JAX_EP_DEVICE u32 ended_by_this_rank(const RankView& view) const {
     const u32 begun = next_epoch(view, Channel::kLowLatency) - 1;
+    const u32 num_kept = u32{kLowLatencyBanks} - (sends() ? 1 : 0);
     u32 ended = begun;
-    for (u32 age = 0; age < u32{kLowLatencyBanks}; ++age) {
+    for (u32 age = 0; age < num_kept; ++age) {
       if (ld(flight(view, begun - age)) != 0) ended = begun - age - 1;
     }
     return ended;
@@ -166,8 +155,9 @@ class ExchangeHalf {
     st(Ptr<u32>{ticket_} + 1, ticket_mark(exchange));
   }
 
-  // All lanes: once in a while, see low_latency_protocol.h. What this rank has read nobody will
-  // store to before it says that it has ended the exchange.
+  // All lanes: once in a while, see low_latency_protocol.h. Nobody will send packets of the bank's
+  // next exchange before this rank says that it has ended this one. What it did not read, of rows
+  // that found no room, may come later: that goes the next time.
   JAX_EP_DEVICE static void clear_bank(const Exchange& exchange) {
     const RankView& view = exchange.view();
     const auto clear = [&view](Ptr<Packet> of_first_source, i64 packets_per_source) {

@@ -197,7 +197,8 @@ TEST(LowLatency, AFirstHalfWaitsForNobody) {
   const EpShape shape{.num_ranks = 3, .num_experts = 6, .num_topk = 2, .num_tokens = 5};
   for (const OpKind op : {kPlanDispatch, kCombine}) {
     ScenarioStep step = step_of(shape, 16, DType::kBFloat16);
-    step.ops = {kPlanDispatch, kCombine, {op, Half::kFirst}};
+    // Its bank has been used before.
+    step.ops = {kPlanDispatch, kCombine, kCombine, kCombine, kCombine, {op, Half::kFirst}};
     Scenario scenario = alone(step);
     scenario.mishap = Mishap::kMissing;
     expect_ok(scenario);

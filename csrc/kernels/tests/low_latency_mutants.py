@@ -94,9 +94,9 @@ LOW_LATENCY_MUTANTS = [
             "if (half_ == Half::kFirst && lane_id() == 0) leave_open(exchange);", ""),
     _removed("end of a flight", LOW_LATENCY, "st(flight(view, exchange.epoch()), 0);"),
     _mutant("an exchange begins in a second half", LOW_LATENCY, "        sends());", "        true);"),
-    _removed("check of the bank", LOW_LATENCY, "give_up_on_flight(exchange, WaitTag::kFlightOpen,"
-             " epoch - u32{kLowLatencyBanks});", mishaps=True),
-    _removed("check of the ticket", LOW_LATENCY, "give_up_on_flight(exchange, WaitTag::kStaleFlight, begun);",
+    _mutant("a flight that was left behind keeps its bank", LOW_LATENCY,
+            "u32{kLowLatencyBanks} - (sends() ? 1 : 0);", "u32{kLowLatencyBanks};", seeds=400),
+    _removed("check of the ticket", LOW_LATENCY, "give_up(view, {WaitTag::kStaleFlight, exchange.op(), view.rank, epoch, 0}, begun);",
              mishaps=True),
     _mutant("a ticket of an earlier exchange of the bank will do", LOW_LATENCY,
             "begun - epoch < u32{kLowLatencyBanks};", "true;", mishaps=True),
@@ -158,6 +158,7 @@ LOW_LATENCY_MUTANTS = [
     _mutant("low latency, more barriers", ROWS, "warp_sync();", "warp_sync(); warp_sync();",
             harmless=True, seeds=25),
     _mutant("low latency, all calls are cleared up", CORE,
-            "return epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};", "return true;",
+            "return epoch >= kClearBankEvery && epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};",
+            "return true;",
             harmless=True, seeds=25),
 ]  # fmt: skip

@@ -152,6 +152,8 @@ TEST_F(RankContextTest, SaysWhyAKernelGaveUp) {
       {WaitTag::kWrongOp, StatusCode::kInvalidArgument},
       {WaitTag::kWrongCall, StatusCode::kInvalidArgument},
       {WaitTag::kOverlap, StatusCode::kFailedPrecondition},
+      {WaitTag::kStaleFlight, StatusCode::kFailedPrecondition},
+      {WaitTag::kPacket, StatusCode::kDeadlineExceeded},
       {WaitTag::kClosed, StatusCode::kFailedPrecondition},
       {WaitTag::kPeerGaveUp, StatusCode::kDeadlineExceeded},
   };

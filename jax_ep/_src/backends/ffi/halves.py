@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the halves of an exchange are transformed; importing this registers the rules.
 
-The first half copies what its rank brings to where the second one finds it by a ticket. The rows
-themselves are operands of both: of the second for what must know them, derivatives and `vmap`.
+The first half copies what its rank brings to where the second one finds it by a ticket; on GPUs it
+sends it to the peers. The rows themselves are operands of both: of the second for derivatives and
+`vmap`, and, on GPUs, because what stays on its rank is not sent.
 """
 
 import functools

@@ -96,8 +96,13 @@ def combine_rows(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Pl
 
 
 def _rounded(values: jax.Array, dtype: np.dtype) -> jax.Array:
-    """float32 values rounded to `dtype`. By way of integers: XLA may drop a conversion and back."""
+    """float32 values rounded to `dtype`.
+
+    XLA may drop a conversion and back, and integers between them too. What it keeps for float16,
+    `reduce_precision`, would flush subnormal numbers there.
+    """
     if dtype == jnp.float32:
         return values
-    bits = jax.lax.bitcast_convert_type(values.astype(dtype), jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
+    if dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    return jax.lax.optimization_barrier(values.astype(dtype)).astype(jnp.float32)
