@@ -89,7 +89,7 @@ static_assert(tag_of(arrival_flag(1, OpKind::kCombine, 0xABCDEF)) == 0xABCDEF);
 // What a kernel was doing when it gave up.
 enum class WaitTag : uint32_t {
   kNone = 0,
-  kAcknowledged,  // waited for a peer to have read the rows of the exchange before
+  kAcknowledged,  // waited for a peer to have read the rows of an exchange before
   kArrived,       // waited for a peer's rows or routing
   kGridBarrier,   // waited for the other blocks of its own kernel
   kPlanned,       // waited for the plan that its own kernel makes

@@ -55,7 +55,7 @@ TEST(ErrorRecord, SaysThatThePlanWasNotMade) {
 
 TEST(ErrorRecord, SaysWhoHasNotReadItsRows) {
   EXPECT_EQ(describe(record(WaitTag::kAcknowledged, OpKind::kCombine), 60),
-            "rank 2 waited 60 s in combine for rank 5 to have read the rows of the exchange "
+            "rank 2 waited 60 s in combine for rank 5 to have read the rows of an exchange "
             "before: expected exchange 7, saw 6; is rank 5 alive, and does it run the same "
             "operations in the same order?");
 }
