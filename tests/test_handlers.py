@@ -118,7 +118,7 @@ TARGETS = {
             "slot": ((T, K), I32),
         },
         {"out": ((T, H), F32), "token_scalars": ((T, K), F32)},
-        {},
+        {"domain_size": I32(1)},
     ),
 }
 
@@ -295,6 +295,13 @@ def test_a_bad_dtype_is_named(group_id):
         message = _refusal("jax_ep_dispatch", group_id, attrs={"dtype": I32(bad)})
         allowed = "0 (float32), 1 (bfloat16), 2 (float16)"
         assert f"attribute dtype is {bad}; allowed: {allowed}" in message
+
+
+def test_a_bad_domain_size_is_named(group_id):
+    _call("jax_ep_combine", group_id, attrs={"domain_size": I32(0)})
+    for bad in (-1, 2):
+        message = _refusal("jax_ep_combine", group_id, attrs={"domain_size": I32(bad)})
+        assert f"domain_size is {bad}; allowed: 0, or a divisor of num_ranks, 1" in message
 
 
 def test_a_bad_wire_is_named(group_id):
