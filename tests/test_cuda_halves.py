@@ -9,11 +9,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-import jax_ep
 from ep_testing import fake_cudart
-from ep_testing.cuda_calls import HALVES, Sizes, buffers, call
-from ep_testing.fake_cudart import XlaError
-from ep_testing.programs import make_mesh
+from ep_testing.cuda_calls import HALVES, Sizes, buffers, call, groups_of_two, refusal
 from jax_ep._src.groups.group import backend_group
 
 FP8 = "float8_e4m3fn"
@@ -38,29 +35,15 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def make_group(fake):
-    """Makes groups of two ranks, on devices 0 and 1, and closes them at the end."""
-    made = []
+    with groups_of_two(low_latency_tokens=3) as make:
 
-    def make(sizes=SIZES, **config):
-        quantized = sizes.x_dtype or sizes.rows_dtype
-        config = {
-            "num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4,
-            "dtype": sizes.dtype, "layout": sizes.layout, "low_latency_tokens": 3,
-            "wire_dtype": FP8 if quantized else None, **config,
-        }  # fmt: skip
-        mesh = make_mesh((2,), ("expert",))
-        made.append(jax_ep.EpGroup(mesh, "expert", jax_ep.EpConfig(**config)))
-        return made[-1]
+        def make_for(sizes=SIZES, **config):
+            of_sizes = {
+                "dtype": sizes.dtype, "layout": sizes.layout, "wire_dtype": sizes.wire_dtype,
+            }  # fmt: skip
+            return make(**of_sizes, **config)
 
-    yield make
-    for group in made:
-        group.close()
-
-
-def _refusal(*args, **kwargs) -> str:
-    with pytest.raises(XlaError) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
+        yield make_for
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -115,7 +98,7 @@ def test_a_call_that_has_no_halves_is_refused(half, config, changes, fake, make_
     """Python asks before it traces halves; a program may have been made for another group."""
     sizes = dataclasses.replace(SIZES, **changes)
     group = make_group(**config)
-    message = _refusal(fake, half, group.group_id, buffers(half, sizes), sizes)
+    message = refusal(fake, half, group.group_id, buffers(half, sizes), sizes)
     assert message == (
         f"FAILED_PRECONDITION: half of a {HALVES[half]} of a call that has none: the program was "
         "traced with a group of another config"
@@ -126,7 +109,7 @@ def test_a_call_that_has_no_halves_is_refused(half, config, changes, fake, make_
 @pytest.mark.parametrize("half", HALVES)
 def test_a_bad_ticket_is_named(half, fake, make_group):
     arrays = buffers(half, SIZES) | {"ticket": np.zeros(3, np.uint32)}
-    message = _refusal(fake, half, make_group().group_id, arrays, SIZES)
+    message = refusal(fake, half, make_group().group_id, arrays, SIZES)
     assert message.startswith("INVALID_ARGUMENT: buffer 'ticket' is"), message
     assert not fake.launches()
 
@@ -135,7 +118,7 @@ def test_a_bad_ticket_is_named(half, fake, make_group):
 def test_a_second_half_without_ticket_is_refused(half, fake, make_group):
     arrays = buffers(half, SIZES)
     del arrays["ticket"], arrays["after"]
-    message = _refusal(fake, half, make_group().group_id, arrays, SIZES)
+    message = refusal(fake, half, make_group().group_id, arrays, SIZES)
     assert "operands; expected at least" in message
     assert not fake.launches()
 
@@ -145,7 +128,7 @@ def test_a_second_half_without_ticket_is_refused(half, fake, make_group):
 def test_a_bad_operand_is_named(half, name, fake, make_group):
     arrays = buffers(half, SIZES)
     arrays[name] = arrays[name].astype(np.uint16)
-    message = _refusal(fake, half, make_group().group_id, arrays, SIZES)
+    message = refusal(fake, half, make_group().group_id, arrays, SIZES)
     assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is"), message
     assert not fake.launches()
 

@@ -9,11 +9,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-import jax_ep
 from ep_testing import fake_cudart
-from ep_testing.cuda_calls import DTYPES, OPERATIONS, Sizes, buffers, call
-from ep_testing.fake_cudart import XlaError
-from ep_testing.programs import make_mesh
+from ep_testing.cuda_calls import (
+    DTYPES,
+    OPERATIONS,
+    Sizes,
+    buffers,
+    call,
+    groups_of_two,
+    refusal,
+)
 from jax_ep._src.groups import cuda as cuda_group
 
 FP8 = "float8_e4m3fn"
@@ -31,9 +36,6 @@ VARIANTS = {
     "fp8_out": Sizes(rows_dtype=FP8, layout="rank", recv_capacity=12, dtype="float16"),
     "fp8": Sizes(x_dtype=FP8, rows_dtype=FP8, dtype="bfloat16"),
 }
-CONFIG = {
-    "num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4, "dtype": "float32",
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -45,28 +47,12 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def make_group(fake):
-    """Makes groups of two ranks, on devices 0 and 1, and closes them at the end."""
-    made = []
-
-    def make(num_sms=None, timeout=60.0, **config):
-        config = jax_ep.EpConfig(**{**CONFIG, "max_num_sms": num_sms, **config})
-        made.append(jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, timeout=timeout))
-        return made[-1]
-
-    yield make
-    for group in made:
-        group.close()
+    with groups_of_two() as make:
+        yield make
 
 
 def _group_for(make_group, sizes):
-    wire = FP8 if sizes.x_dtype or sizes.rows_dtype else None
-    return make_group(layout=sizes.layout, dtype=sizes.dtype, wire_dtype=wire)
-
-
-def _refusal(*args, **kwargs) -> str:
-    with pytest.raises(XlaError) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
+    return make_group(layout=sizes.layout, dtype=sizes.dtype, wire_dtype=sizes.wire_dtype)
 
 
 # --- what is launched --------------------------------------------------------------------------
@@ -122,9 +108,8 @@ LOW_LATENCY = {
 def test_few_tokens_get_the_low_latency_kernels(operation, variant, fake, make_group):
     """Where the group has room for them; not a plan alone, and nothing of gradients."""
     sizes = VARIANTS[variant]
-    wire = FP8 if sizes.x_dtype or sizes.rows_dtype else None
     group = make_group(
-        layout=sizes.layout, dtype=sizes.dtype, wire_dtype=wire, low_latency_tokens=3
+        layout=sizes.layout, dtype=sizes.dtype, wire_dtype=sizes.wire_dtype, low_latency_tokens=3
     )
     serves = operation == "plan_dispatch" or (operation == "combine" and not sizes.scalars)
     name, _ = _launched(fake, group, operation, sizes)
@@ -169,7 +154,7 @@ def test_low_latency_kernels_take_no_more_sms_than_they_may(
 ):
     sizes = dataclasses.replace(SIZES, scalars=False, num_tokens=128, hidden=4096)
     group = make_group(
-        num_sms=num_sms, hidden=4096, max_tokens_per_rank=128, low_latency_tokens=128
+        max_num_sms=num_sms, hidden=4096, max_tokens_per_rank=128, low_latency_tokens=128
     )
     assert _launched(fake, group, operation, sizes) == (LOW_LATENCY[operation], most)
 
@@ -227,7 +212,7 @@ def test_every_rank_sees_every_heap(fake, make_group):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("num_sms", "most"), [(None, None), (1, 1), (3, 3)])
 def test_a_launch_takes_no_more_sms_than_it_may(operation, num_sms, most, fake, make_group):
-    group = make_group(num_sms=num_sms, num_experts=512, max_tokens_per_rank=4096)
+    group = make_group(max_num_sms=num_sms, num_experts=512, max_tokens_per_rank=4096)
     sizes = dataclasses.replace(SIZES, num_experts=512, num_tokens=4096)
     call(fake, operation, group.group_id, buffers(operation, sizes), sizes)
     blocks = fake.launches()[0]["blocks"]
@@ -258,9 +243,7 @@ def test_a_failed_launch_of_the_two_is_reported(kernel, fake, make_group):
     group = make_group(num_experts=4096)
     sizes = dataclasses.replace(SIZES, num_experts=4096)
     fake.fail(f"launch_{kernel}")
-    message = _refusal(
-        fake, "plan_dispatch", group.group_id, buffers("plan_dispatch", sizes), sizes
-    )
+    message = refusal(fake, "plan_dispatch", group.group_id, buffers("plan_dispatch", sizes), sizes)
     assert message.startswith("INTERNAL: cudaErrorUnknown "), message
     assert f"launch_{kernel}" in message
     assert len(fake.launches()) == (0 if kernel == "plan" else 1)
@@ -300,7 +283,7 @@ def test_a_bad_buffer_is_named_and_nothing_is_launched(
         "rank": good.reshape(*good.shape, 1, 1),
         "dtype": good.astype(np.uint16),
     }[change]
-    message = _refusal(fake, operation, group.group_id, arrays, sizes)
+    message = refusal(fake, operation, group.group_id, arrays, sizes)
     assert message.startswith("INVALID_ARGUMENT: buffer '"), message
     assert change == "shape" or f"buffer '{name}' is" in message, message
     assert not fake.launches()
@@ -318,7 +301,7 @@ def test_a_bad_buffer_is_named_and_nothing_is_launched(
 def test_a_bad_attribute_is_named(operation, attribute, value, words, fake, make_group):
     group = make_group()
     arrays = buffers(operation, SIZES)
-    message = _refusal(
+    message = refusal(
         fake, operation, group.group_id, arrays, SIZES, **{attribute: np.int32(value)}
     )
     assert message.startswith("INVALID_ARGUMENT: "), message
@@ -340,7 +323,7 @@ def test_a_bad_attribute_is_named(operation, attribute, value, words, fake, make
 def test_a_call_of_another_group_is_refused(operation, changes, words, fake, make_group):
     group = make_group()
     sizes = dataclasses.replace(SIZES, **changes)
-    message = _refusal(fake, operation, group.group_id, buffers(operation, sizes), sizes)
+    message = refusal(fake, operation, group.group_id, buffers(operation, sizes), sizes)
     assert message == f"INVALID_ARGUMENT: {words}"
     assert not fake.launches()
 
@@ -348,7 +331,7 @@ def test_a_call_of_another_group_is_refused(operation, changes, words, fake, mak
 @pytest.mark.parametrize("operation", ["dispatch", "combine", "plan_dispatch"])
 def test_rows_longer_than_the_heaps_are_refused(operation, fake, make_group):
     group = make_group(dtype="bfloat16")
-    message = _refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
+    message = refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
     assert "rows of 16 float32 do not fit; the group has room for 16 bfloat16" in message
     assert not fake.launches()
 
@@ -369,7 +352,7 @@ def test_rows_that_bulk_copies_cannot_reach_are_refused(operation, name, fake, m
     rows = arrays[name]
     bytes_ = np.zeros(rows.nbytes + 16, np.uint8)
     arrays[name] = bytes_[4 : 4 + rows.nbytes].view(rows.dtype).reshape(rows.shape)
-    message = _refusal(fake, operation, group.group_id, arrays, sizes)
+    message = refusal(fake, operation, group.group_id, arrays, sizes)
     assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is at address 0x"), message
     assert "not a multiple of 16" in message
     assert not fake.launches()
@@ -380,7 +363,7 @@ def test_quantized_rows_need_the_wire_that_carries_them(variant, named, fake, ma
     sizes = VARIANTS[variant]
     group = _group_for(make_group, sizes)
     arrays = buffers("dispatch", sizes)
-    message = _refusal(fake, "dispatch", group.group_id, arrays, sizes, wire=np.int32(0))
+    message = refusal(fake, "dispatch", group.group_id, arrays, sizes, wire=np.int32(0))
     assert message == (
         f"INVALID_ARGUMENT: {named} is float8_e4m3fn, but wire is same; allowed: wire float8_e4m3fn"
     )
@@ -395,7 +378,7 @@ def test_quantized_rows_that_bulk_copies_cannot_reach_are_refused(name, fake, ma
     rows = arrays[name]
     bytes_ = np.zeros(rows.nbytes + 16, np.uint8)
     arrays[name] = bytes_[4 : 4 + rows.nbytes].view(rows.dtype).reshape(rows.shape)
-    message = _refusal(fake, "dispatch", group.group_id, arrays, sizes)
+    message = refusal(fake, "dispatch", group.group_id, arrays, sizes)
     assert message.startswith(f"INVALID_ARGUMENT: buffer '{name}' is at address 0x"), message
     assert not fake.launches()
 
@@ -403,7 +386,7 @@ def test_quantized_rows_that_bulk_copies_cannot_reach_are_refused(name, fake, ma
 def test_a_wire_that_the_group_has_not_is_refused(fake, make_group):
     group = make_group()
     arrays = buffers("dispatch", SIZES)
-    message = _refusal(fake, "dispatch", group.group_id, arrays, SIZES, wire=np.int32(1))
+    message = refusal(fake, "dispatch", group.group_id, arrays, SIZES, wire=np.int32(1))
     assert "wire is float8_e4m3fn, but the group's wire_dtype is not" in message
 
 
@@ -411,7 +394,7 @@ def test_a_wire_that_the_group_has_not_is_refused(fake, make_group):
 def test_a_device_that_has_no_rank_is_refused(operation, fake, make_group):
     group = make_group()
     arrays = buffers(operation, SIZES)
-    message = _refusal(fake, operation, group.group_id, arrays, SIZES, device=2)
+    message = refusal(fake, operation, group.group_id, arrays, SIZES, device=2)
     assert message.startswith("FAILED_PRECONDITION: "), message
     assert "has no rank on CUDA device 2" in message
 
@@ -420,7 +403,7 @@ def test_a_device_that_has_no_rank_is_refused(operation, fake, make_group):
 def test_a_group_that_was_closed_is_refused(operation, fake, make_group):
     group = make_group()
     group.close()
-    message = _refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
+    message = refusal(fake, operation, group.group_id, buffers(operation, SIZES), SIZES)
     assert message.startswith("FAILED_PRECONDITION: "), message
     assert operation in message
     assert not fake.launches()
@@ -433,7 +416,7 @@ def test_a_group_that_is_not_connected_yet_is_refused(operation, fake, make_grou
     def connect(self, messages):
         for device in range(2):
             arrays = buffers(operation, SIZES)
-            refusals.append(_refusal(fake, operation, self.group_id, arrays, SIZES, device=device))
+            refusals.append(refusal(fake, operation, self.group_id, arrays, SIZES, device=device))
         real(self, messages)
 
     real = cuda_group.CudaGroup._connect
@@ -445,7 +428,7 @@ def test_a_group_that_is_not_connected_yet_is_refused(operation, fake, make_grou
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_group_that_never_was_is_refused(operation, fake):
-    message = _refusal(fake, operation, 987654321, buffers(operation, SIZES), SIZES)
+    message = refusal(fake, operation, 987654321, buffers(operation, SIZES), SIZES)
     assert message.startswith("FAILED_PRECONDITION: "), message
     assert not fake.launches()
 
@@ -457,7 +440,7 @@ def test_a_failed_launch_is_reported_with_its_call(operation, function, fake, ma
     function = f"launch_{operation}" if function == "launch" else function
     fake.fail(function)
     arrays = buffers(operation, SIZES)
-    message = _refusal(fake, operation, group.group_id, arrays, SIZES, device=1)
+    message = refusal(fake, operation, group.group_id, arrays, SIZES, device=1)
     assert message.startswith("INTERNAL: cudaErrorUnknown "), message
     assert function in message
     assert not fake.launches()

@@ -403,16 +403,14 @@ Status read_combine_start(const Operands& operands,
                           const ffi::RemainingRets& results,
                           const EpAttrs& attrs,
                           int32_t domain_size,
-                          Platform platform,
                           OpArguments<CombineOp>& arguments,
                           uint32_t*& ticket) {
-  const bool on_gpu = platform == Platform::kCuda;
   BufferReader reader(operands, results);
   const Buffer program_rank = reader.operand("program_rank");
-  const CombineOperands taken(reader, on_gpu);
+  const CombineOperands taken(reader, true);
   const Buffer given = reader.result("ticket");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
-  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, domain_size, on_gpu, arguments.op));
+  JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, domain_size, true, arguments.op));
   JAX_EP_RETURN_IF_ERROR(given.check(U32, {kTicketWords}));
   arguments.program_rank = program_rank.data<const int32_t>();
   ticket = given.data<uint32_t>();

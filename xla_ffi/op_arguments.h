@@ -89,7 +89,7 @@ Status read_combine(const Operands& operands,
                     Platform platform,
                     OpArguments<CombineOp>& arguments);
 
-// The same of a first half, which has a ticket for its only result.
+// The same of a first half on GPUs, which has a ticket for its only result.
 Status read_dispatch_start(const Operands& operands,
                            const ffi::RemainingRets& results,
                            const EpAttrs& attrs,
@@ -101,7 +101,6 @@ Status read_combine_start(const Operands& operands,
                           const ffi::RemainingRets& results,
                           const EpAttrs& attrs,
                           int32_t domain_size,
-                          Platform platform,
                           OpArguments<CombineOp>& arguments,
                           uint32_t*& ticket);
 

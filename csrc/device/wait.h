@@ -154,16 +154,19 @@ JAX_EP_DEVICE Word wait_until(const RankView& view,
   }
 }
 
-// Waits until a counter that every exchange advances has reached `context.expected`.
+// Whether a counter that every exchange advances has reached a value. Counters wrap around: what is
+// ahead is ahead by less than half of all values.
+JAX_EP_DEVICE bool has_reached(u32 seen, u32 expected) { return seen - expected <= 0x7FFF'FFFF; }
+
+// Waits until such a counter has reached `context.expected`.
 template <Scope kScope>
 JAX_EP_DEVICE void wait_until_reached(const RankView& view,
                                       Ptr<u32> counter,
                                       const WaitContext& context,
                                       const char* what) {
-  constexpr u32 kHalf = 0x7FFF'FFFF;  // counters wrap around: what is ahead is ahead by less
   const u32 expected = context.expected;
   (void)wait_until<kScope>(
-      view, counter, [expected](u32 seen) { return seen - expected <= kHalf; }, context, what);
+      view, counter, [expected](u32 seen) { return has_reached(seen, expected); }, context, what);
 }
 
 }  // namespace jax_ep::dev

@@ -148,7 +148,7 @@ const char* name(Mishap mishap) {
                                     "the group is closed",
                                     "the group is closed while a rank waits",
                                     "the program says another rank",
-                                    "a flight is not the right one",
+                                    "a flight is not open",
                                     "a rank stands still"};
   return kNames[static_cast<int>(mishap)];
 }

@@ -57,7 +57,7 @@ enum class Mishap {
   kClosed,           // the group has been closed: it must not touch the heap, and leave no results
   kClosedMeanwhile,  // `rank` never runs it, and the group is closed while rank 0 waits for it
   kWrongRank,        // on `rank` the program says another one: it must send nothing as either
-  kWrongFlight,      // it is half of an exchange whose bank or ticket is not right
+  kWrongFlight,      // it is a second half, and the flight of its ticket is not open
   kStoodStill,       // instead, rank 0 waits for `rank`, which comes while it stands still
 };
 

@@ -45,10 +45,11 @@ def dispatch_start(
 
     On GPUs it is the exchanges of the low-latency kernels that are in halves (see
     `EpConfig.low_latency_tokens`): between them no SM is held. There at most three other ones of
-    them may begin while a flight is open; of the fourth on its second half is an error. All other
-    exchanges on GPUs, those of backend `xla`, and those where `shard_map` leaves axes of the mesh
-    to the compiler, are in the first half: nothing overlaps. There a flight holds results, of
-    which nothing goes stale, and any number may be open.
+    them may begin while a flight is open; of the fourth on its second half is an error. And a first
+    half waits for a rank that is four of them behind. All other exchanges on GPUs, those of backend
+    `xla`, and those where `shard_map` leaves axes of the mesh to the compiler, are in the first
+    half: nothing overlaps. There a flight holds results, of which nothing goes stale, and any
+    number may be open.
 
     Args:
         x: tokens, as `dispatch` takes them: `[T, H]` of `config.dtype`, or a `QuantizedRows`.

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Well-formed calls of the handlers for platform CUDA, by one rank, on arrays of NumPy."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import pytest
 
-from ep_testing.fake_cudart import FakeCudart
+import jax_ep
+from ep_testing.fake_cudart import FakeCudart, XlaError
+from ep_testing.programs import make_mesh
 
 # Results of each handler; what else it takes is an operand.
 RESULTS = {
@@ -52,6 +58,11 @@ class Sizes:
     scalars: bool = True
     weighted: bool = True
     products: bool = False  # of dispatch
+
+    @property
+    def wire_dtype(self) -> str | None:
+        """Of the config of a group that serves the call."""
+        return self.x_dtype or self.rows_dtype
 
     def attributes(self, group_id: int) -> dict[str, np.generic]:
         """The dictionary that every call has."""
@@ -155,7 +166,7 @@ def call(
     if "dispatch" in operation:
         all_attributes |= {
             "dtype": np.int32(DTYPES.index(sizes.dtype)),
-            "wire": np.int32(sizes.x_dtype is not None or sizes.rows_dtype is not None),
+            "wire": np.int32(sizes.wire_dtype is not None),
             "zero_fill": np.bool_(True),
         }
     if operation.startswith("combine"):
@@ -175,3 +186,31 @@ def call(
         device=device,
         stream=stream,
     )
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    """The message with which a handler refuses a `call`."""
+    with pytest.raises(XlaError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def groups_of_two(**defaults: Any) -> Iterator[Callable[..., jax_ep.EpGroup]]:
+    """Makes groups of two ranks, on devices 0 and 1, and closes them at the end.
+
+    `defaults` are fields of the config; so are the arguments of what it yields, but for `timeout`.
+    """
+    made: list[jax_ep.EpGroup] = []
+    sizes = {
+        "num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4, "dtype": "float32",
+    }  # fmt: skip
+
+    def make(timeout: float = 60.0, **config: Any) -> jax_ep.EpGroup:
+        config = jax_ep.EpConfig(**{**sizes, **defaults, **config})
+        made.append(jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, timeout=timeout))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.close()

@@ -104,8 +104,8 @@ ffi::Error combine_start(cudaStream_t stream,
   RankCall call = call_of(stream, device, place);
   call.half = Half::kFirst;
   OpArguments<CombineOp> arguments;
-  JAX_EP_FAIL_IF_ERROR(read_combine_start(
-      operands, results, attrs, domain_size, Platform::kCuda, arguments, call.ticket));
+  JAX_EP_FAIL_IF_ERROR(
+      read_combine_start(operands, results, attrs, domain_size, arguments, call.ticket));
   return launch_half(attrs, arguments, call, launch_low_latency_combine);
 }
 

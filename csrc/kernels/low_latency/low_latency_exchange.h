@@ -51,7 +51,7 @@ class ExchangeHalf {
     const RankView& view = exchange.view();
     const u32 last = exchange.epoch() - u32{kLowLatencyBanks};
     const u32 seen = ld(control(view, Channel::kLowLatency, ChannelControl::kPeersEnded));
-    if (seen - last < kHalf) return;
+    if (has_reached(seen, last)) return;
     share_out_peers(view, [&](i32 peer) {
       // ACQUIRE(acknowledged): the peer's reads come before this warp's stores.
       wait_until_reached<Scope::kSys>(view,
@@ -102,8 +102,6 @@ class ExchangeHalf {
   }
 
  private:
-  static constexpr u32 kHalf = 1U << 31;  // counters wrap around
-
   // Each bank has a flag: a peer may begin later exchanges before this rank has seen this one's.
   JAX_EP_DEVICE static i32 flag_idx(const Exchange& exchange) {
     return static_cast<i32>(bank_of_epoch(exchange.epoch()));
@@ -172,9 +170,8 @@ class ExchangeHalf {
           layout.low_latency_tokens * layout.row_packets);
   }
 
-  // Of the parameters, where registers are not needed for them.
-  const Half& half_;
-  u32* const& ticket_;
+  const Half half_;
+  u32* const ticket_;
 };
 
 }  // namespace jax_ep::dev
