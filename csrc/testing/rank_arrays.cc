@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "csrc/core/float_formats.h"
+#include "csrc/core/low_latency_fit.h"
 
 namespace jax_ep {
 namespace {
@@ -172,12 +173,18 @@ void RankArrays::upload(DeviceMemory& memory) const {
 }
 
 void RankArrays::mark_rows(DeviceMemory& memory) const {
-  const auto untouched = [&]<typename T>(std::span<T> to) {
-    const std::vector<std::byte> fill(to.size_bytes(), kUntouchedByte);
-    if (!fill.empty()) memory.write(to.data(), fill.data(), fill.size());
-  };
-  untouched(arrays_.rows);
-  untouched(arrays_.rows_scales);
+  memory.fill(arrays_.rows.data(), kUntouchedByte, arrays_.rows.size_bytes());
+  memory.fill(arrays_.rows_scales.data(), kUntouchedByte, arrays_.rows_scales.size_bytes());
+}
+
+bool RankArrays::has_halves(OpKind op, const RankView& view) const {
+  switch (op) {
+    case OpKind::kPlan:
+    case OpKind::kDispatch: return false;
+    case OpKind::kCombine: return fits_low_latency(view.layout, combine(view).op);
+    case OpKind::kPlanDispatch: return fits_low_latency(view.layout, plan_dispatch(view).op);
+  }
+  return false;
 }
 
 std::vector<std::span<std::byte>> RankArrays::results_of(OpKind op) const {

@@ -22,6 +22,7 @@ class DeviceMemory {
   virtual ~DeviceMemory() = default;
   virtual void write(void* to, const void* from, size_t bytes) = 0;
   virtual void read(void* to, const void* from, size_t bytes) = 0;
+  virtual void fill(void* to, std::byte with, size_t bytes) = 0;
 };
 
 // An exchange among all ranks with what the CPU backend makes of it.
@@ -48,6 +49,8 @@ class RankArrays {
 
   // What an operation writes, all of it but `rows` and `rows_scales`, of which it may leave some.
   [[nodiscard]] std::vector<std::span<std::byte>> results_of(OpKind op) const;
+  // Whether it is of the exchanges that are in halves.
+  [[nodiscard]] bool has_halves(OpKind op, const RankView& view) const;
   // Marks these two as untouched.
   void mark_rows(DeviceMemory& memory) const;
 

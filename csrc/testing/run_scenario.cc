@@ -139,7 +139,7 @@ class GroupRun {
                          const RankView& view,
                          const RankArrays& arrays) {
     const bool writes =
-        has_halves(op.kind, view, arrays) ? op.half != Half::kFirst : op.half != Half::kSecond;
+        op.half != (arrays.has_halves(op.kind, view) ? Half::kFirst : Half::kSecond);
     if (!writes) return;
     const auto r = static_cast<uint32_t>(rank);
     machine_.host_call(r, stream_, [this, r, rank, kind = op.kind, &arrays] {
@@ -149,12 +149,6 @@ class GroupRun {
       SimulatedMemory device(machine_, rank);
       if (kind == OpKind::kDispatch || kind == OpKind::kPlanDispatch) arrays.mark_rows(device);
     });
-  }
-
-  static bool has_halves(OpKind op, const RankView& view, const RankArrays& arrays) {
-    if (op == OpKind::kCombine) return SimulatedGroup::is_low_latency(arrays.combine(view));
-    return op == OpKind::kPlanDispatch &&
-           SimulatedGroup::is_low_latency(arrays.plan_dispatch(view));
   }
 
   // The rank takes no part: whoever reaches for its heap finds none.

@@ -26,6 +26,10 @@ class SimulatedMemory : public DeviceMemory {
   void read(void* to, const void* from, size_t bytes) override {
     machine_.read(rank_, from, to, bytes);
   }
+  void fill(void* to, std::byte with, size_t bytes) override {
+    const std::vector<std::byte> from(bytes, with);
+    if (bytes > 0) machine_.write(rank_, to, from.data(), bytes);
+  }
 
  private:
   sim::Machine& machine_;

@@ -93,17 +93,18 @@ class PlanAssigner {
   }
 
   JAX_EP_DEVICE void clear_rows_without_token() {
-    layout_.for_each_gap(c_.warp, c_.num_warps, [this](u32 begin, u32 end) {
-      clear(begin, end, lane_id(), kWarpSize);
-    });
-    clear(layout_.end_of_rows(),
-          c_.capacity,
+    for (i32 i = c_.warp; i < layout_.num_gaps(); i += c_.num_warps) {
+      clear(layout_.gap(i), lane_id(), kWarpSize);
+    }
+    clear({layout_.end_of_rows(), c_.capacity},
           block_id() * c_.warps.count() * kWarpSize + c_.warps.thread(),
           c_.exchange.num_main() * c_.warps.count() * kWarpSize);
   }
 
-  JAX_EP_DEVICE void clear(u32 begin, u32 end, u32 worker, u32 num_workers) {
-    for (i64 row = i64{begin} + worker; row < end; row += num_workers) layout_.clear_row(row);
+  JAX_EP_DEVICE void clear(RowRange rows, u32 worker, u32 num_workers) {
+    for (i64 row = i64{rows.begin} + worker; row < rows.end; row += num_workers) {
+      layout_.clear_row(row);
+    }
   }
 
   Context& c_;

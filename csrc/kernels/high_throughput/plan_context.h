@@ -18,6 +18,11 @@ struct LaneSelection {
   u32 same_expert;  // lanes whose selections name the same, those that take no part too
 };
 
+struct RowRange {
+  u32 begin;
+  u32 end;
+};
+
 struct CountedSelection {
   i32 bin;    // -1: this lane's selection takes no part
   u32 lanes;  // of each token in the bin, one

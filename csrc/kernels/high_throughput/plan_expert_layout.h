@@ -87,15 +87,12 @@ class PlanExpertLayout {
   // What a row without token holds.
   JAX_EP_DEVICE void clear_row(i64 row) const { st(Ptr<i32>{c_.op.row_source} + row, -1); }
 
-  // `use(begin, end)`, with a warp, for the rows between those of an expert and the next: of
-  // experts `first`, `first + step`, ... of this rank.
-  template <typename Use>
-  JAX_EP_DEVICE void for_each_gap(i32 first, i32 step, const Use& use) const {
-    for (i32 local = first; local < c_.num_local; local += step) {
-      const i32 expert = c_.rank * c_.num_local + local;
-      const u64 start = start_of(expert);
-      use(c_.clip(start + ld(c_.totals() + expert)), end_of(local));
-    }
+  // The rows between those of an expert of this rank and the next.
+  JAX_EP_DEVICE i32 num_gaps() const { return c_.num_local; }
+  JAX_EP_DEVICE RowRange gap(i32 local) const {
+    const i32 expert = c_.rank * c_.num_local + local;
+    const u64 start = start_of(expert);
+    return {c_.clip(start + ld(c_.totals() + expert)), end_of(local)};
   }
   // The first of the rows that no token of any rank can have.
   JAX_EP_DEVICE u32 end_of_rows() const { return end_of(c_.num_local - 1); }

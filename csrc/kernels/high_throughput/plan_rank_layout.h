@@ -72,8 +72,8 @@ class PlanRankLayout {
     }
   }
 
-  template <typename Use>
-  JAX_EP_DEVICE void for_each_gap(i32 /*first*/, i32 /*step*/, const Use&) const {}
+  JAX_EP_DEVICE i32 num_gaps() const { return 0; }
+  JAX_EP_DEVICE RowRange gap(i32 /*i*/) const { return {0, 0}; }
   // The first of the rows that no token of any rank can have.
   JAX_EP_DEVICE u32 end_of_rows() const { return c_.clip(rows_before(c_.num_ranks)); }
 

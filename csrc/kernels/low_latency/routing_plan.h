@@ -68,17 +68,25 @@ class RoutingPlan {
   template <typename Clear>
   JAX_EP_DEVICE void for_each_empty_row(const Clear& clear) const {
     const auto num_warps = static_cast<u32>(c_.num_warps);
-    u32 passed = 0;  // of the empty rows, which the warps take by turns
-    const auto take = [&](u32 begin, u32 end) {
-      const u32 turn = (static_cast<u32>(c_.warp) + num_warps - passed % num_warps) % num_warps;
-      for (u32 row = begin + turn; row < end; row += num_warps) {
+    u32 turn = static_cast<u32>(c_.warp);  // the warps take empty rows by turns: this one's next
+    // As many ranges as there are lanes: one after the other, most are empty.
+    const auto take = [&](RowRange of_lane) {
+      const u32 end = inclusive_sum(of_lane.end - of_lane.begin);
+      const u32 begin = from_lane_before(end);
+      const u32 total = warp_shfl(end, kWarpSize - 1);
+      for (; turn < total; turn += num_warps) {
+        const u32 lane = num_bits(warp_ballot(begin <= turn)) - 1;
+        const u32 row = warp_shfl(of_lane.begin - begin, lane) + turn;
         if (lane_id() == 0) layout_.clear_row(row);
         clear(static_cast<i64>(row));
       }
-      passed += end - begin;
+      turn -= total;
     };
-    layout_.for_each_gap(0, 1, take);
-    take(layout_.end_of_rows(), c_.capacity);
+    for (i32 first = 0; first < layout_.num_gaps(); first += kWarpSize) {
+      const i32 i = first + static_cast<i32>(lane_id());
+      take(i < layout_.num_gaps() ? layout_.gap(i) : RowRange{0, 0});
+    }
+    take(lane_id() == 0 ? RowRange{layout_.end_of_rows(), c_.capacity} : RowRange{0, 0});
   }
 
  private:

@@ -13,6 +13,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -63,12 +64,21 @@ void open_gpus(int num_gpus) {
 
 class GpuMemory : public DeviceMemory {
  public:
+  // Fills come after what the stream holds, and before what is put into it next.
+  explicit GpuMemory(cudaStream_t stream = nullptr) : stream_(stream) {}
   void write(void* to, const void* from, size_t bytes) override {
     check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "write");
   }
   void read(void* to, const void* from, size_t bytes) override {
     check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "read");
   }
+  void fill(void* to, std::byte with, size_t bytes) override {
+    if (bytes == 0) return;
+    check(cudaMemsetAsync(to, std::to_integer<int>(with), bytes, stream_), "fill");
+  }
+
+ private:
+  cudaStream_t stream_;
 };
 
 class VirtualRanks {
@@ -176,7 +186,7 @@ cudaError_t launch_op(const ScenarioOp& op,
   low_latency_shape.num_blocks = blocks;
   const auto tail_blocks = static_cast<int32_t>(scenario.tail_blocks);
   const auto in_halves = [&](auto& params) {
-    if (!fits_low_latency(view.layout, params.op)) return false;
+    if (!arrays.has_halves(op.kind, view)) return false;
     params.half = op.half;
     params.ticket = arrays.ticket(op.flight);
     return true;
@@ -202,6 +212,20 @@ cudaError_t launch_op(const ScenarioOp& op,
   return cudaErrorInvalidValue;
 }
 
+// Of what a kernel is about to write, nothing that an earlier one wrote can be taken for its own.
+void forget_results(const ScenarioOp& op,
+                    const RankArrays& arrays,
+                    const RankView& view,
+                    cudaStream_t stream) {
+  const bool writes = op.half != (arrays.has_halves(op.kind, view) ? Half::kFirst : Half::kSecond);
+  if (!writes) return;
+  GpuMemory memory(stream);
+  for (const std::span<std::byte> result : arrays.results_of(op.kind)) {
+    memory.fill(result.data(), kUntouchedByte, result.size());
+  }
+  if (op.kind == OpKind::kDispatch || op.kind == OpKind::kPlanDispatch) arrays.mark_rows(memory);
+}
+
 std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenario& scenario) {
   Problem problem(step.options, step.x_format, step.rows_format);
   if (!problem.ok) return "the CPU backend failed";
@@ -223,6 +247,7 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
       RankView view = ranks.view(rank);
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
+      forget_results(op, mine, view, ranks.stream(rank));
       check(launch_op(op, mine, view, step, scenario, ranks.stream(rank)), describe(op).c_str());
     }
   }
