@@ -63,7 +63,7 @@ constexpr bool clears_bank(uint32_t epoch) {
 
 // A row's segments, of at most so many bytes of its dtype, are worked on one by one. Packets do not
 // lie across segments.
-inline constexpr int32_t kLowLatencyDispatchSegmentBytes = 3072;
+inline constexpr int32_t kLowLatencyDispatchSegmentBytes = 2304;
 inline constexpr int32_t kLowLatencyCombineSegmentBytes = 1536;
 static_assert(kLowLatencyDispatchSegmentBytes % (kPacketBytes * kPacketDataBytes) == 0);
 static_assert(kLowLatencyCombineSegmentBytes % (kPacketBytes * kPacketDataBytes) == 0);

@@ -68,6 +68,9 @@ struct PlanContext {
     if (expert < 0 || expert >= shape.num_experts) return false;
     return all_active(exchange.view()) || is_active(exchange.view(), owner_of(expert, num_local));
   }
+  JAX_EP_DEVICE bool is_local(i32 expert) const {
+    return static_cast<u32>(expert - rank * num_local) < static_cast<u32>(num_local);
+  }
   JAX_EP_DEVICE u32 clip(u64 row) const {
     return row < capacity ? static_cast<u32>(row) : capacity;
   }

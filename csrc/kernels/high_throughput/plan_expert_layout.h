@@ -33,24 +33,24 @@ class PlanExpertLayout {
 
   // --- where rows begin --------------------------------------------------------------------------
 
-  // Where each expert's rows start at its rank: a warp per rank. Sums are clipped to the capacity
-  // at every step, so that they fit 32 bits.
+  // Where each expert's rows start at its rank: a warp for as many of a rank's experts as it has
+  // lanes; what is before them it sums up by itself, so no warp waits for another. Sums are clipped
+  // to the capacity at every step, so that they fit 32 bits.
   JAX_EP_DEVICE void find_starts() const {
-    const auto clipped_sum = [this](u32 a, u32 b) { return c_.clip(u64{a} + b); };
-    for (i32 rank = static_cast<i32>(c_.warps.warp()); rank < c_.num_ranks;
-         rank += static_cast<i32>(c_.warps.count())) {
-      u32 start = 0;
-      for (i32 first = 0; first < c_.num_local; first += kWarpSize) {
-        const i32 local = first + static_cast<i32>(lane_id());
-        const u64 total =
-            local < c_.num_local ? ld(c_.totals() + (rank * c_.num_local + local)) : 0;
-        const u32 rows = c_.clip(aligned(total));
-        const u32 sum = inclusive_sum(rows, clipped_sum);
-        const u32 before = from_lane_before(sum);
-        if (local < c_.num_local) {
-          c_.tables.start(rank * c_.num_local + local) = clipped_sum(start, before);
-        }
-        start = clipped_sum(start, warp_shfl(sum, kWarpSize - 1));
+    const auto parts = static_cast<i32>(ceil_div(i64{c_.num_local}, i64{kWarpSize}));
+    const auto num_warps = static_cast<i32>(c_.warps.count());
+    for (i32 i = static_cast<i32>(c_.warps.warp()); i < c_.num_ranks * parts; i += num_warps) {
+      const i32 first_of_rank = i / parts * c_.num_local;
+      const i32 local = i % parts * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
+      u32 of_lane = 0;
+      for (i32 earlier = static_cast<i32>(lane_id()); earlier < local; earlier += kWarpSize) {
+        of_lane = clipped_sum(of_lane, rows_of(first_of_rank + earlier));
+      }
+      const u32 rows = local < c_.num_local ? rows_of(first_of_rank + local) : 0;
+      const u32 before_part = warp_shfl(clipped_sums(of_lane), kWarpSize - 1);
+      const u32 before = from_lane_before(clipped_sums(rows));
+      if (local < c_.num_local) {
+        c_.tables.start(first_of_rank + local) = clipped_sum(before_part, before);
       }
     }
   }
@@ -88,7 +88,7 @@ class PlanExpertLayout {
   JAX_EP_DEVICE void clear_row(i64 row) const { st(Ptr<i32>{c_.op.row_source} + row, -1); }
 
   // The rows between those of an expert of this rank and the next.
-  JAX_EP_DEVICE i32 num_gaps() const { return c_.num_local; }
+  JAX_EP_DEVICE i32 num_gaps() const { return c_.shape.expert_alignment > 1 ? c_.num_local : 0; }
   JAX_EP_DEVICE RowRange gap(i32 local) const {
     const i32 expert = c_.rank * c_.num_local + local;
     const u64 start = start_of(expert);
@@ -112,9 +112,17 @@ class PlanExpertLayout {
   }
 
  private:
-  JAX_EP_DEVICE u64 aligned(u64 rows) const {
-    const u64 alignment = static_cast<u64>(c_.shape.expert_alignment);
-    return (rows + alignment - 1) / alignment * alignment;
+  // What has 32 bits is divided in a few instructions, what has 64 in many.
+  JAX_EP_DEVICE u64 aligned(u32 rows) const {
+    const auto alignment = static_cast<u32>(c_.shape.expert_alignment);
+    const u32 whole = rows / alignment * alignment;
+    return u64{whole} + (whole < rows ? alignment : 0);
+  }
+
+  JAX_EP_DEVICE u32 rows_of(i32 expert) const { return c_.clip(aligned(ld(c_.totals() + expert))); }
+  JAX_EP_DEVICE u32 clipped_sum(u32 a, u32 b) const { return c_.clip(u64{a} + b); }
+  JAX_EP_DEVICE u32 clipped_sums(u32 rows) const {
+    return inclusive_sum(rows, [this](u32 a, u32 b) { return clipped_sum(a, b); });
   }
 
   // First row after those of a local expert of this rank.

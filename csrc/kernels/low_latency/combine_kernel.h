@@ -90,6 +90,7 @@ class LowLatencyCombineKernel {
   static constexpr int kPackets = Config::kSegmentBytes / kPacketDataBytes / kWarpSize;
   static constexpr int kPerPacket = 3 * RowType::kPerWord;
   static constexpr i32 kLanes = static_cast<i32>(kWarpSize);
+  static constexpr int kTermsAtOnce = 3;  // of which loads are in flight
 
   JAX_EP_DEVICE static i32 this_warp() {
     return static_cast<i32>(warp_id() * num_blocks() + block_id());
@@ -114,8 +115,7 @@ class LowLatencyCombineKernel {
   JAX_EP_DEVICE void send() {
     c_.half.wait_until_bank_is_free(c_.exchange);
     const i32 others = c_.num_ranks - 1;
-    const i32 units = static_cast<i32>(c_.shape.num_tokens) * others * c_.segments.count;
-    for (i32 unit = this_warp(); unit < units; unit += num_warps()) {
+    for (i32 unit = this_warp(); unit < units_to_send(); unit += num_warps()) {
       const i32 segment = unit % c_.segments.count;
       const i32 owner_of_token = unit / c_.segments.count;
       const i64 token = owner_of_token / others;
@@ -134,12 +134,16 @@ class LowLatencyCombineKernel {
     }
   }
 
-  // All lanes. Loads run ahead of the sum by a term.
+  JAX_EP_DEVICE i32 units_to_send() const {
+    return static_cast<i32>(c_.shape.num_tokens) * (c_.num_ranks - 1) * c_.segments.count;
+  }
+
+  // All lanes. Loads of some terms are in flight at once.
   JAX_EP_DEVICE void sum_to_stage(const SumTerms& terms, i32 segment) const {
     const i32 vectors = num_words(segment) / 4;
     const auto load = [&](i32 term, Vec16(&row)[kVectors]) {
       const Ptr<const Vec16> from =
-          as<const Vec16>(shfl_pointer(terms.row, term) + i64{segment} * Config::kSegmentBytes);
+          as<const Vec16>(shfl_pointer(terms.row, term) + segment * Config::kSegmentBytes);
       JAX_EP_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         const i32 at = static_cast<i32>(lane_id()) + v * kLanes;
@@ -147,18 +151,23 @@ class LowLatencyCombineKernel {
       }
     };
     SegmentSum<RowType, kVectors> sum;
-    Vec16 ahead[kVectors];
-    load(0, ahead);
-    const i32 num_weights = terms.weights_per_row();
-    JAX_EP_NO_UNROLL
-    for (i32 term = 0; term < terms.count(); ++term) {
+    if (terms.weights_per_row() > 1) {  // of the only term
       Vec16 row[kVectors];
-      JAX_EP_UNROLL
-      for (int v = 0; v < kVectors; ++v) row[v] = ahead[v];
-      if (term + 1 < terms.count()) load(term + 1, ahead);
-      sum.add(row, num_weights, [&](i32 weight) {
-        return shfl_float(terms.weight, num_weights > 1 ? weight : term);
-      });
+      load(0, row);
+      sum.add(row, terms.weights_per_row(), [&](i32 i) { return shfl_float(terms.weight, i); });
+    } else {
+      JAX_EP_NO_UNROLL
+      for (i32 first = 0; first < terms.count(); first += kTermsAtOnce) {
+        Vec16 rows[kTermsAtOnce][kVectors];
+        JAX_EP_UNROLL
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+          if (first + i < terms.count()) load(first + i, rows[i]);
+        }
+        JAX_EP_UNROLL
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+          if (first + i < terms.count()) sum.add(shfl_float(terms.weight, first + i), rows[i]);
+        }
+      }
     }
     Vec16 rounded[kVectors];
     sum.take(rounded);
@@ -176,15 +185,19 @@ class LowLatencyCombineKernel {
   JAX_EP_DEVICE void receive() {
     c_.half.wait_for_peers(c_.exchange, this_warp(), num_warps());
     const i32 units = static_cast<i32>(c_.shape.num_tokens) * c_.segments.count;
-    for (i32 unit = this_warp(); unit < units; unit += num_warps()) {
+    // The warps go on by turns, as if this were the rest of what is sent: who had none begins.
+    const i32 sent = c_.half.sends() ? units_to_send() % num_warps() : 0;
+    const i32 first = this_warp() - sent + (this_warp() < sent ? num_warps() : 0);
+    for (i32 unit = first; unit < units; unit += num_warps()) {
       const i64 token = unit / c_.segments.count;
       const i32 segment = unit % c_.segments.count;
+      const i32 own_row = held_row(c_.rank, token);  // loaded together with what follows
       const Selections selections(c_.shape,
                                   Ptr<const i32>{c_.params.op.topk_idx},
                                   Ptr<const i32>{c_.params.op.slot},
                                   token);
       const u32 leaders = warp_ballot(selections.leads());
-      const SumTerms own = layout().held_terms(held_row(c_.rank, token));
+      const SumTerms own = layout().held_terms(own_row);
       // A handle from elsewhere may have rows of a token that selects none.
       if (own.count() > 0) sum_to_stage(own, segment);
       sum_ranks(token, segment, source_of_lane(selections, leaders), leaders, own.count() > 0);

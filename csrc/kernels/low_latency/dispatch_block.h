@@ -26,6 +26,7 @@ struct LowLatencyDispatchConfig {
     Shared<u32> start[kMaxLowLatencyBins];
     Shared<u32> total[kMaxLowLatencyBins];
     Shared<u32> total_before[kMaxRanks];
+    Shared<i32> expert[kMaxLowLatencySelections];       // of all ranks; -1: none
     Shared<u32> source_slot[kMaxLowLatencySelections];  // as in PlanOp
   };
 
@@ -39,6 +40,7 @@ struct LowLatencyDispatchConfig {
       return (&memory_.stage[warp][0][0])[bin];
     }
     JAX_EP_DEVICE Shared<u32>& cursor(i32 bin) const { return cursor(warp_id(), bin); }
+    JAX_EP_DEVICE Shared<i32>& expert(i32 selection) const { return memory_.expert[selection]; }
     JAX_EP_DEVICE Shared<u32>& start(i32 expert) const { return memory_.start[expert]; }
     JAX_EP_DEVICE Ptr<u32> totals(const RankView& /*view*/) const {
       return address_of(memory_.total[0]);

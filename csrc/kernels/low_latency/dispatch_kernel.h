@@ -56,10 +56,10 @@ class LowLatencyDispatchKernel {
   }
 
   JAX_EP_DEVICE void receive() {
-    DispatchRows<Config, RowType> rows(op_.dispatch, exchange_);
     half_.wait_for_peers(exchange_, plan_.warp, plan_.num_warps);
     RoutingPlan<RowLayout> plan(plan_, op_.dispatch);
     plan.make();
+    DispatchRows<Config, RowType> rows(op_.dispatch, exchange_);
     // While packets are on their way.
     plan.for_each_empty_row([&rows](i64 row) { rows.clear(row); });
     expand(rows, plan);

@@ -106,7 +106,9 @@ class DispatchRows {
 
  private:
   using Element = typename RowType::Element;
-  static constexpr i32 kPacketsAtOnce = sizeof(Element) == 4 ? 4 : 8;  // loads in flight of a lane
+  // Loads in flight of a lane: all of a segment.
+  static constexpr i32 kPacketsAtOnce =
+      Config::kSegmentBytes / static_cast<i32>(kPacketDataBytes * kWarpSize);
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
@@ -142,7 +144,7 @@ class DispatchRows {
     const auto from = Ptr<const std::byte>{static_cast<const std::byte*>(op_.x)} +
                       (token * hidden_ + segments_.first(segment)) * x_bytes_;
     const i32 vectors = segments_.size(segment, hidden_) * x_bytes_ / 16;
-    constexpr int kVectors = Config::kSegmentBytes / 16 / static_cast<int>(kWarpSize);
+    constexpr auto kVectors = static_cast<int>(ceil_div(Config::kSegmentBytes / 16, kWarpSize));
     const auto at = [](int v) {
       return static_cast<i32>(lane_id()) + v * static_cast<i32>(kWarpSize);
     };

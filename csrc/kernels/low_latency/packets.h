@@ -75,6 +75,18 @@ JAX_EP_DEVICE u32 expert_in_packet(const Packet& packet, u32 place) {
   return word_in_packet(packet, place / 2) >> 16 * (place % 2) & 0xFFFF;
 }
 
+// The packet of the selections from `first` on, of so many.
+JAX_EP_DEVICE Packet pack_experts(Ptr<const i32> topk_idx, i64 first, i64 selections, u32 flag) {
+  Packet packet{{0, 0, 0}, flag};
+  JAX_EP_UNROLL
+  for (int c = 0; c < kExpertsPerPacket; ++c) {
+    const i32 expert = first + c < selections ? ld(topk_idx + (first + c)) : -1;
+    const bool fits = expert >= 0 && expert < static_cast<i32>(kNoExpertInPacket);
+    packet.data[c / 2] |= (fits ? static_cast<u32>(expert) : kNoExpertInPacket) << 16 * (c % 2);
+  }
+  return packet;
+}
+
 // All lanes of all warps: sends all selections to the other ranks.
 JAX_EP_DEVICE void send_experts(
     const Exchange& exchange, Ptr<const i32> topk_idx, i64 selections, i32 warp, i32 num_warps) {
@@ -82,14 +94,8 @@ JAX_EP_DEVICE void send_experts(
   for (i64 first = i64{warp} * kWarpSize; first < packets; first += i64{num_warps} * kWarpSize) {
     const i64 i = first + lane_id();
     if (i >= packets) continue;
-    Packet packet{{0, 0, 0}, packet_flag(exchange.epoch())};
-    JAX_EP_UNROLL
-    for (int c = 0; c < kExpertsPerPacket; ++c) {
-      const i64 at = i * kExpertsPerPacket + c;
-      const i32 expert = at < selections ? ld(topk_idx + at) : -1;
-      const bool fits = expert >= 0 && expert < static_cast<i32>(kNoExpertInPacket);
-      packet.data[c / 2] |= (fits ? static_cast<u32>(expert) : kNoExpertInPacket) << 16 * (c % 2);
-    }
+    const Packet packet =
+        pack_experts(topk_idx, i * kExpertsPerPacket, selections, packet_flag(exchange.epoch()));
     for_each_peer(exchange.view(), [&](i32 peer) {
       if (peer != exchange.view().rank) {
         put_expert_packet(exchange.view(), peer, exchange.epoch(), i, packet);
@@ -125,13 +131,24 @@ JAX_EP_DEVICE void send_scalars(
 // All lanes. The stores of the lanes to the stage must be known to the warp.
 JAX_EP_DEVICE void send_words(u32 flag, Ptr<Packet> to, Ptr<u32> stage, i32 num_words) {
   const auto packets = static_cast<i32>(ceil_div(num_words, 3));
-  for (i32 i = static_cast<i32>(lane_id()); i < packets; i += kWarpSize) {
-    Packet packet{{0, 0, 0}, flag};
+  constexpr int kAtOnce = 4;
+  constexpr i32 kLanes = static_cast<i32>(kWarpSize);
+  JAX_EP_NO_UNROLL
+  for (i32 first = static_cast<i32>(lane_id()); first < packets; first += kAtOnce * kLanes) {
+    Packet held[kAtOnce];
     JAX_EP_UNROLL
-    for (int c = 0; c < 3; ++c) {
-      if (3 * i + c < num_words) packet.data[c] = ld(stage + (3 * i + c));
+    for (int i = 0; i < kAtOnce; ++i) {
+      held[i] = Packet{{0, 0, 0}, flag};
+      JAX_EP_UNROLL
+      for (int c = 0; c < 3; ++c) {
+        const i32 word = 3 * (first + i * kLanes) + c;
+        if (word < num_words) held[i].data[c] = ld(stage + word);
+      }
     }
-    st_packet(to + i, packet);
+    JAX_EP_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kLanes < packets) st_packet(to + (first + i * kLanes), held[i]);
+    }
   }
 }
 

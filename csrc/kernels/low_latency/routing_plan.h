@@ -26,13 +26,16 @@ class RoutingPlan {
         tables_(context.tables),
         num_tokens_(c_.num_ranks * c_.num_tokens),
         // Consecutive tokens of all ranks, in multiples of a run.
-        tokens_per_warp_(static_cast<i32>(
-            align_up(ceil_div(num_tokens_, i64{c_.warps.count()}), c_.run_tokens))),
+        tokens_per_warp_(quotient_up(quotient_up(num_tokens_, c_.run_tokens),
+                                     static_cast<i32>(c_.warps.count())) *
+                         c_.run_tokens),
         first_(static_cast<i32>(c_.warps.warp()) * tokens_per_warp_),
         last_(first_ + tokens_per_warp_ < num_tokens_ ? first_ + tokens_per_warp_ : num_tokens_) {}
 
   // All threads of a block.
   JAX_EP_DEVICE void make() {
+    receive_experts();
+    c_.warps.sync();
     count();
     c_.warps.sync();
     sum_up();
@@ -86,16 +89,63 @@ class RoutingPlan {
       const i32 i = first + static_cast<i32>(lane_id());
       take(i < layout_.num_gaps() ? layout_.gap(i) : RowRange{0, 0});
     }
-    take(lane_id() == 0 ? RowRange{layout_.end_of_rows(), c_.capacity} : RowRange{0, 0});
+    for (u32 row = layout_.end_of_rows() + turn; row < c_.capacity; row += num_warps) {
+      if (lane_id() == 0) layout_.clear_row(row);
+      clear(static_cast<i64>(row));
+    }
   }
 
  private:
+  JAX_EP_DEVICE static i32 quotient_up(i32 a, i32 b) { return (a + b - 1) / b; }
+
   // A lane's selection, of a run of tokens that begins with `first`.
   struct Selected {
     i32 source;  // -1: the lane has no token
     i32 token;
     i32 expert;  // or -1
   };
+
+  // The experts that all ranks' selections name, -1 where there is none: a packet for each thread
+  // at a time.
+  JAX_EP_DEVICE void receive_experts() const {
+    const i32 selections = c_.num_tokens * c_.num_topk;
+    const auto packets = static_cast<i32>(num_expert_packets(selections));
+    const auto threads = static_cast<i32>(c_.warps.count() * kWarpSize);
+    for (i32 i = static_cast<i32>(c_.warps.thread()); i < c_.num_ranks * packets; i += threads) {
+      const i32 source = i / packets;
+      const i32 first = i % packets * static_cast<i32>(kExpertsPerPacket);
+      const Packet packet = experts_of(source, first);
+      JAX_EP_UNROLL
+      for (int c = 0; c < kExpertsPerPacket; ++c) {
+        if (first + c >= selections) break;
+        const auto expert = static_cast<i32>(expert_in_packet(packet, static_cast<u32>(c)));
+        tables_.expert(source * selections + first + c) = c_.is_expert(expert) ? expert : -1;
+      }
+    }
+  }
+  // The packet that has a source's selections from `first` on. One thread.
+  JAX_EP_DEVICE Packet experts_of(i32 source, i32 first) const {
+    const i32 selections = c_.num_tokens * c_.num_topk;
+    if (!is_active(c_.exchange.view(), source)) {
+      constexpr u32 kNone = kNoExpertInPacket << 16 | kNoExpertInPacket;
+      return {{kNone, kNone, kNone}, 0};
+    }
+    if (source == c_.rank) {
+      return pack_experts(Ptr<const i32>{c_.op.topk_idx}, first, selections, 0);
+    }
+    Packet packet[1];
+    wait_packets<1>(
+        c_.exchange,
+        source,
+        first / c_.num_topk,
+        1,
+        [&](int) {
+          return expert_packets(c_.exchange.view(), c_.rank, c_.exchange.epoch(), source) +
+                 first / static_cast<i32>(kExpertsPerPacket);
+        },
+        packet);
+    return packet[0];
+  }
 
   JAX_EP_DEVICE void count() const {
     warp_sync();  // what lay in the stages, and became packets, has been read
@@ -109,31 +159,14 @@ class RoutingPlan {
     }
   }
 
+  // All lanes.
   JAX_EP_DEVICE Selected selected_of(i32 first) const {
     const i32 global_token = first + c_.lane_token;
     if (c_.lane_token >= c_.run_tokens || global_token >= last_) return {-1, 0, -1};
     const i32 source = global_token / c_.num_tokens;
-    const i32 token = global_token % c_.num_tokens;
-    if (!is_active(c_.exchange.view(), source)) return {source, token, -1};
-    const u32 i = selection(token);
-    if (source == c_.rank) {
-      const i32 own = ld(Ptr<const i32>{c_.op.topk_idx} + i);
-      return {source, token, c_.is_expert(own) ? own : -1};
-    }
-    Packet packet[1];
-    wait_packets<1>(
-        c_.exchange,
-        source,
-        token,
-        1,
-        [&](int) {
-          return expert_packets(c_.exchange.view(), c_.rank, c_.exchange.epoch(), source) +
-                 i / static_cast<u32>(kExpertsPerPacket);
-        },
-        packet);
-    const auto expert =
-        static_cast<i32>(expert_in_packet(packet[0], i % static_cast<u32>(kExpertsPerPacket)));
-    return {source, token, c_.is_expert(expert) ? expert : -1};
+    return {source,
+            global_token - source * c_.num_tokens,
+            tables_.expert(first * c_.num_topk + static_cast<i32>(lane_id()))};
   }
   // The number of the lane's selection among those of its source.
   JAX_EP_DEVICE u32 selection(i32 token) const {
@@ -157,30 +190,24 @@ class RoutingPlan {
 
   // Every warp walks its tokens and hands out rows in their order. Each block reports some runs.
   JAX_EP_DEVICE void hand_out_rows() const {
-    for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
-      const i32 row_bin = bin - layout_.first_row_bin();
-      if (row_bin < 0) continue;  // counted for reports alone
-      auto& cursor = c_.tables.cursor(bin);
-      cursor = layout_.start_of(row_bin) + cursor;
-    }
-    warp_sync();
-    i32 run = first_ / c_.run_tokens;
-    for (i32 first = first_; first < last_; first += c_.run_tokens, ++run) {
-      hand_out_rows(first, run % static_cast<i32>(num_blocks()) == static_cast<i32>(block_id()));
+    u32 reporter = static_cast<u32>(first_ / c_.run_tokens) % num_blocks();
+    for (i32 first = first_; first < last_; first += c_.run_tokens) {
+      hand_out_rows(first, reporter == block_id());
+      reporter = reporter + 1 < num_blocks() ? reporter + 1 : 0;
     }
   }
 
   JAX_EP_DEVICE void hand_out_rows(i32 first, bool reports) const {
     const Selected selected = selected_of(first);
     const LaneSelection selection = c_.selection_of(selected.expert);
-    const bool selects = selection.expert >= 0;
-    const bool is_local = selects && owner_of(selection.expert, c_.num_local) == c_.rank;
+    const bool is_local = selection.expert >= 0 && c_.is_local(selection.expert);
     const CountedSelection counted = layout_.take(selection, true);
     note_totals_before(selected, counted);
     u32 row = c_.capacity;
     if (counted.bin >= 0) {
       const u32 before = count_bits(counted.lanes & lanes_below(c_.first_lane));
-      row = c_.clip(u64{c_.tables.cursor(counted.bin)} + before);
+      const u32 start = layout_.start_of(counted.bin - layout_.first_row_bin());
+      row = c_.clip(u64{start} + c_.tables.cursor(counted.bin) + before);
     }
     warp_sync();  // all rows are read before a cursor moves
     c_.advance(counted);
