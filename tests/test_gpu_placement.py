@@ -16,11 +16,12 @@ import pytest
 from ep_launch import ranks
 from ep_launch.placement import VARIABLE, Placement
 from ep_launch.ranks import Case, failure_report, run_ranks, stacked
-from ep_testing import program_files
+from ep_testing import halves, program_files
 from ep_testing.placed_programs import fail_on, stall_but_on, where
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.programs import make_mesh
 from ep_testing.rank_cases import case_of, check_cases, collective_cases
+from ep_testing.rank_halves import in_halves
 from ep_testing.rank_programs import chosen, exchange, gradients, turns
 
 pytestmark = pytest.mark.multiprocess
@@ -75,6 +76,7 @@ def test_one_process_runs_the_cases_of_the_gpu_tests(run):
     cases = [case_of(exchange, p) for p in problems]
     cases += [case_of(gradients, p) for p in problems[:2]]
     cases += [case_of(chosen, problems[0], how=how) for how in ("cond", "switch")]
+    cases += [case_of(in_halves, halves.PROBLEM.replace(low_latency_tokens=2))]
     check_cases(functools.partial(run, placement=Placement.ONE_PROCESS), cases, 4)
 
 

@@ -299,15 +299,23 @@ def turns_program(group: jax_ep.EpGroup, problem: EpProblem, turns_each: int) ->
     """A program of `turns_each` turns, for the first turn's number of each rank, `[R]`.
 
     It returns how many elements were wrong in all turns, and the last turn's routing, slots,
-    sources of rows, rows and sums.
+    sources of rows, rows and sums. With `low_latency_tokens`, a turn has a second exchange, of so
+    few tokens.
     """
+    small = problem.replace(num_tokens=problem.low_latency_tokens or 0)
+
+    def one(turn):
+        wrong, last = _checked_turn(problem, group, turn)
+        if small.num_tokens > 0:  # by the other kernels, by turns
+            wrong = wrong + _checked_turn(small, group, turn)[0]
+        return wrong, last
 
     def on_rank(first):
         def step(carry, turn):
-            wrong, last = _checked_turn(problem, group, turn)
+            wrong, last = one(turn)
             return (carry[0] + wrong, last), None
 
-        start = _checked_turn(problem, group, first)
+        start = one(first)
         later = first + 1 + jnp.arange(turns_each - 1, dtype=jnp.int32)
         return jax.lax.scan(step, start, later)[0]
 

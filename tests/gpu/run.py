@@ -22,6 +22,7 @@ BUILD = ROOT / "build" / "gpu"
 # Piece -> which tests.
 PIECES = {
     "problems": ["test_problems.py"],
+    "halves": ["test_halves.py"],
     "graphs": ["test_programs.py", "-k", "not soak"],
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
@@ -32,9 +33,9 @@ PIECES = {
 # Placement of ranks -> the pieces that have something to run. The sanitizer's ranks share a GPU in
 # any case; only a rank with a process of its own can be lost; NCCL wants a GPU for each rank.
 PIECES_OF = {
-    "shared": ["problems", "graphs", "closed", "sanitizer", "failures", "soak"],
-    "own": ["problems", "graphs", "closed", "failures", "collectives", "soak"],
-    "one_process": ["problems", "graphs", "closed", "collectives", "soak"],
+    "shared": ["problems", "halves", "graphs", "closed", "sanitizer", "failures", "soak"],
+    "own": ["problems", "halves", "graphs", "closed", "failures", "collectives", "soak"],
+    "one_process": ["problems", "halves", "graphs", "closed", "collectives", "soak"],
 }
 
 

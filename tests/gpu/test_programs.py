@@ -36,6 +36,9 @@ TURNS = EpProblem(
     name="turns", num_ranks=8, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
 )
 
+# Half of the exchanges are of few tokens, by the low-latency kernels.
+MIXED_TURNS = TURNS.replace(name="mixed_turns", low_latency_tokens=8)
+
 # So large that dispatch has a tail with two ranks: see Tuning.* in csrc/tuning/tests.
 LARGE_TURNS = TURNS.replace(name="large_turns", num_tokens=1024, hidden=2048, num_topk=8)
 
@@ -113,13 +116,15 @@ def test_graphs_hold_our_calls_and_replay_with_changing_routing(
     cases = [
         case_of(launches, problem, count=1000),
         case_of(turns, problem, rounds=2, turns_each=500),
+        case_of(turns, MIXED_TURNS.replace(num_ranks=num_ranks), rounds=2, turns_each=500),
     ]
     runs = on_ranks(cases, num_ranks=num_ranks, environment=_dumping(tmp_path, flags))
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
     turn, wrong = stacked(runs, 0)
     np.testing.assert_array_equal(turn, 1000)
     np.testing.assert_array_equal(wrong, 0)
-    _check_turns(problem, runs, 1, turns_each=500)
+    for index in (1, 2):
+        _check_turns(problem, runs, index, turns_each=500)
     # What is in a graph is indented under it: plan_dispatch, combine.
     thunks = _dumped(tmp_path, "thunk_sequence_after_thunk_passes").splitlines()
     lines = [line for line in thunks if "kCustomCall" in line]
@@ -139,7 +144,7 @@ def test_large_dispatches_end_on_idle_sms(flags, num_ranks, on_ranks):
 
 
 def test_soak(num_ranks, on_ranks):
-    problem = TURNS.replace(num_ranks=num_ranks)
+    problem = MIXED_TURNS.replace(num_ranks=num_ranks)
     total = int(os.environ.get("JAX_EP_SOAK", "5000"))
     cases = [case_of(turns, problem, rounds=total // 1000, turns_each=1000)]
     runs = on_ranks(cases, num_ranks=num_ranks, deadline=480)

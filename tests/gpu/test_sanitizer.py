@@ -15,12 +15,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def _run(tool: str, first: int, last: int) -> str:
-    """What the tool prints about the scenarios of some seeds."""
+def _run(tool: str, first: int, last: int, *kernels: str) -> str:
+    """What the tool prints about the scenarios of some seeds, on a GPU."""
     program = os.environ["JAX_EP_VIRTUAL_RANKS"]
     sanitizer = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"
     done = subprocess.run(
-        [*sanitizer, program, "scenarios", str(first), str(last)],
+        [*sanitizer, program, "scenarios", str(first), str(last), "1", *kernels],
         capture_output=True,
         text=True,
         timeout=500,
@@ -31,9 +31,10 @@ def _run(tool: str, first: int, last: int) -> str:
     return text
 
 
+@pytest.mark.parametrize("kernels", [(), ("low-latency",)], ids=["high_throughput", "low_latency"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_tool_finds_nothing(tool):
-    text = _run(tool, 1, 12)
+def test_a_tool_finds_nothing(tool, kernels):
+    text = _run(tool, 1, 12, *kernels)
     print(text[-500:])
     assert re.search(r"scenarios 1 to 12 passed", text)
     assert re.search(r"0 errors|0 hazards", text)

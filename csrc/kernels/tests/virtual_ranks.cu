@@ -62,6 +62,11 @@ void open_gpus(int num_gpus) {
   }
 }
 
+// A kernel: what cudaMemsetAsync does under a sanitizer waits for other streams.
+__global__ void fill_bytes(std::byte* to, std::byte with, size_t bytes) {
+  for (size_t i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = with;
+}
+
 class GpuMemory : public DeviceMemory {
  public:
   // Fills come after what the stream holds, and before what is put into it next.
@@ -74,7 +79,8 @@ class GpuMemory : public DeviceMemory {
   }
   void fill(void* to, std::byte with, size_t bytes) override {
     if (bytes == 0) return;
-    check(cudaMemsetAsync(to, std::to_integer<int>(with), bytes, stream_), "fill");
+    fill_bytes<<<1, 512, 0, stream_>>>(static_cast<std::byte*>(to), with, bytes);
+    check(cudaGetLastError(), "fill");
   }
 
  private:
@@ -240,16 +246,24 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
   }
   ranks.synchronize_uploads();
   const int32_t absent = step.options.absent_rank;
-  for (const ScenarioOp& op : step.ops) {
+  const auto for_each_rank = [&](const auto& use) {
     for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
       if (rank == absent) continue;
-      const RankArrays& mine = arrays[static_cast<size_t>(rank)];
       RankView view = ranks.view(rank);
       if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
       ranks.use_gpu_of(rank);
-      forget_results(op, mine, view, ranks.stream(rank));
-      check(launch_op(op, mine, view, step, scenario, ranks.stream(rank)), describe(op).c_str());
+      use(arrays[static_cast<size_t>(rank)], view, ranks.stream(rank));
     }
+  };
+  for (const ScenarioOp& op : step.ops) {
+    // First on all ranks: under a sanitizer the host waits there for what the stream holds, and a
+    // kernel in it for the ranks whose turn is yet to come.
+    for_each_rank([&](const RankArrays& mine, const RankView& view, cudaStream_t stream) {
+      forget_results(op, mine, view, stream);
+    });
+    for_each_rank([&](const RankArrays& mine, const RankView& view, cudaStream_t stream) {
+      check(launch_op(op, mine, view, step, scenario, stream), describe(op).c_str());
+    });
   }
   ranks.synchronize();
   for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
