@@ -46,7 +46,7 @@ def _draw_operations(found: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.plot([], [], "k:", label="the operation's own bytes ÷ copy bandwidth")
     axes.legend(fontsize=8, ncols=2)
     axes.set_title(f"{found['environment']['gpu']}, all ranks on one GPU, 16 SMs each", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_comparisons(found: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -69,7 +69,7 @@ def _draw_comparisons(found: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.set_ylabel("µs, there and back (log)")
     axes.legend(fontsize=8, ncols=2)
     axes.set_title(f"{found['environment']['gpu']}, a GPU for each rank", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -82,7 +82,7 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
     (_draw_comparisons if "links" in found else _draw_operations)(found, path)
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
+def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a picture: the same one has the same bytes, and text is text."""
     mpl.rcParams["svg.hashsalt"] = path.name
     mpl.rcParams["svg.fonttype"] = "none"
