@@ -148,14 +148,6 @@ def test_limits_are_those_of_the_kernels():
     assert constant("kMaxLowLatencyBins") == limits.MAX_LOW_LATENCY_BINS
     why = ranges.why_not_on_gpus(_config(num_experts=128), 128)
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
-    for domain_size, served in ((None, True), (1, True), (4, True), (2, False)):
-        config = _config(domain_size=domain_size)
-        why = ranges.why_not_on_gpus(config, 4)
-        assert why == (
-            None
-            if served
-            else "EpConfig.domain_size is 2; on GPUs it may be None, 1 or the number of ranks, 4"
-        )
 
 
 @needs_sources

@@ -27,7 +27,10 @@ TABLE = ROOT / "csrc" / "kernels" / "ptx_table.txt"
 SOURCES = (
     *(
         f"high_throughput/{name}"
-        for name in ("plan", "dispatch", "dispatch_products", "plan_dispatch", "combine")
+        for name in (
+            *("plan", "dispatch", "dispatch_products", "plan_dispatch"),
+            *("combine", "combine_domains"),
+        )
     ),
     *("low_latency/dispatch", "low_latency/combine"),
 )

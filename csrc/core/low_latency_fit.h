@@ -21,7 +21,7 @@ constexpr int64_t element_bytes(DType dtype, RowFormat format) {
 }
 
 // Rows that are no multiple of 16 bytes, wherever they lie, are left to the other kernels, as are
-// the products and the scalars of gradients.
+// the products and the scalars of gradients, and sums over domains.
 constexpr bool fits_low_latency(const HeapLayout& heap, const PlanDispatchOp& op) {
   const DispatchOp& rows = op.dispatch;
   const int64_t on_wire = rows.wire == Wire::kSame ? size_bytes(rows.dtype) : 1;
@@ -32,7 +32,7 @@ constexpr bool fits_low_latency(const HeapLayout& heap, const PlanDispatchOp& op
 }
 constexpr bool fits_low_latency(const HeapLayout& heap, const CombineOp& op) {
   return fits_low_latency(heap, op.shape) && op.num_scalars == 0 && op.hidden > 0 &&
-         op.hidden * size_bytes(op.dtype) % 16 == 0;
+         !sums_over_domains(op) && op.hidden * size_bytes(op.dtype) % 16 == 0;
 }
 
 }  // namespace jax_ep

@@ -20,6 +20,7 @@ namespace jax_ep::dev {
 struct SumTerms {
   Ptr<const std::byte> row;
   float weight = 0;  // of own rows; the others' is 1
+  i32 domain = 0;    // of the others; of no use where there is one
   // Of all lanes: four numbers of a byte each, none above kWarpSize, because registers are short.
   u32 numbers = 0;
 
@@ -401,40 +402,6 @@ class SumStream {
   SumTerms ahead_terms_{};
   Sum sum_{};
 };
-
-// The same sum of one token, element by element, of rows that are no multiple of 16 bytes.
-template <typename RowType, bool kHasOthers>
-JAX_EP_DEVICE void sum_elements(const SumTerms& terms, i64 hidden, Ptr<std::byte> out) {
-  using Element = typename RowType::Element;
-  for (i64 first = 0; first < hidden; first += kWarpSize) {
-    const i64 c = first + lane_id();
-    float sum = 0;
-    float own = 0;
-    const auto take_own = [&] {
-      own = RowType::to_float(RowType::from_float(sum));
-      sum = 0;
-    };
-    for (i32 term = 0; term < terms.count(); ++term) {
-      const Ptr<const Element> row = as<const Element>(shfl_pointer(terms.row, term));
-      const float value = c < hidden ? RowType::to_float(ld(row + c)) : 0.0F;
-      if (kHasOthers && term >= terms.own()) {
-        if (term == terms.own()) take_own();
-        if (term == terms.own_sum_at()) sum = fused_multiply_add(1.0F, own, sum);
-        sum = fused_multiply_add(1.0F, value, sum);
-        continue;
-      }
-      sum = fused_multiply_add(shfl_float(terms.weight, term), value, sum);
-      for (i32 weight = 1; weight < terms.weights_per_row(); ++weight) {
-        sum = fused_multiply_add(shfl_float(terms.weight, weight), value, sum);
-      }
-    }
-    if (kHasOthers && terms.own() == terms.count()) take_own();
-    if (kHasOthers && terms.own_sum_at() == terms.count()) {
-      sum = fused_multiply_add(1.0F, own, sum);
-    }
-    if (c < hidden) st(as<Element>(out) + c, RowType::from_float(sum));
-  }
-}
 
 }  // namespace jax_ep::dev
 

@@ -99,6 +99,7 @@ template <typename ExpertKernel, typename RankKernel, typename Config, typename 
 [[nodiscard]] cudaError_t load_dispatch();
 [[nodiscard]] cudaError_t load_dispatch_products();
 [[nodiscard]] cudaError_t load_combine();
+[[nodiscard]] cudaError_t load_combine_domains();
 [[nodiscard]] cudaError_t load_plan_dispatch();
 [[nodiscard]] cudaError_t load_low_latency_dispatch();
 [[nodiscard]] cudaError_t load_low_latency_combine();
@@ -107,8 +108,12 @@ template <typename ExpertKernel, typename RankKernel, typename Config, typename 
 [[nodiscard]] cudaError_t launch_dispatch_products(const DispatchParams& params,
                                                    const LaunchShape& shape,
                                                    cudaStream_t stream);
+// What launch_combine launches where the op sums over domains.
+[[nodiscard]] cudaError_t launch_combine_domains(const CombineParams& params,
+                                                 const LaunchShape& shape,
+                                                 cudaStream_t stream);
 
-// Bytes of shared memory that a block of each takes, those that make products as much.
+// Bytes of shared memory that a block of each takes; those of the two above take as much.
 [[nodiscard]] int32_t shared_bytes_of_plan();
 [[nodiscard]] int32_t shared_bytes_of_dispatch();
 [[nodiscard]] int32_t shared_bytes_of_combine();

@@ -10,6 +10,7 @@ cudaError_t load_kernels() {
   if (cudaError_t e = load_dispatch(); e != cudaSuccess) return e;
   if (cudaError_t e = load_dispatch_products(); e != cudaSuccess) return e;
   if (cudaError_t e = load_combine(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_combine_domains(); e != cudaSuccess) return e;
   if (cudaError_t e = load_plan_dispatch(); e != cudaSuccess) return e;
   if (cudaError_t e = load_low_latency_dispatch(); e != cudaSuccess) return e;
   return load_low_latency_combine();

@@ -91,6 +91,7 @@ CombineParams KernelArrays::combine(const RankView& view) const {
                             .hidden = sizes_.hidden,
                             .weighted = sizes_.weighted,
                             .num_scalars = sizes_.num_scalars,
+                            .domain_size = sizes_.domain_size,
                             .dtype = sizes_.dtype,
                             .y = y.data(),
                             .weights = weights.data(),

@@ -17,6 +17,7 @@ struct ExchangeSizes {
   EpShape shape;
   int64_t hidden = 0;
   int32_t num_scalars = 0;
+  int32_t domain_size = 0;  // of combine
   DType dtype = DType::kFloat32;
   Wire wire = Wire::kSame;
   RowFormat x_format = RowFormat::kDType;

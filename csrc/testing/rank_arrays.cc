@@ -101,6 +101,7 @@ ExchangeSizes sizes_of(const Problem& problem) {
   return {.shape = options.shape,
           .hidden = options.hidden,
           .num_scalars = options.scalars ? options.shape.num_topk : 0,
+          .domain_size = options.domain_size,
           .dtype = options.dtype,
           .wire = options.wire,
           .x_format = problem.x_format,

@@ -79,6 +79,19 @@ void draw_products(Draw& draw, GroupScenario& scenario) {
   }
 }
 
+// Some combines sum over domains: few where it takes them from the low-latency kernels.
+void draw_domains(Draw& draw, GroupScenario& scenario, bool low_latency) {
+  for (ScenarioStep& step : scenario.steps) {
+    std::vector<int32_t> sizes;
+    for (int32_t size = 2; size < step.options.shape.num_ranks; ++size) {
+      if (step.options.shape.num_ranks % size == 0) sizes.push_back(size);
+    }
+    if (!sizes.empty() && draw.one_in(low_latency ? 8 : 3)) {
+      step.options.domain_size = sizes[draw.below(sizes.size())];
+    }
+  }
+}
+
 // Half of the plans are made in the dispatch that follows. Two plans become two of those.
 void make_plans_in_dispatches(std::vector<ScenarioOp>& ops, Draw& draw) {
   using enum OpKind;
@@ -207,6 +220,8 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
       if (!products) make_plans_in_dispatches(step.ops, others);
     }
   }
+  Draw domains(seed ^ 0xd6e8feb86659fd93);
+  for (GroupScenario& group : scenario.groups) draw_domains(domains, group, limits.low_latency);
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
   if (!limits.low_latency) return scenario;

@@ -6,10 +6,9 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::CombineConfig<3, 4, 1024>;
-
-template <typename RowType>
+template <typename RowType, bool kByDomain>
 SimulatedKernel kernel_of(CombineParams params) {
+  using Config = dev::CombineConfig<3, 4, 1024, kByDomain>;
   using dev::CombineExpertLayout, dev::CombineKernel, dev::CombineRankLayout;
   using Context = dev::CombineContext<Config, RowType>;
   params.num_senders = 1 + params.view.rank % 2;  // ranks need not agree
@@ -22,7 +21,9 @@ SimulatedKernel kernel_of(CombineParams params) {
 
 SimulatedKernel simulated_kernel(const CombineParams& params) {
   return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
-    return kernel_of<typename decltype(row)::type>(params);
+    using RowType = typename decltype(row)::type;
+    return sums_over_domains(params.op) ? kernel_of<RowType, true>(params)
+                                        : kernel_of<RowType, false>(params);
   });
 }
 

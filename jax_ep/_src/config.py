@@ -88,8 +88,7 @@ class EpConfig:
             ranks to `dtype` before it adds the sums of the domains, as it has to be where domains
             are joined by a network. Must divide the number of ranks. None: all ranks are one. It
             says what the numbers are, wherever the ranks run: set it to have the bits of another
-            arrangement. None, 1 and the number of ranks give the same ones; kernels on GPUs serve
-            no others, yet.
+            arrangement. None, 1 and the number of ranks give the same ones.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the

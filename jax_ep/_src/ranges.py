@@ -57,11 +57,6 @@ def why_not_on_gpus(config: EpConfig, num_ranks: int) -> str | None:
         value = getattr(config, field)
         if value > maximum:
             return f"EpConfig.{field} is {value}; on GPUs it may be at most {maximum}"
-    if config.domain_size not in (None, 1, num_ranks):
-        return (
-            f"EpConfig.domain_size is {config.domain_size}; on GPUs it may be None, 1 or the "
-            f"number of ranks, {num_ranks}"
-        )
     if num_ranks > limits.MAX_RANKS:
         return f"the group has {num_ranks} ranks; on GPUs it may have at most {limits.MAX_RANKS}"
     return None

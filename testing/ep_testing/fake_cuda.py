@@ -68,8 +68,10 @@ class FakeCuda:
         del fp8_x, fp8_rows
         return 0 < shape.low_latency_tokens >= num_tokens
 
-    def combine_is_low_latency(self, shape: HeapShape, *, num_tokens: int) -> bool:
-        return 0 < shape.low_latency_tokens >= num_tokens
+    def combine_is_low_latency(
+        self, shape: HeapShape, *, num_tokens: int, domain_size: int
+    ) -> bool:
+        return 0 < shape.low_latency_tokens >= num_tokens and domain_size in (0, 1, shape.num_ranks)
 
     def heap_regions(self, shape: HeapShape) -> list[tuple]:
         return [(*REGIONS, 0, self.heap_bytes(shape))]

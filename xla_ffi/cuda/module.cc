@@ -238,10 +238,11 @@ bool dispatch_is_low_latency(const HeapShape& shape,
   op.dispatch.rows_format = fp8_rows ? RowFormat::kFloat8E4M3 : RowFormat::kDType;
   return fits_low_latency(make_heap_layout(shape), op);
 }
-bool combine_is_low_latency(const HeapShape& shape, int64_t num_tokens) {
+bool combine_is_low_latency(const HeapShape& shape, int64_t num_tokens, int32_t domain_size) {
   CombineOp op{};
   op.shape = call_shape(shape, num_tokens);
   op.hidden = shape.hidden;
+  op.domain_size = domain_size;
   op.dtype = shape.dtype;
   return fits_low_latency(make_heap_layout(shape), op);
 }
@@ -262,6 +263,7 @@ void define_low_latency(nb::module_& m) {
         nb::arg("shape"),
         nb::kw_only(),
         nb::arg("num_tokens"),
+        nb::arg("domain_size"),
         "The same of a combine.");
 }
 

@@ -28,11 +28,6 @@ Status check_rows(const HeapShape& heap, const DispatchOp& op) {
 }
 
 Status check_rows(const HeapShape& heap, const CombineOp& op) {
-  if (sums_over_domains(op)) {
-    return out_of_range("domain_size",
-                        op.domain_size,
-                        "1 or num_ranks, " + std::to_string(op.shape.num_ranks) + ", on GPUs");
-  }
   JAX_EP_RETURN_IF_ERROR(check_rows_fit(heap, op.hidden, op.dtype, Wire::kSame));
   const int64_t row_bytes = row_bytes_of(op);
   JAX_EP_RETURN_IF_ERROR(check_rows_aligned("y", op.y, op.shape.recv_capacity, row_bytes));

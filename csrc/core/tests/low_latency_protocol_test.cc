@@ -154,6 +154,10 @@ TEST(Fit, IsOfWholeVectorsAndOfNoGradient) {
   combine.num_scalars = 8;
   EXPECT_FALSE(fits_low_latency(heap, combine));
   combine.num_scalars = 0;
+  for (const int32_t domain_size : {1, 2, 8}) {
+    combine.domain_size = domain_size;
+    EXPECT_EQ(fits_low_latency(heap, combine), domain_size != 2);
+  }
   combine.hidden = 12;
   EXPECT_FALSE(fits_low_latency(heap, combine));
 }

@@ -6,8 +6,10 @@
 namespace jax_ep {
 namespace {
 
-using Config = dev::
-    CombineConfig<kCompiledCombine.num_warps, kCompiledCombine.num_stages, kCombineSegmentBytes>;
+using Config = dev::CombineConfig<kCompiledCombine.num_warps,
+                                  kCompiledCombine.num_stages,
+                                  kCombineSegmentBytes,
+                                  /*kSumsOverDomains=*/false>;
 
 static_assert(sizeof(Config::SharedStorage) <= 227 * 1024);
 
@@ -38,6 +40,7 @@ cudaError_t load_combine() {
 cudaError_t launch_combine(const CombineParams& params,
                            const LaunchShape& shape,
                            cudaStream_t stream) {
+  if (sums_over_domains(params.op)) return launch_combine_domains(params, shape, stream);
   return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
     return launch<typename decltype(row)::type>(params, shape, stream);
   });

@@ -8,11 +8,14 @@
 #include "csrc/device/exchange.h"
 #include "csrc/device/row_sum.h"
 #include "csrc/device/token_selections.h"
+#include "csrc/device/unit_sum.h"
 
 namespace jax_ep::dev {
 
-template <int kWarpCount, int kStageCount, int kSegmentBytes>
+// kSumsOverDomains: a kernel of its own, because the other one's registers are short.
+template <int kWarpCount, int kStageCount, int kSegmentBytes, bool kSumsOverDomains>
 struct CombineConfig {
+  static constexpr bool kByDomain = kSumsOverDomains;
   static constexpr int kWarps = kWarpCount;
   static constexpr int kStages = kStageCount;
   using Stages = TermStages<kStages, kSegmentBytes>;
@@ -36,6 +39,7 @@ struct CombineContext {
         hidden(params.op.hidden),
         row_bytes(hidden * kElementBytes),
         bulk(row_bytes % 16 == 0),
+        ranks_per_domain(Config::kByDomain ? params.op.domain_size : params.view.num_ranks),
         segments(hidden, Config::Stages::kSegmentBytes / kElementBytes),
         num_senders(static_cast<u32>(params.num_senders)),
         rank(params.view.rank),
@@ -56,6 +60,7 @@ struct CombineContext {
     return ld(Ptr<const float>{params.op.row_scalars} + at);
   }
   JAX_EP_DEVICE float weight(i64 at) const { return ld(Ptr<const float>{params.op.weights} + at); }
+  JAX_EP_DEVICE i32 domain_of(i32 of_rank) const { return of_rank / ranks_per_domain; }
 
   const CombineParams& params;
   const EpShape& shape;
@@ -64,6 +69,7 @@ struct CombineContext {
   const i64 hidden;
   const i64 row_bytes;
   const bool bulk;  // rows are moved 16 bytes at a time
+  const i32 ranks_per_domain;
   const Segments segments;
   const u32 num_senders;  // of a block's warps
   const i32 rank;

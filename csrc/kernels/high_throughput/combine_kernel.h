@@ -40,18 +40,39 @@ class CombineKernel {
   // Sums the rows of a part of a chunk; `terms_of(token)` also moves scalars, of the first part.
   template <bool kHasOthers, typename TermsOf, typename OutOf>
   JAX_EP_DEVICE void sum(const ChunkPart& part, const TermsOf& terms_of, const OutOf& out_of) {
-    if (c_.bulk && c_.hidden > 0) {
-      SumStream<RowType, kHasOthers, typename Config::Stages, TermsOf, OutOf>(
-          c_.ring, c_.segments, c_.hidden, terms_of, out_of)
-          .run(part.first_token, part.last_token, part.first_segment, part.last_segment);
-      return;
+    constexpr bool kByDomain = kHasOthers && Config::kByDomain;
+    if constexpr (!kByDomain) {
+      if (c_.bulk && c_.hidden > 0) {
+        SumStream<RowType, kHasOthers, typename Config::Stages, TermsOf, OutOf>(
+            c_.ring, c_.segments, c_.hidden, terms_of, out_of)
+            .run(part.first_token, part.last_token, part.first_segment, part.last_segment);
+        return;
+      }
     }
     for (i64 token = part.first_token; token < part.last_token; ++token) {
       const SumTerms terms = terms_of(token);
-      if (terms.count() > 0) {
-        sum_elements<RowType, kHasOthers>(terms, c_.hidden, out_of(token));
+      if (terms.count() == 0) continue;
+      const auto sum_in = [&]<typename Unit>(Unit /*a unit*/) {
+        sum_units<RowType, kHasOthers, Unit>(terms,
+                                             c_.domain_of(c_.rank),
+                                             units_before<Unit>(part.first_segment),
+                                             units_before<Unit>(part.last_segment),
+                                             out_of(token));
+      };
+      if constexpr (kByDomain) {
+        if (c_.bulk) {
+          sum_in(Vec16{});
+          continue;
+        }
       }
+      sum_in(typename RowType::Element{});
     }
+  }
+  // Of a row, in front of a segment.
+  template <typename Unit>
+  JAX_EP_DEVICE i64 units_before(i32 segment) const {
+    const i64 elements = segment < c_.segments.count ? c_.segments.first(segment) : c_.hidden;
+    return elements * Context::kElementBytes / static_cast<i64>(sizeof(Unit));
   }
 
   JAX_EP_DEVICE i32 held_row(i32 owner, i64 token) const {
@@ -138,6 +159,7 @@ class CombineKernel {
     const i32 from = lane_with_place(leads ? place : -1, c_.num_topk);
     const auto source = static_cast<i32>(
         warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(from < 0 ? 0 : from)));
+    terms.domain = c_.domain_of(source);
     if (from >= 0) terms.row = {staged_row(c_.exchange.view(), c_.rank, source, token).raw};
     return terms;
   }

@@ -148,7 +148,6 @@ class RoutingPlan {
   }
 
   JAX_EP_DEVICE void count() const {
-    warp_sync();  // what lay in the stages, and became packets, has been read
     for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
       c_.tables.cursor(bin) = 0;
     }

@@ -15,6 +15,7 @@ PEERS = DEVICE + "peers.h"
 WAIT = DEVICE + "wait.h"
 RING = DEVICE + "segment_ring.h"
 SUM = DEVICE + "row_sum.h"
+UNIT_SUM = DEVICE + "unit_sum.h"
 QUEUE = DEVICE + "work_queue.h"
 QUANTIZE = DEVICE + "quantize.h"
 PARTS = DEVICE + "chunk_parts.h"
@@ -37,6 +38,7 @@ DISPATCH_EXPERT = KERNELS + "dispatch_expert_layout.h"
 DISPATCH_RANK = KERNELS + "dispatch_rank_layout.h"
 PRODUCTS = KERNELS + "dispatch_products.h"
 COMBINE = KERNELS + "combine_kernel.h"
+COMBINE_CONTEXT = KERNELS + "combine_context.h"
 COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
 COMBINE_RANK = KERNELS + "combine_rank_layout.h"
 
@@ -76,7 +78,9 @@ def operations(mutant: Mutant) -> list[str]:
     only |= dict.fromkeys(plan, "plan")
     both = (PLAN_DISPATCH, PLAN_DISPATCH_BLOCK, DEVICE + "block_warps.h")
     only |= dict.fromkeys(both, "plan_dispatch")
-    only |= dict.fromkeys((COMBINE, COMBINE_EXPERT, COMBINE_RANK, SUM), "combine")
+    only |= dict.fromkeys(
+        (COMBINE, COMBINE_CONTEXT, COMBINE_EXPERT, COMBINE_RANK, SUM, UNIT_SUM), "combine"
+    )
     if path in only:
         return [only[path]]
     return ["plan", "combine"] + ["wait"] * (path == WAIT)
@@ -318,10 +322,23 @@ HIGH_THROUGHPUT_MUTANTS = [
            "v * kLanes < spare ? v * kLanes : spare", "v * kLanes"),
     Mutant("the last segment is loaded as if it were full", SUM,
            "last_segment_ - static_cast<i32>(has_last)", "last_segment_"),
-    Mutant("a rank's own sum is not rounded", SUM, "own = RowType::to_float(RowType::from_float(sum));",
-           "own = sum;"),
+    Mutant("a rank's own sum is not rounded by itself", UNIT_SUM, "= sum.take();", "= sum.rounded();"),
+    Mutant("a rank's own sum is left out (units)", UNIT_SUM, "if (term == terms.own_sum_at())",
+           "if (false)"),
+    Mutant("domains are summed as one", UNIT_SUM, "if (of != domain)", "if (false)"),
+    Mutant("a domain's sum has those before in it", UNIT_SUM, "of_domain.take());",
+           "of_domain.rounded());"),
+    _removed("sum of the last domain", UNIT_SUM, "sum.add(1.0F, of_domain.take());",
+             "load(term));\n      }\n"),
+    Mutant("a rank's own sum is of the first domain", UNIT_SUM, "add(own_domain, own)", "add(0, own)"),
+    Mutant("ranks of a domain do not follow each other", COMBINE_CONTEXT,
+           "of_rank / ranks_per_domain", "of_rank % ranks_per_domain"),
+    Mutant("a part of a row is summed from its first unit on", COMBINE,
+           "units_before<Unit>(part.first_segment)", "i64{0}"),
+    Mutant("a part of a row is summed to its last unit", COMBINE,
+           "units_before<Unit>(part.last_segment)", "units_before<Unit>(c_.segments.count)"),
     Mutant("a rank's own sum comes first", SUM, "if (kHasOthers && term == terms.own_sum_at()) {",
-           "if (kHasOthers && term == terms.own()) {"),
+           "if (kHasOthers && term == terms.own()) {", seeds=120),
     Mutant("waits for all ranks but one (combine)", COMBINE, "c_.exchange.wait_arrived(source, flag_idx);",
            "if (source + 1 < c_.num_ranks) c_.exchange.wait_arrived(source, flag_idx);"),
     Mutant("early flag (combine)", COMBINE, "if (owner < 0) continue;",

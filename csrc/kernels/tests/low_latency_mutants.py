@@ -111,7 +111,6 @@ LOW_LATENCY_MUTANTS = [
     _removed("poison in a ticket (combine)", COMBINE, "c_.half.poison_ticket(c_.exchange);",
              mishaps=True),
     # --- the plan ----------------------------------------------------------------------------------
-    _removed("warp_sync before the tables", PLAN, "warp_sync();", "void count() const {"),
     _removed("barrier after the routing has come", PLAN, "c_.warps.sync();", "receive_experts();\n"),
     _removed("barrier after counting", PLAN, "c_.warps.sync();", "count();\n"),
     _removed("barrier after the sums", PLAN, "c_.warps.sync();", "sum_up();\n"),

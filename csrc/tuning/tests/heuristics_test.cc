@@ -176,8 +176,8 @@ TEST(Tuning, LowLatencyCallsSpreadOverManySms) {
     EXPECT_EQ(launch({.available = 1, .requested = 0}), 1);
     EXPECT_EQ(launch({.available = 16, .requested = 24}), 16);
     EXPECT_EQ(launch({.available = 132, .requested = 8}), 8);
-    shape.num_tokens = 1;  // 8 ranks, 5 or 10 segments of a row
-    EXPECT_EQ(launch({.available = 132, .requested = 0}), op == OpKind::kCombine ? 20 : 10);
+    shape.num_tokens = 1;  // 8 ranks, 7 or 10 segments of a row
+    EXPECT_EQ(launch({.available = 132, .requested = 0}), op == OpKind::kCombine ? 20 : 14);
     shape.num_tokens = 0;
     EXPECT_EQ(launch({.available = 132, .requested = 0}), 1);
     shape.recv_capacity = 1000;  // rows to be cleared

@@ -272,7 +272,11 @@ class CudaGroup:
 
     def combines_in_halves(self, num_tokens: int) -> bool:
         """Those that the low-latency kernels serve."""
-        return self._module.combine_is_low_latency(self._heap, num_tokens=num_tokens)
+        return self._module.combine_is_low_latency(
+            self._heap,
+            num_tokens=num_tokens,
+            domain_size=self._parameters.config.domain_size or 0,
+        )
 
     def close(self, limit: float = _CLOSE_S, kernels_limit: float = math.inf) -> None:
         """Gives the memory back, once no peer maps it any more.

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The combine whose sums are rounded domain by domain, as a kernel of its own: it has two sums in
+// its registers, and the other one's are short.
+#include "csrc/kernels/high_throughput/combine_kernel.h"
+#include "csrc/kernels/launch.cuh"
+#include "csrc/tuning/warps_and_stages.h"
+
+namespace jax_ep {
+namespace {
+
+using Config = dev::CombineConfig<kCompiledCombine.num_warps,
+                                  kCompiledCombine.num_stages,
+                                  kCombineSegmentBytes,
+                                  /*kSumsOverDomains=*/true>;
+
+template <typename RowType>
+using ExpertKernel =
+    dev::CombineKernel<dev::CombineExpertLayout<dev::CombineContext<Config, RowType>>>;
+template <typename RowType>
+using RankKernel = dev::CombineKernel<dev::CombineRankLayout<dev::CombineContext<Config, RowType>>>;
+
+template <typename RowType>
+cudaError_t load() {
+  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, CombineParams>();
+}
+
+template <typename RowType>
+cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
+}
+
+}  // namespace
+
+cudaError_t load_combine_domains() {
+  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
+}
+
+cudaError_t launch_combine_domains(const CombineParams& params,
+                                   const LaunchShape& shape,
+                                   cudaStream_t stream) {
+  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
+    return launch<typename decltype(row)::type>(params, shape, stream);
+  });
+}
+
+}  // namespace jax_ep
