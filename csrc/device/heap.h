@@ -8,9 +8,6 @@
 
 namespace jax_ep::dev {
 
-using i32 = std::int32_t;
-using i64 = std::int64_t;
-
 // A region of the heap of rank `holder`.
 template <typename T>
 JAX_EP_DEVICE Ptr<T> region(const RankView& view, i32 holder, Region which) {

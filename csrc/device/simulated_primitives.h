@@ -205,6 +205,17 @@ void async_wait(Location at = Location::current()) {
 inline void launch_dependents() {}
 
 // ---- time ---------------------------------------------------------------------------------------
+// Of the simulator alone: what SimulatedTransport is made of.
+inline void network_put(Ptr<std::byte> to,
+                        Ptr<const std::byte> from,
+                        u32 bytes,
+                        Ptr<u64> word,
+                        u64 before,
+                        u64 after,
+                        Location at = Location::current()) {
+  sim::ops::network_put(to.raw, from.raw, bytes, word.raw, before, after, at);
+}
+
 inline u64 now_ns() { return sim::ops::now_ns(); }
 inline constexpr u32 kPollsPerLook = 1;  // a thread is woken to poll only where something changed
 inline void spin_pause(const char* what, Location at = Location::current()) {

@@ -51,6 +51,15 @@ void async_load(void* to, const void* from, uint32_t bytes, Location at);
 void async_commit(Location at);
 void async_wait(uint32_t allowed_pending, Location at);
 
+// See csrc/device/transport/transport.h. A word that holds `before` gets `after`.
+void network_put(void* to,
+                 const void* from,
+                 uint32_t bytes,
+                 void* word,
+                 uint64_t before,
+                 uint64_t after,
+                 Location at);
+
 uint64_t now_ns();
 void spin_pause(const char* what, Location at);
 [[noreturn]] void trap(Location at);

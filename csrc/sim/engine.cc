@@ -91,6 +91,8 @@ void Engine::reset(uint64_t new_seed) {
   second_watches.clear();
   first_trap = {};
   copies.clear();
+  messages.clear();
+  messages_of.clear();
   report = {};
   time = horizon = strong_horizon = 1;
   time_offset = 0;
@@ -99,7 +101,7 @@ void Engine::reset(uint64_t new_seed) {
   favorite = nullptr;
   current = nullptr;
   host_stream = nullptr;
-  running = copies_due = false;
+  running = engines_due = false;
 
   seed = new_seed;
   random = Random(seed * 0x2545f4914f6cdd1d + 1);
@@ -119,6 +121,14 @@ uint16_t Engine::participant(uint64_t key, const Block& block, const std::string
   return it->second;
 }
 
+void Engine::advance_engines() {
+  if (copies.empty() || (!messages.empty() && random.chance(1, 2))) {
+    advance_messages();
+  } else {
+    advance_copies();
+  }
+}
+
 Report Engine::run() {
   engine = this;
   running = true;
@@ -130,18 +140,18 @@ Report Engine::run() {
       fail("livelock", "the limit on steps is reached; " + waiting());
       break;
     }
-    if (!copies.empty() && (copies_due || random.chance(1, profile.copy_lag))) {
-      copies_due = false;
-      advance_copies();
+    if (!engines_idle() && (engines_due || random.chance(1, profile.copy_lag))) {
+      engines_due = false;
+      advance_engines();
       continue;
     }
     // Nobody can do anything but poll: skip ahead.
-    if (!num_ready && copies.empty() && time < strong_horizon) {
+    if (!num_ready && engines_idle() && time < strong_horizon) {
       time += random.below(strong_horizon - time + 1);
     }
     Thread* next = pick();
-    if (!next && !copies.empty()) {
-      advance_copies();
+    if (!next && !engines_idle()) {
+      advance_engines();
       continue;
     }
     if (!next && active.empty()) break;

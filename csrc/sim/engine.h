@@ -103,10 +103,14 @@ struct Engine {
   std::string place(uint64_t address) const;
   std::string last_sync(Stamp stamp) const;
 
-  // ---- services of bulk.cc and streams.cc -------------------------------------------------------
+  // ---- services of bulk.cc, network.cc and streams.cc -------------------------------------------
   void advance_stream(uint32_t rank, uint32_t stream);
   uint16_t participant(uint64_t key, const Block& block, const std::string& name);
+  // What acts behind the threads' backs: copy engines and the network.
+  bool engines_idle() const { return copies.empty() && messages.empty(); }
+  void advance_engines();
   void advance_copies();
+  void advance_messages();
 
   const Config config;
   const uint32_t rank_shift, shared_shift;
@@ -140,10 +144,12 @@ struct Engine {
   Stream* host_stream = nullptr;  // whose check or host call runs
   bool running = false;
   uint32_t budget = 0;
-  bool copies_due = false;
+  bool engines_due = false;
   bool from_scheduler = false;  // who switched to the current thread
   FiberContext scheduler;
   std::vector<BulkCopy> copies;
+  std::vector<NetworkMessage> messages;
+  std::map<uint64_t, uint32_t> messages_of;  // so far, by word
   Report report;
   Report first_trap;  // where a run goes on after one
 
@@ -172,6 +178,9 @@ struct Engine {
   }
   void fetch(BulkCopy& copy);
   void land(BulkCopy& copy);
+  void fetch_piece(NetworkMessage& message);
+  void land_piece(NetworkMessage& message);
+  void change_word(NetworkMessage& message);
   std::string waiting() const;
   static void enter();
 };

@@ -47,6 +47,8 @@ uint64_t Engine::resolve(const void* address, uint64_t bytes, uint32_t alignment
     const uint64_t offset = at - rank_base(owner);
     if (offset + bytes > config.memory_bytes) bad("out of bounds");
     if (owner == id.rank) return at;
+    const uint32_t per_node = config.ranks_per_node;
+    if (per_node != 0 && owner / per_node != id.rank / per_node) bad("on another node");
     for (const auto& [begin, end] : ranks[owner].shared) {
       if (begin <= at && at + bytes <= end) return at;
     }

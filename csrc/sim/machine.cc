@@ -68,6 +68,11 @@ void Machine::share(uint32_t rank, const void* address, uint64_t bytes) {
   engine_->ranks[rank].shared.emplace_back(at, at + bytes);
 }
 
+void Machine::register_for_network(uint32_t rank, const void* address, uint64_t bytes) {
+  const uint64_t at = engine_->offset_of(address);
+  engine_->ranks[rank].registered.emplace_back(at, at + bytes);
+}
+
 void Machine::name_region(uint32_t /*rank*/,
                           const void* address,
                           uint64_t bytes,

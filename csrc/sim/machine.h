@@ -17,9 +17,10 @@ namespace jax_ep::sim {
 
 struct Config {
   uint32_t num_ranks = 2;
-  uint32_t streams = 1;        // per rank
-  uint32_t max_blocks = 2;     // of a kernel
-  uint32_t max_threads = 128;  // of a block; a multiple of 32
+  uint32_t ranks_per_node = 0;  // consecutive; messages alone reach other nodes. 0: one node
+  uint32_t streams = 1;         // per rank
+  uint32_t max_blocks = 2;      // of a kernel
+  uint32_t max_threads = 128;   // of a block; a multiple of 32
   uint32_t resident_blocks =
       ~uint32_t{0};            // of a rank, over its streams; others wait for one's end
   uint32_t granule_bytes = 4;  // 1, 2 or 4: smaller accesses are reported
@@ -74,6 +75,9 @@ class Machine {
 
   // Lets other ranks access [address, address + bytes) of the rank's memory.
   void share(uint32_t rank, const void* address, uint64_t bytes);
+
+  // Lets the network read and write [address, address + bytes) of the rank's memory.
+  void register_for_network(uint32_t rank, const void* address, uint64_t bytes);
 
   // Reports call addresses in the range by this name.
   void name_region(uint32_t rank, const void* address, uint64_t bytes, std::string name);

@@ -53,8 +53,8 @@ void Engine::leave() {
 // The next thread, if it is of the same block and nothing else is due: switching to it directly
 // saves half of the switches.
 Thread* Engine::pick_neighbor() {
-  if (!copies.empty() && random.chance(1, profile.copy_lag)) copies_due = true;
-  if (copies_due || favorite_picks <= 1 || report.steps > config.max_steps) return nullptr;
+  if (!engines_idle() && random.chance(1, profile.copy_lag)) engines_due = true;
+  if (engines_due || favorite_picks <= 1 || report.steps > config.max_steps) return nullptr;
   if ((picks + 1) % profile.speed_period == 0 || favorite != current->block) return nullptr;
   ++picks;
   --favorite_picks;

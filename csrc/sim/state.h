@@ -132,6 +132,19 @@ struct BulkCopy {
   std::vector<std::byte> data;
 };
 
+// A message on the network: bytes, and then a word that changes.
+struct NetworkMessage {
+  View view;  // the issuer's, at issue
+  uint32_t rank;
+  uint16_t location;
+  uint64_t source, target, word;
+  uint64_t before, after;  // of the word
+  uint16_t reads_as, writes_as;
+  uint32_t sequence;  // of the word's messages
+  std::vector<std::byte> data;
+  std::vector<uint32_t> to_fetch, to_land;  // pieces, by number
+};
+
 struct StreamOp {
   LaunchShape shape;
   std::function<void()> kernel;  // or
@@ -157,7 +170,8 @@ struct Rank {
   std::vector<Stream> streams;
   uint32_t blocks_resident = 0;
   bool trapped = false;
-  std::vector<std::pair<uint64_t, uint64_t>> shared;  // [begin, end) that peers may access
+  // Each [begin, end): what peers of the node may access, and what the network may.
+  std::vector<std::pair<uint64_t, uint64_t>> shared, registered;
 };
 
 // printf's format, into a string.

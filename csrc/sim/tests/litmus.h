@@ -64,6 +64,7 @@ class Litmus {
     machine_.reset(seed);
     for (u32 r = 0; r < config_.num_ranks; ++r) {
       machine_.share(r, machine_.memory(r), kLitmusBytes);
+      machine_.register_for_network(r, machine_.memory(r), kLitmusBytes);
       machine_.fill(r, machine_.memory(r), 0, 16 * kWords);
     }
   }

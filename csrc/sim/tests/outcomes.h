@@ -30,10 +30,11 @@ inline LitmusShared& block_words() { return dev::shared<LitmusShared>(); }
 
 inline void expect(Outcome outcome,
                    const std::function<bool()>& weak,
-                   const std::vector<LitmusKernel>& kernels) {
-  Config values = litmus_config();
+                   const std::vector<LitmusKernel>& kernels,
+                   const Config& config = litmus_config()) {
+  Config values = config;
   values.check_races = false;
-  Litmus with_races(litmus_config());
+  Litmus with_races(config);
   Litmus with_values(values);
   uint64_t weak_seen = 0;
   uint64_t races = 0;
