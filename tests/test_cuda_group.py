@@ -148,6 +148,8 @@ def test_limits_are_those_of_the_kernels():
     assert constant("kMaxLowLatencyBins") == limits.MAX_LOW_LATENCY_BINS
     why = ranges.why_not_on_gpus(_config(num_experts=128), 128)
     assert why == "the group has 128 ranks; on GPUs it may have at most 64"
+    for domain_size in (None, 1, 2, 4):
+        assert ranges.why_not_on_gpus(_config(domain_size=domain_size), 4) is None
 
 
 @needs_sources

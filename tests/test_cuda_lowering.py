@@ -317,6 +317,21 @@ def test_halves_of_large_calls_on_gpus_are_the_operations_in_one_piece(low_laten
     assert targets == ["jax_ep_combine", "jax_ep_plan_dispatch"]
 
 
+@pytest.mark.parametrize("domain_size", [None, 1, 2, 4])
+def test_sums_over_domains_are_in_one_piece(domain_size, fake):
+    problem = EXPERT.replace(
+        num_ranks=4, domain_size=domain_size, low_latency_tokens=EXPERT.num_tokens
+    )
+    with make_group(problem, "ffi") as group:
+        lowered = _lower(_in_halves(group), group, problem)
+    combines = {_target(c) for c in _calls(lowered)} - {
+        "jax_ep_dispatch_start",
+        "jax_ep_dispatch_done",
+    }
+    halves = {"jax_ep_combine_start", "jax_ep_combine_done"}
+    assert combines == ({"jax_ep_combine"} if domain_size == 2 else halves)
+
+
 @pytest.mark.parametrize("name", PROBLEMS_HERE)
 def test_halves_of_low_latency_calls_are_as_the_handlers_declare(name, fake):
     problem = PROBLEMS_HERE[name].replace(low_latency_tokens=EXPERT.num_tokens)

@@ -74,6 +74,16 @@ def test_a_group_holds_a_heap_on_each_device_until_it_is_closed(mesh, fake):
     assert fake.leaks() == []
 
 
+def test_the_low_latency_kernels_do_not_sum_over_domains(fake):
+    shape = fake.module.HeapShape(
+        num_ranks=8, num_experts=8, num_topk=2, max_tokens=4, hidden=16, dtype=0, wire=0, layout=0,
+        low_latency_tokens=4,
+    )  # fmt: skip
+    for domain_size in (0, 1, 2, 4, 8):
+        served = fake.module.combine_is_low_latency(shape, num_tokens=4, domain_size=domain_size)
+        assert served == (domain_size not in (2, 4))
+
+
 def _try_to_make(mesh) -> str | None:
     """Makes a group and closes it; why it could not be made."""
     try:

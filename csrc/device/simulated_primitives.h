@@ -204,8 +204,8 @@ void async_wait(Location at = Location::current()) {
 // The simulator runs both launches of a call as one, whose blocks begin in any order.
 inline void launch_dependents() {}
 
-// ---- time ---------------------------------------------------------------------------------------
-// Of the simulator alone: what SimulatedTransport is made of.
+// ---- the network, of the simulator alone: what SimulatedTransport is made of
+// ----------------------
 inline void network_put(Ptr<std::byte> to,
                         Ptr<const std::byte> from,
                         u32 bytes,
@@ -215,7 +215,11 @@ inline void network_put(Ptr<std::byte> to,
                         Location at = Location::current()) {
   sim::ops::network_put(to.raw, from.raw, bytes, word.raw, before, after, at);
 }
+inline void network_acquired(Ptr<u64> word, Location at = Location::current()) {
+  sim::ops::network_acquired(word.raw, at);
+}
 
+// ---- time ---------------------------------------------------------------------------------------
 inline u64 now_ns() { return sim::ops::now_ns(); }
 inline constexpr u32 kPollsPerLook = 1;  // a thread is woken to poll only where something changed
 inline void spin_pause(const char* what, Location at = Location::current()) {

@@ -59,6 +59,7 @@ void network_put(void* to,
                  uint64_t before,
                  uint64_t after,
                  Location at);
+void network_acquired(const void* word, Location at);
 
 uint64_t now_ns();
 void spin_pause(const char* what, Location at);

@@ -25,11 +25,16 @@ Published publish(Thread& thread, MemoryScope scope) {
 }
 
 // The thread read a store that published something.
-void take_in(Engine& e, Thread& thread, uint32_t index, Order order, MemoryScope scope) {
+void take_in(
+    Engine& e, Thread& thread, uint64_t address, uint32_t index, Order order, MemoryScope scope) {
   const Published& published = e.memory.published(index);
   const bool same_rank = published.rank == thread.id.rank;
   const bool in_scope = same_rank || (scope == MemoryScope::kSys && !published.gpu_scope);
   if (published.serial == thread.acquired || !in_scope) return;
+  if (published.from_network) {
+    if (order != Order::kRelaxed) thread.from_network[address].join(published.view);
+    return;
+  }
   if (order == Order::kRelaxed) {
     (same_rank ? thread.seen_near : thread.seen_far).join(published.view);
     return;
@@ -110,7 +115,7 @@ void load(const void* from, void* to, uint32_t bytes, Order order, MemoryScope s
   std::memcpy(&thread.last_strong, to, sizeof thread.last_strong);
   watch(thread, address);
   thread.watched_at = e.time;
-  if (published) take_in(e, thread, published, order, scope);
+  if (published) take_in(e, thread, address, published, order, scope);
 }
 
 void store(
@@ -145,7 +150,7 @@ uint32_t fetch_add(void* to, uint32_t value, Order order, MemoryScope scope, Loc
   uint32_t old = 0;
   const uint32_t replaced = e.memory.load_newest(address, &old, e.time);
   e.check_memory(by);
-  if (replaced) take_in(e, thread, replaced, order, scope);
+  if (replaced) take_in(e, thread, address, replaced, order, scope);
   if (order == Order::kRelaxed) {
     replace(e, address, old + value, by, replaced, nullptr);
     return old;

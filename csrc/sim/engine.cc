@@ -57,6 +57,7 @@ void Engine::reset(uint64_t new_seed) {
   for (uint32_t i = 0; i < threads.size(); ++i) {
     Thread& thread = threads[i];
     thread.view = thread.seen_near = thread.seen_far = {};
+    thread.from_network.clear();
     thread.view.owner = 1 + i;
     thread.fenced = {};
     thread.state = ThreadState::kDone;
@@ -92,7 +93,7 @@ void Engine::reset(uint64_t new_seed) {
   first_trap = {};
   copies.clear();
   messages.clear();
-  messages_of.clear();
+  network_words.clear();
   report = {};
   time = horizon = strong_horizon = 1;
   time_offset = 0;

@@ -149,7 +149,7 @@ struct Engine {
   FiberContext scheduler;
   std::vector<BulkCopy> copies;
   std::vector<NetworkMessage> messages;
-  std::map<uint64_t, uint32_t> messages_of;  // so far, by word
+  std::map<uint64_t, NetworkWord> network_words;  // by address
   Report report;
   Report first_trap;  // where a run goes on after one
 

@@ -193,6 +193,11 @@ uint32_t Memory::load_newest(uint64_t address, void* to, uint32_t now) {
   return published;
 }
 
+uint16_t Memory::last_writer(uint64_t address) {
+  const Cell& cell = line_at(address).cell(static_cast<uint32_t>(address % kLineBytes));
+  return cell.num_stores > 0 ? cell.store[cell.num_stores - 1].by.participant : uint16_t{0};
+}
+
 void Memory::store(uint64_t address,
                    uint32_t bytes,
                    const void* from,

@@ -29,7 +29,8 @@ struct Published {
   View view;
   uint32_t rank = 0;
   bool gpu_scope = false;
-  uint64_t serial = 0;  // unique per store
+  uint64_t serial = 0;        // unique per store
+  bool from_network = false;  // it is handed over by network_acquired alone
 };
 
 class Memory {
@@ -63,6 +64,9 @@ class Memory {
 
   // The load half of an atomic: reads the newest store, which thereby becomes visible to all.
   uint32_t load_newest(uint64_t address, void* to, uint32_t now);
+
+  // Who stored last to an address; 0: the host before the run, or nobody.
+  uint16_t last_writer(uint64_t address);
 
   // Word i becomes visible to all at visible[i]; accesses of less than a word have one.
   void store(uint64_t address,

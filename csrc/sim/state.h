@@ -68,8 +68,9 @@ struct Thread {
   uint32_t last_strong;  // what its last strong load returned
   const char* sync;      // the last primitive that let it know of others, and where
   uint16_t sync_location;
-  uint64_t acquired;         // serial of the last store that it synchronized with
-  uint32_t result;           // of a warp collective
+  uint64_t acquired;                      // serial of the last store that it synchronized with
+  uint32_t result;                        // of a warp collective
+  std::map<uint64_t, View> from_network;  // acquired, by word, and not handed over yet
   View seen_near, seen_far;  // by relaxed loads from this, from another rank: for a later fence
   Published fenced;          // what the last fence lets relaxed stores release
   bool has_fence;
@@ -132,6 +133,14 @@ struct BulkCopy {
   std::vector<std::byte> data;
 };
 
+// A word that messages change, all of one rank. Participants stand for what the network reads and
+// writes for it.
+struct NetworkWord {
+  uint32_t rank;
+  uint16_t reads_as, writes_as;
+  uint32_t messages = 0;  // so far
+};
+
 // A message on the network: bytes, and then a word that changes.
 struct NetworkMessage {
   View view;  // the issuer's, at issue
@@ -139,8 +148,7 @@ struct NetworkMessage {
   uint16_t location;
   uint64_t source, target, word;
   uint64_t before, after;  // of the word
-  uint16_t reads_as, writes_as;
-  uint32_t sequence;  // of the word's messages
+  uint32_t sequence;       // of the word's messages
   std::vector<std::byte> data;
   std::vector<uint32_t> to_fetch, to_land;  // pieces, by number
 };

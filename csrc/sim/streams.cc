@@ -136,6 +136,10 @@ void Engine::kill_rank(uint32_t rank) {
     std::erase_if(parked, [rank](const Thread* thread) { return thread->id.rank == rank; });
   }
   std::erase_if(copies, [rank](const BulkCopy& copy) { return copy.issuer->id.rank == rank; });
+  // The network may have taken a message, all of it or a part.
+  std::erase_if(messages, [this, rank](const NetworkMessage& message) {
+    return message.rank == rank && random.chance(1, 2);
+  });
   for (Block* block : std::vector<Block*>(active)) {
     if (block->rank != rank) continue;
     num_ready -= static_cast<uint32_t>(block->ready.size());

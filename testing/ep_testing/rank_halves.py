@@ -15,14 +15,20 @@ import jax_ep
 from ep_testing import halves
 from ep_testing.problems import EpProblem
 from ep_testing.programs import make_group, over_ranks
-from ep_testing.rank_programs import place
+from ep_testing.rank_programs import check_kernels, place
 
 _open_group = functools.partial(make_group, backend="ffi", timeout=60.0)
 
 
 def _bits_differ(a: Any, b: Any) -> jax.Array:
     """How many elements differ."""
-    differ = [jnp.sum(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+
+    def bits(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    differ = [jnp.sum(bits(x) != bits(y), dtype=jnp.int32) for x, y in pairs]
     return sum(differ, start=jnp.zeros((), jnp.int32))
 
 
@@ -31,6 +37,7 @@ def in_halves(mesh: Mesh, problem: EpProblem) -> Any:
     gradients differ from those in one piece. A program each: independent ones may not mix flights.
     """
     with _open_group(problem, mesh=mesh) as group:
+        check_kernels(group, problem)
 
         def exchanged(x, idx, w):
             received, out = halves.in_halves(group, problem, x, idx, w)

@@ -20,6 +20,7 @@ import jax_ep
 from ep_testing.moe_layers import by_rank, inputs, weights_of
 from ep_testing.problems import EpProblem
 from ep_testing.programs import exchange_program, make_group, over_ranks
+from jax_ep._src.groups.group import backend_group
 
 # Longer than other ranks may take to compile.
 _TIMEOUT_S = 60.0
@@ -31,6 +32,24 @@ def place(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
     """Arrays `[R, ...]`, of which each process takes its ranks' parts."""
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     return [jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays]
+
+
+def check_kernels(group: jax_ep.EpGroup, problem: EpProblem) -> None:
+    """On GPUs: that the kernels which a problem names serve its calls.
+
+    Raises:
+        RuntimeError: others do.
+    """
+    if group.platform != "cuda":
+        return
+    expected = problem.num_tokens <= (problem.low_latency_tokens or 0)
+    backend = backend_group(group)
+    said = (
+        backend.dispatches_in_halves(problem.num_tokens, quantized=False),
+        backend.combines_in_halves(problem.num_tokens),
+    )
+    if said != (expected, expected):
+        raise RuntimeError(f"{problem.name}: in halves {said}; expected: {expected}")
 
 
 def _tokens(problem: EpProblem) -> tuple[np.ndarray, ...]:
@@ -303,6 +322,9 @@ def turns_program(group: jax_ep.EpGroup, problem: EpProblem, turns_each: int) ->
     few tokens.
     """
     small = problem.replace(num_tokens=problem.low_latency_tokens or 0)
+    if small.num_tokens > 0:
+        check_kernels(group, problem)
+        check_kernels(group, small)
 
     def one(turn):
         wrong, last = _checked_turn(problem, group, turn)

@@ -60,7 +60,9 @@ struct CombineContext {
     return ld(Ptr<const float>{params.op.row_scalars} + at);
   }
   JAX_EP_DEVICE float weight(i64 at) const { return ld(Ptr<const float>{params.op.weights} + at); }
-  JAX_EP_DEVICE i32 domain_of(i32 of_rank) const { return of_rank / ranks_per_domain; }
+  JAX_EP_DEVICE i32 domain_of(i32 of_rank) const {
+    return Config::kByDomain ? of_rank / ranks_per_domain : 0;
+  }
 
   const CombineParams& params;
   const EpShape& shape;

@@ -152,7 +152,7 @@ LOW_LATENCY_MUTANTS = [
              "ld(as<Vec16>(stage()) + v));"),
     _mutant("ranks in the order of the selections", COMBINE,
             "num_earlier(selections.dest(), leaders, c_.num_topk)",
-            "count_bits(leaders & lanes_below(lane_id()))"),
+            "count_bits(leaders & lanes_below(lane_id()))", seeds=160),
     _mutant("the rank's own sum is left out", COMBINE, "own.count() > 0);", "false);"),
     _mutant("some ranks' sums are left out", COMBINE, "place < num_sources; ++place",
             "place < num_sources; place += 2"),

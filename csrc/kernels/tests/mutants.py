@@ -5,6 +5,9 @@ Each mutant is one edit of one header. It is compiled, and random scenarios are 
 fails. A mutant that survives all its seeds is either dead code or a hole in the simulator's model.
 
     python csrc/kernels/tests/mutants.py --build build/csrc/plain [--only TEXT] [--jobs 2]
+
+The seed that caught a mutant last time is tried first: mutant_seeds.json has those that come late,
+and `--update` writes it anew.
 """
 
 import argparse
@@ -26,6 +29,11 @@ from mutant import Mutant
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 MUTANTS = HIGH_THROUGHPUT_MUTANTS + LOW_LATENCY_MUTANTS
 SOURCES = "csrc/testing/simulated_{}.cc"
+SEEDS = pathlib.Path(__file__).with_name("mutant_seeds.json")
+LATE = 5  # scenarios that are run in less than it takes to compile a mutant
+
+
+_Result = subprocess.CompletedProcess[str]
 
 
 def mutate(mutant: Mutant) -> str:
@@ -91,16 +99,33 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
     return program
 
 
-def run(mutant: Mutant, build: pathlib.Path, work: pathlib.Path) -> str | None:
-    """What is wrong with the verdict on a mutant; None if it is as it must be."""
-    program = _compile(mutant, build, work / re.sub(r"\W+", "_", mutant.name))
+def _simulate(mutant: Mutant, program: pathlib.Path, likely: int | None) -> _Result:
+    """Runs scenarios until one fails: the likely one, then all from the first on."""
     scenarios = ["--mishaps"] if mutant.mishaps else ["--low-latency"] * mutant.low_latency
-    result = subprocess.run(
-        [program, *scenarios, "--seeds", f"1:{mutant.seeds}"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    ranges = [f"1:{mutant.seeds}"]
+    if likely is not None and likely <= mutant.seeds:
+        ranges.insert(0, f"{likely}:{likely}")
+    for seeds in ranges:
+        command = [program, *scenarios, "--seeds", seeds]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if result.returncode != 0:
+            break
+    return result
+
+
+def run(
+    mutant: Mutant, build: pathlib.Path, work: pathlib.Path, seeds: dict[str, int]
+) -> str | None:
+    """What is wrong with the verdict on a mutant; None if it is as it must be.
+
+    Args:
+        mutant: the edit.
+        build: folder of csrc.
+        work: a folder for what is compiled.
+        seeds: by name, that which is tried first; becomes the one that caught it.
+    """
+    program = _compile(mutant, build, work / re.sub(r"\W+", "_", mutant.name))
+    result = _simulate(mutant, program, seeds.get(mutant.name))
     # Killed by a signal: it read outside of its parameters, which are not simulated memory.
     if result.returncode > 1:
         return f"it ended with status {result.returncode}:\n{result.stdout}{result.stderr}"
@@ -109,6 +134,8 @@ def run(mutant: Mutant, build: pathlib.Path, work: pathlib.Path) -> str | None:
         return result.stdout if caught else f"not caught within {mutant.seeds} seeds"
     first = re.search(r"^seed (\d+) failed", result.stdout, re.M)
     scenario = re.search(r"^(?!seed)(\w[\w ]*: .*)", result.stdout, re.M)
+    if first:
+        seeds[mutant.name] = int(first[1])
     verdict = (
         f"seed {first[1]}, {scenario[1] if scenario else '?'}" if first else "passes, as it must"
     )
@@ -124,21 +151,26 @@ def main() -> int:
     parser.add_argument("--build", type=pathlib.Path, required=True, help="build folder of csrc")
     parser.add_argument("--only", default="", help="run those whose names hold this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--update", action="store_true", help=f"write {SEEDS.name}")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
     for mutant in chosen:
         mutate(mutant)  # all of them still fit
     start = time.monotonic()
     build = arguments.build.resolve()
+    seeds = json.loads(SEEDS.read_text())
     with (
         tempfile.TemporaryDirectory() as work,
         concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
     ):
         _precompile(build, pathlib.Path(work))
-        verdicts = list(pool.map(lambda m: run(m, build, pathlib.Path(work)), chosen))
+        verdicts = list(pool.map(lambda m: run(m, build, pathlib.Path(work), seeds), chosen))
     wrong = [(m, v) for m, v in zip(chosen, verdicts, strict=True) if v is not None]
     for mutant, verdict in wrong:
         print(f"WRONG {mutant.name}: {verdict}")
+    if arguments.update:
+        late = {m.name: seeds[m.name] for m in MUTANTS if seeds.get(m.name, 0) > LATE}
+        SEEDS.write_text(json.dumps(late, indent=1) + "\n")
     harmful = sum(not mutant.harmless for mutant in chosen)
     print(
         f"{len(chosen) - len(wrong)} of {len(chosen)} verdicts are right ({harmful} mutants, "

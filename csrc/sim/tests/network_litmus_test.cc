@@ -130,6 +130,35 @@ TYPED_TEST(TransportContract, ASignalAloneHandsOverWhatTheCallerKnew) {
                             }});
 }
 
+TYPED_TEST(TransportContract, WithCreditsAllMayBeUsedAgain) {
+  using T = typename TestFixture::T;
+  // Words of more than 32 bits.
+  constexpr u64 kRound = (u64{1} << 33) + 1;
+  constexpr u32 kRounds = 4;
+  const auto signal_of = [](u32 i, u32 round) {
+    return NetworkSignal{at(i), round * kRound, (round + 1) * kRound};
+  };
+  TestFixture::expect_seven(Outcome::kOrdered, {[signal_of](Who who) {
+                              for (u32 round = 0; round < kRounds; ++round) {
+                                if (is_warp(who, 0)) {
+                                  if (lane_id() == 0) {
+                                    if (round > 0) wait_signal<T>(4, round * kRound);
+                                    st(word(0, 0), round + 4);
+                                  }
+                                  warp_sync();
+                                  transport<T>().put_and_signal(
+                                      1, at(0), at(0), 16, signal_of(1, round));
+                                }
+                                if (who.is(1)) {
+                                  wait_signal<T>(1, (round + 1) * kRound);
+                                  seen.a = ld(word(1, 0));
+                                  if (seen.a != round + 4) return;
+                                  transport<T>().signal(0, signal_of(4, round));
+                                }
+                              }
+                            }});
+}
+
 TYPED_TEST(TransportContract, BulkStoresToTheSourceNeedBulkWait) {
   using T = typename TestFixture::T;
   for (const bool reads_only : {false, true}) {
@@ -187,6 +216,15 @@ TEST(Network, ASignalSaysNothingOfAnotherCall) {
     }
     if (!who.is(1)) return;
     wait_signal<T>(3);
+    seen.a = ld(word(1, 0));
+  });
+}
+
+TEST(Network, AnAcquireAloneIsNotEnough) {
+  expect_seven(Outcome::kRacy, [](Who who) {
+    if (is_warp(who, 0)) send_seven<T>();
+    if (!who.is(1)) return;
+    while (ld_acquire<kSys>(signal_word(1, 1)) != 1) spin_pause("signal");
     seen.a = ld(word(1, 0));
   });
 }
@@ -289,13 +327,64 @@ TEST(NetworkMisuse, IsReported) {
   EXPECT_TRUE(put(0, 0, 16, signal_in(1)).ok());
 }
 
-TEST(NetworkMisuse, TwoMessagesInFlightForAWord) {
-  const Report report = run_call([] {
-    transport<T>().put_and_signal(1, at(0), at(0), 16, signal_in(1));
-    transport<T>().put_and_signal(1, at(2), at(2), 16, {at(1), 1, 2});
+TEST(NetworkMisuse, AMessageWithoutCreditForTheLast) {
+  // However long ago the last one was: the rank cannot know.
+  for (const int pauses : {0, 2000}) {
+    const Report report = run_call([pauses] {
+      transport<T>().put_and_signal(1, at(0), at(0), 16, signal_in(1));
+      for (int i = 0; i < pauses; ++i) warp_sync();
+      transport<T>().put_and_signal(1, at(2), at(2), 16, {at(1), 1, 2});
+    });
+    EXPECT_EQ(report.kind, "misuse");
+    EXPECT_NE(report.what.find("last message of this word may be in flight"), std::string::npos);
+  }
+}
+
+TEST(NetworkMisuse, AWordOfAnotherRanksMessages) {
+  const Report report = run([](Who who) {
+    if (is_warp(who, 0)) send_seven<T>();
+    if (who.is(1)) {
+      receive_seven<T>();
+      transport<T>().signal(2, signal_in(3));
+    }
+    if (who.is(2)) {
+      wait_signal<T>(3);
+      transport<T>().signal(1, {at(1), 1, 2});
+    }
   });
   EXPECT_EQ(report.kind, "misuse");
-  EXPECT_NE(report.what.find("two messages in flight for one word"), std::string::npos);
+  EXPECT_NE(report.what.find("is of rank 0's messages"), std::string::npos) << report.what;
+}
+
+TEST(NetworkMisuse, AWordThatItsRankStoresTo) {
+  const Report report = run([](Who who) {
+    if (is_warp(who, 0)) {
+      send_seven<T>();
+      if (lane_id() != 0) return;
+      wait_signal<T>(4);
+      transport<T>().signal(1, signal_in(1));
+    }
+    if (who.is(1)) {
+      receive_seven<T>();
+      st_relaxed<kSys>(signal_word(1, 1), 0);
+      transport<T>().signal(0, signal_in(4));
+    }
+  });
+  EXPECT_EQ(report.kind, "misuse");
+  EXPECT_NE(report.what.find("is not the network's alone"), std::string::npos) << report.what;
+}
+
+TEST(NetworkMisuse, LanesThatCallAlone) {
+  EXPECT_FALSE(run_call([] {
+                 if (lane_id() == 0) {
+                   transport<T>().put_and_signal(1, at(0), at(0), 16, signal_in(1));
+                 }
+               }).ok());
+  EXPECT_EQ(run_call([] {
+              const i64 to = lane_id() == 3 ? at(2) : at(0);
+              transport<T>().put_and_signal(1, to, at(0), 16, signal_in(1));
+            }).kind,
+            "trap");
 }
 
 TEST(NetworkMisuse, ASourceOfAnotherRank) {
