@@ -25,6 +25,9 @@
 // 8. There are no loads, stores or atomics on another node's memory, and no calls that order
 // others.
 //
+// Within a node none is used: kernels store to mapped memory, through csrc/device/peers.h, which
+// csrc/runtime/transport maps. No kernel uses a transport yet.
+//
 // Implementations: LoopbackTransport, over mapped memory of one node, and SimulatedTransport. What
 // the contract allows, the simulator does (csrc/sim/network.cc); its litmus tests are in
 // csrc/sim/tests/network_litmus_test.cc.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The last step of a plan: counts become rows. Each rank works out both sides: the slots of its own
-// selections, and what its own rows hold.
+// selections, and what its own rows hold. Where rows start, and what is dropped, is in
+// plan_context.h and the layouts; the walk of the low-latency kernels is
+// csrc/kernels/low_latency/routing_plan.h.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 

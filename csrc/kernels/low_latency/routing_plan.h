@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plan of a low-latency dispatch. Every block counts the routing of all ranks by itself, so
 // that no block waits for another one, and then knows where all rows of this rank are. What is
-// reported of the plan the blocks share out.
+// reported of the plan the blocks share out. The walk of the high-throughput kernels, over the same
+// layouts, is csrc/kernels/high_throughput/plan_assign.h.
 //
 // Reads topk_idx, token_scalars and the peers' packets of both. Writes slot, row_source,
 // row_topk_idx, source_slot, group_sizes, tokens_per_expert, num_dropped and row_scalars.

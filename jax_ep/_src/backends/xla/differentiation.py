@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the primitives of `primitives.py` are differentiated; importing this registers the rules."""
+"""How the primitives of `primitives.py` are differentiated; importing this registers the rules.
+
+What holds for both backends, such as the straight-through gradient of rows on the FP8 wire, is in
+`tangents.py`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
