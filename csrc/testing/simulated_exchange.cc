@@ -27,6 +27,7 @@ ExchangeSizes sizes_of(const SimulatedExchange& exchange) {
                     .layout = static_cast<Layout>(exchange.layout)},
           .hidden = exchange.hidden,
           .num_scalars = exchange.num_topk,
+          .domain_size = exchange.domain_size,
           .dtype = static_cast<DType>(exchange.dtype),
           .wire = static_cast<Wire>(exchange.wire),
           .x_format = static_cast<RowFormat>(exchange.x_format),

@@ -22,6 +22,7 @@ struct SimulatedExchange {
   int32_t calls;               // how often all is run, back to back on the same heaps
   int32_t blocks;              // of every kernel
   int32_t tail_blocks;         // of dispatch, more
+  int32_t domain_size;         // of combine, as in CombineOp
   int64_t num_tokens;          // T
   int64_t max_tokens;          // that the heaps are for
   int64_t capacity;            // C

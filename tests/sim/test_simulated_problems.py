@@ -24,10 +24,11 @@ pytestmark = [
 
 CALLS = 2  # of every problem, on the same heaps
 SEEDS = (1, 2)
+DOMAINS = ("domains", "domains_of_three")
 # About a number of ranks, which is theirs.
 OF_THEIR_RANKS = {
     name + layout
-    for name in ("one_rank", "three_ranks", "six_ranks", "eight_ranks")
+    for name in ("one_rank", "three_ranks", "six_ranks", "eight_ranks", *DOMAINS)
     for layout in ("", "_by_rank")
 }
 FORMATS = ("dtype", "quantized")
@@ -46,7 +47,7 @@ class SimulatedExchange(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_ranks", "num_experts", "num_topk")),
         *((name, ctypes.c_int32) for name in ("expert_alignment", "layout", "dtype", "wire")),
         *((name, ctypes.c_int32) for name in ("x_format", "rows_format", "zero_fill")),
-        *((name, ctypes.c_int32) for name in ("calls", "blocks", "tail_blocks")),
+        *((name, ctypes.c_int32) for name in ("calls", "blocks", "tail_blocks", "domain_size")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "max_tokens", "capacity", "hidden")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in OPERANDS + RESULTS),
@@ -114,6 +115,7 @@ def run(
         calls=CALLS,
         blocks=1 + seed % 3,
         tail_blocks=seed % 2,
+        domain_size=problem.domain_size or 0,
         num_tokens=problem.num_tokens,
         max_tokens=problem.tokens_limit,
         capacity=problem.plan.capacity,
