@@ -54,7 +54,10 @@ def parse_all(argv: Sequence[str] | None = None) -> tuple[Request, Options]:
         parser.error("argument --prompt: ''; allowed: at least one byte")
     if request.temperature < 0:
         parser.error(f"argument --temperature: {request.temperature}; allowed: at least 0")
-    return request, parse(others)
+    options = parse(others)
+    if options.processes > 1 or options.cluster:
+        parser.error("argument --processes, --cluster: this program is one process")
+    return request, options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

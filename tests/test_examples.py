@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -142,6 +143,9 @@ def test_other_options_train_as_well(options, tmp_path):
         (["--flavor", "haiku"], ["--flavor", "haiku", "linen"]),
         (["--topk", "9"], ["--topk", "9", "8"]),
         (["--batch", "9"], ["--batch", "9"]),
+        (["--processes", "3"], ["--processes", "3", "divisors of 8"]),
+        (["--processes", "2", "--dense"], ["--processes", "2", "--dense"]),
+        (["--processes", "2", "--cluster"], ["--processes", "2", "--cluster"]),
     ],
 )
 def test_a_bad_option_gets_a_clear_error(options, parts):
@@ -150,6 +154,28 @@ def test_a_bad_option_gets_a_clear_error(options, parts):
     assert "error: " in message, stderr
     for part in parts:
         assert part in message, message
+
+
+@pytest.mark.multiprocess
+def test_processes_train_as_one_does(tmp_path):
+    args = [*TINY, "--mesh", "2x2", "--backend", "xla"]
+    _run(*args, "--steps", 4, out=tmp_path / "one")
+    stdout, _ = _run(*args, "--steps", 4, "--processes", 2, out=tmp_path / "two")
+    np.testing.assert_allclose(_losses(tmp_path / "two"), _losses(tmp_path / "one"), rtol=1e-4)
+    assert stdout.count("step 4/4 | loss") == 1  # the first process's alone
+    assert "A sample that the model wrote" in stdout
+    again, _ = _run(*args, "--steps", 4, "--processes", 2, "--resume", out=tmp_path / "two")
+    assert _number_after("held-out loss", again) == _number_after("held-out loss", stdout)
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    start = time.monotonic()
+    _, stderr = _run(
+        *TINY, "--mesh", "1x2", "--backend", "ffi", "--processes", 2, out=tmp_path, status=2
+    )
+    assert "on CPU it serves the devices of one process, and this mesh spans several" in stderr
+    assert time.monotonic() - start < 100
 
 
 def test_the_option_decides_on_the_platform_and_not_the_environment(tmp_path):

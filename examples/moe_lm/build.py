@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_ep
@@ -95,6 +96,12 @@ def build(options: Options) -> Setup:
         replicated=NamedSharding(mesh, PartitionSpec()),
         by_batch=NamedSharding(mesh, PartitionSpec(("data", "expert"))),
     )
+
+
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices of a sharding, which may be of several."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _group(options: Options, mesh: jax.sharding.Mesh) -> jax_ep.EpGroup:

@@ -30,6 +30,8 @@ class Options:
     seed: int
     mesh: tuple[int, int]
     platform: str
+    processes: int
+    cluster: bool
     backend: str
     capacity_factor: float | None
     fp8_wire: bool
@@ -143,6 +145,19 @@ def _add_expert_parallelism(parser: argparse.ArgumentParser) -> None:
         "of the devices; auto: that of JAX_PLATFORMS, or else cpu",
         choices=("auto", "cpu", "cuda"),
     )
+    _add(
+        ep,
+        "--processes",
+        _POSITIVE,
+        1,
+        "processes on this machine, which share the devices of the mesh out",
+    )
+    ep.add_argument(
+        "--cluster",
+        action="store_true",
+        help="this is one of several processes that SLURM, or another launcher that JAX knows, has "
+        "started on one or more machines, each with its own devices",
+    )
     _add(ep, "--backend", str, "auto", "of dispatch and combine", choices=("auto", "ffi", "xla"))
     _add(
         ep,
@@ -204,10 +219,18 @@ def _what_does_not_fit(options: Options) -> str | None:
             f"argument --heads: {options.heads}; allowed: such that --hidden ({options.hidden}) "
             "divided by it is an even integer"
         )
+    if options.processes > 1 and (options.dense or options.cluster):
+        other = "--dense" if options.dense else "--cluster"
+        return f"argument --processes: {options.processes}; allowed: 1 with {other}"
     if options.dense:
         if options.fp8_wire:
             return "argument --fp8-wire: not allowed with --dense, which sends nothing"
         return None
+    if options.num_devices % options.processes:
+        return (
+            f"argument --processes: {options.processes}; allowed: divisors of "
+            f"{options.num_devices}, the devices of --mesh {data}x{expert}"
+        )
     if options.experts % expert:
         return (
             f"argument --experts: {options.experts}; allowed: multiples of {expert}, the expert "

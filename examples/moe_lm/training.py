@@ -2,6 +2,8 @@
 """The training loop."""
 
 import dataclasses
+import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import optax
 
 import jax_ep
 from jax_ep.flax.nnx import LayerStats
-from moe_lm.build import Flavor, Setup, build
+from moe_lm.build import Flavor, Setup, build, place
 from moe_lm.checkpoints import Checkpoints
 from moe_lm.corpus import Corpus, unigram_entropy
 from moe_lm.generation import Writer, printable
@@ -81,12 +83,12 @@ def initial_state(
     # What Flax's metadata has not placed yet goes to every device.
     mesh = setup.replicated.mesh
 
-    def place(leaf: jax.Array) -> jax.Array:
+    def placed(leaf: jax.Array) -> jax.Array:
         is_placed = getattr(leaf.sharding, "mesh", None) == mesh
-        return leaf if is_placed else jax.device_put(leaf, setup.replicated)
+        return leaf if is_placed else place(leaf, setup.replicated)
 
-    params = jax.tree.map(place, params)
-    opt_state = jax.tree.map(place, optimizer.init(params))
+    params = jax.tree.map(placed, params)
+    opt_state = jax.tree.map(placed, optimizer.init(params))
     return TrainState(params=params, opt_state=opt_state)
 
 
@@ -131,6 +133,7 @@ class _Run:
         )
         self.held_out_step = jax.jit(
             lambda params, text: cross_entropy(setup.model, params, text)[0],
+            out_shardings=setup.replicated,
         )
 
     def run(self) -> int:
@@ -145,14 +148,17 @@ class _Run:
             except ValueError as error:
                 print(f"train_moe_lm.py: error: {error}", file=sys.stderr)
                 return 2
-            with Metrics(options.out / "metrics.jsonl", keep_steps=first) as metrics:
+            path = options.out / "metrics.jsonl" if _is_first() else pathlib.Path(os.devnull)
+            with Metrics(path, keep_steps=first) as metrics:
                 try:
                     self._train(first, metrics, checkpoints)
                 except KeyboardInterrupt:
                     print("interrupted; --resume goes on from the newest checkpoint")
                     return 130
-                if not metrics.held_out:
-                    metrics.add_held_out(options.steps, self.held_out_loss())
+                if first >= options.steps:  # by all processes, whatever their files say
+                    held_out = self.held_out_loss()
+                    if not metrics.held_out:
+                        metrics.add_held_out(options.steps, held_out)
                 self._report(metrics)
         return 0
 
@@ -180,14 +186,14 @@ class _Run:
         text = self.corpus.training_batch(
             step, batch=options.batch, seq_len=options.seq_len, seed=options.seed
         )
-        text = jax.device_put(text, self.setup.by_batch)
+        text = place(text, self.setup.by_batch)
         self.state, loss, stats = self.step(self.state, text)
         return float(loss), jax.device_get(stats)
 
     def held_out_loss(self) -> float:
         """Nats per byte of the held-out text."""
         losses = [
-            self.held_out_step(self.state.params, jax.device_put(text, self.setup.by_batch))
+            self.held_out_step(self.state.params, place(text, self.setup.by_batch))
             for text in self.held_out
         ]
         return float(np.mean(jax.device_get(losses)))
@@ -210,8 +216,9 @@ class _Run:
 
     def _report(self, metrics: Metrics) -> None:
         options = self.options
-        plot_losses(options.out / "loss.png", metrics, self.unigram)
-        if metrics.steps:
+        if _is_first():
+            plot_losses(options.out / "loss.png", metrics, self.unigram)
+        if _is_first() and metrics.steps:
             plot_expert_load(options.out / "expert_load.png", metrics)
         if options.sample_bytes:
             writer = Writer(options, self.setup.model, self.state.params)
@@ -228,6 +235,11 @@ class _Run:
         print(f"unigram entropy  {self.unigram:.4f} nats per byte of the same text")
         print(f"below it by      {self.unigram - held_out:.4f} nats")
         print(f"written to       {options.out}: loss.png, expert_load.png, metrics.jsonl")
+
+
+def _is_first() -> bool:
+    """Whether this is the process that writes what is not of all."""
+    return jax.process_index() == 0
 
 
 def _is_due(done: int, every: int) -> bool:
