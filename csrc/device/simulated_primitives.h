@@ -204,8 +204,9 @@ void async_wait(Location at = Location::current()) {
 // The simulator runs both launches of a call as one, whose blocks begin in any order.
 inline void launch_dependents() {}
 
-// ---- the network, of the simulator alone: what SimulatedTransport is made of
-// ----------------------
+// ---- the network
+// ---------------------------------------------------------------------------------- Of the
+// simulator alone: what SimulatedTransport is made of.
 inline void network_put(Ptr<std::byte> to,
                         Ptr<const std::byte> from,
                         u32 bytes,

@@ -94,6 +94,30 @@ template <typename ExpertKernel, typename RankKernel, typename Config, typename 
   return cudaErrorInvalidValue;
 }
 
+// The same of kernels that are compiled for each row type, too.
+template <template <typename> typename ExpertKernel,
+          template <typename> typename RankKernel,
+          typename Config,
+          typename Params>
+struct CompiledKernels {
+  [[nodiscard]] static cudaError_t load() {
+    return load_row_types([](auto row) {
+      using RowType = typename decltype(row)::type;
+      return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, Params>();
+    });
+  }
+  [[nodiscard]] static cudaError_t launch(DType dtype,
+                                          const Params& params,
+                                          const LaunchShape& shape,
+                                          cudaStream_t stream) {
+    return with_row_type(dtype, cudaErrorInvalidValue, [&](auto row) {
+      using RowType = typename decltype(row)::type;
+      return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(
+          params, shape, stream);
+    });
+  }
+};
+
 // What each kernel file loads.
 [[nodiscard]] cudaError_t load_plan();
 [[nodiscard]] cudaError_t load_dispatch();

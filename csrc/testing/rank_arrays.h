@@ -49,10 +49,14 @@ class RankArrays {
 
   // What an operation writes, all of it but `rows` and `rows_scales`, of which it may leave some.
   [[nodiscard]] std::vector<std::span<std::byte>> results_of(OpKind op) const;
-  // Whether it is of the exchanges that are in halves.
-  [[nodiscard]] bool has_halves(OpKind op, const RankView& view) const;
   // Marks these two as untouched.
   void mark_rows(DeviceMemory& memory) const;
+  // Whether it is of the exchanges that are in halves, and whether this half of it writes results.
+  // What has no halves is all in the first.
+  [[nodiscard]] bool has_halves(OpKind op, const RankView& view) const;
+  [[nodiscard]] bool writes_results(OpKind op, Half half, const RankView& view) const {
+    return half != (has_halves(op, view) ? Half::kFirst : Half::kSecond);
+  }
 
   // Has the program say that it runs on another rank.
   void replace_rank(DeviceMemory& memory, int32_t said) const;

@@ -138,9 +138,7 @@ class GroupRun {
                          int32_t rank,
                          const RankView& view,
                          const RankArrays& arrays) {
-    const bool writes =
-        op.half != (arrays.has_halves(op.kind, view) ? Half::kFirst : Half::kSecond);
-    if (!writes) return;
+    if (!arrays.writes_results(op.kind, op.half, view)) return;
     const auto r = static_cast<uint32_t>(rank);
     machine_.host_call(r, stream_, [this, r, rank, kind = op.kind, &arrays] {
       for (const std::span<std::byte> result : arrays.results_of(kind)) {

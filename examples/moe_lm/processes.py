@@ -55,7 +55,7 @@ def join(options: Options) -> None:
         jax.distributed.initialize()
     else:
         number, each = int(os.environ[_NUMBER]), options.num_devices // options.processes
-        on_gpus = options.platform == "cuda"
+        on_gpus = "cpu" not in os.environ["JAX_PLATFORMS"].split(",")[:1]
         jax.distributed.initialize(
             os.environ[_COORDINATOR],
             options.processes,

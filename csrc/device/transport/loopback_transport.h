@@ -15,8 +15,9 @@ struct LoopbackTransport {
       i32 peer, i64 to, i64 from, u32 bytes, NetworkSignal signal) const {
     const Ptr<const Vec16> source = as<const Vec16>(Ptr<const std::byte>{heap[rank] + from});
     const Ptr<Vec16> target = as<Vec16>(Ptr<std::byte>{heap[peer] + to});
-    for (u32 i = lane_id(); i < bytes / sizeof(Vec16); i += kWarpSize)
+    for (u32 i = lane_id(); i < bytes / sizeof(Vec16); i += kWarpSize) {
       st(target + i, ld(source + i));
+    }
     warp_sync();
     if (lane_id() == 0) this->signal(peer, signal);
   }

@@ -9,21 +9,18 @@
 // 2. Bytes are read from the source at any time after the call, piece by piece, and appear at the
 //    target at any time, in any order, torn.
 // 3. Signal. The word changes once all bytes of this call have appeared. It says nothing of any
-// other
-//    call, be it of the same thread, to the same peer, or before this one.
+//    other call, be it of the same thread, to the same peer, or before this one.
 // 4. Acquire. Who has loaded the new value by ld_acquire<kSys>, and then called `acquired(word)`,
-// may
-//    read those bytes, by bulk loads after a fence_proxy_async, and may pass that on by a release
-//    of any scope, also to other GPUs of its node. It also knows all that the caller knew.
+//    may read those bytes, by bulk loads after a fence_proxy_async, and may pass that on by a
+//    release of any scope, also to other GPUs of its node. It also knows all that the caller knew.
 // 5. Reuse. The source may be written again once the caller has acquired a word whose release came
 //    after the acquire of this call's word: a credit. Nothing tells of completion at this end.
 // 6. Words. Each is written by the calls of one rank, has at most one call in flight, and is never
 //    stored to locally once the group is made.
 // 7. Progress. What a call does appears without help of kernels at the target. A call itself may
-// wait
-//    for room in a queue, without deadline.
+//    wait for room in a queue, without deadline.
 // 8. There are no loads, stores or atomics on another node's memory, and no calls that order
-// others.
+//    others.
 //
 // Within a node none is used: kernels store to mapped memory, through csrc/device/peers.h, which
 // csrc/runtime/transport maps. No kernel uses a transport yet.
@@ -48,8 +45,8 @@ struct NetworkSignal {
   u64 after;
 };
 
-// Offsets are in bytes, of the heap of this rank or of the peer's, and multiples of 16, as sizes
-// are.
+// Offsets are in bytes, of the heap of this rank or of the peer's. They and sizes are multiples of
+// 16.
 template <typename T>
 concept Transport = requires(
     const T& transport, i32 peer, i64 offset, u32 bytes, NetworkSignal signal, Ptr<u64> word) {

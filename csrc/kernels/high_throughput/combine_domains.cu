@@ -19,28 +19,16 @@ using ExpertKernel =
 template <typename RowType>
 using RankKernel = dev::CombineKernel<dev::CombineRankLayout<dev::CombineContext<Config, RowType>>>;
 
-template <typename RowType>
-cudaError_t load() {
-  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, CombineParams>();
-}
-
-template <typename RowType>
-cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
-}
+using Kernels = CompiledKernels<ExpertKernel, RankKernel, Config, CombineParams>;
 
 }  // namespace
 
-cudaError_t load_combine_domains() {
-  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
-}
+cudaError_t load_combine_domains() { return Kernels::load(); }
 
 cudaError_t launch_combine_domains(const CombineParams& params,
                                    const LaunchShape& shape,
                                    cudaStream_t stream) {
-  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch<typename decltype(row)::type>(params, shape, stream);
-  });
+  return Kernels::launch(params.op.dtype, params, shape, stream);
 }
 
 }  // namespace jax_ep

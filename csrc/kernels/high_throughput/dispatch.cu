@@ -16,31 +16,19 @@ using ExpertKernel = dev::DispatchKernel<dev::DispatchExpertLayout<Config, RowTy
 template <typename RowType>
 using RankKernel = dev::DispatchKernel<dev::DispatchRankLayout<Config, RowType>>;
 
-template <typename RowType>
-cudaError_t load() {
-  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, DispatchParams>();
-}
-
-template <typename RowType>
-cudaError_t launch(const DispatchParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
-}
+using Kernels = CompiledKernels<ExpertKernel, RankKernel, Config, DispatchParams>;
 
 }  // namespace
 
 int32_t shared_bytes_of_dispatch() { return sizeof(Config::SharedStorage); }
 
-cudaError_t load_dispatch() {
-  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
-}
+cudaError_t load_dispatch() { return Kernels::load(); }
 
 cudaError_t launch_dispatch(const DispatchParams& params,
                             const LaunchShape& shape,
                             cudaStream_t stream) {
   if (products_of(params.op) != 0) return launch_dispatch_products(params, shape, stream);
-  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch<typename decltype(row)::type>(params, shape, stream);
-  });
+  return Kernels::launch(params.op.dtype, params, shape, stream);
 }
 
 }  // namespace jax_ep

@@ -18,28 +18,16 @@ using ExpertKernel = dev::DispatchKernel<dev::DispatchExpertLayout<Config, RowTy
 template <typename RowType>
 using RankKernel = dev::DispatchKernel<dev::DispatchRankLayout<Config, RowType>>;
 
-template <typename RowType>
-cudaError_t load() {
-  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, DispatchParams>();
-}
-
-template <typename RowType>
-cudaError_t launch(const DispatchParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
-}
+using Kernels = CompiledKernels<ExpertKernel, RankKernel, Config, DispatchParams>;
 
 }  // namespace
 
-cudaError_t load_dispatch_products() {
-  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
-}
+cudaError_t load_dispatch_products() { return Kernels::load(); }
 
 cudaError_t launch_dispatch_products(const DispatchParams& params,
                                      const LaunchShape& shape,
                                      cudaStream_t stream) {
-  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch<typename decltype(row)::type>(params, shape, stream);
-  });
+  return Kernels::launch(params.op.dtype, params, shape, stream);
 }
 
 }  // namespace jax_ep

@@ -34,7 +34,7 @@ class PlanAssigner {
     warp_sync();
     c_.for_each_run(tile, [this, &tile, own](i32 first, i32 expert) {
       const LaneSelection selection = c_.selection_of(expert);
-      const bool is_local = selection.expert >= 0 && is_local_expert(expert);
+      const bool is_local = selection.expert >= 0 && c_.is_local(expert);
       const CountedSelection counted = layout_.take(selection, own || is_local);
       u32 row = c_.capacity;
       if (counted.bin >= 0) {
@@ -77,9 +77,6 @@ class PlanAssigner {
     }
   }
 
-  JAX_EP_DEVICE bool is_local_expert(i32 expert) const {
-    return owner_of(expert, c_.num_local) == c_.rank;
-  }
   JAX_EP_DEVICE i32 slot_of(u32 row) const {
     return row < c_.capacity ? static_cast<i32>(row) : -1;
   }

@@ -19,23 +19,11 @@ template <typename RowType>
 using RankKernel = dev::PlanDispatchKernel<dev::DispatchRankLayout<Config, RowType>,
                                            dev::PlanRankLayout<PlanConfig>>;
 
-template <typename RowType>
-cudaError_t load() {
-  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, PlanDispatchParams>();
-}
-
-template <typename RowType>
-cudaError_t launch(const PlanDispatchParams& params,
-                   const LaunchShape& shape,
-                   cudaStream_t stream) {
-  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
-}
+using Kernels = CompiledKernels<ExpertKernel, RankKernel, Config, PlanDispatchParams>;
 
 }  // namespace
 
-cudaError_t load_plan_dispatch() {
-  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
-}
+cudaError_t load_plan_dispatch() { return Kernels::load(); }
 
 cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
                                  const LaunchShape& shape,
@@ -46,9 +34,7 @@ cudaError_t launch_plan_dispatch(const PlanDispatchParams& params,
       num_bins(ep.layout, ep.num_experts, ep.num_ranks) > PlanConfig::kMaxBins) {
     return cudaErrorInvalidConfiguration;
   }
-  return with_row_type(params.op.dispatch.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch<typename decltype(row)::type>(params, shape, stream);
-  });
+  return Kernels::launch(params.op.dispatch.dtype, params, shape, stream);
 }
 
 }  // namespace jax_ep

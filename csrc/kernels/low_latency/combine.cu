@@ -18,31 +18,19 @@ using ExpertKernel = dev::LowLatencyCombineKernel<dev::CombineExpertLayout<Conte
 template <typename RowType>
 using RankKernel = dev::LowLatencyCombineKernel<dev::CombineRankLayout<Context<RowType>>>;
 
-template <typename RowType>
-cudaError_t load() {
-  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, CombineParams>();
-}
-
-template <typename RowType>
-cudaError_t launch(const CombineParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
-}
+using Kernels = CompiledKernels<ExpertKernel, RankKernel, Config, CombineParams>;
 
 }  // namespace
 
 int32_t shared_bytes_of_low_latency_combine() { return sizeof(Config::SharedStorage); }
 
-cudaError_t load_low_latency_combine() {
-  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
-}
+cudaError_t load_low_latency_combine() { return Kernels::load(); }
 
 cudaError_t launch_low_latency_combine(const CombineParams& params,
                                        const LaunchShape& shape,
                                        cudaStream_t stream) {
   if (!fits_low_latency(params.view.layout, params.op)) return cudaErrorInvalidConfiguration;
-  return with_row_type(params.op.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch<typename decltype(row)::type>(params, shape, stream);
-  });
+  return Kernels::launch(params.op.dtype, params, shape, stream);
 }
 
 }  // namespace jax_ep

@@ -16,33 +16,19 @@ using ExpertKernel = dev::LowLatencyDispatchKernel<RowType, dev::PlanExpertLayou
 template <typename RowType>
 using RankKernel = dev::LowLatencyDispatchKernel<RowType, dev::PlanRankLayout<Config>>;
 
-template <typename RowType>
-cudaError_t load() {
-  return load_layouts<ExpertKernel<RowType>, RankKernel<RowType>, Config, PlanDispatchParams>();
-}
-
-template <typename RowType>
-cudaError_t launch(const PlanDispatchParams& params,
-                   const LaunchShape& shape,
-                   cudaStream_t stream) {
-  return launch_layout<ExpertKernel<RowType>, RankKernel<RowType>, Config>(params, shape, stream);
-}
+using Kernels = CompiledKernels<ExpertKernel, RankKernel, Config, PlanDispatchParams>;
 
 }  // namespace
 
 int32_t shared_bytes_of_low_latency_dispatch() { return sizeof(Config::SharedStorage); }
 
-cudaError_t load_low_latency_dispatch() {
-  return load_row_types([](auto row) { return load<typename decltype(row)::type>(); });
-}
+cudaError_t load_low_latency_dispatch() { return Kernels::load(); }
 
 cudaError_t launch_low_latency_dispatch(const PlanDispatchParams& params,
                                         const LaunchShape& shape,
                                         cudaStream_t stream) {
   if (!fits_low_latency(params.view.layout, params.op)) return cudaErrorInvalidConfiguration;
-  return with_row_type(params.op.dispatch.dtype, cudaErrorInvalidValue, [&](auto row) {
-    return launch<typename decltype(row)::type>(params, shape, stream);
-  });
+  return Kernels::launch(params.op.dispatch.dtype, params, shape, stream);
 }
 
 }  // namespace jax_ep

@@ -97,6 +97,7 @@ class RoutingPlan {
   }
 
  private:
+  // ceil_div in 32 bits, which takes a fourth of the instructions.
   JAX_EP_DEVICE static i32 quotient_up(i32 a, i32 b) { return (a + b - 1) / b; }
 
   // A lane's selection, of a run of tokens that begins with `first`.

@@ -33,9 +33,6 @@ SEEDS = pathlib.Path(__file__).with_name("mutant_seeds.json")
 LATE = 5  # scenarios that are run in less than it takes to compile a mutant
 
 
-_Result = subprocess.CompletedProcess[str]
-
-
 def mutate(mutant: Mutant) -> str:
     """The header's text with the edit.
 
@@ -99,7 +96,9 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
     return program
 
 
-def _simulate(mutant: Mutant, program: pathlib.Path, likely: int | None) -> _Result:
+def _simulate(
+    mutant: Mutant, program: pathlib.Path, likely: int | None
+) -> subprocess.CompletedProcess[str]:
     """Runs scenarios until one fails: the likely one, then all from the first on."""
     scenarios = ["--mishaps"] if mutant.mishaps else ["--low-latency"] * mutant.low_latency
     ranges = [f"1:{mutant.seeds}"]

@@ -223,8 +223,7 @@ void forget_results(const ScenarioOp& op,
                     const RankArrays& arrays,
                     const RankView& view,
                     cudaStream_t stream) {
-  const bool writes = op.half != (arrays.has_halves(op.kind, view) ? Half::kFirst : Half::kSecond);
-  if (!writes) return;
+  if (!arrays.writes_results(op.kind, op.half, view)) return;
   GpuMemory memory(stream);
   for (const std::span<std::byte> result : arrays.results_of(op.kind)) {
     memory.fill(result.data(), kUntouchedByte, result.size());
