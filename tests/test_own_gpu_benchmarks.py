@@ -92,7 +92,11 @@ def test_the_default_cases_are_part_of_the_product():
     assert set(some) < set(full)
     assert {c.num_sms for c in some} == {24, 64, 132}
     assert {c.layout for c in some if c.num_sms == 64} == {"expert", "rank"}
-    assert {c.num_sms for c in own_gpu_cases(8, 128, full=False)} == {24}
+    few = own_gpu_cases(8, 128, full=False)
+    assert {c.num_sms for c in few if not c.low_latency} == {24}
+    assert [(c.layout, c.routing, c.wire_dtype, c.num_sms) for c in few if c.low_latency] == [
+        (layout, "uniform", wire, 64) for layout in ("expert", "rank") for wire in (None, FP8)
+    ]
     of_routings = routings_of(some)
     assert [(c.routing, c.wire_dtype, c.num_sms) for c in of_routings] == [
         ("uniform", None, 24),
@@ -217,10 +221,8 @@ def test_a_smoke_run_writes_every_number(tmp_path):
     found = json.loads(numbers.read_text())
     assert found["links"].keys() == {"2 ranks, one_process"}
     assert found["links"]["2 ranks, one_process"].keys() == {"ring", "pair", "device_put"}
-    kinds = [
-        (r["case"]["layout"], r["case"]["routing"], r["case"]["wire_dtype"])
-        for r in found["results"]
-    ]
+    ours = [r for r in found["results"] if not r["case"]["low_latency"]]
+    kinds = [(r["case"]["layout"], r["case"]["routing"], r["case"]["wire_dtype"]) for r in ours]
     assert kinds == [
         (layout, routing, wire)
         for layout, routing in (("expert", "uniform"), ("expert", "zipf"), ("rank", "uniform"))
@@ -228,8 +230,10 @@ def test_a_smoke_run_writes_every_number(tmp_path):
     ]
     for result in found["results"]:
         operations = {"dispatch"} if result["case"]["wire_dtype"] else {*MEASURED}
+        if result["case"]["low_latency"]:
+            operations = {"dispatch", "combine", "there_and_back"}
         assert result["seconds"].keys() == operations
-        assert result["traffic"].keys() == operations - {"plan"}
+        assert result["traffic"].keys() == operations - {"plan", "there_and_back"}
     for entry in found["comparisons"]:
         assert entry["seconds"].keys() == {"ours", "ours_fp8", "gather_scatter", "all_to_all"}
         assert all(0 <= error <= 1 for error in entry["error_of_allowed"].values())
@@ -320,6 +324,22 @@ def test_goals_are_met_or_missed():
     text = report.to_text(_canned("own", 9e-4, 2.5e-3))
     assert "900 µs; the goal, 830, is missed" in text
     assert "takes 1.67 times as long as jax_ep; the goal, 2, is missed" in text
+
+
+def test_low_latency_times_stand_beside_their_goals():
+    found = _canned("own", 8e-4, 3.5e-3)
+    assert "low-latency" not in report.to_text(found)
+    sizes = {"num_tokens": 16, "num_sms": 64, "low_latency": True}
+    times = {"dispatch": 12e-6, "combine": 7e-6, "there_and_back": 19e-6}
+    values = [{op: np.full(3, s) for op, s in times.items()}]
+    found["results"] = [
+        own_gpu_tables.result(GpuCase(num_ranks=ranks, **sizes), values, "own") for ranks in (2, 4)
+    ]
+    found["links"]["2 ranks, own"] = found["links"]["4 ranks, own"] = {"ring": 3.9e11}
+    lines = [line for line in report.to_text(found).splitlines() if line.startswith("16, ")]
+    of_two = "12.0 (12.0-12.0); goal 10.0 7.0 (7.0-7.0); goal 11.0 19.0 (19.0-19.0); goal 20.0"
+    assert of_two in " ".join(lines[0].split())
+    assert "goal" not in lines[1]
 
 
 def test_rates_are_those_of_the_issues_arithmetic():

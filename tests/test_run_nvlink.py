@@ -48,13 +48,13 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         else:
             measured.append(dict(zip(args[::2], args[1::2], strict=True)))
     assert len(tested) == len(set(tested))
-    needed = ("problems", "graphs", "closed", "collectives", "soak")
+    needed = ("problems", "halves", "graphs", "closed", "collectives", "soak")
     assert set(tested) == {("own", "failures")} | {
         (placement, piece) for placement in ("own", "one_process") for piece in needed
     }
     assert {int(m["--ranks"]) for m in measured} == {ranks}
     sizes = [m["--tokens"] for m in measured if m["--placement"] == "own"]
-    assert sorted(map(int, sizes)) == [16, 128, 1024, 4096, 8192]
+    assert sorted(map(int, sizes)) == [1, 16, 128, 1024, 4096, 8192]
     assert len({m["--json"] for m in measured}) == len(measured)
 
 

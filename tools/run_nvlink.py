@@ -70,14 +70,14 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         "own": tests("own", "problems", "collectives"),
         "bench-4096": bench("own", 4096),
         "kernels": ["benchmarks/predict.py", "--measure", BUILT, *lines],
-        "own-programs": tests("own", "graphs", "soak"),
+        "own-programs": tests("own", "graphs", "halves", "soak"),
         "one-process": tests("one_process", "problems", "collectives"),
-        "one-process-programs": tests("one_process", "graphs", "soak"),
+        "one-process-programs": tests("one_process", "graphs", "halves", "soak"),
         "example": train(1),
         **({"example-two-axes": train(2)} if ranks > 2 else {}),
         "own-failures": tests("own", "failures", "closed"),
         "one-process-closed": tests("one_process", "closed"),
-        **{f"bench-{tokens}": bench("own", tokens) for tokens in (1024, 8192, 128, 16)},
+        **{f"bench-{tokens}": bench("own", tokens) for tokens in (128, 16, 1, 1024, 8192)},
         "bench-one-process": bench("one_process", 4096),
     }
 

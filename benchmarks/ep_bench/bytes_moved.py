@@ -72,8 +72,8 @@ class Traffic:
 
 
 def traffic(operation: str, case: GpuCase) -> Traffic | None:
-    """The bytes of an operation; None for the plan, which moves no rows."""
-    if operation == "plan":
+    """The bytes of an operation; None for the plan, which moves no rows, and for several."""
+    if operation in ("plan", "there_and_back"):
         return None
     row = FP8_ROW if operation == "dispatch" and case.wire_dtype else ROW
     destination = case.topk_idx // (case.num_experts // case.num_ranks)

@@ -143,6 +143,11 @@ OPERATIONS = {
     "dispatch_vjp": "backward of dispatch",
     "combine_vjp": "backward of combine",
 }
+# Likewise, of the low-latency kernels; the last is the first two, one after the other.
+LOW_LATENCY_OPERATIONS = {
+    **{name: OPERATIONS[name] for name in ("dispatch", "combine")},
+    "there_and_back": "there and back",
+}
 
 
 @functools.cache
@@ -213,6 +218,7 @@ class GpuCase:
         routing: "uniform" or "zipf".
         zero_fill: of the config.
         tail: whether dispatch may end on idle SMs, beyond `num_sms`.
+        low_latency: whether the low-latency kernels serve it; the others do otherwise.
     """
 
     num_tokens: int
@@ -223,6 +229,7 @@ class GpuCase:
     routing: str = "uniform"
     zero_fill: bool = False
     tail: bool = True
+    low_latency: bool = False
 
     @property
     def name(self) -> str:
@@ -232,6 +239,8 @@ class GpuCase:
     @property
     def operations(self) -> tuple[str, ...]:
         """What there is to measure: on the FP8 wire only the dispatch is another kernel."""
+        if self.low_latency:
+            return tuple(LOW_LATENCY_OPERATIONS)
         if self.wire_dtype:
             return ("dispatch",)
         # With one token, what a chain takes by itself counts.
@@ -282,6 +291,7 @@ class GpuCase:
             "zero_fill": self.zero_fill,
             "max_num_sms": self.num_sms,
             "tail_num_sms": None if self.tail else 0,
+            "low_latency_tokens": self.num_tokens if self.low_latency else 0,
         }
 
 
@@ -330,17 +340,19 @@ SHARED_SMOKE_CASES = [GpuCase(num_tokens=128, num_ranks=2), GpuCase(num_tokens=1
 
 # --- a GPU for each rank --------------------------------------------------------------------------
 
-TOKENS = (16, 128, 1024, 4096, 8192)
+TOKENS = (1, 16, 128, 1024, 4096, 8192)
 OWN_SMS = (24, 64, 132)  # the first: of comparisons, and of the goals; the last: all there are
 ROUTINGS = ("uniform", "zipf")
-MEASURED = tuple(OPERATIONS)  # of our operations
+MEASURED = tuple(OPERATIONS)  # of our operations, but by the low-latency kernels
+LOW_LATENCY_SMS, MAX_LOW_LATENCY_TOKENS = 64, 128
 
 
 def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCase]:
     """Of one number of tokens: both wires, routings and layouts; zipf only in layout "expert".
 
     Other SMs at T 4096 with uniform routing, or with `full` everywhere; without a tail at T 4096,
-    last. The first two, uniform and zipf on the BF16 wire, are those of the comparisons too.
+    last. The first two, uniform and zipf on the BF16 wire, are those of the comparisons too. Few
+    tokens are exchanged by the low-latency kernels as well, with uniform routing.
     """
     wires = (None, FP8)
     layouts = [("expert", routing) for routing in ROUTINGS] + [("rank", ROUTINGS[0])]
@@ -361,10 +373,20 @@ def own_gpu_cases(num_ranks: int, num_tokens: int, *, full: bool) -> list[GpuCas
     ]
     if num_tokens == 4096:  # on so many SMs throughout
         found += [dataclasses.replace(found[i], tail=False) for i in range(len(wires))]
+    if num_tokens <= MAX_LOW_LATENCY_TOKENS:
+        found += [
+            dataclasses.replace(case, low_latency=True, num_sms=LOW_LATENCY_SMS)
+            for case in found
+            if case.routing == ROUTINGS[0] and case.num_sms == OWN_SMS[0]
+        ]
     return found
 
 
 def routings_of(found: Sequence[GpuCase]) -> list[GpuCase]:
     """One case for each routing: layout "expert", BF16 wire, the first number of SMs."""
     kind = (None, "expert", OWN_SMS[0])
-    return [c for c in found if c.tail and (c.wire_dtype, c.layout, c.num_sms) == kind]
+    return [
+        c
+        for c in found
+        if c.tail and not c.low_latency and (c.wire_dtype, c.layout, c.num_sms) == kind
+    ]

@@ -20,7 +20,14 @@ from ep_bench import (
     own_gpu_tables,
 )
 from ep_bench.bytes_moved import ROW
-from ep_bench.cases import MEASURED, TOKENS, GpuCase, own_gpu_cases, routings_of
+from ep_bench.cases import (
+    LOW_LATENCY_OPERATIONS,
+    MEASURED,
+    TOKENS,
+    GpuCase,
+    own_gpu_cases,
+    routings_of,
+)
 from ep_bench.checks import check_against_oracle
 from ep_bench.variants import GPU_BASELINES, OURS
 from ep_launch.placement import Placement, count_gpus
@@ -100,7 +107,7 @@ def run_size(
         check_against_oracle(case)
     num_bytes = SMOKE_LINK_BYTES if args.smoke else LINK_BYTES
     link = {"num_bytes": num_bytes, "num_samples": samples}
-    ours = {"only": MEASURED, "num_samples": samples}
+    ours = {"only": {*MEASURED, *LOW_LATENCY_OPERATIONS}, "num_samples": samples}
     work = [
         Case("links", comparison_programs.measure_links, link),
         *(Case(case.name, operation_programs.measure, {"case": case, **ours}) for case in cases),

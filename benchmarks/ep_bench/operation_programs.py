@@ -86,6 +86,10 @@ def operations(group: jax_ep.EpGroup) -> dict[str, Operation]:
     def combine(*args: Any) -> jax.Array:
         return jax_ep.combine(*args, group=group)[:1, :1]
 
+    def there_and_back(*args: Any) -> jax.Array:
+        received = jax_ep.dispatch(*args, group=group)
+        return combine(received.x, received.handle, received.weights)
+
     def dispatch_vjp(vjp: Callable[..., Any], *rows_bar: jax.Array) -> jax.Array:
         _, weights_bar = vjp(rows_bar)
         return weights_bar
@@ -102,6 +106,7 @@ def operations(group: jax_ep.EpGroup) -> dict[str, Operation]:
         "plan": Operation(plan, ("x", "idx", "w")),
         "dispatch": Operation(dispatch, ("x", "idx", "w")),
         "combine": Operation(combine, ("y", "handle", "row_weights")),
+        "there_and_back": Operation(there_and_back, ("x", "idx", "w")),
         "dispatch_vjp": Operation(dispatch_vjp, ("dispatch_vjp", "y", "row_weights")),
         "combine_vjp": Operation(combine_vjp, ("combine_vjp", "x")),
         "chain": Operation(chain, ("idx",)),

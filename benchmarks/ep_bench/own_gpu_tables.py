@@ -10,7 +10,7 @@ import numpy as np
 from ep_bench import cells, shared_gpu_tables
 from ep_bench.bounds import bounds_of
 from ep_bench.bytes_moved import traffic
-from ep_bench.cases import FP8, MEASURED, OPERATIONS, GpuCase
+from ep_bench.cases import FP8, LOW_LATENCY_OPERATIONS, MEASURED, OPERATIONS, GpuCase
 from ep_bench.cells import (
     WHAT,
     ByRank,
@@ -29,6 +29,13 @@ from ep_bench.variants import COMPARED, GPU_BASELINES, OURS
 GOAL_SMS = 24
 GOALS_S = {("dispatch", FP8): 420e-6, ("combine", None): 830e-6}
 GOAL_RATIO = 2.0
+# Of the low-latency kernels, R 2, uniform, layout "expert": operation, wire -> T -> seconds.
+LOW_LATENCY_GOALS_S = {
+    ("dispatch", FP8): {1: 9e-6, 16: 10e-6, 128: 15e-6},
+    ("dispatch", None): {1: 9e-6, 16: 10e-6, 128: 17e-6},
+    ("combine", None): {1: 9e-6, 16: 11e-6, 128: 18e-6},
+    ("there_and_back", None): {1: 17e-6, 16: 20e-6, 128: 34e-6},
+}
 
 
 def result(
@@ -105,6 +112,8 @@ def operation_table(found: Found, tablefmt: str) -> str:
     """Microseconds, GB/s and shares of the link, of our operations."""
     rows = []
     for r in found["results"]:
+        if r["case"].get("low_latency"):
+            continue
         cells = [time_cell(r["seconds"][op]) if op in r["seconds"] else "" for op in MEASURED]
         for op in MEASURED[1:]:
             if op in r["traffic"]:
@@ -119,6 +128,30 @@ def operation_table(found: Found, tablefmt: str) -> str:
     names = [OPERATIONS[op] for op in MEASURED]
     headers = [*WHAT, "placement", *names, *(f"{name}, GB/s" for name in names[1:])]
     return table(headers, rows, tablefmt)
+
+
+def low_latency_goal(case: Mapping[str, Any], operation: str) -> float | None:
+    """Seconds that an operation of a low-latency case is to take; None: there is no goal for it."""
+    if case["num_ranks"] != 2 or case["layout"] != "expert":
+        return None
+    return LOW_LATENCY_GOALS_S.get((operation, case["wire_dtype"]), {}).get(case["num_tokens"])
+
+
+def low_latency_table(found: Found, tablefmt: str) -> str:
+    """Microseconds of the low-latency kernels' operations beside their goals; may be empty."""
+
+    def cell(entry: Result, operation: str) -> str:
+        goal = low_latency_goal(entry["case"], operation)
+        beside = "" if goal is None else f"; goal {microseconds(goal)}"
+        return time_cell(entry["seconds"][operation]) + beside
+
+    rows = [
+        [*label(r["case"]), r["placement"], *(cell(r, op) for op in LOW_LATENCY_OPERATIONS)]
+        for r in found["results"]
+        if r["case"].get("low_latency")
+    ]
+    headers = [*WHAT, "placement", *LOW_LATENCY_OPERATIONS.values()]
+    return table(headers, rows, tablefmt) if rows else ""
 
 
 def bound_table(found: Found, tablefmt: str) -> str:
@@ -255,6 +288,10 @@ def parts(found: Found, tablefmt: str) -> list[tuple[str, str]]:
             "percentile); and GB/s that a rank gets, logical and on the wire, with the latter's "
             "share of the fastest copies between ranks:",
             operation_table(found, tablefmt),
+        ),
+        (
+            "The same of few tokens by the low-latency kernels:",
+            low_latency_table(found, tablefmt),
         ),
         (
             "The least microseconds that an operation's bytes allow, by the probe of the same run, "
