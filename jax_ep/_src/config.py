@@ -82,8 +82,8 @@ class EpConfig:
         low_latency_tokens: GPU kernels for few tokens, as when a model generates text, serve calls
             of at most so many tokens on each rank, for which the group's heaps get more room. At
             most 256, at most `max_tokens_per_rank`, and at most 16,384 selections of all ranks of
-            the group. 0: none. None: chosen; that is none as yet, since these kernels have not
-            run over NVLink. Without effect on the numbers, and on other devices.
+            the group. 0: none. None: chosen; that is none as yet, since more than two
+            GPUs have not been measured. Without effect on the numbers, and on other devices.
         domain_size: `D`, ranks of a domain: `combine` rounds the sum over each `D` consecutive
             ranks to `dtype` before it adds the sums of the domains, as it has to be where domains
             are joined by a network. Must divide the number of ranks. None: all ranks are one. It
