@@ -134,7 +134,9 @@ def _not_said() -> list[str]:
 
 
 def _prose(text: str) -> str:
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    without_programs = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    # Names in code, and of files that links lead to, are no words.
+    return re.sub(r"`[^`\n]*`|\]\([^)\s]*\)", "", without_programs)
 
 
 def _said(text: str) -> list[str]:

@@ -44,21 +44,25 @@ std::string arrival_text(const ErrorRecord& record) {
 std::string seen_text(const ErrorRecord& record) {
   const auto tag = static_cast<WaitTag>(record.tag);
   if (tag == WaitTag::kPlanned) return "";
-  return ": expected " + std::string(tag == WaitTag::kGridBarrier ? "generation " : "exchange ") +
-         std::to_string(record.expected) + ", saw " + std::to_string(record.seen);
+  std::string what = "exchange ";
+  if (tag == WaitTag::kGridBarrier) what = "generation ";
+  if (is_between_domains(tag)) what = "message ";
+  return ": expected " + what + std::to_string(record.expected) + ", saw " +
+         std::to_string(record.seen);
 }
 
 std::string deadline_text(const ErrorRecord& record, double timeout_s) {
   const auto tag = static_cast<WaitTag>(record.tag);
   std::string awaited =
       tag == WaitTag::kArrived ? arrival_text(record) : awaited_text(tag, record.op, record.peer);
+  if (is_between_domains(tag)) awaited += " (chunk " + std::to_string(record.chunk) + ")";
   if (tag == WaitTag::kPacket) awaited += " (token " + std::to_string(record.chunk) + ")";
-  // Kernels give their own rank twice the time.
+  // As in csrc/device/wait.h.
   const bool own = waits_for_own_blocks(tag) || record.peer == record.rank;
-  return "rank " + std::to_string(record.rank) + " waited " +
-         seconds_text(own ? 2 * timeout_s : timeout_s) + " in " +
-         std::string(name(static_cast<OpKind>(record.op))) + " for " + awaited + seen_text(record) +
-         "; " + advice(record);
+  const double times = own ? 2 : waits_for_a_messenger(tag) ? 1.5 : 1;
+  return "rank " + std::to_string(record.rank) + " waited " + seconds_text(times * timeout_s) +
+         " in " + std::string(name(static_cast<OpKind>(record.op))) + " for " + awaited +
+         seen_text(record) + "; " + advice(record);
 }
 
 std::string wrong_call_text(const ErrorRecord& record) {
@@ -102,6 +106,12 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
     case WaitTag::kGridBarrier: return "the other blocks of its own kernel";
     case WaitTag::kPlanned: return "the other blocks of its own kernel to have made the plan";
     case WaitTag::kPacket: return "a packet of " + rank;
+    case WaitTag::kDelivered: return "a message of " + rank + " over the network";
+    case WaitTag::kCredit: return rank + " to have read a message over the network";
+    case WaitTag::kRelayed: return rank + " to hand on a message from the network";
+    case WaitTag::kPulled: return rank + " to have read a message from the network";
+    case WaitTag::kGathered: return "the sums of " + rank;
+    case WaitTag::kFreed: return rank + " to have read the sums of a chunk before";
     case WaitTag::kWrongOp:
     case WaitTag::kWrongCall: return rank + ", which runs something else";
     case WaitTag::kWrongRank:

@@ -30,6 +30,7 @@ struct HeapShape {
   Layout layout = Layout::kExpert;
   // T of any low-latency call is at most this, which is at most max_tokens; 0: there are none.
   int64_t low_latency_tokens = 0;
+  int32_t num_neighbors = 0;  // ranks of a domain; 0: there is one domain
 };
 
 // The regions, in the order in which they lie in the heap.
@@ -39,8 +40,8 @@ enum class Region : int32_t {
   kSent,          // u32 [channels, R]: by source, the last epoch of which it has sent all
   kArrived,  // u64 [channels, R, kMaxFlags]: by source and chunk, arrival_flag of what has arrived
   kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
-  kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows
-  kRows,     // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales
+  kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows, of the domain's R
+  kRows,     // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales; likewise
   kExpertPackets,  // packets [banks, R, expert_packets]: topk_idx, of low-latency exchanges
   kScalarPackets,  // packets [banks, R, scalar_packets]: scalars that travel with rows, likewise
   kRowPackets,     // packets [banks, R, ll_tokens, row_packets]: rows on their way, likewise
@@ -79,6 +80,7 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   constexpr int64_t kRegionAlignment = 256;
   constexpr int64_t channels = kNumChannels;
   const int64_t ranks = shape.num_ranks;
+  const int64_t neighbors = shape.num_neighbors > 0 ? shape.num_neighbors : ranks;
   const int64_t tokens = shape.max_tokens;
   const int64_t topk = shape.num_topk;
   const int64_t bins = num_bins(shape.layout, shape.num_experts, shape.num_ranks);
@@ -97,8 +99,8 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
       4 * channels * ranks,
       8 * channels * ranks * kMaxFlags,
       4 * ranks * tokens * topk,
-      4 * ranks * tokens * topk,
-      ranks * tokens * layout.row_stride,
+      4 * neighbors * tokens * topk,
+      neighbors * tokens * layout.row_stride,
       16 * kLowLatencyBanks * ranks * layout.expert_packets,
       16 * kLowLatencyBanks * ranks * layout.scalar_packets,
       16 * kLowLatencyBanks * ranks * ll_tokens * layout.row_packets,

@@ -8,6 +8,7 @@
 
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_layout.h"
+#include "csrc/core/network_layout.h"
 #include "csrc/core/ops.h"
 #include "csrc/core/topology.h"
 
@@ -27,6 +28,10 @@ struct RankView {
   uint64_t timeout_ns;         // at most 2^61
   int32_t rank;
   int32_t num_ranks;
+  // The ranks of this one's domain: their heaps are mapped, and others' are not. All ranks, where
+  // there is one domain.
+  int32_t first_neighbor;
+  int32_t num_neighbors;
   // Bit r: rank r takes part. Of the others nothing is expected, and nothing is sent to them: a
   // selection of one of their experts counts as none. The same on all ranks that take part.
   uint64_t active_ranks = kAllRanks;
@@ -57,6 +62,23 @@ struct KernelParams {
   uint32_t* ticket = nullptr;  // [kTicketWords] out of a first half, in of a second one
   Op op;
 };
+// The network heaps of a rank's domain, as its kernels see them. Constant while the group lives.
+struct NetworkView {
+  NetworkLayout layout;
+  Topology topology;
+  std::byte* heap[kMaxDomainRanks];  // by index in the domain, as mapped by this rank
+};
+
+// What a kernel of an operation between domains is launched with. `Transport` is one of
+// csrc/device/transport/.
+template <typename Op, typename Transport>
+struct InternodeParams : KernelParams<Op> {
+  NetworkView network;
+  Transport transport;
+  int32_t num_rail_senders = 1;  // of a block's warps, behind the senders
+  int32_t num_reducers = 1;      // likewise, behind these; combine alone
+};
+
 using PlanParams = KernelParams<PlanOp>;
 using DispatchParams = KernelParams<DispatchOp>;
 using CombineParams = KernelParams<CombineOp>;

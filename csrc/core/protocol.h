@@ -101,7 +101,23 @@ enum class WaitTag : uint32_t {
   kPeerGaveUp,    // waited, and was told by a peer that it gave up
   kPacket,        // waited for a packet of a peer's low-latency exchange
   kStaleFlight,   // did not wait: a second half, and the flight of its ticket is not open
+  // Between domains; the peer is of another one where the network is waited for.
+  kDelivered,  // waited for a peer's message
+  kCredit,     // waited for a peer to have read a message
+  kRelayed,    // waited for a rank of the domain to hand a message on
+  kPulled,     // waited for a rank of the domain to have read a message
+  kGathered,   // waited for the sums of a rank of the domain
+  kFreed,      // waited for a rank of the domain to have read such sums
 };
+
+// Whether it is of an exchange between domains, and whether who is waited for may in turn wait for
+// another domain: that one is to be named, and not its messenger.
+constexpr bool is_between_domains(WaitTag tag) {
+  return tag >= WaitTag::kDelivered && tag <= WaitTag::kFreed;
+}
+constexpr bool waits_for_a_messenger(WaitTag tag) {
+  return is_between_domains(tag) && tag != WaitTag::kDelivered && tag != WaitTag::kCredit;
+}
 
 // ErrorRecord::detail of kClosed: the kernel did wait, and ended with an error.
 inline constexpr uint32_t kClosedInAWait = 1;

@@ -100,6 +100,11 @@ class Exchange {
         control(view_, channel_, ChannelControl::kReceiveTickets), num_items, num_places, place};
   }
 
+  // The same where roles differ from block to block: no warp has a place.
+  JAX_EP_DEVICE WorkQueue receiving_by_tickets(i32 num_items) const {
+    return {control(view_, channel_, ChannelControl::kReceiveTickets), num_items, 0, -1};
+  }
+
   // All lanes of a warp, before it first stores to a peer: until all peers have read what this
   // rank sent in the exchange before.
   JAX_EP_DEVICE void wait_until_writable() const {
@@ -148,6 +153,25 @@ class Exchange {
     return warp_ballot(!sent_all) == 0;
   }
 
+  JAX_EP_DEVICE Channel channel() const { return channel_; }
+  JAX_EP_DEVICE u64 own_flag() const { return arrival_flag(epoch_, op_, call_tag_); }
+  // `seen` is of this exchange, and not `own`: the source is in it with another operation, or in
+  // another call of this one.
+  [[noreturn]] JAX_EP_COLD static void give_up_with_other(
+      const RankView& view, OpKind op, i32 source, u32 chunk, u32 epoch, u64 own, u64 seen) {
+    if (op_of(seen) != static_cast<u32>(op)) {
+      const WaitContext context = {WaitTag::kWrongOp, op, source, epoch, chunk};
+      give_up(view, context, epoch_of(seen), op_of(seen));
+    }
+    u32 differs = 0;
+    for (u32 part = 0; part < kNumCallParts; ++part) {
+      const u32 bits = (tag_of(seen) ^ tag_of(own)) >> (8 * part) & 0xFF;
+      differs |= static_cast<u32>(bits != 0) << part;
+    }
+    const WaitContext context = {WaitTag::kWrongCall, op, source, epoch, chunk};
+    give_up(view, context, epoch_of(seen), 0, differs);
+  }
+
   // One lane; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_arrived(i32 source, i32 flag_idx) const {
     const auto flag = static_cast<u32>(first_flag_ + flag_idx);
@@ -163,7 +187,7 @@ class Exchange {
         context,
         "arrived");
     if (seen != own_flag()) {
-      give_up_with_other(view_, op_, source, flag, own_flag(), seen);
+      give_up_with_other(view_, op_, source, flag, epoch_, own_flag(), seen);
     }
   }
 
@@ -218,9 +242,11 @@ class Exchange {
   // All threads of all blocks, last thing in the kernel; every thread has waited for its own
   // copies.
   JAX_EP_DEVICE void finish() const {
-    finish([this] {
-      share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
-    });
+    finish([this] { acknowledge(); });
+  }
+  // All lanes of a warp, when all blocks have come: the peers may overwrite what they sent.
+  JAX_EP_DEVICE void acknowledge() const {
+    share_out_peers(view_, [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_); });
   }
   // The same; what a warp does when all blocks have come is `close_up()`. `begins`: the kernel is
   // the one that began the exchange, and not its second half.
@@ -253,7 +279,6 @@ class Exchange {
 
  private:
   JAX_EP_DEVICE u32 block_of_call() const { return static_cast<u32>(blocks_.first) + block_id(); }
-  JAX_EP_DEVICE u64 own_flag() const { return arrival_flag(epoch_, op_, call_tag_); }
 
   // One thread. kRunning holds kUnit + op for each kernel that runs: 0 before this one, or two
   // operations of the group run at the same time, in the same exchange.
@@ -265,22 +290,6 @@ class Exchange {
   }
   [[noreturn]] JAX_EP_DEVICE void give_up_overlapping(u32 other_op) const {
     give_up(view_, {WaitTag::kOverlap, op_, view_.rank, epoch_, 0}, 0, other_op, 0);
-  }
-
-  // The source is in this exchange with another operation, or in another call of this one.
-  [[noreturn]] JAX_EP_COLD static void give_up_with_other(
-      const RankView& view, OpKind op, i32 source, u32 chunk, u64 own, u64 seen) {
-    if (op_of(seen) != static_cast<u32>(op)) {
-      const WaitContext context = {WaitTag::kWrongOp, op, source, epoch_of(own), chunk};
-      give_up(view, context, epoch_of(seen), op_of(seen));
-    }
-    u32 differs = 0;
-    for (u32 part = 0; part < kNumCallParts; ++part) {
-      const u32 bits = (tag_of(seen) ^ tag_of(own)) >> (8 * part) & 0xFF;
-      differs |= static_cast<u32>(bits != 0) << part;
-    }
-    const WaitContext context = {WaitTag::kWrongCall, op, source, epoch_of(own), chunk};
-    give_up(view, context, epoch_of(seen), 0, differs);
   }
 
   const RankView& view_;

@@ -55,17 +55,22 @@ JAX_EP_DEVICE Ptr<u64> arrived(
 JAX_EP_DEVICE i64 staged(const RankView& view, i32 source, i64 token) {
   return source * view.layout.max_tokens + token;
 }
+// The same of a source in the domain: rows of others are not staged here.
+JAX_EP_DEVICE i64 staged_by_neighbor(const RankView& view, i32 source, i64 token) {
+  return staged(view, source - view.first_neighbor, token);
+}
 JAX_EP_DEVICE Ptr<i32> staged_routing(
     const RankView& view, i32 holder, i32 source, i64 token, i32 num_topk) {
   return region<i32>(view, holder, Region::kRouting) + staged(view, source, token) * num_topk;
 }
 JAX_EP_DEVICE Ptr<float> staged_scalars(
     const RankView& view, i32 holder, i32 source, i64 token, i32 num_topk) {
-  return region<float>(view, holder, Region::kScalars) + staged(view, source, token) * num_topk;
+  return region<float>(view, holder, Region::kScalars) +
+         staged_by_neighbor(view, source, token) * num_topk;
 }
 JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 source, i64 token) {
   return region<std::byte>(view, holder, Region::kRows) +
-         staged(view, source, token) * view.layout.row_stride;
+         staged_by_neighbor(view, source, token) * view.layout.row_stride;
 }
 
 // Packets of a low-latency exchange that `source` sent to `holder`: of its routing, its scalars,

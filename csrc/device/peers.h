@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The peers of a rank: every loop over them, and every place in a peer's heap that is stored to. A
 // rank that is not in the view's mask is not waited for, and nothing is announced to it; rows do
-// not go there because a plan with the same mask gives its experts none.
+// not go there because a plan with the same mask gives its experts none. Ranks of other domains
+// than this one are no peers: their heaps are not mapped (csrc/device/rail.h).
 #ifndef JAX_EP_CSRC_DEVICE_PEERS_H_
 #define JAX_EP_CSRC_DEVICE_PEERS_H_
 
@@ -20,22 +21,25 @@ JAX_EP_DEVICE bool is_active(const RankView& view, i32 peer) {
 // `use(peer)` for each, one after another, by the thread that calls.
 template <typename Use>
 JAX_EP_DEVICE void for_each_peer(const RankView& view, const Use& use) {
-  for (i32 peer = 0; peer < view.num_ranks; ++peer) {
+  for (i32 i = 0; i < view.num_neighbors; ++i) {
+    const i32 peer = view.first_neighbor + i;
     if (is_active(view, peer)) use(peer);
   }
 }
 // The same, shared out among the lanes of the warp that calls.
 template <typename Use>
 JAX_EP_DEVICE void share_out_peers(const RankView& view, const Use& use) {
-  for (i32 peer = static_cast<i32>(lane_id()); peer < view.num_ranks; peer += kWarpSize) {
+  for (i32 i = static_cast<i32>(lane_id()); i < view.num_neighbors; i += kWarpSize) {
+    const i32 peer = view.first_neighbor + i;
     if (is_active(view, peer)) use(peer);
   }
 }
-// The peer whose turn it is, of as many turns as there are ranks: each rank begins with itself, so
+// The peer whose turn it is, of as many turns as there are peers: each rank begins with itself, so
 // that no link is crowded. -1: it is not active.
 JAX_EP_DEVICE i32 peer_at_turn(const RankView& view, i32 turn) {
   const i32 next = turn + view.rank;
-  const i32 peer = next < view.num_ranks ? next : next - view.num_ranks;
+  const i32 end = view.first_neighbor + view.num_neighbors;
+  const i32 peer = next < end ? next : next - view.num_neighbors;
   return is_active(view, peer) ? peer : -1;
 }
 
@@ -53,6 +57,11 @@ JAX_EP_DEVICE void put_scalar(
 // Where the elements of a row go.
 JAX_EP_DEVICE Ptr<std::byte> peer_row(const RankView& view, i32 peer, i64 token) {
   return staged_row(view, peer, view.rank, token);
+}
+// What a rank of the domain gets of another domain's routing, from who has got it by its rail.
+JAX_EP_DEVICE void relay_expert(
+    const RankView& view, i32 peer, i32 source, i64 first_token, i32 num_topk, i64 i, i32 expert) {
+  st(staged_routing(view, peer, source, first_token, num_topk) + i, expert);
 }
 // A part of a row, from shared memory; complete once the lane has waited for its bulk stores.
 JAX_EP_DEVICE void put_segment(
@@ -82,6 +91,13 @@ JAX_EP_DEVICE void put_arrived(
   // RELEASE(arrived): publishes the warp's rows, scalars or routing of the chunk (ordered by the
   // warp_sync before).
   st_release<Scope::kSys>(arrived(view, channel, peer, view.rank, flag_idx), flag);
+}
+// The same of what `source`, of another domain, has sent by this rank's rail.
+JAX_EP_DEVICE void relay_arrived(
+    const RankView& view, Channel channel, i32 peer, i32 source, i32 flag_idx, u64 flag) {
+  // RELEASE(arrived): publishes the routing that the warp has stored for the peer (ordered by the
+  // warp_sync before).
+  st_release<Scope::kSys>(arrived(view, channel, peer, source, flag_idx), flag);
 }
 JAX_EP_DEVICE void put_acknowledged(const RankView& view, Channel channel, i32 peer, u32 epoch) {
   // RELEASE(acknowledged): this rank has read all that the peer sent; the peer may overwrite.

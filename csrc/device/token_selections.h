@@ -55,6 +55,15 @@ class Selections {
     same_dest_ = warp_match(static_cast<u32>(dest_));
   }
 
+  // All lanes: those of them whose rows are on ranks [first, first + count).
+  JAX_EP_DEVICE Selections within(i32 first, i32 count) const {
+    Selections found = *this;
+    found.live_ = live_ && dest_ >= first && dest_ < first + count;
+    found.dest_ = found.live_ ? dest_ : -1;
+    found.same_dest_ = warp_match(static_cast<u32>(found.dest_));
+    return found;
+  }
+
   JAX_EP_DEVICE bool live() const { return live_; }
   JAX_EP_DEVICE i32 slot() const { return slot_; }
   // The rank that holds this lane's row; -1 if there is none.

@@ -124,8 +124,13 @@ JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 sta
   if (level < kMaxLevel && waited >= static_cast<i64>(view.report_ns << level)) {
     report_long_wait(view, context, ++level, false);
   }
-  const auto timeout = static_cast<i64>(own ? 2 * view.timeout_ns : view.timeout_ns);
-  return waited > timeout ? level | kOverdue : level;
+  u64 timeout = view.timeout_ns;
+  if (own) {
+    timeout *= 2;
+  } else if (waits_for_a_messenger(context.tag)) {
+    timeout += timeout / 2;
+  }
+  return waited > static_cast<i64>(timeout) ? level | kOverdue : level;
 }
 
 // Waits until `done(*word)`, which then stays, and returns it. The load that ends the wait is an

@@ -69,6 +69,7 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   made.view_.timeout_ns = to_wait_ns(config.group.timeout_s);
   made.view_.rank = config.local.rank;
   made.view_.num_ranks = config.group.heap.num_ranks;
+  made.view_.num_neighbors = config.group.heap.num_ranks;
   context = std::move(made);
   return {};
 }

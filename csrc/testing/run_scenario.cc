@@ -36,7 +36,16 @@ class GroupRun {
                mine_.chunk_target,
                offset,
                "group" + std::to_string(index)),
-        arrays_offset_(offset + SimulatedGroup::memory_bytes(heap_shape(mine_))) {
+        arrays_offset_(offset + group_bytes(mine_)) {
+    if (mine_.num_domains > 1) {
+      rails_ = std::make_unique<SimulatedRails>(machine,
+                                                network_shape(mine_),
+                                                offset + heap_bytes(mine_),
+                                                "rails" + std::to_string(index));
+      if (scenario.first_message != 0) {
+        rails_->set_sequences(scenario.first_message, 3 * scenario.first_message + 1);
+      }
+    }
     if (scenario.first_epoch != 0) group_.set_epoch(scenario.first_epoch);
     if (scenario.stale_packets != 0) group_.fill_packets(scenario.stale_packets);
     const bool reads_anything = scenario.mishap == Mishap::kHostileHandle ||
@@ -53,7 +62,8 @@ class GroupRun {
 
   // After a run without mishap. The words are hints that nothing waits for, so no result tells.
   std::string check_sent() {
-    if (mine_.low_latency_tokens > 0) return {};  // some calls say nothing of it
+    // Some calls say nothing of it.
+    if (mine_.low_latency_tokens > 0 || mine_.num_domains > 1) return {};
     uint32_t epoch = scenario_.first_epoch;
     uint32_t last_told = 0;
     for (const ScenarioStep& step : mine_.steps) {
@@ -84,7 +94,7 @@ class GroupRun {
       Problem problem(step.options, step.x_format, step.rows_format);
       arrays = std::max<uint64_t>(arrays, RankArrays(problem, 0, nullptr).bytes());
     }
-    const uint64_t bytes = SimulatedGroup::memory_bytes(heap_shape(scenario)) + arrays;
+    const uint64_t bytes = group_bytes(scenario) + arrays;
     return (bytes + 4095) / 4096 * 4096;
   }
 
@@ -96,6 +106,15 @@ class GroupRun {
   }
 
  private:
+  static uint64_t heap_bytes(const GroupScenario& scenario) {
+    const uint64_t bytes = SimulatedGroup::memory_bytes(heap_shape(scenario));
+    return (bytes + 255) / 256 * 256;
+  }
+  static uint64_t group_bytes(const GroupScenario& scenario) {
+    if (scenario.num_domains == 1) return heap_bytes(scenario);
+    return heap_bytes(scenario) + SimulatedRails::memory_bytes(network_shape(scenario));
+  }
+
   [[nodiscard]] SimulatedLaunch launch_on(uint32_t stream, uint32_t place) const {
     return {.stream = stream,
             .blocks = scenario_.blocks,
@@ -277,6 +296,9 @@ class GroupRun {
       } else if (op.half == Half::kSecond) {
         return;
       }
+      if constexpr (requires { rails_->params(params).network; }) {
+        if (rails_) return group_.launch(rails_->params(params), launch);
+      }
       group_.launch(params, launch);
     };
     switch (op.kind) {
@@ -305,6 +327,7 @@ class GroupRun {
   const GroupScenario& mine_;
   const uint32_t stream_;
   SimulatedGroup group_;
+  std::unique_ptr<SimulatedRails> rails_;  // where there are several domains
   const uint64_t arrays_offset_;
   std::vector<std::unique_ptr<Problem>> problems_;
   std::vector<std::unique_ptr<RankArrays>> arrays_;
@@ -323,6 +346,12 @@ Outcome run_scenario(const Scenario& scenario, uint64_t seed) {
   config.max_blocks = scenario.blocks + scenario.tail_blocks;
   config.max_threads = SimulatedGroup::kMaxThreads;
   config.shared_bytes = SimulatedGroup::max_shared_bytes();
+  const int32_t num_domains = scenario.groups[0].num_domains;
+  if (num_domains > 1) {
+    config.ranks_per_node = config.num_ranks / static_cast<uint32_t>(num_domains);
+    config.max_threads = SimulatedRails::kMaxThreads;
+    config.shared_bytes = SimulatedRails::max_shared_bytes();
+  }
   config.check_races = scenario.check_races;
   config.memory_bytes = 0;
   std::vector<uint64_t> offsets;

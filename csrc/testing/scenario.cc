@@ -146,6 +146,46 @@ void make_halves(Draw& draw, GroupScenario& scenario) {
   }
 }
 
+// Several domains: few and many, of one rank and of several; rings from one buffer on.
+void make_internode(Draw& draw, GroupScenario& scenario, const Topology& topology) {
+  using enum OpKind;
+  scenario.num_domains = topology.num_scaleout_ranks;
+  scenario.rail_chunk_tokens = draw.one_of<int32_t>({1, 2, 3, 5, 8, 32, 50});
+  scenario.window = draw.one_of<int32_t>({1, 2, 3, 3});
+  scenario.gather_units = draw.one_of<int32_t>({1, 2, 3, 5, 8});
+  for (ScenarioStep& step : scenario.steps) {
+    step.options.domain_size = topology.num_scaleup_ranks;
+    step.ops = draw.one_of<std::vector<ScenarioOp>>({{kPlan, kDispatch, kCombine},
+                                                     {kPlan, kDispatch},
+                                                     {kPlan, kDispatch, kDispatch},
+                                                     {kPlan, kCombine, kDispatch, kCombine},
+                                                     {kPlan, kPlan}});
+  }
+}
+
+Scenario random_internode_scenario(uint64_t seed, const ScenarioLimits& limits) {
+  Draw draw(seed ^ 0xa0761d6478bd642f);
+  const Topology topology = draw.one_of<Topology>(
+      {{1, 2}, {2, 2}, {2, 2}, {3, 2}, {1, 3}, {2, 3}, {1, 4}, {2, 4}, {1, 5}, {4, 2}, {1, 8}});
+  ScenarioLimits sizes = limits;
+  if (topology.num_ranks() > 4) {
+    sizes.max_tokens = std::min<int64_t>(sizes.max_tokens, 8);
+    sizes.steps = 2;
+  }
+  Scenario scenario;
+  for (int32_t i = 0; i < limits.groups; ++i) {
+    scenario.groups.push_back(random_group(draw, topology.num_ranks(), sizes));
+    draw_products(draw, scenario.groups.back());
+    make_internode(draw, scenario.groups.back(), topology);
+  }
+  scenario.blocks = draw.one_of<uint32_t>({1, 2, 2});
+  if (draw.one_in(6)) {
+    scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
+    scenario.first_message = draw.one_of<uint64_t>({0xFFFF'FFFE, 0xFFFF'FFF0, 0x1'0000'0001});
+  }
+  return scenario;
+}
+
 }  // namespace
 
 const char* name(Mishap mishap) {
@@ -186,10 +226,24 @@ HeapShape heap_shape(const GroupScenario& scenario) {
           .dtype = options.dtype,
           .wire = options.wire,
           .layout = options.shape.layout,
-          .low_latency_tokens = scenario.low_latency_tokens};
+          .low_latency_tokens = scenario.low_latency_tokens,
+          .num_neighbors = options.shape.num_ranks / scenario.num_domains};
+}
+
+NetworkShape network_shape(const GroupScenario& scenario) {
+  const EpShape& shape = scenario.steps[0].options.shape;
+  return {.topology = {.num_scaleup_ranks = shape.num_ranks / scenario.num_domains,
+                       .num_scaleout_ranks = scenario.num_domains},
+          .max_tokens = scenario.max_tokens,
+          .row_stride = make_heap_layout(heap_shape(scenario)).row_stride,
+          .num_topk = shape.num_topk,
+          .chunk_tokens = scenario.rail_chunk_tokens,
+          .window = scenario.window,
+          .gather_units = scenario.gather_units};
 }
 
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
+  if (limits.internode) return random_internode_scenario(seed, limits);
   Draw draw(seed);
   Scenario scenario;
   const int32_t num_ranks = draw.one_of(limits.num_ranks);
@@ -245,6 +299,11 @@ std::string describe(const Scenario& scenario) {
     text += "\n  group, chunk target " + std::to_string(group.chunk_target);
     if (group.low_latency_tokens > 0) {
       text += ", low latency up to " + std::to_string(group.low_latency_tokens) + " tokens";
+    }
+    if (group.num_domains > 1) {
+      text += ", " + std::to_string(group.num_domains) + " domains, rail chunks of " +
+              std::to_string(group.rail_chunk_tokens) + " tokens, rings of " +
+              std::to_string(group.window) + " and " + std::to_string(group.gather_units);
     }
     text += ":";
     for (const ScenarioStep& step : group.steps) {

@@ -40,7 +40,11 @@ struct GroupScenario {
   int64_t max_tokens = 1;
   int32_t chunk_target = kChunkTarget;  // few: chunks of several tokens, though batches are small
   int64_t low_latency_tokens = 0;       // calls of at most so many tokens are low-latency ones
-  std::vector<ScenarioStep> steps;      // all with the same rank absent, if one is
+  int32_t num_domains = 1;              // more: there is a network between them
+  int32_t rail_chunk_tokens = 32;       // and the following: as in NetworkShape
+  int32_t window = 3;
+  int32_t gather_units = 32;
+  std::vector<ScenarioStep> steps;  // all with the same rank absent, if one is
 };
 
 // What goes wrong in a scenario, with its last operation.
@@ -69,6 +73,8 @@ struct Scenario {
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
   // All packets are from the exchange that had this one's flag before; 0: there are none.
   uint32_t stale_packets = 0;
+  // Messages to each other domain that the groups have behind them.
+  uint64_t first_message = 0;
   Mishap mishap = Mishap::kNone;
   int32_t rank = 1;  // of the mishap
   OpKind other_op = OpKind::kPlan;
@@ -81,6 +87,7 @@ struct ScenarioLimits {
   int32_t steps = 3;
   int32_t groups = 1;
   bool low_latency = false;  // most calls by the low-latency kernels
+  bool internode = false;    // several domains; num_ranks is not looked at
 };
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits);
 
@@ -90,8 +97,9 @@ std::string describe(const Scenario& scenario);
 // The rank that the program says where Mishap::kWrongRank is: one that there is.
 int32_t said_rank(const Scenario& scenario);
 
-// The heap that a group's steps need.
+// The heaps that a group's steps need; the second, where there are several domains.
 HeapShape heap_shape(const GroupScenario& scenario);
+NetworkShape network_shape(const GroupScenario& scenario);
 
 }  // namespace jax_ep
 

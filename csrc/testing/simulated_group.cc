@@ -23,6 +23,20 @@ SimulatedKernel kernel_of(const Params& params) {
   return simulated_kernel(params);
 }
 
+template <typename Op>
+void append_internode(sim::Machine& machine,
+                      SimulatedInternodeParams<Op> params,
+                      const SimulatedLaunch& launch) {
+  params.call_tag = call_tag_of(params.op, launch.place);
+  params.blocks = {.first = 0, .num_main = static_cast<int32_t>(launch.blocks), .num_tail = 0};
+  SimulatedKernel kernel = simulated_internode_kernel(params);
+  machine.launch(
+      static_cast<uint32_t>(params.view.rank),
+      launch.stream,
+      {.blocks = launch.blocks, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes},
+      std::move(kernel.body));
+}
+
 template <typename Params>
 void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
   params.call_tag = call_tag_of(params.op, launch.place);
@@ -72,6 +86,7 @@ SimulatedGroup::SimulatedGroup(sim::Machine& machine,
     : machine_(machine),
       layout_(make_heap_layout(shape)),
       num_ranks_(shape.num_ranks),
+      num_neighbors_(shape.num_neighbors > 0 ? shape.num_neighbors : shape.num_ranks),
       chunk_target_(chunk_target),
       offset_(offset) {
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
@@ -167,7 +182,11 @@ std::byte* SimulatedGroup::heap(int32_t rank) const {
 RankView SimulatedGroup::view(int32_t rank) const {
   RankView view{};
   view.layout = layout_;
-  for (int32_t peer = 0; peer < num_ranks_; ++peer) view.heap[peer] = heap(peer);
+  view.first_neighbor = rank / num_neighbors_ * num_neighbors_;
+  view.num_neighbors = num_neighbors_;
+  for (int32_t i = 0; i < num_neighbors_; ++i) {
+    view.heap[view.first_neighbor + i] = heap(view.first_neighbor + i);
+  }
   view.control = control(rank, 0);
   view.error = reinterpret_cast<ErrorRecord*>(words(rank) + kErrorAt);
   view.long_waits = reinterpret_cast<uint64_t*>(words(rank) + kLongWaitsAt);
@@ -210,6 +229,19 @@ void SimulatedGroup::launch(const CombineParams& params, const SimulatedLaunch& 
 }
 void SimulatedGroup::launch(const PlanDispatchParams& params, const SimulatedLaunch& launch) {
   append(machine_, params, launch);
+}
+
+void SimulatedGroup::launch(SimulatedInternodeParams<PlanOp> params,
+                            const SimulatedLaunch& launch) {
+  append_internode(machine_, params, launch);
+}
+void SimulatedGroup::launch(SimulatedInternodeParams<DispatchOp> params,
+                            const SimulatedLaunch& launch) {
+  append_internode(machine_, params, launch);
+}
+void SimulatedGroup::launch(SimulatedInternodeParams<CombineOp> params,
+                            const SimulatedLaunch& launch) {
+  append_internode(machine_, params, launch);
 }
 
 void SimulatedGroup::launch_wait(int32_t rank, int32_t peer, uint32_t stream) {

@@ -12,6 +12,7 @@
 #include "csrc/core/low_latency_fit.h"
 #include "csrc/sim/machine.h"
 #include "csrc/testing/rank_arrays.h"
+#include "csrc/testing/simulated_internode.h"
 
 namespace jax_ep {
 
@@ -64,6 +65,7 @@ class SimulatedGroup {
   static uint64_t memory_bytes(const HeapShape& shape);
 
   // Lays the group's heaps at `offset` of every rank's memory, all zeros. `name` is for reports.
+  // Where the shape has neighbors, other ranks' heaps are not mapped.
   SimulatedGroup(sim::Machine& machine,
                  const HeapShape& shape,
                  int32_t chunk_target,
@@ -89,11 +91,14 @@ class SimulatedGroup {
   // What the rank reported last of its waits for a peer; level 0: nothing.
   [[nodiscard]] LongWait long_wait(int32_t rank, int32_t peer);
 
-  // Append a kernel to a rank's stream.
+  // Append a kernel to a rank's stream. Also those of csrc/testing/simulated_internode.h.
   void launch(const PlanParams& params, const SimulatedLaunch& launch);
   void launch(const DispatchParams& params, const SimulatedLaunch& launch);
   void launch(const CombineParams& params, const SimulatedLaunch& launch);
   void launch(const PlanDispatchParams& params, const SimulatedLaunch& launch);
+  void launch(SimulatedInternodeParams<PlanOp> params, const SimulatedLaunch& launch);
+  void launch(SimulatedInternodeParams<DispatchOp> params, const SimulatedLaunch& launch);
+  void launch(SimulatedInternodeParams<CombineOp> params, const SimulatedLaunch& launch);
   // The same of simulated_wait.
   void launch_wait(int32_t rank, int32_t peer, uint32_t stream);
 
@@ -105,6 +110,7 @@ class SimulatedGroup {
   sim::Machine& machine_;
   HeapLayout layout_;
   int32_t num_ranks_;
+  int32_t num_neighbors_;
   int32_t chunk_target_;
   uint64_t offset_;
 };

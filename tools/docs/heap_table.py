@@ -27,6 +27,7 @@ _FIRST_OWN = re.compile(r"kFirstOwnRegion = static_cast<int32_t>\(Region::k(\w+)
 # Names of the header's formulas -> those of the page.
 _LETTERS = {
     "ranks": "R",
+    "neighbors": "R",
     "tokens": "max_tokens",
     "topk": "K",
     "layout.row_stride": "row_stride",

@@ -2,7 +2,7 @@
 """Checks that the kernels' memory ordering is written down, and in one place.
 
 - A comment RELEASE(name) or ACQUIRE(name) stands by every release and every wait of the kernels.
-  Each name has both, and a row in docs/design/protocol.md.
+  Each name has both, and a row in docs/design/protocol.md or internode.md.
 - Only cuda_primitives.h holds asm.
 - Kernels and device headers reach the hardware through primitives.h alone: what the simulator does
   not see, it cannot check.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGE = "docs/design/protocol.md"
+PAGES = ("docs/design/protocol.md", "docs/design/internode.md")
 PRIMITIVES = "csrc/device/cuda_primitives.h"
 # Made of CUDA by necessity: the primitives, and conversions between number formats.
 HARDWARE = {PRIMITIVES, "csrc/device/convert.h"}
@@ -74,7 +74,7 @@ def tag_findings(tags: dict[str, set[str]], page: str) -> Iterator[str]:
         yield f"ACQUIRE({name}) has no RELEASE({name}): who stores it?"
     for name in sorted(tags["RELEASE"] | tags["ACQUIRE"]):
         if f"\n| `{name}` |" not in page:
-            yield f"{PAGE} has no row for the tag {name}"
+            yield f"{' and '.join(PAGES)} have no row for the tag {name}"
 
 
 def file_findings(path: pathlib.Path, lines: list[str]) -> Iterator[str]:
@@ -111,7 +111,7 @@ def main() -> int:
         for kind, name in TAG.findall(text):
             tags[kind].add(name)
         findings += file_findings(path, text.splitlines())
-    findings += tag_findings(tags, (ROOT / PAGE).read_text())
+    findings += tag_findings(tags, "".join((ROOT / page).read_text() for page in PAGES))
     findings += asm_findings()
     print("\n".join(findings), file=sys.stderr, end="\n" if findings else "")
     return bool(findings)

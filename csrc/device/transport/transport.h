@@ -23,7 +23,7 @@
 //    others.
 //
 // Within a node none is used: kernels store to mapped memory, through csrc/device/peers.h, which
-// csrc/runtime/transport maps. No kernel uses a transport yet.
+// csrc/runtime/transport maps. Those who use one are csrc/kernels/internode, through rail.h.
 //
 // Implementations: LoopbackTransport, over mapped memory of one node, and SimulatedTransport. What
 // the contract allows, the simulator does (csrc/sim/network.cc); its litmus tests are in

@@ -41,10 +41,11 @@ class CombineExpertLayout {
     return terms;
   }
 
-  // All lanes, each with a row as above: a scalar per row.
-  JAX_EP_DEVICE void send_scalars(i32 owner, i64 token, i32 row) const {
-    if (row < 0) return;
-    put_scalar(c_.exchange.view(), owner, token, c_.num_topk, lane_id(), c_.row_scalar(row));
+  // All lanes, each with a row as above: a scalar per row, by `put(position, scalar)`. A lane's
+  // position is its number.
+  template <typename Put>
+  JAX_EP_DEVICE void send_scalars(i32 row, const Put& put) const {
+    if (row >= 0) put(lane_id(), c_.row_scalar(row));
   }
 
   // All lanes. Of which scalar of the token, among those that its selection's rank sends, a lane's

@@ -31,12 +31,12 @@ class CombineRankLayout {
   }
 
   // All lanes, as above: a scalar per selection of the token, those of other ranks too.
-  JAX_EP_DEVICE void send_scalars(i32 owner, i64 token, i32 row) const {
+  template <typename Put>
+  JAX_EP_DEVICE void send_scalars(i32 row, const Put& put) const {
     const i32 only = row_of_token(row);
     const u32 lane = lane_id();
     if (only < 0 || lane >= static_cast<u32>(c_.num_topk)) return;
-    const float scalar = c_.row_scalar(i64{only} * c_.num_topk + lane);
-    put_scalar(c_.exchange.view(), owner, token, c_.num_topk, lane, scalar);
+    put(lane, c_.row_scalar(i64{only} * c_.num_topk + lane));
   }
 
   // All lanes. Of which scalar of the token, among those that its selection's rank sends, a lane's

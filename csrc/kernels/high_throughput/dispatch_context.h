@@ -16,8 +16,9 @@
 
 namespace jax_ep::dev {
 
-template <typename Config, typename RowType>
+template <typename Config, typename RowTypeOfCall>
 struct DispatchContext {
+  using RowType = RowTypeOfCall;
   using Element = typename RowType::Element;
 
   // num_senders: of a block's warps, those that send first.
@@ -48,6 +49,17 @@ struct DispatchContext {
 
   JAX_EP_DEVICE static i32 element_bytes(bool fp8) {
     return fp8 ? 1 : static_cast<i32>(sizeof(Element));
+  }
+  // Of a row with its scales, as it travels: a multiple of 16.
+  JAX_EP_DEVICE i64 wire_row_bytes() const {
+    if (hidden == 0) return 0;
+    if (!bulk) {
+      const i64 scales = fp8_wire() ? 4 * num_scale_blocks : 0;
+      return align_up(align_up(hidden * wire_bytes, 4) + scales, 16);
+    }
+    const i32 last = segments.count - 1;
+    return align_up(staged_at(segments.first(last)) + staged_bytes(segments.size(last, hidden)),
+                    16);
   }
   // What segments are multiples of: rows, and the scales behind them, are copied 16 bytes at a
   // time; dot products are summed block by block.

@@ -20,14 +20,14 @@ class DispatchExpertLayout {
 
   JAX_EP_DEVICE i32 scalars_per_row() const { return 1; }
 
-  // All lanes, each with its selection's scalar: it goes to the rank of that selection's row.
-  template <typename TokenSelections>
+  // All lanes, each with its selection's scalar: it goes to the rank of that selection's row, by
+  // `put(rank, position, scalar)`.
+  template <typename TokenSelections, typename Put>
   JAX_EP_DEVICE void send_scalars(const TokenSelections& selections,
-                                  i64 token,
-                                  float scalar) const {
+                                  float scalar,
+                                  const Put& put) const {
     const u32 position = selections.position(c_.num_topk);
-    if (!selections.live()) return;
-    put_scalar(c_.exchange.view(), selections.dest(), token, c_.num_topk, position, scalar);
+    if (selections.live()) put(selections.dest(), position, scalar);
   }
 
   // All lanes; each has a row of this rank that holds the token, or -1. A scalar has arrived for

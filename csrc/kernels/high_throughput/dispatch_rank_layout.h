@@ -23,21 +23,16 @@ class DispatchRankLayout {
 
   // All lanes, each with its selection's scalar: each rank that gets the token gets one per
   // selection, 0 for those of other ranks.
-  template <typename TokenSelections>
+  template <typename TokenSelections, typename Put>
   JAX_EP_DEVICE void send_scalars(const TokenSelections& selections,
-                                  i64 token,
-                                  float scalar) const {
+                                  float scalar,
+                                  const Put& put) const {
     u32 leaders = warp_ballot(selections.leads());
     for (; leaders != 0; leaders &= leaders - 1) {
       const auto dest =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
       if (lane_id() >= static_cast<u32>(c_.num_topk)) continue;
-      put_scalar(c_.exchange.view(),
-                 dest,
-                 token,
-                 c_.num_topk,
-                 lane_id(),
-                 selections.dest() == dest ? scalar : 0.0F);
+      put(dest, lane_id(), selections.dest() == dest ? scalar : 0.0F);
     }
   }
 

@@ -23,12 +23,8 @@ class DispatchReceiver {
   JAX_EP_DEVICE void receive() {
     const bool has_tail = c_.exchange.has_tail();
     // While the first chunks are on their way; or last, when the tail helps.
-    if (!has_tail) {
-      const auto warp = static_cast<i32>(warp_id() * num_blocks() + block_id());
-      const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
-      for (i32 run = warp; run < num_clear_runs(); run += num_warps) clear_rows_without_token(run);
-    }
-    const i32 num_tokens = c_.parts.count() * c_.num_ranks * c_.parts.chunks.tokens_per_chunk;
+    if (!has_tail) clear_rows_without_token();
+    const i32 num_tokens = num_token_items();
     const i32 num_items = num_tokens + (has_tail ? num_clear_runs() : 0);
     for (WorkQueue work = c_.exchange.receiving(num_items, c_.num_senders); work.has_item();
          work.next()) {
@@ -40,20 +36,24 @@ class DispatchReceiver {
     }
   }
 
- private:
-  using Config = typename RowLayout::Config;
-  using RowType = typename RowLayout::RowType;
-  using Element = typename RowType::Element;
+  // All warps of a launch without a tail, before they receive.
+  JAX_EP_DEVICE void clear_rows_without_token() const {
+    const auto warp = static_cast<i32>(warp_id() * num_blocks() + block_id());
+    const auto num_warps = static_cast<i32>(num_blocks() * Config::kWarps);
+    for (i32 run = warp; run < num_clear_runs(); run += num_warps) clear_rows_without_token(run);
+  }
 
-  JAX_EP_DEVICE RowLayout layout() const { return RowLayout(c_); }
-
-  // In the order in which chunks arrive; each rank begins with itself. A warp takes one token of a
-  // chunk, not all, so that all warps end at about the same time.
+  // What peers send, token by token: in the order in which chunks arrive; each rank begins with
+  // itself. A warp takes one token of a chunk, not all, so that all warps end at about the same
+  // time.
+  JAX_EP_DEVICE i32 num_token_items() const {
+    return c_.parts.count() * num_sources() * c_.parts.chunks.tokens_per_chunk;
+  }
   JAX_EP_DEVICE void receive_token(i32 item) {
     const i32 tokens_per_chunk = c_.parts.chunks.tokens_per_chunk;
     const i32 flag_of_source = item / tokens_per_chunk;
-    const i32 flag_idx = flag_of_source / c_.num_ranks;
-    const i32 source = peer_at_turn(c_.exchange.view(), flag_of_source % c_.num_ranks);
+    const i32 flag_idx = flag_of_source / num_sources();
+    const i32 source = peer_at_turn(c_.exchange.view(), flag_of_source % num_sources());
     const ChunkPart part = c_.parts.at(flag_idx);
     const i64 token = part.first_token + item % tokens_per_chunk;
     if (source < 0 || token >= part.last_token) return;
@@ -63,14 +63,65 @@ class DispatchReceiver {
     fence_proxy_async_global();
     const i32 row = held_row(source, token);
     call_tail_if_all_sent();
-    if (part.has_scalars) expand_scalars(source, token, row);
-    if (c_.hidden == 0 && !c_.with_dots()) return;
-    if (c_.hidden > 0 && c_.bulk) {
-      expand_segments(source, token, row, part);
-    } else {
-      expand_elements(source, token, row);
+    if (part.has_scalars) {
+      const Ptr<float> scalars =
+          staged_scalars(c_.exchange.view(), c_.rank, source, token, c_.num_topk);
+      expand_scalars(row, {scalars.raw});
+    }
+    expand(
+        token,
+        token + 1,
+        part.first_segment,
+        part.last_segment,
+        [row](i64 /*token*/) { return row; },
+        [this, source](i64 of_token) { return arrived_row(source, of_token); });
+  }
+
+  // Lane j gets the j-th row of this rank that holds a token of a source, or -1.
+  JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
+    return row_of_lane(
+        c_.shape, RowLayout::kLayout, Ptr<const i32>{c_.op.source_slot}, source, token);
+  }
+
+  // Expands segments [first_segment, last_segment) of the rows of tokens [first, last), which lie
+  // at `from(token)` as they travel, to the rows `row_of(token)` of each lane; all segments, where
+  // rows go element by element. `row_of` is called once for each token, in order.
+  template <typename RowOf, typename From>
+  JAX_EP_DEVICE void expand(i64 first,
+                            i64 last,
+                            i32 first_segment,
+                            i32 last_segment,
+                            const RowOf& row_of,
+                            const From& from) {
+    if (c_.hidden > 0 && c_.bulk && !Config::kProducts) {
+      expand_segments(first, last, first_segment, last_segment, row_of, from);
+      return;
+    }
+    for (i64 token = first; token < last; ++token) {
+      const i32 row = row_of(token);
+      if (c_.hidden == 0 && !c_.with_dots()) continue;
+      if (c_.hidden > 0 && c_.bulk) {
+        if constexpr (Config::kProducts) products_.prefetch(row);
+        const auto same_row = [row](i64 /*token*/) { return row; };
+        expand_segments(token, token + 1, first_segment, last_segment, same_row, from);
+      } else {
+        expand_elements(from(token), row);
+      }
     }
   }
+
+  // The scalars of a row, of which one or K have arrived.
+  JAX_EP_DEVICE void expand_scalars(i32 row, Ptr<const float> arrived) {
+    if (c_.op.num_scalars > 0) layout().expand_scalars(row, arrived);
+  }
+
+ private:
+  using Config = typename RowLayout::Config;
+  using RowType = typename RowLayout::RowType;
+  using Element = typename RowType::Element;
+
+  JAX_EP_DEVICE RowLayout layout() const { return RowLayout(c_); }
+  JAX_EP_DEVICE i32 num_sources() const { return c_.exchange.view().num_neighbors; }
 
   // Lets the blocks of the tail begin, once they need not wait for a peer. They do when a warp of
   // each main block has been here.
@@ -80,35 +131,34 @@ class DispatchReceiver {
     launch_dependents();
   }
 
-  JAX_EP_DEVICE i32 held_row(i32 source, i64 token) const {
-    return row_of_lane(
-        c_.shape, RowLayout::kLayout, Ptr<const i32>{c_.op.source_slot}, source, token);
-  }
-
   JAX_EP_DEVICE Ptr<const std::byte> arrived_row(i32 source, i64 token) const {
     if (source == c_.unstaged_rank) return c_.x_row(token);
     const Ptr<std::byte> row = staged_row(c_.exchange.view(), c_.rank, source, token);
     return {row.raw};
   }
 
-  JAX_EP_DEVICE void expand_segments(i32 source, i64 token, i32 row, const ChunkPart& part) {
-    if constexpr (Config::kProducts) products_.prefetch(row);
-    const auto source_of = [this, source](i64 of_token, i32 segment) {
-      return SegmentSource{arrived_row(source, of_token) + c_.staged_at(c_.segments.first(segment)),
+  template <typename RowOf, typename From>
+  JAX_EP_DEVICE void expand_segments(i64 first,
+                                     i64 last,
+                                     i32 first_segment,
+                                     i32 last_segment,
+                                     const RowOf& row_of,
+                                     const From& from) {
+    const auto source_of = [this, &from](i64 token, i32 segment) {
+      return SegmentSource{from(token) + c_.staged_at(c_.segments.first(segment)),
                            c_.staged_bytes(c_.segments.size(segment, c_.hidden))};
     };
-    stream_segments(
-        c_.ring,
-        token,
-        token + 1,
-        part.first_segment,
-        part.last_segment,
-        [row](i64 /*token*/) { return row; },
-        source_of,
-        [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {
-          if constexpr (Config::kProducts) products_.take_segment(row, segment, stage);
-          expand_segment(row, segment, stage);
-        });
+    stream_segments(c_.ring,
+                    first,
+                    last,
+                    first_segment,
+                    last_segment,
+                    row_of,
+                    source_of,
+                    [this](i64 /*token*/, i32 row, i32 segment, Ptr<u32> stage) {
+                      if constexpr (Config::kProducts) products_.take_segment(row, segment, stage);
+                      expand_segment(row, segment, stage);
+                    });
   }
 
   JAX_EP_DEVICE void expand_segment(i32 row, i32 segment, Ptr<u32> stage) {
@@ -140,14 +190,7 @@ class DispatchReceiver {
     }
   }
 
-  JAX_EP_DEVICE void expand_scalars(i32 source, i64 token, i32 row) {
-    if (c_.op.num_scalars == 0) return;
-    layout().expand_scalars(
-        row, {staged_scalars(c_.exchange.view(), c_.rank, source, token, c_.num_topk).raw});
-  }
-
-  JAX_EP_DEVICE void expand_elements(i32 source, i64 token, i32 row) {
-    const Ptr<const std::byte> from = arrived_row(source, token);
+  JAX_EP_DEVICE void expand_elements(Ptr<const std::byte> from, i32 row) {
     const Ptr<float> scales = c_.scales_behind(from);
     u32 holders = warp_ballot(row >= 0);
     for (; holders != 0; holders &= holders - 1) {
@@ -174,7 +217,7 @@ class DispatchReceiver {
     if (!c_.op.zero_fill && c_.op.num_scalars == 0 && !c_.with_dots()) return 0;
     return static_cast<i32>(ceil_div(c_.shape.recv_capacity, kWarpSize));
   }
-  JAX_EP_DEVICE void clear_rows_without_token(i32 run) {
+  JAX_EP_DEVICE void clear_rows_without_token(i32 run) const {
     const i64 first = i64{run} * kWarpSize;
     const i64 row = first + lane_id();
     const bool empty =
@@ -184,7 +227,7 @@ class DispatchReceiver {
     }
   }
 
-  JAX_EP_DEVICE void clear_row(i64 row) {
+  JAX_EP_DEVICE void clear_row(i64 row) const {
     const i32 scalars = layout().scalars_per_row();
     if (c_.op.num_scalars > 0 && static_cast<i32>(lane_id()) < scalars) {
       st(Ptr<float>{c_.op.row_scalars} + (row * scalars + lane_id()), 0.0F);

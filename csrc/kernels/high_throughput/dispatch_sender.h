@@ -7,15 +7,29 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_DISPATCH_SENDER_H_
 
-#include <type_traits>
+#include <utility>
 
-#include "csrc/kernels/high_throughput/dispatch_context.h"
+#include "csrc/kernels/high_throughput/row_packing.h"
 
 namespace jax_ep::dev {
 
-// `RowLayout` is DispatchExpertLayout or DispatchRankLayout. Of the selections of a token they read
-// the slots, or not if `kPlanned` is false: then the plan is being made at the same time.
-template <typename RowLayout, bool kPlanned = true>
+// Which of a token's selections are sent for: those that a plan has given a row ...
+struct PlannedSelections {
+  template <typename Context>
+  JAX_EP_DEVICE static Selections of(const Context& c, i64 token) {
+    return {c.shape, Ptr<const i32>{c.op.topk_idx}, Ptr<const i32>{c.op.slot}, token};
+  }
+};
+// ... or may give one: the plan is being made at the same time.
+struct SelectionsToPlan {
+  template <typename Context>
+  JAX_EP_DEVICE static UnplannedSelections of(const Context& c, i64 token) {
+    return {c.exchange.view(), c.shape, Ptr<const i32>{c.op.topk_idx}, token};
+  }
+};
+
+// `RowLayout` is DispatchExpertLayout or DispatchRankLayout.
+template <typename RowLayout, typename Which = PlannedSelections>
 class DispatchSender {
   using Context = typename RowLayout::Context;
 
@@ -29,20 +43,7 @@ class DispatchSender {
     }
   }
 
- private:
-  using RowType = typename RowLayout::RowType;
-  using Element = typename RowType::Element;
-  using TokenSelections = std::conditional_t<kPlanned, Selections, UnplannedSelections>;
-
-  JAX_EP_DEVICE TokenSelections selections_of(i64 token) const {
-    const Ptr<const i32> topk_idx{c_.op.topk_idx};
-    if constexpr (kPlanned) {
-      return Selections(c_.shape, topk_idx, Ptr<const i32>{c_.op.slot}, token);
-    } else {
-      return UnplannedSelections(c_.exchange.view(), c_.shape, topk_idx, token);
-    }
-  }
-
+  // The same, and no peer is told when all has been sent: of use where there is no tail.
   JAX_EP_DEVICE void send_chunks() {
     WorkQueue work = c_.exchange.sending(c_.parts.count(), c_.num_senders);
     if (!work.has_item()) return;
@@ -65,6 +66,12 @@ class DispatchSender {
     }
     announce_all();
   }
+
+ private:
+  using TokenSelections = decltype(Which::of(std::declval<const Context&>(), i64{0}));
+
+  JAX_EP_DEVICE TokenSelections selections_of(i64 token) const { return Which::of(c_, token); }
+  JAX_EP_DEVICE RowPacking<Context> packing() const { return RowPacking<Context>(c_); }
 
   // So many segments after a chunk's end it is announced: by then its stores have been written, and
   // the warp need not stand still for them.
@@ -95,8 +102,7 @@ class DispatchSender {
       return sends ? selections.dest() : -1;
     };
     const auto source_of = [this](i64 token, i32 segment) {
-      return SegmentSource{c_.x_row(token) + c_.segments.first(segment) * c_.x_bytes,
-                           static_cast<u32>(c_.segments.size(segment, c_.hidden) * c_.x_bytes)};
+      return packing().source(token, segment);
     };
     stream_segments(c_.ring,
                     part.first_token,
@@ -112,19 +118,14 @@ class DispatchSender {
   }
 
   JAX_EP_DEVICE void send_segment(i64 token, i32 dest, i32 segment, Ptr<u32> stage) {
-    const i32 num_elements = c_.segments.size(segment, c_.hidden);
-    const i64 first = c_.segments.first(segment);
-    if (c_.quantizes()) {
-      quantize_segment<RowType>(stage, num_elements);
-    } else if (c_.fp8_wire()) {
-      const i64 block = first / kScaleBlock + lane_id();
-      const bool is_block = static_cast<i64>(lane_id()) * kScaleBlock < num_elements;
-      const auto scales = Ptr<const float>{c_.op.x_scales} + token * c_.num_scale_blocks;
-      complete_segment(stage, num_elements, is_block ? ld(scales + block) : 0.0F);
-    }
+    packing().pack_segment(token, segment, stage);
     if (dest < 0) return;
-    put_segment(
-        c_.exchange.view(), dest, token, c_.staged_at(first), stage, c_.staged_bytes(num_elements));
+    put_segment(c_.exchange.view(),
+                dest,
+                token,
+                c_.staged_at(c_.segments.first(segment)),
+                stage,
+                c_.staged_bytes(c_.segments.size(segment, c_.hidden)));
   }
 
   JAX_EP_DEVICE void send_scalars(const TokenSelections& selections, i64 token) {
@@ -134,7 +135,9 @@ class DispatchSender {
     const float scalar =
         is_selection ? ld(Ptr<const float>{c_.op.token_scalars} + (token * c_.num_topk + lane))
                      : 0.0F;
-    RowLayout(c_).send_scalars(selections, token, scalar);
+    RowLayout(c_).send_scalars(selections, scalar, [this, token](i32 dest, u32 position, float of) {
+      put_scalar(c_.exchange.view(), dest, token, c_.num_topk, position, of);
+    });
   }
 
   JAX_EP_DEVICE void send_elements(const TokenSelections& selections, i64 token) {
@@ -142,29 +145,7 @@ class DispatchSender {
     for (; leaders != 0; leaders &= leaders - 1) {
       const auto dest =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), lowest_bit(leaders)));
-      const Ptr<std::byte> to = peer_row(c_.exchange.view(), dest, token);
-      if (c_.quantizes()) {
-        quantize_elements(token, to);
-      } else if (c_.fp8_wire()) {
-        c_.copy_elements(as<u8>(to), as<const u8>(c_.x_row(token)));
-        c_.copy_scales(c_.scales_behind(to),
-                       Ptr<const float>{c_.op.x_scales} + token * c_.num_scale_blocks);
-      } else {
-        c_.copy_elements(as<Element>(to), as<const Element>(c_.x_row(token)));
-      }
-    }
-  }
-
-  JAX_EP_DEVICE void quantize_elements(i64 token, Ptr<std::byte> to) const {
-    for (i64 block = 0; block < c_.num_scale_blocks; ++block) {
-      const BlockOfElements<RowType> elements(as<const Element>(c_.x_row(token)), block, c_.hidden);
-      const Divider scaled(elements.scale);
-      for (int i = 0; i < elements.kPerLane; ++i) {
-        const i64 element = elements.element(block, i);
-        if (element >= c_.hidden) continue;
-        st(as<u8>(to) + element, to_fp8(scaled(elements.value[i])));
-      }
-      if (lane_id() == 0) st(c_.scales_behind(to) + block, elements.scale);
+      packing().pack_elements(token, peer_row(c_.exchange.view(), dest, token));
     }
   }
 

@@ -40,7 +40,7 @@ class PlanDispatchKernel {
       return;
     }
     if (!in_tail && warp_id() < dispatch_.num_senders) {
-      DispatchSender<RowLayout, false>(dispatch_).send();
+      DispatchSender<RowLayout, SelectionsToPlan>(dispatch_).send();
     } else if (!in_tail) {
       make_plan();
     }

@@ -13,16 +13,23 @@
 
 namespace jax_ep::dev {
 
-// All warps of the context. `RowLayout` is PlanExpertLayout or PlanRankLayout.
+// Steps 2 to 4. All warps of the context. `RowLayout` is PlanExpertLayout or PlanRankLayout.
 template <typename RowLayout>
-JAX_EP_DEVICE void take_plan_steps(typename RowLayout::Context& context) {
-  PlanCounter<RowLayout> counter(context);
-  counter.send();
+JAX_EP_DEVICE void take_counting_steps(typename RowLayout::Context& context,
+                                       PlanCounter<RowLayout>& counter) {
   counter.count();
   context.exchange.grid_barrier(context.warps);
   counter.scan();
   context.exchange.grid_barrier(context.warps);
   PlanAssigner<RowLayout>(context).assign();
+}
+
+// All steps.
+template <typename RowLayout>
+JAX_EP_DEVICE void take_plan_steps(typename RowLayout::Context& context) {
+  PlanCounter<RowLayout> counter(context);
+  counter.send();
+  take_counting_steps<RowLayout>(context, counter);
 }
 
 }  // namespace jax_ep::dev

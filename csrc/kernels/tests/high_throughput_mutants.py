@@ -38,6 +38,9 @@ DISPATCH_EXPERT = KERNELS + "dispatch_expert_layout.h"
 DISPATCH_RANK = KERNELS + "dispatch_rank_layout.h"
 PRODUCTS = KERNELS + "dispatch_products.h"
 COMBINE = KERNELS + "combine_kernel.h"
+COMBINE_SENDER = KERNELS + "combine_sender.h"
+COMBINE_RECEIVER = KERNELS + "combine_receiver.h"
+COMBINE_SUMS = KERNELS + "combine_sums.h"
 COMBINE_CONTEXT = KERNELS + "combine_context.h"
 COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
 COMBINE_RANK = KERNELS + "combine_rank_layout.h"
@@ -51,6 +54,8 @@ def operations(mutant: Mutant) -> list[str]:
     """
     if mutant.low_latency:
         return ["low_latency"]
+    if mutant.internode:
+        return ["internode"]
     if mutant.in_plan_dispatch:
         return ["plan_dispatch"]
     path = mutant.path
@@ -78,9 +83,18 @@ def operations(mutant: Mutant) -> list[str]:
     only |= dict.fromkeys(plan, "plan")
     both = (PLAN_DISPATCH, PLAN_DISPATCH_BLOCK, DEVICE + "block_warps.h")
     only |= dict.fromkeys(both, "plan_dispatch")
-    only |= dict.fromkeys(
-        (COMBINE, COMBINE_CONTEXT, COMBINE_EXPERT, COMBINE_RANK, SUM, UNIT_SUM), "combine"
+    of_combine = (
+        COMBINE,
+        COMBINE_SENDER,
+        COMBINE_RECEIVER,
+        COMBINE_SUMS,
+        COMBINE_CONTEXT,
+        COMBINE_EXPERT,
+        COMBINE_RANK,
+        SUM,
+        UNIT_SUM,
     )
+    only |= dict.fromkeys(of_combine, "combine")
     if path in only:
         return [only[path]]
     return ["plan", "combine"] + ["wait"] * (path == WAIT)
@@ -158,9 +172,9 @@ HIGH_THROUGHPUT_MUTANTS = [
            ".blamed = static_cast<u32>(view.rank)", mishaps=True),
     Mutant("the record is not published", WAIT, "st_release<Scope::kSys>(record, 1);", "",
            mishaps=True),
-    Mutant("a deadline never passes", WAIT, "return waited > timeout ?",
+    Mutant("a deadline never passes", WAIT, "return waited > static_cast<i64>(timeout) ?",
            "return false ?", mishaps=True),
-    Mutant("a deadline passes at once", WAIT, "return waited > timeout ?",
+    Mutant("a deadline passes at once", WAIT, "return waited > static_cast<i64>(timeout) ?",
            "return true ?"),
     Mutant("it does not poll once more after the deadline", WAIT,
            "level = look(view, context, start, level & ~kOverdue);",
@@ -201,7 +215,7 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("a closed group's kernel leaves the rows as they are", PLAN_DISPATCH,
            "poison_rows<typename RowLayout::RowType>(exchange_, op_.dispatch);", "", mishaps=True),
     Mutant("a closed group's kernel runs (combine)", COMBINE,
-           "if (c_.exchange.closed()) return leave_no_results();", "", mishaps=True),
+           "if (c_.exchange.closed()) return poison_combined(c_);", "", mishaps=True),
     Mutant("a closed group's kernel says nothing", EXCHANGE,
            "write_record(view_, {WaitTag::kClosed", "if (false) write_record(view_, {WaitTag::kClosed",
            mishaps=True),
@@ -298,8 +312,8 @@ HIGH_THROUGHPUT_MUTANTS = [
              "if (op.with_dots) exchange.poison(reinterpret_cast<u32*>(op.row_dots), capacity);",
              mishaps=True),
     # --- combine -----------------------------------------------------------------------------------
-    _removed("wait to write (combine)", COMBINE, "c_.exchange.wait_until_writable();"),
-    _removed("warp_sync after arrival (combine)", COMBINE, "warp_sync();",
+    _removed("wait to write (combine)", COMBINE_SENDER, "c_.exchange.wait_until_writable();"),
+    _removed("warp_sync after arrival (combine)", COMBINE_RECEIVER, "warp_sync();",
              "c_.exchange.wait_arrived(source, flag_idx);"),
     _removed("wait for a term", SUM, "async_wait<kStages - 1>();", "void exchange("),
     Mutant("waits for all terms but one more", SUM, "async_wait<kStages - 1>();",
@@ -333,17 +347,17 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("a rank's own sum is of the first domain", UNIT_SUM, "add(own_domain, own)", "add(0, own)"),
     Mutant("ranks of a domain do not follow each other", COMBINE_CONTEXT,
            "of_rank / ranks_per_domain", "of_rank % ranks_per_domain"),
-    Mutant("a part of a row is summed from its first unit on", COMBINE,
-           "units_before<Unit>(part.first_segment)", "i64{0}"),
-    Mutant("a part of a row is summed to its last unit", COMBINE,
-           "units_before<Unit>(part.last_segment)", "units_before<Unit>(c_.segments.count)"),
+    Mutant("a part of a row is summed from its first unit on", COMBINE_SUMS,
+           "units_before<Unit>(c, part.first_segment)", "i64{0}"),
+    Mutant("a part of a row is summed to its last unit", COMBINE_SUMS,
+           "units_before<Unit>(c, part.last_segment)", "units_before<Unit>(c, c.segments.count)"),
     Mutant("a rank's own sum comes first", SUM, "if (kHasOthers && term == terms.own_sum_at()) {",
            "if (kHasOthers && term == terms.own()) {", seeds=120),
-    Mutant("waits for all ranks but one (combine)", COMBINE, "c_.exchange.wait_arrived(source, flag_idx);",
+    Mutant("waits for all ranks but one (combine)", COMBINE_RECEIVER, "c_.exchange.wait_arrived(source, flag_idx);",
            "if (source + 1 < c_.num_ranks) c_.exchange.wait_arrived(source, flag_idx);"),
-    Mutant("early flag (combine)", COMBINE, "if (owner < 0) continue;",
+    Mutant("early flag (combine)", COMBINE_SENDER, "if (owner < 0) continue;",
            "if (owner < 0) continue; c_.exchange.signal_arrived_at(owner, flag_idx);", "void send()"),
-    Mutant("ranks summed in another order", COMBINE, "other < selections.dest()",
+    Mutant("ranks summed in another order", COMBINE_RECEIVER, "other < selections.dest()",
            "other > selections.dest()"),
     Mutant("a row of several selections counts once", COMBINE_RANK,
            "terms.set(terms.own(), count > 0 ? count : 1);", "terms.set(terms.own(), 1);"),
@@ -462,7 +476,7 @@ HIGH_THROUGHPUT_MUTANTS = [
            harmless=True, seeds=25),
     Mutant("more barriers", SENDER, "c_.exchange.signal_arrived(unannounced_);",
            "warp_sync(); c_.exchange.signal_arrived(unannounced_);", harmless=True, seeds=25),
-    Mutant("work items in reverse order (combine)", COMBINE,
+    Mutant("work items in reverse order (combine)", COMBINE_SENDER,
            "const i32 flag_idx = work.item() / num_others;",
            "const i32 flag_idx = c_.parts.count() - 1 - work.item() / num_others;",
            harmless=True, seeds=25),

@@ -20,6 +20,7 @@ class Mutant:
         harmless: the edit changes nothing that matters: no scenario may fail.
         mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
         low_latency: it is one of the low-latency kernels.
+        internode: it is one of the kernels between domains.
         in_plan_dispatch: it is seen in the kernel of a plan with its dispatch alone.
     """
 
@@ -32,4 +33,5 @@ class Mutant:
     harmless: bool = False
     mishaps: bool = False
     low_latency: bool = False
+    internode: bool = False
     in_plan_dispatch: bool = False

@@ -23,11 +23,12 @@ import tempfile
 import time
 
 from high_throughput_mutants import HIGH_THROUGHPUT_MUTANTS, operations
+from internode_mutants import INTERNODE_MUTANTS
 from low_latency_mutants import LOW_LATENCY_MUTANTS
 from mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-MUTANTS = HIGH_THROUGHPUT_MUTANTS + LOW_LATENCY_MUTANTS
+MUTANTS = HIGH_THROUGHPUT_MUTANTS + LOW_LATENCY_MUTANTS + INTERNODE_MUTANTS
 SOURCES = "csrc/testing/simulated_{}.cc"
 SEEDS = pathlib.Path(__file__).with_name("mutant_seeds.json")
 LATE = 5  # scenarios that are run in less than it takes to compile a mutant
@@ -100,7 +101,9 @@ def _simulate(
     mutant: Mutant, program: pathlib.Path, likely: int | None
 ) -> subprocess.CompletedProcess[str]:
     """Runs scenarios until one fails: the likely one, then all from the first on."""
-    scenarios = ["--mishaps"] if mutant.mishaps else ["--low-latency"] * mutant.low_latency
+    scenarios = ["--low-latency"] * mutant.low_latency + ["--internode"] * mutant.internode
+    if mutant.mishaps:
+        scenarios = ["--mishaps"]
     ranges = [f"1:{mutant.seeds}"]
     if likely is not None and likely <= mutant.seeds:
         ranges.insert(0, f"{likely}:{likely}")

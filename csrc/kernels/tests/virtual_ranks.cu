@@ -121,6 +121,7 @@ class VirtualRanks {
     view.rank = rank;
     view.chunk_target = chunk_target_;
     view.num_ranks = static_cast<int32_t>(heaps_.size());
+    view.num_neighbors = view.num_ranks;
     return view;
   }
   // For what the calling thread does next for a rank.

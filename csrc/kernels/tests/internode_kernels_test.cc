@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels between domains on the simulator and its network: random scenarios, and the problems
+// that random ones would miss.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "csrc/testing/run_scenario.h"
+
+namespace jax_ep {
+namespace {
+
+void expect_ok(const Scenario& scenario, uint64_t seed = 1) {
+  const Outcome outcome = run_scenario(scenario, seed);
+  ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
+}
+
+void expect_scenarios(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
+  limits.internode = true;
+  for (uint64_t seed = first; seed <= last; ++seed) {
+    Scenario scenario = random_scenario(seed, limits);
+    scenario.check_races = races;
+    expect_ok(scenario, seed);
+  }
+}
+
+TEST(Internode, ScenariosAgreeWithTheCpuBackend) { expect_scenarios(1, 60, {}); }
+TEST(Internode, MoreScenariosAgreeWithTheCpuBackend) { expect_scenarios(61, 120, {}); }
+
+TEST(Internode, ScenariosAgreeWithoutTheRaceDetector) { expect_scenarios(1001, 1020, {}, false); }
+
+TEST(Internode, TwoGroupsAtOnce) {
+  expect_scenarios(2001, 2012, {.max_tokens = 8, .steps = 2, .groups = 2});
+}
+
+struct Domains {
+  int32_t count;
+  int32_t ranks;  // of each
+};
+
+Scenario scenario_of(const Domains& domains, EpShape shape, int64_t hidden, DType dtype) {
+  using enum OpKind;
+  shape.num_ranks = domains.count * domains.ranks;
+  ScenarioStep step;
+  step.ops = {kPlan, kDispatch, kCombine, kDispatch, kCombine};
+  step.options.shape = shape;
+  step.options.shape.recv_capacity = std::max<int64_t>(worst_case_capacity(shape), 1);
+  step.options.hidden = hidden;
+  step.options.dtype = dtype;
+  step.options.domain_size = domains.ranks;
+  return {.groups = {{.max_tokens = std::max<int64_t>(shape.num_tokens, 1),
+                      .num_domains = domains.count,
+                      .rail_chunk_tokens = 4,
+                      .steps = {step}}}};
+}
+
+// Up to eight domains of up to eight ranks; a domain's ranks share a token's selections.
+TEST(Internode, ManyDomainsAndManyRanks) {
+  for (const Domains domains : {Domains{8, 2}, Domains{2, 8}, Domains{4, 4}, Domains{3, 5}}) {
+    for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+      const EpShape shape{.num_experts = 2 * domains.count * domains.ranks,
+                          .num_topk = 8,
+                          .num_tokens = 5,
+                          .layout = layout};
+      Scenario scenario = scenario_of(domains, shape, 24, DType::kBFloat16);
+      scenario.blocks = 1;
+      expect_ok(scenario);
+    }
+  }
+}
+
+// Each kind of row, and rings of one buffer, so that every chunk waits for the last one's credit.
+TEST(Internode, AllKindsOfRowsThroughOneBuffer) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t hidden : {0, 7, 64, 1544}) {
+      const EpShape shape{.num_experts = 8, .num_topk = 3, .num_tokens = 9};
+      Scenario scenario = scenario_of({2, 2}, shape, hidden, dtype);
+      scenario.groups[0].window = scenario.groups[0].gather_units = 1;
+      expect_ok(scenario);
+    }
+  }
+}
+
+TEST(Internode, RowsInFp8) {
+  using enum RowFormat;
+  for (const int64_t hidden : {16, 130, 1152}) {
+    for (const RowFormat x : {kDType, kFloat8E4M3}) {
+      for (const RowFormat rows : {kDType, kFloat8E4M3}) {
+        const EpShape shape{.num_experts = 8, .num_topk = 4, .num_tokens = 6};
+        Scenario scenario = scenario_of({2, 2}, shape, hidden, DType::kBFloat16);
+        ScenarioStep& step = scenario.groups[0].steps[0];
+        step.options.wire = Wire::kFloat8E4M3;
+        step.x_format = x;
+        step.rows_format = rows;
+        expect_ok(scenario);
+      }
+    }
+  }
+}
+
+TEST(Internode, NoTokensAndNoSelections) {
+  for (const int64_t tokens : {0, 1}) {
+    const EpShape shape{.num_experts = 3, .num_topk = 1, .num_tokens = tokens};
+    for (uint64_t seed = 1; seed <= 3; ++seed) {
+      Scenario scenario = scenario_of({3, 1}, shape, 16, DType::kFloat32);
+      scenario.groups[0].steps[0].options.seed = static_cast<uint32_t>(seed);
+      expect_ok(scenario, seed);
+    }
+  }
+}
+
+// Numbers of messages pass 2^32, of which words have the low half.
+TEST(Internode, CountsWrapAround) {
+  for (const uint64_t message : {uint64_t{0xFFFF'FFFD}, uint64_t{0xFFFF'FFFF}, ~uint64_t{0} >> 8}) {
+    const EpShape shape{.num_experts = 4, .num_topk = 2, .num_tokens = 11};
+    Scenario scenario = scenario_of({2, 2}, shape, 16, DType::kFloat32);
+    scenario.first_message = message;
+    expect_ok(scenario);
+  }
+}
+
+// --- what goes wrong -----------------------------------------------------------------------------
+
+Scenario with_mishap(Mishap mishap, OpKind op, int32_t rank) {
+  const EpShape shape{.num_experts = 8, .num_topk = 4, .num_tokens = 9};
+  Scenario scenario = scenario_of({2, 2}, shape, 16, DType::kFloat32);
+  std::vector<ScenarioOp>& ops = scenario.groups[0].steps[0].ops;
+  ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine, op};
+  scenario.mishap = mishap;
+  scenario.rank = rank;
+  return scenario;
+}
+
+TEST(Internode, WhoIsOnTheRailOfAMissingRankNamesIt) {
+  constexpr int32_t kMissingRank = 3;
+  constexpr size_t kRailPeer = 1;
+  for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
+    const Outcome outcome = run_scenario(with_mishap(Mishap::kMissing, op, kMissingRank), 1);
+    EXPECT_EQ(outcome.report.kind, "trap");
+    const ErrorRecord& record = outcome.errors[kRailPeer];
+    ASSERT_NE(record.written, 0U) << name(op);
+    // Or it was told of it by its neighbor, who waited for what the rank was to send.
+    const auto tag = static_cast<WaitTag>(record.tag);
+    const auto blamed = tag == WaitTag::kPeerGaveUp
+                            ? unpack_aborted(record.detail).blamed
+                            : static_cast<uint32_t>(record.peer);
+    EXPECT_EQ(blamed, static_cast<uint32_t>(kMissingRank)) << name(op) << ", tag " << record.tag;
+  }
+}
+
+TEST(Internode, AnotherOperationIsNoticedAcrossDomains) {
+  Scenario scenario = with_mishap(Mishap::kOtherOp, OpKind::kDispatch, 3);
+  scenario.other_op = OpKind::kCombine;
+  const Outcome outcome = run_scenario(scenario, 1);
+  bool noticed = false;
+  for (const ErrorRecord& record : outcome.errors) {
+    noticed |= record.written != 0 && static_cast<WaitTag>(record.tag) == WaitTag::kWrongOp;
+  }
+  EXPECT_TRUE(noticed);
+}
+
+TEST(Internode, AHandleThatNoPlanMadeLeavesItsBuffersAlone) {
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
+    for (const OpKind op : {OpKind::kDispatch, OpKind::kCombine}) {
+      Scenario scenario = with_mishap(Mishap::kHostileHandle, op, 0);
+      scenario.groups[0].steps[0].options.seed = static_cast<uint32_t>(seed);
+      scenario.check_races = false;
+      const std::string kind = run_scenario(scenario, seed).report.kind;
+      EXPECT_TRUE(kind.empty() || kind == "uninitialized") << name(op) << " " << seed << ": " << kind;
+    }
+  }
+}
+
+TEST(Internode, AClosedGroupLeavesNoResults) {
+  for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
+    const Outcome outcome = run_scenario(with_mishap(Mishap::kClosed, op, 0), 1);
+    EXPECT_TRUE(outcome.report.ok()) << outcome.report.text();
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/testing/simulated_internode.h"
+
+#include <algorithm>
+
+#include "csrc/device/row_type_of.h"
+#include "csrc/kernels/internode/combine_kernel.h"
+#include "csrc/kernels/internode/dispatch_kernel.h"
+#include "csrc/kernels/internode/plan_kernel.h"
+
+namespace jax_ep {
+namespace {
+
+using dev::SimulatedTransport;
+
+template <typename RowType, typename Config>
+SimulatedKernel kernel_of(const SimulatedInternodeParams<DispatchOp>& params) {
+  using dev::DispatchExpertLayout, dev::DispatchRankLayout, dev::InternodeDispatchKernel;
+  if (params.op.shape.layout == Layout::kRank) {
+    using RowLayout = DispatchRankLayout<Config, RowType>;
+    return simulated_kernel_of<InternodeDispatchKernel<RowLayout, SimulatedTransport>, Config>(
+        params);
+  }
+  using RowLayout = DispatchExpertLayout<Config, RowType>;
+  return simulated_kernel_of<InternodeDispatchKernel<RowLayout, SimulatedTransport>, Config>(
+      params);
+}
+
+template <typename RowType>
+SimulatedKernel kernel_of(const SimulatedInternodeParams<CombineOp>& params) {
+  using Config = dev::CombineConfig<4, 4, 1024, true>;
+  using dev::CombineExpertLayout, dev::CombineRankLayout, dev::InternodeCombineKernel;
+  using Context = dev::CombineContext<Config, RowType>;
+  if (params.op.shape.layout == Layout::kRank) {
+    using RowLayout = CombineRankLayout<Context>;
+    return simulated_kernel_of<InternodeCombineKernel<RowLayout, SimulatedTransport>, Config>(
+        params);
+  }
+  using RowLayout = CombineExpertLayout<Context>;
+  return simulated_kernel_of<InternodeCombineKernel<RowLayout, SimulatedTransport>, Config>(params);
+}
+
+}  // namespace
+
+SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<PlanOp>& params) {
+  using Config = dev::PlanConfig<2, 320>;
+  using dev::InternodePlanKernel, dev::PlanExpertLayout, dev::PlanRankLayout;
+  if (params.op.shape.layout == Layout::kRank) {
+    using Kernel = InternodePlanKernel<PlanRankLayout<Config>, SimulatedTransport>;
+    return simulated_kernel_of<Kernel, Config>(params);
+  }
+  using Kernel = InternodePlanKernel<PlanExpertLayout<Config>, SimulatedTransport>;
+  return simulated_kernel_of<Kernel, Config>(params);
+}
+
+SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<DispatchOp>& params) {
+  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
+    using RowType = typename decltype(row)::type;
+    if (products_of(params.op) != 0) {
+      return kernel_of<RowType, dev::DispatchConfig<5, 3, 4096, true>>(params);
+    }
+    return kernel_of<RowType, dev::DispatchConfig<5, 3, 2048>>(params);
+  });
+}
+
+SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<CombineOp>& params) {
+  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
+    return kernel_of<typename decltype(row)::type>(params);
+  });
+}
+
+uint64_t SimulatedRails::memory_bytes(const NetworkShape& shape) {
+  return static_cast<uint64_t>(make_network_layout(shape).total_bytes);
+}
+
+uint32_t SimulatedRails::max_shared_bytes() {
+  SimulatedInternodeParams<DispatchOp> products{};
+  products.op.weighted = true;
+  return std::max({simulated_internode_kernel(SimulatedInternodeParams<PlanOp>{}).shared_bytes,
+                   simulated_internode_kernel(SimulatedInternodeParams<DispatchOp>{}).shared_bytes,
+                   simulated_internode_kernel(products).shared_bytes,
+                   simulated_internode_kernel(SimulatedInternodeParams<CombineOp>{}).shared_bytes});
+}
+
+SimulatedRails::SimulatedRails(sim::Machine& machine,
+                               const NetworkShape& shape,
+                               uint64_t offset,
+                               const std::string& name)
+    : machine_(machine), shape_(shape), layout_(make_network_layout(shape)), offset_(offset) {
+  constexpr const char* kNames[kNumNetworkRegions] = {"delivered",
+                                                      "credits",
+                                                      "send_ring",
+                                                      "receive_ring",
+                                                      "relayed",
+                                                      "pulled",
+                                                      "gathered",
+                                                      "freed",
+                                                      "gather_ring",
+                                                      "sequences",
+                                                      "delivered_sent",
+                                                      "credits_sent",
+                                                      "parts_received"};
+  for (int32_t rank = 0; rank < shape.topology.num_ranks(); ++rank) {
+    const auto r = static_cast<uint32_t>(rank);
+    for (int32_t i = 0; i < kNumNetworkRegions; ++i) {
+      const auto region = static_cast<NetworkRegion>(i);
+      std::byte* const at = heap(rank) + layout_.offset[i];
+      const auto bytes = static_cast<uint64_t>(layout_.bytes[i]);
+      machine_.name_region(r, at, bytes, name + "." + kNames[i]);
+      const bool is_ring = region == NetworkRegion::kSendRing ||
+                           region == NetworkRegion::kReceiveRing ||
+                           region == NetworkRegion::kGatherRing;
+      // Rings are written before they are read: they start uninitialized.
+      if (!is_ring && bytes > 0) machine_.fill(r, at, 0, bytes);
+    }
+    machine_.share(r, heap(rank), static_cast<uint64_t>(layout_.domain_bytes));
+    machine_.register_for_network(r, heap(rank), static_cast<uint64_t>(layout_.network_bytes));
+  }
+}
+
+void SimulatedRails::write_word(int32_t rank, NetworkRegion region, int64_t index, uint64_t value) {
+  machine_.write(static_cast<uint32_t>(rank),
+                 heap(rank) + layout_.at(region) + 8 * index,
+                 &value,
+                 sizeof value);
+}
+
+void SimulatedRails::set_sequences(uint64_t messages, uint64_t units) {
+  const auto window = static_cast<uint64_t>(layout_.window);
+  const auto gather = static_cast<uint64_t>(layout_.gather_units);
+  // The last number below `end` in such a buffer.
+  const auto last = [](uint64_t end, uint64_t buffer, uint64_t buffers) {
+    return end - 1 - (end - 1 - buffer) % buffers;
+  };
+  const Topology& topology = shape_.topology;
+  for (int32_t rank = 0; rank < topology.num_ranks(); ++rank) {
+    write_word(rank, NetworkRegion::kSequences, 0, messages);
+    write_word(rank, NetworkRegion::kSequences, 1, units);
+    for (int32_t domain = 0; domain < topology.num_scaleout_ranks; ++domain) {
+      for (uint64_t buffer = 0; buffer < window; ++buffer) {
+        const uint64_t flag =
+            arrival_flag(static_cast<uint32_t>(last(messages, buffer, window)), OpKind::kCombine, 0);
+        const int64_t index = domain * static_cast<int64_t>(window) + static_cast<int64_t>(buffer);
+        for (const NetworkRegion words : {NetworkRegion::kDelivered,
+                                          NetworkRegion::kCredits,
+                                          NetworkRegion::kDeliveredSent,
+                                          NetworkRegion::kCreditsSent}) {
+          write_word(rank, words, index, flag);
+        }
+      }
+    }
+    for (int32_t peer = 0; peer < topology.num_scaleup_ranks; ++peer) {
+      for (uint64_t buffer = 0; buffer < gather; ++buffer) {
+        const int64_t index = peer * static_cast<int64_t>(gather) + static_cast<int64_t>(buffer);
+        const uint64_t freed = last(units, buffer, gather) + 1;
+        write_word(rank, NetworkRegion::kFreed, index, freed);
+        write_word(rank, NetworkRegion::kGathered, index, freed);
+      }
+    }
+  }
+}
+
+std::byte* SimulatedRails::heap(int32_t rank) const {
+  return machine_.memory(static_cast<uint32_t>(rank)) + offset_;
+}
+
+NetworkView SimulatedRails::network(int32_t rank) const {
+  NetworkView view{};
+  view.layout = layout_;
+  view.topology = shape_.topology;
+  const int32_t domain = shape_.topology.domain_of(rank);
+  for (int32_t index = 0; index < shape_.topology.num_scaleup_ranks; ++index) {
+    view.heap[index] = heap(shape_.topology.rank_at(domain, index));
+  }
+  return view;
+}
+
+}  // namespace jax_ep
