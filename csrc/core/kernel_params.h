@@ -69,10 +69,19 @@ struct NetworkView {
   std::byte* heap[kMaxDomainRanks];  // by index in the domain, as mapped by this rank
 };
 
+// The network heaps of all ranks, where this one maps them: what a transport over mapped memory
+// has.
+struct MappedHeaps {
+  std::byte* heap[kMaxRanks];  // by rank
+  int32_t rank;                // this one
+};
+
 // What a kernel of an operation between domains is launched with. `Transport` is one of
 // csrc/device/transport/.
-template <typename Op, typename Transport>
-struct InternodeParams : KernelParams<Op> {
+template <typename OpOfCall, typename Transport>
+struct InternodeParams : KernelParams<OpOfCall> {
+  using Op = OpOfCall;
+
   NetworkView network;
   Transport transport;
   int32_t num_rail_senders = 1;  // of a block's warps, behind the senders

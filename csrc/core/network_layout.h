@@ -5,9 +5,9 @@
 //
 // A *rail* is the ranks with the same index in their domains: a rank sends to those of its rail
 // alone. A *rail chunk* is so many consecutive tokens of a rank; what a domain gets of one is a
-// *message*, and has a *buffer* of a ring. Messages to a domain are counted on every rank, from 0 on;
-// what says that one is there, or has been read, is an arrival_flag (protocol.h) with the low half
-// of its number in the place of an epoch.
+// *message*, and has a *buffer* of a ring. Messages to a domain are counted on every rank, from 0
+// on; what says that one is there, or has been read, is an arrival_flag (protocol.h) with the low
+// half of its number in the place of an epoch.
 #ifndef JAX_EP_CSRC_CORE_NETWORK_LAYOUT_H_
 #define JAX_EP_CSRC_CORE_NETWORK_LAYOUT_H_
 
@@ -31,8 +31,8 @@ struct NetworkShape {
   int32_t gather_units = 32;  // buffers of the ring of sums, for all
 };
 
-// The regions, in the order in which they lie in the heap. N domains of G ranks, W buffers of a ring,
-// U of the ring of sums.
+// The regions, in the order in which they lie in the heap. N domains of G ranks, W buffers of a
+// ring, U of the ring of sums.
 enum class NetworkRegion : int32_t {
   kDelivered,    // u64 [N, W]: by domain and buffer, the message that is there
   kCredits,      // u64 [N, W]: likewise, the message of ours that has been read

@@ -3,10 +3,10 @@
 // there, and hands on to its own domain what they send. docs/design/internode.md explains it.
 //
 // Messages are rail chunks of a call's tokens, one to each other domain for each chunk, also where
-// nothing of it goes there: so nobody must know who is silent, and buffers stay in step. A word of a
-// buffer has one writer, and no two writes of it are in flight: the next message of a buffer is sent
-// when the last one's credit is here. Nothing is reset; the counts are in device memory, so that a
-// captured graph can be replayed.
+// nothing of it goes there: so nobody must know who is silent, and buffers stay in step. A word of
+// a buffer has one writer, and no two writes of it are in flight: the next message of a buffer is
+// sent when the last one's credit is here. Nothing is reset; the counts are in device memory, so
+// that a captured graph can be replayed.
 #ifndef JAX_EP_CSRC_DEVICE_RAIL_H_
 #define JAX_EP_CSRC_DEVICE_RAIL_H_
 
@@ -76,8 +76,8 @@ class Rail {
     if (number(chunk) < window) return;
     const auto before = static_cast<u32>(number(chunk) - window);
     const Ptr<u64> word = own<u64>(NetworkRegion::kCredits) + buffer(domain, chunk);
-    // ACQUIRE(credit): the message that had the buffer before has been sent and read. What it was of,
-    // the credit alone lets this warp know.
+    // ACQUIRE(credit): the message that had the buffer before has been sent and read. What it was
+    // of, the credit alone lets this warp know.
     wait(word, before, WaitTag::kCredit, rank_at(domain, index_), chunk, "credit");
     transport_.acquired(word);
   }
@@ -85,8 +85,8 @@ class Rail {
     return own<std::byte>(NetworkRegion::kSendRing) +
            ring_buffer(ring_of(domain, domain_), chunk) * layout().buffer_bytes;
   }
-  // All lanes of a warp, after their last store to the buffer; every lane has waited for its own bulk
-  // stores.
+  // All lanes of a warp, after their last store to the buffer; every lane has waited for its own
+  // bulk stores.
   JAX_EP_DEVICE void send(i32 domain, i32 chunk, i64 bytes) const {
     warp_sync();
     NetworkSignal signal{};
@@ -337,7 +337,8 @@ class Rail {
         what);
   }
 
-  const Exchange& exchange_;
+  // A copy: a kernel that held a reference into itself would lie in memory, and not in registers.
+  const Exchange exchange_;
   const NetworkView& network_;
   const Transport& transport_;
   const i64 num_tokens_;

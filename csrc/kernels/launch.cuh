@@ -42,6 +42,24 @@ template <typename Load>
   return cudaSuccess;
 }
 
+// Whether a block of a kernel between domains has all of its roles, and a warp that only receives:
+// without one, ranks could wait for each other for ever.
+template <typename Config>
+constexpr bool takes_roles(OpKind op, const LaunchShape& shape) {
+  constexpr int32_t kRelayAndCredits = 2;
+  switch (op) {
+    case OpKind::kPlan: return Config::kWarps >= 2;
+    case OpKind::kDispatch:
+      return shape.num_rail_senders > 0 &&
+             shape.num_senders + shape.num_rail_senders + kRelayAndCredits < Config::kWarps;
+    case OpKind::kCombine:
+      return shape.num_rail_senders > 0 && shape.num_reducers > 0 &&
+             shape.num_senders + shape.num_rail_senders + shape.num_reducers < Config::kWarps;
+    case OpKind::kPlanDispatch: break;
+  }
+  return false;
+}
+
 template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t launch_kernel(const Params& params,
                                         const LaunchShape& shape,
@@ -55,6 +73,11 @@ template <typename Kernel, typename Config, typename Params>
   }
   Params launched = params;
   launched.num_senders = shape.num_senders;
+  if constexpr (requires { launched.num_rail_senders; }) {
+    if (!takes_roles<Config>(Params::Op::kKind, shape)) return cudaErrorInvalidConfiguration;
+    launched.num_rail_senders = shape.num_rail_senders;
+    launched.num_reducers = shape.num_reducers;
+  }
   launched.blocks = {.first = 0, .num_main = shape.num_blocks, .num_tail = shape.num_tail_blocks};
   cudaLaunchAttribute joins{};
   joins.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -127,6 +150,9 @@ struct CompiledKernels {
 [[nodiscard]] cudaError_t load_plan_dispatch();
 [[nodiscard]] cudaError_t load_low_latency_dispatch();
 [[nodiscard]] cudaError_t load_low_latency_combine();
+[[nodiscard]] cudaError_t load_loopback_plan();
+[[nodiscard]] cudaError_t load_loopback_dispatch();
+[[nodiscard]] cudaError_t load_loopback_combine();
 
 // What launch_dispatch launches where the op makes products.
 [[nodiscard]] cudaError_t launch_dispatch_products(const DispatchParams& params,

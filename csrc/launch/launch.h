@@ -45,6 +45,27 @@ namespace jax_ep {
                                                      const LaunchShape& shape,
                                                      cudaStream_t stream);
 
+// The same between domains, where the network is mapped memory: for tests, and for domains that
+// NVLink joins. Combine's domain_size must be the topology's.
+struct LoopbackNetwork {
+  NetworkView network;
+  MappedHeaps heaps;
+};
+[[nodiscard]] cudaError_t launch_over_loopback(const PlanParams& params,
+                                               const LoopbackNetwork& network,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_over_loopback(const DispatchParams& params,
+                                               const LoopbackNetwork& network,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_over_loopback(const CombineParams& params,
+                                               const LoopbackNetwork& network,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream);
+// Loads them onto the current device.
+[[nodiscard]] cudaError_t load_loopback_kernels();
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_CSRC_LAUNCH_LAUNCH_H_

@@ -138,8 +138,8 @@ void SimulatedRails::set_sequences(uint64_t messages, uint64_t units) {
     write_word(rank, NetworkRegion::kSequences, 1, units);
     for (int32_t domain = 0; domain < topology.num_scaleout_ranks; ++domain) {
       for (uint64_t buffer = 0; buffer < window; ++buffer) {
-        const uint64_t flag =
-            arrival_flag(static_cast<uint32_t>(last(messages, buffer, window)), OpKind::kCombine, 0);
+        const uint64_t flag = arrival_flag(
+            static_cast<uint32_t>(last(messages, buffer, window)), OpKind::kCombine, 0);
         const int64_t index = domain * static_cast<int64_t>(window) + static_cast<int64_t>(buffer);
         for (const NetworkRegion words : {NetworkRegion::kDelivered,
                                           NetworkRegion::kCredits,

@@ -142,6 +142,30 @@ LaunchShape launch_shape(
   return launch;
 }
 
+LaunchShape internode_launch_shape(OpKind op,
+                                   const EpShape& shape,
+                                   int64_t row_bytes,
+                                   SmBudget budget) {
+  // So many of a block's warps; not measured between nodes yet.
+  constexpr int32_t kSenders = 3;
+  constexpr int32_t kRailSenders = 3;
+  constexpr int32_t kReducers = 2;
+  LaunchShape launch = launch_shape(op, shape, row_bytes, budget);
+  launch.num_tail_blocks = 0;
+  if (op == OpKind::kPlan) {
+    launch.num_warps = std::end(kCompiledPlans)[-1].num_warps;
+    return launch;
+  }
+  const CompiledTransfer& config =
+      op == OpKind::kDispatch ? kCompiledInternodeDispatch : kCompiledInternodeCombine;
+  launch.num_warps = config.num_warps;
+  launch.num_stages = config.num_stages;
+  launch.num_senders = kSenders;
+  launch.num_rail_senders = kRailSenders;
+  if (op == OpKind::kCombine) launch.num_reducers = kReducers;
+  return launch;
+}
+
 LaunchShape low_latency_launch_shape(OpKind op,
                                      const EpShape& shape,
                                      int64_t row_bytes,

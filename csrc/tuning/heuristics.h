@@ -33,6 +33,12 @@ LaunchShape low_latency_launch_shape(OpKind op,
                                      int64_t row_bytes,
                                      SmBudget budget);
 
+// The same of a kernel between domains: kPlan, kDispatch or kCombine. A block has all roles.
+LaunchShape internode_launch_shape(OpKind op,
+                                   const EpShape& shape,
+                                   int64_t row_bytes,
+                                   SmBudget budget);
+
 // Whether a plan and its dispatch are launched as one kernel; else one after the other. A function
 // of the shape alone, because all ranks must do the same.
 bool plan_fits_in_dispatch(const EpShape& shape);

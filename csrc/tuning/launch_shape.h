@@ -14,6 +14,10 @@ struct LaunchShape {
   int32_t num_stages;           // of each warp's pipeline through shared memory; 0: it has none
   int32_t num_senders = 0;      // warps of a block that send rows first; a plan has none
   int32_t num_tail_blocks = 0;  // see CallBlocks; dispatch alone has them, also with its plan
+  // Between domains, likewise of a block: those that send by the rail (combine: push), and those
+  // that reduce (combine alone).
+  int32_t num_rail_senders = 0;
+  int32_t num_reducers = 0;
 };
 
 }  // namespace jax_ep

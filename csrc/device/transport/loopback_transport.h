@@ -3,14 +3,12 @@
 #ifndef JAX_EP_CSRC_DEVICE_TRANSPORT_LOOPBACK_TRANSPORT_H_
 #define JAX_EP_CSRC_DEVICE_TRANSPORT_LOOPBACK_TRANSPORT_H_
 
+#include "csrc/core/kernel_params.h"
 #include "csrc/device/transport/transport.h"
 
 namespace jax_ep::dev {
 
-struct LoopbackTransport {
-  std::byte* heap[kMaxRanks];  // by rank, as mapped by this one
-  i32 rank;                    // this one
-
+struct LoopbackTransport : MappedHeaps {
   JAX_EP_DEVICE void put_and_signal(
       i32 peer, i64 to, i64 from, u32 bytes, NetworkSignal signal) const {
     const Ptr<const Vec16> source = as<const Vec16>(Ptr<const std::byte>{heap[rank] + from});

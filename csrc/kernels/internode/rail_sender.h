@@ -2,8 +2,8 @@
 // The rail senders of a dispatch: they pack what other domains want of each rail chunk into a
 // message for each, every row once for all ranks of a domain.
 //
-// They read x, x_scales, token_scalars, topk_idx and slot, and write the send buffers. They wait for
-// credit, and signal delivered.
+// They read x, x_scales, token_scalars, topk_idx and slot, and write the send buffers. They wait
+// for credit, and signal delivered.
 #ifndef JAX_EP_CSRC_KERNELS_INTERNODE_RAIL_SENDER_H_
 #define JAX_EP_CSRC_KERNELS_INTERNODE_RAIL_SENDER_H_
 
@@ -89,7 +89,10 @@ class RailSender {
     }
   }
 
-  JAX_EP_DEVICE void pack_rows(i64 first, i64 last, const TokenSet& tokens, Ptr<std::byte> message) {
+  JAX_EP_DEVICE void pack_rows(i64 first,
+                               i64 last,
+                               const TokenSet& tokens,
+                               Ptr<std::byte> message) {
     const RowPacking<Context> packing(c_);
     if (!c_.bulk) {
       for (i64 token = first; token < last; ++token) {

@@ -5,8 +5,8 @@
 // and sends the rounded sums to the owner.
 //
 // Pushers read what the senders to the domain read, and write the gather rings of the rails; they
-// wait for freed, and signal gathered. Reducers read the gather ring and write the send buffers; they
-// wait for gathered and credit, and signal delivered and freed.
+// wait for freed, and signal gathered. Reducers read the gather ring and write the send buffers;
+// they wait for gathered and credit, and signal delivered and freed.
 #ifndef JAX_EP_CSRC_KERNELS_INTERNODE_RAIL_SUMS_H_
 #define JAX_EP_CSRC_KERNELS_INTERNODE_RAIL_SUMS_H_
 

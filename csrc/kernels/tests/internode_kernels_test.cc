@@ -141,9 +141,8 @@ TEST(Internode, WhoIsOnTheRailOfAMissingRankNamesIt) {
     ASSERT_NE(record.written, 0U) << name(op);
     // Or it was told of it by its neighbor, who waited for what the rank was to send.
     const auto tag = static_cast<WaitTag>(record.tag);
-    const auto blamed = tag == WaitTag::kPeerGaveUp
-                            ? unpack_aborted(record.detail).blamed
-                            : static_cast<uint32_t>(record.peer);
+    const auto blamed = tag == WaitTag::kPeerGaveUp ? unpack_aborted(record.detail).blamed
+                                                    : static_cast<uint32_t>(record.peer);
     EXPECT_EQ(blamed, static_cast<uint32_t>(kMissingRank)) << name(op) << ", tag " << record.tag;
   }
 }
@@ -166,7 +165,8 @@ TEST(Internode, AHandleThatNoPlanMadeLeavesItsBuffersAlone) {
       scenario.groups[0].steps[0].options.seed = static_cast<uint32_t>(seed);
       scenario.check_races = false;
       const std::string kind = run_scenario(scenario, seed).report.kind;
-      EXPECT_TRUE(kind.empty() || kind == "uninitialized") << name(op) << " " << seed << ": " << kind;
+      EXPECT_TRUE(kind.empty() || kind == "uninitialized")
+          << name(op) << " " << seed << ": " << kind;
     }
   }
 }

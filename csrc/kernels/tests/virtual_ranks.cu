@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // All ranks of a group in one process, a heap and a stream each, on one GPU or shared out among
 // several. Runs the simulator's random scenarios on the hardware, and times the kernels.
-//   virtual_ranks scenarios [FIRST LAST [GPUS [low-latency]]]
+//   virtual_ranks scenarios [FIRST LAST [GPUS [low-latency | internode]]]
 //   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [products] [gpus=N]
-//                [senders=N] [tail=N]
+//                [senders=N] [tail=N] [domains=N]
+// Domains are joined by mapped memory.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -56,6 +57,7 @@ void open_gpus(int num_gpus) {
   for (int gpu = 0; gpu < num_gpus; ++gpu) {
     use_gpu(gpu);
     check(load_kernels(), "load_kernels");
+    check(load_loopback_kernels(), "load_loopback_kernels");
     for (int peer = 0; peer < num_gpus; ++peer) {
       if (peer != gpu) check(cudaDeviceEnablePeerAccess(peer, 0), "cudaDeviceEnablePeerAccess");
     }
@@ -89,8 +91,18 @@ class GpuMemory : public DeviceMemory {
 
 class VirtualRanks {
  public:
-  VirtualRanks(const HeapShape& shape, int num_gpus, int32_t chunk_target = kChunkTarget)
-      : layout_(make_heap_layout(shape)), num_gpus_(num_gpus), chunk_target_(chunk_target) {
+  VirtualRanks(const GroupScenario& group, int num_gpus)
+      : VirtualRanks(heap_shape(group), group, num_gpus) {}
+
+  VirtualRanks(const HeapShape& shape, const GroupScenario& group, int num_gpus)
+      : layout_(make_heap_layout(shape)),
+        num_gpus_(num_gpus),
+        chunk_target_(group.chunk_target),
+        num_neighbors_(shape.num_ranks / group.num_domains) {
+    if (group.num_domains > 1) {
+      topology_ = network_shape(group).topology;
+      network_ = make_network_layout(network_shape(group));
+    }
     constexpr unsigned kFlags = cudaHostAllocMapped | cudaHostAllocPortable;
     check(cudaHostAlloc(&words_, sizeof(*words_) * kMaxRanks, kFlags), "host");
     std::memset(static_cast<void*>(words_), 0, sizeof(*words_) * kMaxRanks);
@@ -98,6 +110,9 @@ class VirtualRanks {
       use_gpu(gpu_of(rank, shape.num_ranks, num_gpus));
       controls_.push_back(allocate(static_cast<size_t>(kControlBytes)));
       heaps_.push_back(allocate(static_cast<size_t>(layout_.total_bytes)));
+      if (spans_domains()) {
+        network_heaps_.push_back(allocate(static_cast<size_t>(network_.total_bytes)));
+      }
       streams_.emplace_back();
       check(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
     }
@@ -112,7 +127,12 @@ class VirtualRanks {
   [[nodiscard]] RankView view(int32_t rank) const {
     RankView view{};
     view.layout = layout_;
-    for (size_t peer = 0; peer < heaps_.size(); ++peer) view.heap[peer] = heaps_[peer].get();
+    view.first_neighbor = rank / num_neighbors_ * num_neighbors_;
+    view.num_neighbors = num_neighbors_;
+    for (int32_t i = 0; i < num_neighbors_; ++i) {
+      const int32_t peer = view.first_neighbor + i;
+      view.heap[peer] = heaps_[static_cast<size_t>(peer)].get();
+    }
     view.control = reinterpret_cast<uint32_t*>(controls_[static_cast<size_t>(rank)].get());
     view.error = &words_[rank].error;
     view.long_waits = words_[rank].long_waits;
@@ -121,8 +141,22 @@ class VirtualRanks {
     view.rank = rank;
     view.chunk_target = chunk_target_;
     view.num_ranks = static_cast<int32_t>(heaps_.size());
-    view.num_neighbors = view.num_ranks;
     return view;
+  }
+  [[nodiscard]] bool spans_domains() const { return topology_.num_scaleout_ranks > 1; }
+  [[nodiscard]] LoopbackNetwork network(int32_t rank) const {
+    LoopbackNetwork found{};
+    found.network.layout = network_;
+    found.network.topology = topology_;
+    found.heaps.rank = rank;
+    for (int32_t peer = 0; peer < num_ranks(); ++peer) {
+      std::byte* const heap = network_heaps_[static_cast<size_t>(peer)].get();
+      found.heaps.heap[peer] = heap;
+      if (topology_.domain_of(peer) == topology_.domain_of(rank)) {
+        found.network.heap[topology_.index_in_domain(peer)] = heap;
+      }
+    }
+    return found;
   }
   // For what the calling thread does next for a rank.
   void use_gpu_of(int32_t rank) const { use_gpu(gpu_of(rank, num_ranks(), num_gpus_)); }
@@ -159,7 +193,11 @@ class VirtualRanks {
   HeapLayout layout_;
   int num_gpus_;
   int32_t chunk_target_;
+  int32_t num_neighbors_;
+  Topology topology_;
+  NetworkLayout network_{};
   std::vector<DeviceArray> heaps_;
+  std::vector<DeviceArray> network_heaps_;  // where there are several domains
   std::vector<cudaStream_t> streams_;
   std::vector<DeviceArray> controls_;
   HostWords* words_ = nullptr;  // by rank
@@ -178,7 +216,31 @@ LaunchShape low_latency_launch_of(OpKind op, const ClusterOptions& options, cons
   return low_latency_launch_shape(op, options.shape, row_bytes, sms);
 }
 
+LaunchShape internode_launch_of(OpKind op, const ClusterOptions& options, const SmBudget& sms) {
+  const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
+  LaunchShape shape = internode_launch_shape(op, options.shape, row_bytes, sms);
+  shape.num_blocks = sms.requested;
+  return shape;
+}
+
 // --- scenarios -----------------------------------------------------------------------------------
+
+cudaError_t launch_internode(const ScenarioOp& op,
+                             const RankArrays& arrays,
+                             const RankView& view,
+                             const LoopbackNetwork& network,
+                             const LaunchShape& shape,
+                             cudaStream_t stream) {
+  switch (op.kind) {
+    case OpKind::kPlan: return launch_over_loopback(arrays.plan(view), network, shape, stream);
+    case OpKind::kDispatch:
+      return launch_over_loopback(arrays.dispatch(view), network, shape, stream);
+    case OpKind::kCombine:
+      return launch_over_loopback(arrays.combine(view), network, shape, stream);
+    case OpKind::kPlanDispatch: break;
+  }
+  return cudaErrorInvalidValue;
+}
 
 cudaError_t launch_op(const ScenarioOp& op,
                       const RankArrays& arrays,
@@ -262,6 +324,14 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
       forget_results(op, mine, view, stream);
     });
     for_each_rank([&](const RankArrays& mine, const RankView& view, cudaStream_t stream) {
+      if (ranks.spans_domains()) {
+        const auto blocks = static_cast<int32_t>(scenario.blocks);
+        const LaunchShape shape =
+            internode_launch_of(op.kind, step.options, {.available = blocks, .requested = blocks});
+        const LoopbackNetwork network = ranks.network(view.rank);
+        check(launch_internode(op, mine, view, network, shape, stream), describe(op).c_str());
+        return;
+      }
       check(launch_op(op, mine, view, step, scenario, stream), describe(op).c_str());
     });
   }
@@ -283,12 +353,15 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
   return {};
 }
 
-int run_scenarios(uint64_t first, uint64_t last, int num_gpus, bool low_latency) {
+int run_scenarios(uint64_t first, uint64_t last, int num_gpus, const std::string& of) {
   for (uint64_t seed = first; seed <= last; ++seed) {
-    const Scenario scenario = random_scenario(
-        seed, {.max_tokens = seed % 4 == 0 ? 300 : 20, .steps = 4, .low_latency = low_latency});
+    const Scenario scenario = random_scenario(seed,
+                                              {.max_tokens = seed % 4 == 0 ? 300 : 20,
+                                               .steps = 4,
+                                               .low_latency = of == "low-latency",
+                                               .internode = of == "internode"});
     const GroupScenario& group = scenario.groups[0];
-    VirtualRanks ranks(heap_shape(group), num_gpus, group.chunk_target);
+    VirtualRanks ranks(group, num_gpus);
     for (const ScenarioStep& step : group.steps) {
       const std::string error = run_step(ranks, step, scenario);
       if (error.empty()) continue;
@@ -337,17 +410,19 @@ class TimedRanks {
  public:
   // senders: warps of a block that send first; 0: as tuning says. tail: SMs of
   // dispatch's; -1: likewise.
-  TimedRanks(const ClusterOptions& options, int num_gpus, int32_t senders, int32_t tail)
+  TimedRanks(
+      const ClusterOptions& options, int num_gpus, int32_t senders, int32_t tail, int32_t domains)
       : options_(options),
         num_gpus_(num_gpus),
         senders_(senders),
         tail_(tail),
         shape_(options.shape),
-        ranks_(heap_shape(GroupScenario{
-                   .max_tokens = shape_.num_tokens,
-                   .low_latency_tokens =
-                       shape_.num_tokens <= kMaxLowLatencyTokens ? shape_.num_tokens : 0,
-                   .steps = {{.options = options}}}),
+        ranks_(GroupScenario{.max_tokens = shape_.num_tokens,
+                             .low_latency_tokens =
+                                 shape_.num_tokens <= kMaxLowLatencyTokens ? shape_.num_tokens : 0,
+                             .num_domains = domains,
+                             .window = 8,
+                             .steps = {{.options = options}}},
                num_gpus) {
     std::mt19937 random(1);
     for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
@@ -359,6 +434,7 @@ class TimedRanks {
 
   void time(int32_t sms) {
     const auto at = [](int32_t rank) { return static_cast<size_t>(rank); };
+    if (ranks_.spans_domains()) return time_internode(sms);
     time("plan", [&](int32_t r) {
       return launch_plan(plans_[at(r)], launch_on(OpKind::kPlan, sms), ranks_.stream(r));
     });
@@ -386,6 +462,20 @@ class TimedRanks {
   }
 
  private:
+  void time_internode(int32_t sms) {
+    const auto time_op = [&](const char* name, OpKind op, const auto& params) {
+      const LaunchShape shape =
+          internode_launch_of(op, options_, {.available = sms, .requested = sms});
+      time(name, [&](int32_t r) {
+        return launch_over_loopback(
+            params[static_cast<size_t>(r)], ranks_.network(r), shape, ranks_.stream(r));
+      });
+    };
+    time_op("between domains: plan", OpKind::kPlan, plans_);
+    time_op("between domains: dispatch", OpKind::kDispatch, dispatches_);
+    time_op("between domains: combine", OpKind::kCombine, combines_);
+  }
+
   [[nodiscard]] LaunchShape launch_on(OpKind op, int32_t sms) const {
     const int32_t available = std::max(132 * num_gpus_ / shape_.num_ranks, sms);
     LaunchShape shape =
@@ -399,6 +489,7 @@ class TimedRanks {
     const ExchangeSizes sizes = {.shape = shape_,
                                  .hidden = options_.hidden,
                                  .num_scalars = shape_.num_topk,
+                                 .domain_size = options_.domain_size,
                                  .dtype = options_.dtype,
                                  .wire = options_.wire,
                                  .zero_fill = false,
@@ -496,7 +587,7 @@ int main(int argc, char** argv) {
     return run_scenarios(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1,
                          argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 200,
                          num_gpus,
-                         argc > 5 && std::strcmp(argv[5], "low-latency") == 0);
+                         argc > 5 ? argv[5] : "");
   }
   if (argc < 8) return 2;
   ClusterOptions options;
@@ -509,6 +600,7 @@ int main(int argc, char** argv) {
   int num_gpus = 1;
   int32_t senders = 0;
   int32_t tail = -1;
+  int32_t domains = 1;
   for (int i = 8; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp8") == 0) options.wire = Wire::kFloat8E4M3;
     if (std::strcmp(argv[i], "rank") == 0) options.shape.layout = Layout::kRank;
@@ -516,12 +608,14 @@ int main(int argc, char** argv) {
     if (std::strncmp(argv[i], "gpus=", 5) == 0) num_gpus = std::atoi(argv[i] + 5);
     if (std::strncmp(argv[i], "senders=", 8) == 0) senders = std::atoi(argv[i] + 8);
     if (std::strncmp(argv[i], "tail=", 5) == 0) tail = std::atoi(argv[i] + 5);
+    if (std::strncmp(argv[i], "domains=", 8) == 0) domains = std::atoi(argv[i] + 8);
   }
   open_gpus(num_gpus);
   const EpShape& shape = options.shape;
   options.shape.recv_capacity = shape.num_tokens * shape.num_topk * 5 / 4 + 1024;
   const int sms = std::atoi(argv[7]);
   std::printf("%s, %d SMs a rank, %d GPUs\n", describe(options).c_str(), sms, num_gpus);
-  TimedRanks(options, num_gpus, senders, tail).time(sms);
+  if (domains > 1) options.domain_size = shape.num_ranks / domains;
+  TimedRanks(options, num_gpus, senders, tail, domains).time(sms);
   return 0;
 }
