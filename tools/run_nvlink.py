@@ -72,6 +72,7 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         "kernels": ["benchmarks/predict.py", "--measure", BUILT, *lines],
         "own-programs": tests("own", "graphs", "halves", "soak"),
         "one-process": tests("one_process", "problems", "collectives"),
+        "nodes": tests("one_process", "nodes"),
         "one-process-programs": tests("one_process", "graphs", "halves", "soak"),
         "example": train(1),
         **({"example-two-axes": train(2)} if ranks > 2 else {}),

@@ -23,6 +23,7 @@ BUILD = ROOT / "build" / "gpu"
 PIECES = {
     "problems": ["test_problems.py"],
     "halves": ["test_halves.py"],
+    "nodes": ["test_nodes.py"],
     "graphs": ["test_programs.py", "-k", "not soak"],
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
@@ -33,9 +34,9 @@ PIECES = {
 # Placement of ranks -> the pieces that have something to run. The sanitizer's ranks share a GPU in
 # any case; only a rank with a process of its own can be lost; NCCL wants a GPU for each rank.
 PIECES_OF = {
-    "shared": ["problems", "halves", "graphs", "closed", "sanitizer", "failures", "soak"],
+    "shared": ["problems", "halves", "nodes", "graphs", "closed", "sanitizer", "failures", "soak"],
     "own": ["problems", "halves", "graphs", "closed", "failures", "collectives", "soak"],
-    "one_process": ["problems", "halves", "graphs", "closed", "collectives", "soak"],
+    "one_process": ["problems", "halves", "nodes", "graphs", "closed", "collectives", "soak"],
 }
 
 

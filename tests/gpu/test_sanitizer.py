@@ -31,7 +31,11 @@ def _run(tool: str, first: int, last: int, *kernels: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("kernels", [(), ("low-latency",)], ids=["high_throughput", "low_latency"])
+@pytest.mark.parametrize(
+    "kernels",
+    [(), ("low-latency",), ("internode",)],
+    ids=["high_throughput", "low_latency", "internode"],
+)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_finds_nothing(tool, kernels):
     text = _run(tool, 1, 12, *kernels)

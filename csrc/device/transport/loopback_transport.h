@@ -13,8 +13,19 @@ struct LoopbackTransport : MappedHeaps {
       i32 peer, i64 to, i64 from, u32 bytes, NetworkSignal signal) const {
     const Ptr<const Vec16> source = as<const Vec16>(Ptr<const std::byte>{heap[rank] + from});
     const Ptr<Vec16> target = as<Vec16>(Ptr<std::byte>{heap[peer] + to});
-    for (u32 i = lane_id(); i < bytes / sizeof(Vec16); i += kWarpSize) {
-      st(target + i, ld(source + i));
+    // Several loads of a lane are in flight at once: what a warp moves is latency.
+    constexpr u32 kAtOnce = 2;  // more would spill registers in combine
+    const auto count = static_cast<u32>(bytes / sizeof(Vec16));
+    for (u32 first = lane_id(); first < count; first += kAtOnce * kWarpSize) {
+      Vec16 vectors[kAtOnce];
+      JAX_EP_UNROLL
+      for (u32 i = 0; i < kAtOnce; ++i) {
+        if (first + i * kWarpSize < count) vectors[i] = ld(source + (first + i * kWarpSize));
+      }
+      JAX_EP_UNROLL
+      for (u32 i = 0; i < kAtOnce; ++i) {
+        if (first + i * kWarpSize < count) st(target + (first + i * kWarpSize), vectors[i]);
+      }
     }
     warp_sync();
     if (lane_id() == 0) this->signal(peer, signal);
