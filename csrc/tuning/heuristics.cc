@@ -146,10 +146,8 @@ LaunchShape internode_launch_shape(OpKind op,
                                    const EpShape& shape,
                                    int64_t row_bytes,
                                    SmBudget budget) {
-  // So many of a block's warps; not measured between nodes yet.
-  constexpr int32_t kSenders = 3;
-  constexpr int32_t kRailSenders = 3;
-  constexpr int32_t kReducers = 2;
+  // So many of a block's warps have each role; not measured between nodes yet.
+  const int32_t of_role = op == OpKind::kDispatch ? 3 : 2;
   LaunchShape launch = launch_shape(op, shape, row_bytes, budget);
   launch.num_tail_blocks = 0;
   if (op == OpKind::kPlan) {
@@ -160,9 +158,9 @@ LaunchShape internode_launch_shape(OpKind op,
       op == OpKind::kDispatch ? kCompiledInternodeDispatch : kCompiledInternodeCombine;
   launch.num_warps = config.num_warps;
   launch.num_stages = config.num_stages;
-  launch.num_senders = kSenders;
-  launch.num_rail_senders = kRailSenders;
-  if (op == OpKind::kCombine) launch.num_reducers = kReducers;
+  launch.num_senders = of_role;
+  launch.num_rail_senders = of_role;
+  if (op == OpKind::kCombine) launch.num_reducers = of_role;
   return launch;
 }
 

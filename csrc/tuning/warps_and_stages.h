@@ -28,9 +28,10 @@ inline constexpr CompiledTransfer kCompiledDispatch{.num_warps = 14, .num_stages
 // A plan that is made in a dispatch's blocks: its tables have room for so many bins.
 inline constexpr int32_t kMaxPlanDispatchBins = 2048;
 inline constexpr CompiledTransfer kCompiledCombine{.num_warps = 16, .num_stages = 4};
-// Between domains: fewer warps, because a kernel with all roles needs more registers.
+// Between domains: fewer warps, because a kernel with all roles needs more registers, of which each
+// quarter of an SM has enough for three such warps, or two.
 inline constexpr CompiledTransfer kCompiledInternodeDispatch{.num_warps = 12, .num_stages = 4};
-inline constexpr CompiledTransfer kCompiledInternodeCombine{.num_warps = 12, .num_stages = 4};
+inline constexpr CompiledTransfer kCompiledInternodeCombine{.num_warps = 8, .num_stages = 4};
 inline constexpr CompiledTransfer kCompiledLowLatencyDispatch{.num_warps = 16, .num_stages = 2};
 inline constexpr CompiledTransfer kCompiledLowLatencyCombine{.num_warps = 16, .num_stages = 1};
 

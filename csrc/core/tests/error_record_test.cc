@@ -46,6 +46,21 @@ TEST(ErrorRecord, SaysWhatOfAPlanAndItsDispatchDidNotCome) {
   EXPECT_EQ(awaited_text(WaitTag::kArrived, both.op, 5), "the routing or the rows of rank 5");
 }
 
+TEST(ErrorRecord, SaysWhoDidNotComeOverTheNetwork) {
+  EXPECT_EQ(describe(record(WaitTag::kDelivered, OpKind::kDispatch), 60),
+            "rank 2 waited 60 s in dispatch for a message of rank 5 over the network (chunk 3): "
+            "expected message 7, saw 6; is rank 5 alive, and does it run the same operations in "
+            "the same order?");
+  // Who may in turn wait for the network is given more time.
+  EXPECT_EQ(describe(record(WaitTag::kGathered, OpKind::kCombine), 60),
+            "rank 2 waited 90 s in combine for the sums of rank 5 (chunk 3): expected message 7, "
+            "saw 6; is rank 5 alive, and does it run the same operations in the same order?");
+  const auto op = static_cast<uint32_t>(OpKind::kPlan);
+  EXPECT_EQ(awaited_text(WaitTag::kCredit, op, 5),
+            "rank 5 to have read a message over the network");
+  EXPECT_EQ(awaited_text(WaitTag::kRelayed, op, 5), "rank 5 to hand on a message from the network");
+}
+
 TEST(ErrorRecord, SaysThatThePlanWasNotMade) {
   EXPECT_EQ(describe(record(WaitTag::kPlanned, OpKind::kPlanDispatch), 60),
             "rank 2 waited 120 s in plan_dispatch for the other blocks of its own kernel to have "

@@ -14,7 +14,7 @@ struct LoopbackTransport : MappedHeaps {
     const Ptr<const Vec16> source = as<const Vec16>(Ptr<const std::byte>{heap[rank] + from});
     const Ptr<Vec16> target = as<Vec16>(Ptr<std::byte>{heap[peer] + to});
     // Several loads of a lane are in flight at once: what a warp moves is latency.
-    constexpr u32 kAtOnce = 2;  // more would spill registers in combine
+    constexpr u32 kAtOnce = 4;
     const auto count = static_cast<u32>(bytes / sizeof(Vec16));
     for (u32 first = lane_id(); first < count; first += kAtOnce * kWarpSize) {
       Vec16 vectors[kAtOnce];

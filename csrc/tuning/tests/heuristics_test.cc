@@ -186,5 +186,26 @@ TEST(Tuning, LowLatencyCallsSpreadOverManySms) {
   }
 }
 
+// A warp that only receives is left, or ranks could wait for each other for ever; dispatch has two
+// more, for its relay and for credits.
+TEST(Tuning, ABlockBetweenDomainsHasAllRoles) {
+  const EpShape shape{.num_ranks = 16, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
+  const SmBudget budget{.available = 132, .requested = 0};
+  for (const OpKind op : {OpKind::kDispatch, OpKind::kCombine}) {
+    const LaunchShape launch = internode_launch_shape(op, shape, 14336, budget);
+    const bool dispatches = op == OpKind::kDispatch;
+    EXPECT_GE(launch.num_senders, 1);
+    EXPECT_GE(launch.num_rail_senders, 1);
+    EXPECT_EQ(launch.num_reducers > 0, !dispatches);
+    EXPECT_EQ(launch.num_tail_blocks, 0);
+    const int32_t roles =
+        launch.num_senders + launch.num_rail_senders + launch.num_reducers + (dispatches ? 2 : 0);
+    EXPECT_LT(roles, launch.num_warps);
+  }
+  const LaunchShape plan = internode_launch_shape(OpKind::kPlan, shape, 0, budget);
+  EXPECT_GE(plan.num_warps, 2);
+  EXPECT_EQ(plan.num_stages, 0);
+}
+
 }  // namespace
 }  // namespace jax_ep
