@@ -93,20 +93,25 @@ class DispatchReceiver {
                             i32 last_segment,
                             const RowOf& row_of,
                             const From& from) {
-    if (c_.hidden > 0 && c_.bulk && !Config::kProducts) {
-      expand_segments(first, last, first_segment, last_segment, row_of, from);
-      return;
+    // One of the two is compiled, for it is long.
+    if constexpr (!Config::kProducts) {
+      if (c_.hidden > 0 && c_.bulk) {
+        expand_segments(first, last, first_segment, last_segment, row_of, from);
+        return;
+      }
     }
     for (i64 token = first; token < last; ++token) {
       const i32 row = row_of(token);
       if (c_.hidden == 0 && !c_.with_dots()) continue;
-      if (c_.hidden > 0 && c_.bulk) {
-        if constexpr (Config::kProducts) products_.prefetch(row);
-        const auto same_row = [row](i64 /*token*/) { return row; };
-        expand_segments(token, token + 1, first_segment, last_segment, same_row, from);
-      } else {
-        expand_elements(from(token), row);
+      if constexpr (Config::kProducts) {
+        if (c_.hidden > 0 && c_.bulk) {
+          products_.prefetch(row);
+          const auto same_row = [row](i64 /*token*/) { return row; };
+          expand_segments(token, token + 1, first_segment, last_segment, same_row, from);
+          continue;
+        }
       }
+      expand_elements(from(token), row);
     }
   }
 
