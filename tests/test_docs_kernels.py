@@ -131,6 +131,9 @@ def test_the_page_has_the_warps_that_are_compiled():
     transfers = dict(re.findall(r"kCompiled(\w+){\.num_warps = (\d+), \.num_stages", configs))
     assert f"| dispatch | {transfers.pop('Dispatch')} |" in page
     assert f"| combine | {transfers.pop('Combine')} |" in page
+    between_domains = (ROOT / "docs" / "design" / "internode.md").read_text()
+    dispatch, combine = (transfers.pop(f"Internode{name}") for name in ("Dispatch", "Combine"))
+    assert f"{dispatch} warps in dispatch, {combine} in combine" in between_domains
     low_latency = (ROOT / "docs" / "design" / "low_latency.md").read_text()
     assert transfers.keys() == {"LowLatencyDispatch", "LowLatencyCombine"}
     (warps,) = set(transfers.values())
