@@ -341,7 +341,7 @@ SHARED_SMOKE_CASES = [GpuCase(num_tokens=128, num_ranks=2), GpuCase(num_tokens=1
 # --- a GPU for each rank --------------------------------------------------------------------------
 
 TOKENS = (1, 16, 128, 1024, 4096, 8192)
-OWN_SMS = (24, 64, 132)  # the first: of comparisons, and of the goals; the last: all there are
+OWN_SMS = (24, 64, 132)  # the first: of comparisons, and of goals.py; the last: all there are
 ROUTINGS = ("uniform", "zipf")
 MEASURED = tuple(OPERATIONS)  # of our operations, but by the low-latency kernels
 LOW_LATENCY_SMS, MAX_LOW_LATENCY_TOKENS = 64, 128

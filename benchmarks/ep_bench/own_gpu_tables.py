@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ep_bench import cells, shared_gpu_tables
+from ep_bench import cells, goals, shared_gpu_tables
 from ep_bench.bounds import bounds_of
 from ep_bench.bytes_moved import traffic
-from ep_bench.cases import FP8, LOW_LATENCY_OPERATIONS, MEASURED, OPERATIONS, GpuCase
+from ep_bench.cases import LOW_LATENCY_OPERATIONS, MEASURED, OPERATIONS, GpuCase
 from ep_bench.cells import (
     WHAT,
     ByRank,
@@ -23,19 +23,6 @@ from ep_bench.cells import (
     time_cell,
 )
 from ep_bench.variants import COMPARED, GPU_BASELINES, OURS
-
-# At R 8, T 4096, uniform, with at most this many SMs: seconds of one operation, and how many times
-# as long each baseline takes, there and back.
-GOAL_SMS = 24
-GOALS_S = {("dispatch", FP8): 420e-6, ("combine", None): 830e-6}
-GOAL_RATIO = 2.0
-# Of the low-latency kernels, R 2, uniform, layout "expert": operation, wire -> T -> seconds.
-LOW_LATENCY_GOALS_S = {
-    ("dispatch", FP8): {1: 9e-6, 16: 10e-6, 128: 15e-6},
-    ("dispatch", None): {1: 9e-6, 16: 10e-6, 128: 17e-6},
-    ("combine", None): {1: 9e-6, 16: 11e-6, 128: 18e-6},
-    ("there_and_back", None): {1: 17e-6, 16: 20e-6, 128: 34e-6},
-}
 
 
 def result(
@@ -130,18 +117,11 @@ def operation_table(found: Found, tablefmt: str) -> str:
     return table(headers, rows, tablefmt)
 
 
-def low_latency_goal(case: Mapping[str, Any], operation: str) -> float | None:
-    """Seconds that an operation of a low-latency case is to take; None: there is no goal for it."""
-    if case["num_ranks"] != 2 or case["layout"] != "expert":
-        return None
-    return LOW_LATENCY_GOALS_S.get((operation, case["wire_dtype"]), {}).get(case["num_tokens"])
-
-
 def low_latency_table(found: Found, tablefmt: str) -> str:
     """Microseconds of the low-latency kernels' operations beside their goals; may be empty."""
 
     def cell(entry: Result, operation: str) -> str:
-        goal = low_latency_goal(entry["case"], operation)
+        goal = goals.low_latency_s(entry["case"], operation)
         beside = "" if goal is None else f"; goal {microseconds(goal)}"
         return time_cell(entry["seconds"][operation]) + beside
 
@@ -237,28 +217,28 @@ def summary(found: Found) -> str:
     """How the goals were met, and what did not run."""
     lines = []
     of_goals = {"num_tokens": 4096, "num_ranks": 8, "routing": "uniform"}
-    for (op, wire), goal in GOALS_S.items():
+    for (op, wire), goal in goals.OWN_S.items():
         times = [
             r["seconds"][op]["median"]
             for r in found["results"]
             if r["case"].items() >= {**of_goals, "wire_dtype": wire}.items()
-            and r["case"]["num_sms"] <= GOAL_SMS
+            and r["case"]["num_sms"] <= goals.OWN_SMS
             and op in r["seconds"]
         ]
         if times:
             lines.append(
-                f"{'FP8' if wire else 'BF16'} {OPERATIONS[op]}, T 4096, R 8, at most {GOAL_SMS} "
-                f"SMs: {microseconds(min(times))} µs; the goal, {microseconds(goal)}, is "
-                f"{'met' if min(times) <= goal else 'missed'}."
+                f"{'FP8' if wire else 'BF16'} {OPERATIONS[op]}, T 4096, R 8, at most "
+                f"{goals.OWN_SMS} SMs: {microseconds(min(times))} µs; the goal, "
+                f"{microseconds(goal)}, is {'met' if min(times) <= goal else 'missed'}."
             )
     for entry in found["comparisons"]:
         if entry["case"].items() >= of_goals.items() and (by_key := ratios(entry)):
             key = min(by_key, key=by_key.__getitem__)
-            met = "met" if by_key[key] >= GOAL_RATIO else "missed"
+            met = "met" if by_key[key] >= goals.OWN_RATIO else "missed"
             lines.append(
                 f"There and back, T 4096, R 8, {entry['placement']}: the fastest baseline, "
                 f"{GPU_BASELINES[key]}, takes {by_key[key]:.2f} times as long as {OURS['ours']}; "
-                f"the goal, {GOAL_RATIO:g}, is {met}."
+                f"the goal, {goals.OWN_RATIO:g}, is {met}."
             )
     lines += [f"Did not run: {failure}" for failure in found["failures"]]
     return "\n".join(f"* {line}" for line in lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ep_bench import cells
+from ep_bench import cells, goals
 from ep_bench.bytes_moved import floor
 from ep_bench.cases import FP8, HIDDEN, NUM_EXPERTS, NUM_TOPK, OPERATIONS, GpuCase
 from ep_bench.cells import (
@@ -22,10 +22,6 @@ from ep_bench.cells import (
     table,
     time_cell,
 )
-
-# Of the copy bandwidth, at the first size with 16 SMs a rank; and of one token, in seconds.
-GOAL_SHARE = 0.6
-GOAL_OVERHEAD_S = 15e-6
 
 
 def result(case: GpuCase, values: ByRank) -> dict[str, Any]:
@@ -163,21 +159,22 @@ def summary(found: Found) -> str:
     lines = [f"Copies reach {bandwidth / 1e12:.2f} TB/s, reads and writes counted."]
     for op in ("dispatch", "combine") if first else ():
         own, heap = (share(first, op, of, bandwidth) for of in ("own", "through_heap"))
-        met = "met" if heap >= GOAL_SHARE else "missed"
+        met = "met" if heap >= goals.SHARED_SHARE else "missed"
         lines.append(
             f"{OPERATIONS[op]}, T 4096, R 8, 16 SMs: {heap:.2f} of that by the bytes through the "
-            f"heap ({own:.2f} by the operation's own bytes); the goal, {GOAL_SHARE}, is {met}."
+            f"heap ({own:.2f} by the operation's own bytes); the goal, {goals.SHARED_SHARE}, "
+            f"is {met}."
         )
     if one:
         medians = {op: spread["median"] for op, spread in one["seconds"].items()}
         chain = medians.pop("chain", 0.0)
         worst = max(medians.values()) - chain
-        met = "met" if worst <= GOAL_OVERHEAD_S else "missed"
+        met = "met" if worst <= goals.SHARED_OVERHEAD_S else "missed"
         what = f", {microseconds(chain)} of it that of the chain itself; the goal for the rest"
         lines.append(
             f"T 1, µs: {_by_operation(medians)}. All of it is launching and synchronizing"
-            f"{what if chain else '; the goal for that'}, {microseconds(GOAL_OVERHEAD_S)} for each "
-            f"operation, is {met}."
+            f"{what if chain else '; the goal for that'}, "
+            f"{microseconds(goals.SHARED_OVERHEAD_S)} for each operation, is {met}."
         )
     if one and one.get("kernels"):
         lines.append(f"Of that, beyond the kernels alone: {_by_operation(overheads(one))}.")

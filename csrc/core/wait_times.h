@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How long kernels wait, from what users say in seconds.
+// How long kernels wait, from what users say in seconds; what they get where they say nothing is in
+// jax_ep/_src/groups/deadlines.py.
 #ifndef JAX_EP_CSRC_CORE_WAIT_TIMES_H_
 #define JAX_EP_CSRC_CORE_WAIT_TIMES_H_
 

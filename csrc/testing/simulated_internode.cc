@@ -3,71 +3,7 @@
 
 #include <algorithm>
 
-#include "csrc/device/row_type_of.h"
-#include "csrc/kernels/internode/combine_kernel.h"
-#include "csrc/kernels/internode/dispatch_kernel.h"
-#include "csrc/kernels/internode/plan_kernel.h"
-
 namespace jax_ep {
-namespace {
-
-using dev::SimulatedTransport;
-
-template <typename RowType, typename Config>
-SimulatedKernel kernel_of(const SimulatedInternodeParams<DispatchOp>& params) {
-  using dev::DispatchExpertLayout, dev::DispatchRankLayout, dev::InternodeDispatchKernel;
-  if (params.op.shape.layout == Layout::kRank) {
-    using RowLayout = DispatchRankLayout<Config, RowType>;
-    return simulated_kernel_of<InternodeDispatchKernel<RowLayout, SimulatedTransport>, Config>(
-        params);
-  }
-  using RowLayout = DispatchExpertLayout<Config, RowType>;
-  return simulated_kernel_of<InternodeDispatchKernel<RowLayout, SimulatedTransport>, Config>(
-      params);
-}
-
-template <typename RowType>
-SimulatedKernel kernel_of(const SimulatedInternodeParams<CombineOp>& params) {
-  using Config = dev::CombineConfig<4, 4, 1024, true>;
-  using dev::CombineExpertLayout, dev::CombineRankLayout, dev::InternodeCombineKernel;
-  using Context = dev::CombineContext<Config, RowType>;
-  if (params.op.shape.layout == Layout::kRank) {
-    using RowLayout = CombineRankLayout<Context>;
-    return simulated_kernel_of<InternodeCombineKernel<RowLayout, SimulatedTransport>, Config>(
-        params);
-  }
-  using RowLayout = CombineExpertLayout<Context>;
-  return simulated_kernel_of<InternodeCombineKernel<RowLayout, SimulatedTransport>, Config>(params);
-}
-
-}  // namespace
-
-SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<PlanOp>& params) {
-  using Config = dev::PlanConfig<2, 320>;
-  using dev::InternodePlanKernel, dev::PlanExpertLayout, dev::PlanRankLayout;
-  if (params.op.shape.layout == Layout::kRank) {
-    using Kernel = InternodePlanKernel<PlanRankLayout<Config>, SimulatedTransport>;
-    return simulated_kernel_of<Kernel, Config>(params);
-  }
-  using Kernel = InternodePlanKernel<PlanExpertLayout<Config>, SimulatedTransport>;
-  return simulated_kernel_of<Kernel, Config>(params);
-}
-
-SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<DispatchOp>& params) {
-  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
-    using RowType = typename decltype(row)::type;
-    if (products_of(params.op) != 0) {
-      return kernel_of<RowType, dev::DispatchConfig<5, 3, 4096, true>>(params);
-    }
-    return kernel_of<RowType, dev::DispatchConfig<5, 3, 2048>>(params);
-  });
-}
-
-SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<CombineOp>& params) {
-  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
-    return kernel_of<typename decltype(row)::type>(params);
-  });
-}
 
 uint64_t SimulatedRails::memory_bytes(const NetworkShape& shape) {
   return static_cast<uint64_t>(make_network_layout(shape).total_bytes);

@@ -15,7 +15,7 @@ from jax_ep._src.grouped_dot import grouped_dot
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.halves import begin_dispatch, dispatch_done
 from jax_ep._src.quantized import QuantizedRows
-from jax_ep._src.restored import Sent, dispatch_in_fp8, restore
+from jax_ep._src.straight_through import Sent, dispatch_in_fp8, restore
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]

@@ -2,7 +2,8 @@
 """Rows in FP8: float8_e4m3fn with one float32 scale per 128 elements.
 
 The rounding is that of DeepSeek-V3's activations (arXiv:2412.19437, section 3.3): `scale =
-max(amax, 1e-4) / 448`, values divided by it and rounded to nearest even.
+max(amax, 1e-4) / 448`, values divided by it and rounded to nearest even. Gradients that go straight
+through it: `straight_through.py` (rows received in FP8), `backends/tangents.py` (the FP8 wire).
 """
 
 import dataclasses

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The last step of a plan: counts become rows. Each rank works out both sides: the slots of its own
-// selections, and what its own rows hold. Where rows start, and what is dropped, is in
-// plan_context.h and the layouts; the walk of the low-latency kernels is
-// csrc/kernels/low_latency/routing_plan.h.
+// selections, and what its own rows hold.
+//
+// The order of rows: tokens are walked by source rank, then by token, and in layout "expert" each
+// expert has its own rows; where those of an expert or a source start is in plan_expert_layout.h and
+// plan_rank_layout.h. What finds no room is dropped: `slot_of` here, where rows are clipped to the
+// capacity (`clip` of plan_context.h); the layouts' `write_counts` count it. The low-latency kernels
+// do the same in csrc/kernels/low_latency/routing_plan.h.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mutants of `mutants.py` that are edits of the high-throughput kernels and of what they use."""
 
+from internode_mutants import internode_operation
 from mutant import DEVICE, Mutant
 
 KERNELS = "csrc/kernels/high_throughput/"
@@ -55,7 +56,7 @@ def operations(mutant: Mutant) -> list[str]:
     if mutant.low_latency:
         return ["low_latency"]
     if mutant.internode:
-        return ["internode"]
+        return [f"internode_{internode_operation(mutant)}"]
     if mutant.in_plan_dispatch:
         return ["plan_dispatch"]
     path = mutant.path

@@ -21,6 +21,16 @@ PLAN = KERNELS + "plan_kernel.h"
 _mutant = functools.partial(Mutant, internode=True)
 
 
+def internode_operation(mutant: Mutant) -> str:
+    """The operation that sees a mutant: what all three use is seen in combine, or in dispatch."""
+    if mutant.path in {ROUTING, PLAN, PEERS}:
+        return "plan"
+    of_pull = any(word in mutant.name for word in ("relay", "pull", "told of a message", "half"))
+    if mutant.path in {SENDER, RECEIVER, DISPATCH} or of_pull:
+        return "dispatch"
+    return "combine"
+
+
 def _removed(name: str, path: str, old: str, after: str = "", **more: int) -> Mutant:
     return _mutant(f"rail: no {name}", path, old, "", after, **more)
 

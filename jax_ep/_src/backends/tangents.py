@@ -3,7 +3,7 @@
 
 Tangents and cotangents travel in the rows' own dtype (`OpSpec.for_cotangents`), also where the rows
 themselves go over the FP8 wire: the derivative of its rounding is taken to be 1 (straight through).
-Rows that are quantized before or after they travel have no gradient here (see `restored.py`).
+Rows that are quantized before or after they travel have none here: see `straight_through.py`.
 """
 
 import functools

@@ -2,7 +2,6 @@
 """Which backend serves a group: this library's kernels for the platform, or XLA's collectives."""
 
 import logging
-import math
 from collections.abc import Callable
 
 from jax_ep._src.errors import EpUnavailable
@@ -39,12 +38,6 @@ def _offer(platform: str, parameters: GroupParameters) -> Offer:
     if not has_local_devices(parameters.mesh):
         return Offer.refusal("no device of the mesh belongs to this process")
     return module.offer(parameters)
-
-
-def default_timeout(platform: str) -> float:
-    """Seconds until ranks give up one that does not come, where nobody says otherwise."""
-    module = _PLATFORMS.get(platform)
-    return module.DEFAULT_TIMEOUT_S if module else math.inf
 
 
 _logged: set[tuple[str, str | None]] = set()

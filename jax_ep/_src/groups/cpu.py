@@ -9,9 +9,6 @@ from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.placements import placements
 
-# XLA ends a process that has waited 40 s for a collective of its own; our error must come before.
-DEFAULT_TIMEOUT_S = 30.0
-
 
 def offer(parameters: GroupParameters) -> Offer:
     """Whether the handlers for CPU can serve a mesh of CPU devices."""

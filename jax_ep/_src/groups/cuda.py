@@ -30,8 +30,6 @@ from jax_ep._src.ranges import why_not_on_gpus
 
 _logger = logging.getLogger("jax_ep")
 
-# A rank that gives up costs its process.
-DEFAULT_TIMEOUT_S = 1800.0
 # How long close() waits for other processes, at most: what they may still map is then left.
 _CLOSE_S = 60.0
 _EXIT_S = 10.0

@@ -15,7 +15,8 @@ import numpy as np
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed
-from jax_ep._src.groups.backend_choice import choose_backend, default_timeout
+from jax_ep._src.groups.backend_choice import choose_backend
+from jax_ep._src.groups.deadlines import default_timeout
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import BackendGroup, GroupParameters
 from jax_ep._src.ranges import check_num_ranks

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `EpGroup` needs of the kinds of groups: `cpu.py`, `cuda.py` and `xla.py` are siblings here.
 
-A module of a platform has `offer(parameters) -> Offer` and `DEFAULT_TIMEOUT_S`.
+A module of a platform has `offer(parameters) -> Offer`.
 """
 
 import dataclasses

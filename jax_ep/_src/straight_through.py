@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of rows that are received in FP8: straight through, in the rows' own dtype."""
+"""The gradient of rows that are received in FP8: straight through, in the rows' own dtype.
+
+That of rows which only travel in FP8 is in `backends/tangents.py`, by the same rule: the derivative
+of rounding is taken to be 1.
+"""
 
 import functools
 from collections.abc import Callable
