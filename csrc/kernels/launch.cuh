@@ -60,6 +60,23 @@ constexpr bool takes_roles(OpKind op, const LaunchShape& shape) {
   return false;
 }
 
+// Whether a call can be made between its domains: all ranks take part, because a rank that does not
+// would cut off its rail, and sums are those of the domains.
+template <typename Params>
+bool fits_domains(const Params& params) {
+  const Topology& topology = params.network.topology;
+  const NetworkLayout& layout = params.network.layout;
+  if constexpr (requires { params.op.domain_size; }) {
+    if (params.op.domain_size != topology.num_scaleup_ranks) return false;
+  }
+  return params.view.active_ranks == kAllRanks && topology.num_scaleout_ranks > 1 &&
+         topology.num_ranks() == params.view.num_ranks &&
+         topology.num_scaleup_ranks == params.view.num_neighbors &&
+         topology.num_scaleup_ranks <= kMaxDomainRanks && layout.chunk_tokens >= 1 &&
+         layout.chunk_tokens <= kMaxRailChunkTokens && layout.window >= 1 &&
+         layout.gather_units >= 1 && layout.buffer_bytes < int64_t{1} << 32;
+}
+
 template <typename Kernel, typename Config, typename Params>
 [[nodiscard]] cudaError_t launch_kernel(const Params& params,
                                         const LaunchShape& shape,
@@ -75,6 +92,7 @@ template <typename Kernel, typename Config, typename Params>
   launched.num_senders = shape.num_senders;
   if constexpr (requires { launched.num_rail_senders; }) {
     if (!takes_roles<Config>(Params::Op::kKind, shape)) return cudaErrorInvalidConfiguration;
+    if (!fits_domains(params)) return cudaErrorInvalidValue;
     launched.num_rail_senders = shape.num_rail_senders;
     launched.num_reducers = shape.num_reducers;
   }

@@ -90,7 +90,11 @@ class RailReceiver {
           if (c_.op.num_scalars > 0 && warp_ballot(row >= 0) != 0) {
             const TokenScalars scalars(message + message_.scalars(tokens.count(), tokens.place(i)),
                                        c_.num_topk);
-            receiver_.expand_scalars(row, {scalars.of(scalars.holders(), rail_.index()).raw});
+            const u32 holders = scalars.holders();
+            // A handle from elsewhere may claim a row that nobody has sent for.
+            if ((holders >> rail_.index() & 1) != 0) {
+              receiver_.expand_scalars(row, {scalars.of(holders, rail_.index()).raw});
+            }
           }
           return row;
         },

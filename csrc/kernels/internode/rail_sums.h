@@ -148,7 +148,7 @@ class CombineReducer {
         part,
         [&](i64 token) {
           const i32 i = index_of(token);
-          const u32 holders = warp_ballot(held.has(i));
+          const u32 holders = possible_holders(warp_ballot(held.has(i)));
           if (c_.params.op.num_scalars > 0 && holders != 0) {
             merge_scalars(message, tokens, i, gathered, held, holders);
           }
@@ -161,6 +161,13 @@ class CombineReducer {
         });
     rail_.send(domain, chunk, layouts_.message.bytes(tokens.count()));
     rail_.put_freed(unit);
+  }
+
+  // A token has at most K holders, and a message has room for no more: handles from elsewhere may
+  // say otherwise.
+  JAX_EP_DEVICE u32 possible_holders(u32 holders) const {
+    while (count_bits(holders) > static_cast<u32>(c_.num_topk)) holders &= holders - 1;
+    return holders;
   }
 
   // All lanes: the tokens that any has.

@@ -171,6 +171,24 @@ TEST(Internode, AHandleThatNoPlanMadeLeavesItsBuffersAlone) {
   }
 }
 
+// All ranks of a domain claim every token, which no plan lets them: more than a message has room for.
+TEST(Internode, MoreHoldersThanAMessageHasRoomForLeaveItsBuffersAlone) {
+  const EpShape shape{.num_experts = 32, .num_topk = 2, .num_tokens = 7};
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    Scenario scenario = scenario_of({2, 8}, shape, 16, DType::kFloat32);
+    scenario.groups[0].rail_chunk_tokens = 7;
+    scenario.groups[0].window = 1;
+    ScenarioStep& step = scenario.groups[0].steps[0];
+    step.options.seed = static_cast<uint32_t>(seed);
+    step.ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine, OpKind::kCombine};
+    scenario.mishap = Mishap::kHostileHandle;
+    scenario.check_races = false;
+    scenario.blocks = 1;
+    const std::string kind = run_scenario(scenario, seed).report.kind;
+    EXPECT_TRUE(kind.empty() || kind == "uninitialized") << seed << ": " << kind;
+  }
+}
+
 TEST(Internode, AClosedGroupLeavesNoResults) {
   for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
     const Outcome outcome = run_scenario(with_mishap(Mishap::kClosed, op, 0), 1);
