@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels between domains on the hardware: random scenarios, over mapped memory.
 
-All ranks are in one process, each with a stream of its own. With two GPUs neighboring ranks share one:
-what crosses goes over NVLink, and what is pulled where a domain has ranks on both (three domains).
+All ranks are in one process, each with a stream of its own. With two GPUs neighboring ranks share
+one: what crosses goes over NVLink, and what is pulled where a domain has ranks on both (of three).
 """
 
 import os
