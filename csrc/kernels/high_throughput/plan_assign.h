@@ -3,10 +3,10 @@
 // selections, and what its own rows hold.
 //
 // The order of rows: tokens are walked by source rank, then by token, and in layout "expert" each
-// expert has its own rows; where those of an expert or a source start is in plan_expert_layout.h and
-// plan_rank_layout.h. What finds no room is dropped: `slot_of` here, where rows are clipped to the
-// capacity (`clip` of plan_context.h); the layouts' `write_counts` count it. The low-latency kernels
-// do the same in csrc/kernels/low_latency/routing_plan.h.
+// expert has its own rows; where those of an expert or a source start is in plan_expert_layout.h
+// and plan_rank_layout.h. What finds no room is dropped: `slot_of` here, where rows are clipped to
+// the capacity (`clip` of plan_context.h); the layouts' `write_counts` count it. The low-latency
+// kernels do the same in csrc/kernels/low_latency/routing_plan.h.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 

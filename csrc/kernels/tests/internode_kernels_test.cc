@@ -171,7 +171,8 @@ TEST(Internode, AHandleThatNoPlanMadeLeavesItsBuffersAlone) {
   }
 }
 
-// All ranks of a domain claim every token, which no plan lets them: more than a message has room for.
+// All ranks of a domain claim every token, which no plan lets them: more than a message has room
+// for.
 TEST(Internode, MoreHoldersThanAMessageHasRoomForLeaveItsBuffersAlone) {
   const EpShape shape{.num_experts = 32, .num_topk = 2, .num_tokens = 7};
   for (uint64_t seed = 1; seed <= 6; ++seed) {
