@@ -62,6 +62,7 @@ struct KernelParams {
   uint32_t* ticket = nullptr;  // [kTicketWords] out of a first half, in of a second one
   Op op;
 };
+
 // The network heaps of a rank's domain, as its kernels see them. Constant while the group lives.
 struct NetworkView {
   NetworkLayout layout;

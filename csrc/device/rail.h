@@ -68,6 +68,18 @@ class Rail {
     return last < num_tokens_ ? last : num_tokens_;
   }
 
+  struct TokenRange {
+    i64 first;
+    i64 last;
+  };
+  // One of the parts of a rail chunk, which may have no tokens.
+  JAX_EP_DEVICE TokenRange part(i32 chunk, i32 number) const {
+    const i64 tokens = ceil_div(tokens_per_chunk_, kRailChunkParts);
+    const i64 end = last_token(chunk);
+    const i64 first = first_token(chunk) + number * tokens;
+    return {first < end ? first : end, first + tokens < end ? first + tokens : end};
+  }
+
   // --- messages out ------------------------------------------------------------------------------
 
   // One lane, before it stores to the buffer; follow it with a warp_sync.

@@ -34,6 +34,11 @@ JAX_EP_DEVICE u32 num_earlier(i32 value, u32 lanes, i32 num_topk) {
   return before;
 }
 
+// Whether a selection has a row. A handle from elsewhere must not lead out of any buffer.
+JAX_EP_DEVICE bool has_row(const EpShape& shape, i32 expert, i32 slot) {
+  return expert >= 0 && expert < shape.num_experts && slot >= 0 && slot < shape.recv_capacity;
+}
+
 // A token's selections that have a row; the others take no part. All lanes make it together.
 class Selections {
  public:
@@ -48,9 +53,7 @@ class Selections {
       expert_ = ld(topk_idx + (token * shape.num_topk + lane));
       slot_ = ld(slots + (token * shape.num_topk + lane));
     }
-    // A handle from elsewhere must not lead out of any buffer.
-    live_ =
-        expert_ >= 0 && expert_ < shape.num_experts && slot_ >= 0 && slot_ < shape.recv_capacity;
+    live_ = has_row(shape, expert_, slot_);
     dest_ = live_ ? owner_of(expert_, shape.num_local_experts()) : -1;
     same_dest_ = warp_match(static_cast<u32>(dest_));
   }

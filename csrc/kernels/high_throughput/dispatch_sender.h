@@ -130,11 +130,7 @@ class DispatchSender {
 
   JAX_EP_DEVICE void send_scalars(const TokenSelections& selections, i64 token) {
     if (c_.op.num_scalars == 0) return;
-    const u32 lane = lane_id();
-    const bool is_selection = lane < static_cast<u32>(c_.num_topk);
-    const float scalar =
-        is_selection ? ld(Ptr<const float>{c_.op.token_scalars} + (token * c_.num_topk + lane))
-                     : 0.0F;
+    const float scalar = packing().scalar_of_lane(token);
     RowLayout(c_).send_scalars(selections, scalar, [this, token](i32 dest, u32 position, float of) {
       put_scalar(c_.exchange.view(), dest, token, c_.num_topk, position, of);
     });

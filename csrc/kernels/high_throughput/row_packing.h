@@ -14,6 +14,11 @@ class RowPacking {
  public:
   JAX_EP_DEVICE explicit RowPacking(const Context& context) : c_(context) {}
 
+  // Of this lane's selection.
+  JAX_EP_DEVICE float scalar_of_lane(i64 token) const {
+    if (lane_id() >= static_cast<u32>(c_.num_topk)) return 0.0F;
+    return ld(Ptr<const float>{c_.op.token_scalars} + (token * c_.num_topk + lane_id()));
+  }
   // What to load of a segment.
   JAX_EP_DEVICE SegmentSource source(i64 token, i32 segment) const {
     return {c_.x_row(token) + c_.segments.first(segment) * c_.x_bytes,

@@ -150,10 +150,9 @@ class InternodeCombineKernel {
 
   JAX_EP_DEVICE ChunkPart part_of(i32 chunk, i32 number) const {
     ChunkPart part = part_of_rail_chunk(c_, rail_, chunk);
-    const i64 tokens = ceil_div(rail_.tokens_per_chunk(), kRailChunkParts);
-    const i64 first = part.first_token + number * tokens;
-    part.first_token = first < part.last_token ? first : part.last_token;
-    if (first + tokens < part.last_token) part.last_token = first + tokens;
+    const typename Rail<Transport>::TokenRange range = rail_.part(chunk, number);
+    part.first_token = range.first;
+    part.last_token = range.last;
     return part;
   }
 

@@ -17,9 +17,7 @@ struct TokenSet {
   JAX_EP_DEVICE bool has(i32 token) const { return (bits >> token & 1) != 0; }
   // How many come before.
   JAX_EP_DEVICE i32 place(i32 token) const {
-    const u64 before = bits & ((u64{1} << token) - 1);
-    return static_cast<i32>(count_bits(static_cast<u32>(before)) +
-                            count_bits(static_cast<u32>(before >> 32)));
+    return TokenSet{bits & ((u64{1} << token) - 1)}.count();
   }
   JAX_EP_DEVICE i32 count() const {
     return static_cast<i32>(count_bits(static_cast<u32>(bits)) +

@@ -73,14 +73,11 @@ class RailReceiver {
  private:
   JAX_EP_DEVICE void pull_part(Ptr<const std::byte> message, i32 source, i32 chunk, i32 part) {
     const i64 first = rail_.first_token(chunk);
-    const i64 last = rail_.last_token(chunk);
-    const i64 of_part = ceil_div(rail_.tokens_per_chunk(), kRailChunkParts);
-    const i64 begin = min_of(first + part * of_part, last);
-    const i64 end = min_of(begin + of_part, last);
+    const typename Rail<Transport>::TokenRange range = rail_.part(chunk, part);
     const TokenSet tokens = read_header(message);
     receiver_.expand(
-        begin,
-        end,
+        range.first,
+        range.last,
         0,
         c_.segments.count,
         [&](i64 token) {
@@ -102,7 +99,6 @@ class RailReceiver {
           return message + message_.row(tokens.place(static_cast<i32>(token - first)));
         });
   }
-  JAX_EP_DEVICE static i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
 
   Context& c_;
   DispatchReceiver<RowLayout>& receiver_;

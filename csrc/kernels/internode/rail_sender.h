@@ -57,9 +57,7 @@ class RailSender {
     for (i32 k = 0; k < c_.num_topk; ++k) {
       const i32 expert = ld(Ptr<const i32>{c_.op.topk_idx} + (token * c_.num_topk + k));
       const i32 slot = ld(Ptr<const i32>{c_.op.slot} + (token * c_.num_topk + k));
-      // As in Selections.
-      if (expert < 0 || expert >= c_.shape.num_experts) continue;
-      if (slot < 0 || slot >= c_.shape.recv_capacity) continue;
+      if (!has_row(c_.shape, expert, slot)) continue;
       const i32 rank = owner_of(expert, c_.shape.num_local_experts());
       if (rail_.domain_of(rank) == domain) ranks |= 1U << rail_.index_of(rank);
     }
@@ -76,11 +74,7 @@ class RailSender {
       clear_part(at, message_.scalar_stride);
       const TokenScalars scalars(at, c_.num_topk);
       if (lane_id() == 0) scalars.write_holders(holders);
-      const bool is_selection = lane_id() < static_cast<u32>(c_.num_topk);
-      const float scalar =
-          is_selection
-              ? ld(Ptr<const float>{c_.op.token_scalars} + (token * c_.num_topk + lane_id()))
-              : 0.0F;
+      const float scalar = RowPacking<Context>(c_).scalar_of_lane(token);
       const Selections selections =
           PlannedSelections::of(c_, token).within(rail_.rank_at(domain, 0), rail_.num_ranks());
       RowLayout(c_).send_scalars(selections, scalar, [&](i32 rank, u32 position, float of) {

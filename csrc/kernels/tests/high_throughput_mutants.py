@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mutants of `mutants.py` that are edits of the high-throughput kernels and of what they use."""
 
-from internode_mutants import internode_operation
 from mutant import DEVICE, Mutant
 
 KERNELS = "csrc/kernels/high_throughput/"
@@ -47,16 +46,12 @@ COMBINE_EXPERT = KERNELS + "combine_expert_layout.h"
 COMBINE_RANK = KERNELS + "combine_rank_layout.h"
 
 
-def operations(mutant: Mutant) -> list[str]:
+def high_throughput_operations(mutant: Mutant) -> list[str]:
     """Operations that are compiled with a mutant, enough to see it; "wait" is a kernel that does but that.
 
     What several kernels include is compiled into the two that compile fastest, or into the one that
     has all of it.
     """
-    if mutant.low_latency:
-        return ["low_latency"]
-    if mutant.internode:
-        return [f"internode_{internode_operation(mutant)}"]
     if mutant.in_plan_dispatch:
         return ["plan_dispatch"]
     path = mutant.path
@@ -229,7 +224,7 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("rows of a handle from elsewhere are not bounded", SELECTIONS,
            "return row < shape.recv_capacity ? row : -1;", "return row;", mishaps=True),
     Mutant("experts of a handle from elsewhere are not bounded", SELECTIONS,
-           "expert_ < shape.num_experts &&", "", mishaps=True),
+           "expert < shape.num_experts &&", "", mishaps=True),
     # --- the segment ring --------------------------------------------------------------------------
     _removed("wait before a stage is loaded again", RING, "bulk_wait_read<1>();"),
     Mutant("waits for too few reads", RING, "bulk_wait_read<1>();", "bulk_wait_read<2>();"),

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 
-from high_throughput_mutants import HIGH_THROUGHPUT_MUTANTS, operations
-from internode_mutants import INTERNODE_MUTANTS
+from high_throughput_mutants import HIGH_THROUGHPUT_MUTANTS, high_throughput_operations
+from internode_mutants import INTERNODE_MUTANTS, internode_operation
 from low_latency_mutants import LOW_LATENCY_MUTANTS
 from mutant import Mutant
 
@@ -32,6 +32,15 @@ MUTANTS = HIGH_THROUGHPUT_MUTANTS + LOW_LATENCY_MUTANTS + INTERNODE_MUTANTS
 SOURCES = "csrc/testing/simulated_{}.cc"
 SEEDS = pathlib.Path(__file__).with_name("mutant_seeds.json")
 LATE = 5  # scenarios that are run in less than it takes to compile a mutant
+
+
+def operations(mutant: Mutant) -> list[str]:
+    """The `simulated_*.cc` that are compiled with a mutant."""
+    if mutant.low_latency:
+        return ["low_latency"]
+    if mutant.internode:
+        return [f"internode_{internode_operation(mutant)}"]
+    return high_throughput_operations(mutant)
 
 
 def mutate(mutant: Mutant) -> str:
