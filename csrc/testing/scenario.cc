@@ -33,7 +33,7 @@ GroupScenario random_group(Draw& draw, int32_t num_ranks, const ScenarioLimits& 
   shape.num_topk = static_cast<int32_t>(1 + draw.below(std::min(shape.num_experts, 6)));
   shape.layout = draw.one_in(3) ? Layout::kRank : Layout::kExpert;
   if (shape.layout == Layout::kExpert) shape.expert_alignment = draw.one_of<int32_t>({1, 1, 4, 7});
-  base.dtype = draw.one_of<DType>({DType::kFloat32, DType::kBFloat16, DType::kFloat16});
+  base.dtype = draw.one_of(limits.dtypes);
   base.wire = draw.one_in(3) ? Wire::kFloat8E4M3 : Wire::kSame;
   base.hidden = draw.one_of<int64_t>({8, 64, 136, 400, 1104, 7, 1, 33, 0});
   if (base.wire == Wire::kFloat8E4M3) base.hidden = draw.one_of<int64_t>({128, 144, 1152, 130, 5});

@@ -88,6 +88,7 @@ struct ScenarioLimits {
   int32_t groups = 1;
   bool low_latency = false;  // most calls by the low-latency kernels
   bool internode = false;    // several domains; num_ranks is not looked at
+  std::vector<DType> dtypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 };
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits);
 

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/high_throughput/combine_kernel.h"
 #include "csrc/testing/simulated_kernel.h"
 
@@ -20,7 +19,7 @@ SimulatedKernel kernel_of(CombineParams params) {
 }  // namespace
 
 SimulatedKernel simulated_kernel(const CombineParams& params) {
-  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
+  return simulated_kernel_of_dtype(params.op.dtype, [&](auto row) {
     using RowType = typename decltype(row)::type;
     return sums_over_domains(params.op) ? kernel_of<RowType, true>(params)
                                         : kernel_of<RowType, false>(params);

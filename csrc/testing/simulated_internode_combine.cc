@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/internode/combine_kernel.h"
 #include "csrc/testing/simulated_internode.h"
 
@@ -25,9 +24,8 @@ SimulatedKernel kernel_of(const SimulatedInternodeParams<CombineOp>& params) {
 }  // namespace
 
 SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<CombineOp>& params) {
-  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
-    return kernel_of<typename decltype(row)::type>(params);
-  });
+  return simulated_kernel_of_dtype(
+      params.op.dtype, [&](auto row) { return kernel_of<typename decltype(row)::type>(params); });
 }
 
 }  // namespace jax_ep

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/internode/dispatch_kernel.h"
 #include "csrc/testing/simulated_internode.h"
 
@@ -24,7 +23,7 @@ SimulatedKernel kernel_of(const SimulatedInternodeParams<DispatchOp>& params) {
 }  // namespace
 
 SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<DispatchOp>& params) {
-  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
+  return simulated_kernel_of_dtype(params.op.dtype, [&](auto row) {
     using RowType = typename decltype(row)::type;
     if (products_of(params.op) != 0) {
       return kernel_of<RowType, dev::DispatchConfig<5, 3, 4096, true>>(params);

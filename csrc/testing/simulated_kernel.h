@@ -6,8 +6,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <type_traits>
 
 #include "csrc/core/kernel_params.h"
+#include "csrc/device/row_type_of.h"
 
 namespace jax_ep {
 
@@ -30,6 +32,18 @@ SimulatedKernel simulated_low_latency_kernel(const CombineParams& params);
 // Waits for a peer. After its first poll it stands still past the deadline; what it waits for comes
 // meanwhile.
 SimulatedKernel simulated_wait(const RankView& view, int32_t peer);
+
+// The kernel of a row type that `use(std::type_identity<RowType>{})` gives. Of all dtypes but in
+// most mutants (mutants.py), which are compiled for one in less than half of the time.
+template <typename Use>
+SimulatedKernel simulated_kernel_of_dtype(DType dtype, const Use& use) {
+#ifdef JAX_EP_SIMULATED_ROW_TYPE
+  static_cast<void>(dtype);
+  return use(std::type_identity<dev::JAX_EP_SIMULATED_ROW_TYPE>{});
+#else
+  return with_row_type(dtype, SimulatedKernel{}, use);
+#endif
+}
 
 template <typename Kernel, typename Config, typename Params>
 SimulatedKernel simulated_kernel_of(const Params& params) {

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/low_latency/combine_kernel.h"
 #include "csrc/kernels/low_latency/dispatch_kernel.h"
 #include "csrc/testing/simulated_kernel.h"
@@ -36,15 +35,14 @@ SimulatedKernel kernel_of(const CombineParams& params) {
 }  // namespace
 
 SimulatedKernel simulated_low_latency_kernel(const PlanDispatchParams& params) {
-  return with_row_type(params.op.dispatch.dtype, SimulatedKernel{}, [&](auto row) {
+  return simulated_kernel_of_dtype(params.op.dispatch.dtype, [&](auto row) {
     return kernel_of<typename decltype(row)::type>(params);
   });
 }
 
 SimulatedKernel simulated_low_latency_kernel(const CombineParams& params) {
-  return with_row_type(params.op.dtype, SimulatedKernel{}, [&](auto row) {
-    return kernel_of<typename decltype(row)::type>(params);
-  });
+  return simulated_kernel_of_dtype(
+      params.op.dtype, [&](auto row) { return kernel_of<typename decltype(row)::type>(params); });
 }
 
 }  // namespace jax_ep

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "csrc/device/row_type_of.h"
 #include "csrc/kernels/high_throughput/plan_dispatch_kernel.h"
 #include "csrc/testing/simulated_kernel.h"
 
@@ -25,7 +24,7 @@ SimulatedKernel kernel_of(PlanDispatchParams params) {
 }  // namespace
 
 SimulatedKernel simulated_kernel(const PlanDispatchParams& params) {
-  return with_row_type(params.op.dispatch.dtype, SimulatedKernel{}, [&](auto row) {
+  return simulated_kernel_of_dtype(params.op.dispatch.dtype, [&](auto row) {
     return kernel_of<typename decltype(row)::type>(params);
   });
 }

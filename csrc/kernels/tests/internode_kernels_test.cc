@@ -5,32 +5,23 @@
 
 #include <string>
 
-#include "csrc/testing/run_scenario.h"
+#include "csrc/kernels/tests/expect_scenarios.h"
 
 namespace jax_ep {
 namespace {
 
-void expect_ok(const Scenario& scenario, uint64_t seed = 1) {
-  const Outcome outcome = run_scenario(scenario, seed);
-  ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
-}
-
-void expect_scenarios(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
+void expect_internode(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
   limits.internode = true;
-  for (uint64_t seed = first; seed <= last; ++seed) {
-    Scenario scenario = random_scenario(seed, limits);
-    scenario.check_races = races;
-    expect_ok(scenario, seed);
-  }
+  expect_scenarios(first, last, limits, races);
 }
 
-TEST(Internode, ScenariosAgreeWithTheCpuBackend) { expect_scenarios(1, 60, {}); }
-TEST(Internode, MoreScenariosAgreeWithTheCpuBackend) { expect_scenarios(61, 120, {}); }
+TEST(Internode, ScenariosAgreeWithTheCpuBackend) { expect_internode(1, 60, {}); }
+TEST(Internode, MoreScenariosAgreeWithTheCpuBackend) { expect_internode(61, 120, {}); }
 
-TEST(Internode, ScenariosAgreeWithoutTheRaceDetector) { expect_scenarios(1001, 1020, {}, false); }
+TEST(Internode, ScenariosAgreeWithoutTheRaceDetector) { expect_internode(1001, 1020, {}, false); }
 
 TEST(Internode, TwoGroupsAtOnce) {
-  expect_scenarios(2001, 2012, {.max_tokens = 8, .steps = 2, .groups = 2});
+  expect_internode(2001, 2012, {.max_tokens = 8, .steps = 2, .groups = 2});
 }
 
 struct Domains {
@@ -101,7 +92,7 @@ TEST(Internode, RowsInFp8) {
 TEST(Internode, NoTokensAndNoSelections) {
   for (const int64_t tokens : {0, 1}) {
     const EpShape shape{.num_experts = 3, .num_topk = 1, .num_tokens = tokens};
-    for (uint64_t seed = 1; seed <= 3; ++seed) {
+    for (uint64_t seed = 1; seed <= schedules(3); ++seed) {
       Scenario scenario = scenario_of({3, 1}, shape, 16, DType::kFloat32);
       scenario.groups[0].steps[0].options.seed = static_cast<uint32_t>(seed);
       expect_ok(scenario, seed);
@@ -159,7 +150,7 @@ TEST(Internode, AnotherOperationIsNoticedAcrossDomains) {
 }
 
 TEST(Internode, AHandleThatNoPlanMadeLeavesItsBuffersAlone) {
-  for (uint64_t seed = 1; seed <= 10; ++seed) {
+  for (uint64_t seed = 1; seed <= schedules(10); ++seed) {
     for (const OpKind op : {OpKind::kDispatch, OpKind::kCombine}) {
       Scenario scenario = with_mishap(Mishap::kHostileHandle, op, 0);
       scenario.groups[0].steps[0].options.seed = static_cast<uint32_t>(seed);
@@ -175,7 +166,7 @@ TEST(Internode, AHandleThatNoPlanMadeLeavesItsBuffersAlone) {
 // for.
 TEST(Internode, MoreHoldersThanAMessageHasRoomForLeaveItsBuffersAlone) {
   const EpShape shape{.num_experts = 32, .num_topk = 2, .num_tokens = 7};
-  for (uint64_t seed = 1; seed <= 6; ++seed) {
+  for (uint64_t seed = 1; seed <= schedules(6); ++seed) {
     Scenario scenario = scenario_of({2, 8}, shape, 16, DType::kFloat32);
     scenario.groups[0].rail_chunk_tokens = 7;
     scenario.groups[0].window = 1;

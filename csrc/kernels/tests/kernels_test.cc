@@ -5,24 +5,12 @@
 
 #include <string>
 
+#include "csrc/kernels/tests/expect_scenarios.h"
 #include "csrc/testing/mishaps.h"
 #include "csrc/testing/run_scenario.h"
 
 namespace jax_ep {
 namespace {
-
-// Scenarios of the seeds, each checked against the CPU backend after every operation.
-void expect_scenarios(uint64_t first,
-                      uint64_t last,
-                      const ScenarioLimits& limits,
-                      bool races = true) {
-  for (uint64_t seed = first; seed <= last; ++seed) {
-    Scenario scenario = random_scenario(seed, limits);
-    scenario.check_races = races;
-    const Outcome outcome = run_scenario(scenario, seed);
-    ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
-  }
-}
 
 class Ranks : public testing::TestWithParam<int32_t> {};
 
@@ -191,17 +179,11 @@ TEST(Kernels, RoutingAndRowsHaveTheirOwnFlags) {
 }
 
 // More ranks than a warp has lanes: whatever a lane does for a peer takes a second turn.
-TEST(Kernels, MoreRanksThanLanes) {
-  for (uint64_t seed = 1; seed <= 2; ++seed) {
-    const Scenario scenario = random_scenario(seed, {.num_ranks = {33}});
-    const Outcome outcome = run_scenario(scenario, seed);
-    EXPECT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
-  }
-}
+TEST(Kernels, MoreRanksThanLanes) { expect_scenarios(1, 2, {.num_ranks = {33}}); }
 
 // What goes wrong ends as it must, see mishaps.cc.
 TEST(Kernels, Mishaps) {
-  for (uint64_t seed = 1; seed <= 6; ++seed) {
+  for (uint64_t seed = 1; seed <= schedules(6); ++seed) {
     for (const Scenario& scenario : all_mishaps(seed)) {
       EXPECT_EQ(verdict_on(scenario, run_scenario(scenario, seed)), "")
           << describe(scenario) << " seed " << seed;

@@ -5,35 +5,30 @@
 
 #include <string>
 
-#include "csrc/testing/run_scenario.h"
+#include "csrc/kernels/tests/expect_scenarios.h"
 
 namespace jax_ep {
 namespace {
 
-void expect_scenarios(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
+void expect_low_latency(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
   limits.low_latency = true;
-  for (uint64_t seed = first; seed <= last; ++seed) {
-    Scenario scenario = random_scenario(seed, limits);
-    scenario.check_races = races;
-    const Outcome outcome = run_scenario(scenario, seed);
-    ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
-  }
+  expect_scenarios(first, last, limits, races);
 }
 
 class LowLatencyRanks : public testing::TestWithParam<int32_t> {};
 
 TEST_P(LowLatencyRanks, ScenariosAgreeWithTheCpuBackend) {
-  expect_scenarios(1, GetParam() == 8 ? 10 : 30, {.num_ranks = {GetParam()}});
+  expect_low_latency(1, GetParam() == 8 ? 10 : 30, {.num_ranks = {GetParam()}});
 }
 
 TEST_P(LowLatencyRanks, ScenariosAgreeWithoutTheRaceDetector) {
-  expect_scenarios(1001, GetParam() == 8 ? 1004 : 1010, {.num_ranks = {GetParam()}}, false);
+  expect_low_latency(1001, GetParam() == 8 ? 1004 : 1010, {.num_ranks = {GetParam()}}, false);
 }
 
 TEST_P(LowLatencyRanks, TwoGroupsAtOnce) {
-  expect_scenarios(2001,
-                   GetParam() == 8 ? 2002 : 2008,
-                   {.num_ranks = {GetParam()}, .max_tokens = 10, .steps = 2, .groups = 2});
+  expect_low_latency(2001,
+                     GetParam() == 8 ? 2002 : 2008,
+                     {.num_ranks = {GetParam()}, .max_tokens = 10, .steps = 2, .groups = 2});
 }
 
 INSTANTIATE_TEST_SUITE_P(OneDomain,
@@ -56,11 +51,6 @@ ScenarioStep step_of(const EpShape& shape, int64_t hidden, DType dtype) {
 Scenario alone(const ScenarioStep& step) {
   const int64_t tokens = std::max<int64_t>(step.options.shape.num_tokens, 1);
   return {.groups = {{.max_tokens = tokens, .low_latency_tokens = tokens, .steps = {step}}}};
-}
-
-void expect_ok(const Scenario& scenario, uint64_t seed = 1) {
-  const Outcome outcome = run_scenario(scenario, seed);
-  EXPECT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
 }
 
 // More runs of tokens than warps, packets of experts that begin within a token, and all lanes.
@@ -148,7 +138,7 @@ TEST(LowLatency, BothKindsOfCallsByTurns) {
   const ScenarioStep few = step_of(shape, 16, DType::kBFloat16);
   shape.num_tokens = 9;
   const ScenarioStep many = step_of(shape, 16, DType::kBFloat16);
-  for (uint64_t seed = 1; seed <= 10; ++seed) {
+  for (uint64_t seed = 1; seed <= schedules(10); ++seed) {
     expect_ok({.groups = {{.max_tokens = 9,
                            .low_latency_tokens = 4,
                            .steps = {few, many, few, many, few}}}},
@@ -223,7 +213,7 @@ TEST(LowLatency, TwoFlightsByTurns) {
                      {kPlanDispatch, kSecond, 0},
                      {kCombine, kSecond, 1}});
   }
-  for (uint64_t seed = 1; seed <= 10; ++seed) {
+  for (uint64_t seed = 1; seed <= schedules(10); ++seed) {
     Scenario scenario = alone(step);
     scenario.first_epoch = 0xFFFF'FFF0;
     expect_ok(scenario, seed);
@@ -231,11 +221,7 @@ TEST(LowLatency, TwoFlightsByTurns) {
 }
 
 // More ranks than a warp has lanes.
-TEST(LowLatency, MoreRanksThanLanes) {
-  for (uint64_t seed = 1; seed <= 2; ++seed) {
-    expect_ok(random_scenario(seed, {.num_ranks = {33}, .low_latency = true}), seed);
-  }
-}
+TEST(LowLatency, MoreRanksThanLanes) { expect_low_latency(1, 2, {.num_ranks = {33}}); }
 
 }  // namespace
 }  // namespace jax_ep

@@ -21,6 +21,7 @@ class Mutant:
         mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
         low_latency: it is one of the low-latency kernels.
         internode: it is one of the kernels between domains.
+        every_dtype: it is not seen in bfloat16 alone.
         in_plan_dispatch: it is seen in the kernel of a plan with its dispatch alone.
     """
 
@@ -34,4 +35,10 @@ class Mutant:
     mishaps: bool = False
     low_latency: bool = False
     internode: bool = False
+    every_dtype: bool = False
     in_plan_dispatch: bool = False
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether it is compiled for rows of bfloat16 alone, in less than half of the time."""
+        return not (self.every_dtype or self.mishaps)

@@ -90,6 +90,7 @@ def _compile(mutant: Mutant, build: pathlib.Path, folder: pathlib.Path) -> pathl
         num_items.append(str(folder / f"{operation}.o"))
         command = [compiler[0], f"-I{folder}", *compiler[1:], *_OPTIONS]
         command += ["-include", folder.parent / "standard.h"]
+        command += ["-DJAX_EP_SIMULATED_ROW_TYPE=BFloat16Rows"] * mutant.in_bfloat16
         subprocess.run([*command, "-o", num_items[-1], "-c", ROOT / source], cwd=build, check=True)
     program = folder / "simulate"
     main = build / "kernels/tests/CMakeFiles/simulate.dir/simulate.cc.o"
@@ -111,6 +112,7 @@ def _simulate(
 ) -> subprocess.CompletedProcess[str]:
     """Runs scenarios until one fails: the likely one, then all from the first on."""
     scenarios = ["--low-latency"] * mutant.low_latency + ["--internode"] * mutant.internode
+    scenarios += ["--bfloat16"] * mutant.in_bfloat16
     if mutant.mishaps:
         scenarios = ["--mishaps"]
     ranges = [f"1:{mutant.seeds}"]

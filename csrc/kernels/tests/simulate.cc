@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs random scenarios on the simulator.
 //   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--low-latency]
-//   [--internode] [--no-races] [--verbose] simulate --mishaps [--seeds FIRST:LAST]     scenarios in
-//   which something goes wrong
+//            [--internode] [--bfloat16] [--no-races] [--verbose]
+//   simulate --mishaps [--seeds FIRST:LAST]     scenarios in which something goes wrong
 // Prints the first failure and exits with 1; the seed reproduces it.
 #include <chrono>
 #include <cstdio>
@@ -45,6 +45,8 @@ Arguments parse(int argc, char** argv) {
       arguments.limits.low_latency = true;
     } else if (flag == "--internode") {
       arguments.limits.internode = true;
+    } else if (flag == "--bfloat16") {
+      arguments.limits.dtypes = {jax_ep::DType::kBFloat16};
     } else if (flag == "--no-races") {
       arguments.races = false;
     } else if (flag == "--mishaps") {
