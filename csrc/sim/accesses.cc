@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loads, stores, atomics, fences and time.
+// Loads, stores, atomics, fences and time. Whether an access races with another one is decided in
+// memory.cc, of mbarriers in bulk.cc.
 #include <cstring>
 
 #include "csrc/sim/engine.h"
@@ -65,7 +66,7 @@ void replace(
   }
   const uint32_t visible = e.draw_visible();
   e.memory.store(address, 4, &value, {&e.current->view, by}, &visible, published);
-  e.check_memory(by);
+  e.report_memory(by);
   e.wake_watchers(address, visible);
 }
 
@@ -110,7 +111,7 @@ void load(const void* from, void* to, uint32_t bytes, Order order, MemoryScope s
   const uint64_t address = e.resolve(from, bytes, bytes, Reach::kAny);
   const Access access{&thread.view, stamp_of(thread, order, scope)};
   const uint32_t published = e.memory.load(address, bytes, to, access, e.time);
-  e.check_memory(access.stamp);
+  e.report_memory(access.stamp);
   if (order == Order::kWeak) return;
   std::memcpy(&thread.last_strong, to, sizeof thread.last_strong);
   watch(thread, address);
@@ -138,7 +139,7 @@ void store(
     visible[w] = order == Order::kWeak ? e.draw_visible() : visible[0];
   }
   e.memory.store(address, bytes, from, access, visible, published);
-  e.check_memory(access.stamp);
+  e.report_memory(access.stamp);
   if (order != Order::kWeak) e.wake_watchers(address, visible[0]);
 }
 
@@ -149,7 +150,7 @@ uint32_t fetch_add(void* to, uint32_t value, Order order, MemoryScope scope, Loc
   const Stamp by = stamp_of(thread, order, scope);
   uint32_t old = 0;
   const uint32_t replaced = e.memory.load_newest(address, &old, e.time);
-  e.check_memory(by);
+  e.report_memory(by);
   if (replaced) take_in(e, thread, address, replaced, order, scope);
   if (order == Order::kRelaxed) {
     replace(e, address, old + value, by, replaced, nullptr);

@@ -269,7 +269,7 @@ void Engine::fetch(BulkCopy& copy) {
   copy.data.resize(copy.bytes);
   for (uint32_t i = 0; i < copy.bytes; i += kStep) {
     memory.load(copy.source + i, kStep, copy.data.data() + i, access, time);
-    check_memory(access.stamp);
+    report_memory(access.stamp);
   }
   copy.fetched = true;
   if (!copy.groups) return;
@@ -288,7 +288,7 @@ void Engine::land(BulkCopy& copy) {
     uint32_t visible[Memory::kWords];
     for (uint32_t& at : visible) at = draw_visible();
     memory.store(copy.target + i, kStep, copy.data.data() + i, access, visible);
-    check_memory(access.stamp);
+    report_memory(access.stamp);
   }
   if (copy.mbar) {
     copy.mbar->bytes -= copy.bytes;

@@ -94,7 +94,7 @@ struct Engine {
   // A kernel of the running thread traps: the run ends, or if others are to go on, the rank does.
   [[noreturn]] void trap_here();
   void kill_rank(uint32_t rank);
-  void check_memory(Stamp by) {
+  void report_memory(Stamp by) {
     if (memory.problem.kind) fail_memory(by);
   }
   void fail_memory(Stamp by);

@@ -48,7 +48,7 @@ void host_store(Engine& e, uint32_t rank, uint64_t at, const std::byte* data, ui
   constexpr uint32_t kVisible[Memory::kWords] = {};
   for_pieces(at, bytes, [&](uint64_t address, uint32_t size, uint64_t offset) {
     e.memory.store(address, size, data + offset, access, kVisible);
-    e.check_memory(access.stamp);
+    e.report_memory(access.stamp);
   });
 }
 
@@ -96,7 +96,7 @@ void Machine::read(uint32_t rank, const void* address, void* data, uint64_t byte
   const Access access = host_access(e, rank, at, bytes);
   for_pieces(at, bytes, [&](uint64_t piece, uint32_t size, uint64_t offset) {
     e.memory.load(piece, size, static_cast<std::byte*>(data) + offset, access, e.time);
-    if (access.view) e.check_memory(access.stamp);
+    if (access.view) e.report_memory(access.stamp);
   });
   e.memory.problem = {};  // outside a run, what nothing has stored may be looked at
 }

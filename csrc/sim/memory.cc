@@ -80,7 +80,7 @@ Memory::Cell* Memory::allocate_cells(uint32_t count) {
   return cells;
 }
 
-// Gives every `cell_bytes` of the line a hiscenario of their own, all as theirs so far.
+// Gives every `cell_bytes` of the line a history of their own, all as theirs so far.
 void Memory::split(Line& line, uint32_t cell_bytes) {
   if (line.cell_bytes() <= cell_bytes) return;
   const uint32_t count = kLineBytes / cell_bytes;
@@ -246,7 +246,7 @@ bool Memory::store_cell(Cell& cell,
   }
   cell.num_loads = 0;
   // Who reads a weak store without knowing of it races with it, whatever value it gets: what was
-  // there before no longer matters. Shorter hiscenarios are faster.
+  // there before no longer matters. Shorter histories are faster.
   const bool all_new = check_races && knows_all && !access.stamp.strong;
   if (all_new && cell.num_stores) {
     for (uint32_t i = 0; i < cell.num_stores; ++i) release(cell.store[i].published);

@@ -126,7 +126,7 @@ class Memory {
     cell.forgot_stores = false;
   }
   uint32_t load_cell(Cell& cell, uint32_t bytes, std::byte* to, const Access& access, uint32_t now);
-  // Whether the store leaves nothing of the cell's hiscenario.
+  // Whether the store leaves nothing of the cell's history.
   bool store_cell(Cell& cell,
                   uint32_t bytes,
                   const std::byte* from,

@@ -144,7 +144,7 @@ void Engine::fetch_piece(NetworkMessage& message) {
   const Access access{&message.view,
                       network_stamp(network_words[message.word].reads_as, message, false)};
   memory.load(message.source + at, kPieceBytes, message.data.data() + at, access, time);
-  check_memory(access.stamp);
+  report_memory(access.stamp);
   message.to_land.push_back(at / kPieceBytes);
 }
 
@@ -155,7 +155,7 @@ void Engine::land_piece(NetworkMessage& message) {
   uint32_t visible[Memory::kWords];
   for (uint32_t& word : visible) word = draw_visible();
   memory.store(message.target + at, kPieceBytes, message.data.data() + at, access, visible);
-  check_memory(access.stamp);
+  report_memory(access.stamp);
 }
 
 // Whoever acquires the word knows what the issuer knew, and that the network is done.
@@ -189,7 +189,7 @@ void Engine::change_word(NetworkMessage& message) {
                access,
                visible,
                memory.publish(std::move(published)));
-  check_memory(access.stamp);
+  report_memory(access.stamp);
   wake_watchers(message.word, visible[0]);
 }
 

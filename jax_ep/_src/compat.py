@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between the supported versions of JAX (0.10.2 to 0.12), and what is hard to say.
 
-Each entry gives its reason. Everything here is public API of JAX but `coordination_client`.
+A new release of JAX: CONTRIBUTING.md says in which files it goes. Each entry gives its reason.
+Everything here is public API of JAX but `coordination_client`.
 """
 
 from collections.abc import Callable, Sequence

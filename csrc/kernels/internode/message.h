@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a message between domains holds, and a unit of sums: which tokens of the rail chunk it has,
-// a row of each, and if scalars travel what there is of these. Rows and scalars are packed: the
-// i-th is of the i-th token that the message has.
+// What a message of rows between domains holds (one of a plan: plan_routing.h), and a unit of sums:
+// which tokens of the rail chunk it has, a row of each, and if scalars travel what there is of
+// these. Rows and scalars are packed: the i-th is of the i-th token that the message has.
 #ifndef JAX_EP_CSRC_KERNELS_INTERNODE_MESSAGE_H_
 #define JAX_EP_CSRC_KERNELS_INTERNODE_MESSAGE_H_
 

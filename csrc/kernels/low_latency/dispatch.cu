@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Where else an operation is named: CONTRIBUTING.md, "Another operation".
 #include "csrc/core/low_latency_fit.h"
 #include "csrc/kernels/launch.cuh"
 #include "csrc/kernels/low_latency/dispatch_kernel.h"
