@@ -48,8 +48,8 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         else:
             measured.append(dict(zip(args[::2], args[1::2], strict=True)))
     assert len(tested) == len(set(tested))
-    needed = ("problems", "halves", "graphs", "closed", "collectives", "soak")
-    assert set(tested) == {("own", "failures"), ("one_process", "nodes")} | {
+    needed = ("problems", "halves", "nodes", "graphs", "closed", "collectives", "soak")
+    assert set(tested) == {("own", "failures")} | {
         (placement, piece) for placement in ("own", "one_process") for piece in needed
     }
     assert {int(m["--ranks"]) for m in measured} == {ranks}

@@ -6,6 +6,8 @@
 #include <limits>
 #include <string_view>
 
+#include "csrc/core/network_layout.h"
+
 namespace jax_ep {
 namespace {
 
@@ -47,6 +49,25 @@ Status check_range(std::string_view name, int64_t value, int64_t largest) {
   return out_of_range(name, value, "1 to " + std::to_string(largest));
 }
 
+// Between domains: ranks of a domain have a bit each, and a buffer of a ring an offset of 32 bits.
+Status check_domains(const HeapShape& shape) {
+  const int32_t num_neighbors = shape.num_neighbors;
+  if (num_neighbors < 0 || (num_neighbors > 0 && shape.num_ranks % num_neighbors != 0)) {
+    return out_of_range("num_neighbors",
+                        num_neighbors,
+                        "0, or a divisor of the " + std::to_string(shape.num_ranks) + " ranks");
+  }
+  if (!shape.spans_domains()) return {};
+  JAX_EP_RETURN_IF_ERROR(check_range("num_neighbors", num_neighbors, kMaxDomainRanks));
+  if (shape.low_latency_tokens > 0) {
+    return out_of_range("low_latency_tokens", shape.low_latency_tokens, "0 between domains");
+  }
+  if (network_layout_of(shape).buffer_bytes > std::numeric_limits<uint32_t>::max()) {
+    return out_of_range("hidden", shape.hidden, "rail chunks of less than 4 GiB");
+  }
+  return {};
+}
+
 }  // namespace
 
 std::array<RegionInfo, kNumRegions> heap_regions(const HeapShape& shape) {
@@ -77,7 +98,12 @@ Status check_heap_shape(const HeapShape& shape) {
     return out_of_range(
         "low_latency_tokens", shape.low_latency_tokens, "0 to " + std::to_string(most));
   }
-  return check_range("hidden", shape.hidden, std::numeric_limits<int32_t>::max());
+  JAX_EP_RETURN_IF_ERROR(check_range("hidden", shape.hidden, std::numeric_limits<int32_t>::max()));
+  return check_domains(shape);
+}
+
+int64_t heap_bytes(const HeapShape& shape) {
+  return make_heap_layout(shape).total_bytes + network_layout_of(shape).total_bytes;
 }
 
 std::string bytes_text(int64_t bytes) {
@@ -105,6 +131,9 @@ std::string heap_needs(const HeapShape& shape) {
     if (i > 0) text += ", ";
     text += std::string(regions[i].name) + " " + bytes_text(regions[i].bytes) + " (" +
             regions[i].shape + ")";
+  }
+  if (shape.spans_domains()) {
+    text += ", the network's rings " + bytes_text(network_layout_of(shape).total_bytes);
   }
   text += "; lower max_tokens_per_rank (" + std::to_string(shape.max_tokens) + ")";
   if (shape.low_latency_tokens > 0) {

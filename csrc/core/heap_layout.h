@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The symmetric heap: one table gives every region's place and size. Host sizing, the kernels and
-// docs/design/protocol.md read it; nothing else knows an offset.
+// docs/design/protocol.md read it; nothing else knows an offset. The network heap's:
+// network_layout.h.
 //
 // Every rank of a group holds one heap of the same layout. Its first part is mapped by the group's
 // other ranks; the rest, from `peer_bytes` on, is the rank's own.
@@ -14,6 +15,7 @@
 #include "csrc/core/limits.h"
 #include "csrc/core/low_latency_protocol.h"
 #include "csrc/core/protocol.h"
+#include "csrc/core/topology.h"
 #include "csrc/core/work_partition.h"
 
 namespace jax_ep {
@@ -31,6 +33,12 @@ struct HeapShape {
   // T of any low-latency call is at most this, which is at most max_tokens; 0: there are none.
   int64_t low_latency_tokens = 0;
   int32_t num_neighbors = 0;  // ranks of a domain; 0: there is one domain
+
+  [[nodiscard]] constexpr Topology topology() const {
+    const int32_t ranks = num_neighbors > 0 ? num_neighbors : num_ranks;
+    return {.num_scaleup_ranks = ranks, .num_scaleout_ranks = num_ranks / ranks};
+  }
+  [[nodiscard]] constexpr bool spans_domains() const { return topology().num_scaleout_ranks > 1; }
 };
 
 // The regions, in the order in which they lie in the heap.
@@ -80,7 +88,7 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   constexpr int64_t kRegionAlignment = 256;
   constexpr int64_t channels = kNumChannels;
   const int64_t ranks = shape.num_ranks;
-  const int64_t neighbors = shape.num_neighbors > 0 ? shape.num_neighbors : ranks;
+  const int64_t neighbors = shape.topology().num_scaleup_ranks;
   const int64_t tokens = shape.max_tokens;
   const int64_t topk = shape.num_topk;
   const int64_t bins = num_bins(shape.layout, shape.num_experts, shape.num_ranks);

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "csrc/core/heap_layout.h"
 #include "csrc/core/limits.h"
 #include "csrc/core/protocol.h"
 #include "csrc/core/topology.h"
@@ -129,6 +130,34 @@ constexpr NetworkLayout make_network_layout(const NetworkShape& shape) {
   }
   layout.total_bytes = end;
   return layout;
+}
+
+// The network heap of a group that spans domains. How large its chunks and rings are comes of a
+// model (docs/design/internode.md), and has not been measured on a network.
+constexpr NetworkShape network_shape_of(const HeapShape& heap) {
+  constexpr int32_t kManyDomains = 17;  // smaller messages of more domains fill a chunk as well
+  constexpr int32_t kBuffersOfAll = 64;
+  constexpr int32_t kFewestBuffers = 3;
+  constexpr int32_t kMostBuffers = 16;
+  constexpr int32_t kGatherTokens = 1024;
+  const Topology topology = heap.topology();
+  const int32_t peers = topology.num_scaleout_ranks - 1;
+  const int32_t tokens = topology.num_scaleout_ranks < kManyDomains ? 32 : kMaxRailChunkTokens;
+  const auto buffers = static_cast<int32_t>(ceil_div(kBuffersOfAll, peers > 0 ? peers : 1));
+  NetworkShape shape{.topology = topology,
+                     .max_tokens = heap.max_tokens,
+                     .row_stride = make_heap_layout(heap).row_stride,
+                     .num_topk = heap.num_topk};
+  shape.chunk_tokens = heap.max_tokens < tokens ? static_cast<int32_t>(heap.max_tokens) : tokens;
+  shape.window = buffers < kFewestBuffers ? kFewestBuffers : buffers;
+  if (shape.window > kMostBuffers) shape.window = kMostBuffers;
+  shape.gather_units = kGatherTokens / tokens;
+  return shape;
+}
+
+// All zeros where there is one domain.
+constexpr NetworkLayout network_layout_of(const HeapShape& heap) {
+  return heap.spans_domains() ? make_network_layout(network_shape_of(heap)) : NetworkLayout{};
 }
 
 // --- how a call is cut ---------------------------------------------------------------------------

@@ -44,6 +44,9 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   made.config_ = config;
   // First: on a GPU that the kernels were not compiled for, nothing is to be allocated.
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_kernels()));
+  if (config.group.heap.spans_domains()) {
+    JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_loopback_kernels()));
+  }
   JAX_EP_RETURN_IF_ERROR(
       SymmetricHeap::allocate(config.group.heap, config.local.device, made.heap_));
   const double report_s = first_report_s(config.group.warn_after_s);
@@ -69,7 +72,9 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   made.view_.timeout_ns = to_wait_ns(config.group.timeout_s);
   made.view_.rank = config.local.rank;
   made.view_.num_ranks = config.group.heap.num_ranks;
-  made.view_.num_neighbors = config.group.heap.num_ranks;
+  const Topology topology = config.group.heap.topology();
+  made.view_.first_neighbor = topology.rank_at(topology.domain_of(config.local.rank), 0);
+  made.view_.num_neighbors = topology.num_scaleup_ranks;
   context = std::move(made);
   return {};
 }
@@ -82,7 +87,8 @@ Status RankContext::check_handle(const HeapHandle& handle, int32_t rank) const {
                       " is that of rank " + std::to_string(handle.owner.rank) + " of group " +
                       std::to_string(handle.owner.group_index));
   }
-  if (std::memcmp(&handle.layout, &view_.layout, sizeof(HeapLayout)) != 0) {
+  if (std::memcmp(&handle.layout, &view_.layout, sizeof(HeapLayout)) != 0 ||
+      std::memcmp(&handle.network, &heap_.network(), sizeof(NetworkLayout)) != 0) {
     return bad_handle("the heap of rank " + std::to_string(rank) + " has " +
                       bytes_text(handle.layout.total_bytes) + ", laid out otherwise than the " +
                       bytes_text(view_.layout.total_bytes) + " of rank " +
@@ -103,17 +109,38 @@ Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing
     const auto index = static_cast<size_t>(rank);
     JAX_EP_RETURN_IF_ERROR(check_handle(handles[index], rank));
     JAX_EP_RETURN_IF_ERROR(PeerMapping::map(handles[index], config_.local.device, peers[index]));
-    view.heap[rank] = peers[index].base();
+    const int32_t neighbor = rank - view.first_neighbor;
+    if (neighbor >= 0 && neighbor < view.num_neighbors) view.heap[rank] = peers[index].base();
   }
   // Ranks that share a device wait for each other, or hold what others of them need: the blocks of
   // all must fit on it at once.
   budget_ = {.available = std::max(device_sms_ / std::max(sharing, 1), 1),
              .requested = config_.group.max_num_sms,
              .tail = config_.group.tail_num_sms};
+  if (config_.group.heap.spans_domains()) {
+    internode_ = std::make_unique<LoopbackKernels>(loopback_network(peers));
+  }
   words_.publish();
   peers_ = std::move(peers);
   view_ = view;
   return {};
+}
+
+LoopbackNetwork RankContext::loopback_network(std::span<const PeerMapping> peers) const {
+  LoopbackNetwork found{};
+  found.network.layout = heap_.network();
+  found.network.topology = config_.group.heap.topology();
+  const Topology& topology = found.network.topology;
+  found.heaps.rank = config_.local.rank;
+  for (int32_t rank = 0; rank < view_.num_ranks; ++rank) {
+    std::byte* const heap =
+        peers[static_cast<size_t>(rank)].base() + network_offset(heap_.layout());
+    found.heaps.heap[rank] = heap;
+    if (topology.domain_of(rank) == topology.domain_of(config_.local.rank)) {
+      found.network.heap[topology.index_in_domain(rank)] = heap;
+    }
+  }
+  return found;
 }
 
 Status RankContext::wait_for_kernels(double limit_s) const {

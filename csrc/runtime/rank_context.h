@@ -3,6 +3,7 @@
 #define JAX_EP_CSRC_RUNTIME_RANK_CONTEXT_H_
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "csrc/core/kernel_params.h"
 #include "csrc/core/status.h"
 #include "csrc/runtime/rank_words.h"
+#include "csrc/runtime/transport/internode_kernels.h"
 #include "csrc/runtime/transport/symmetric_heap.h"
 #include "csrc/tuning/heuristics.h"
 
@@ -48,7 +50,8 @@ class RankContext {
   // Allocates heap and record and loads the kernels onto the device.
   static Status create(const RankConfig& config, RankContext& context);
 
-  // Maps the heaps of all ranks; `handles[r]` is rank r's. `sharing` ranks of the mesh, in whatever
+  // Maps the heaps of all ranks, of which kernels get those of this one's domain; `handles[r]` is
+  // rank r's. `sharing` ranks of the mesh, in whatever
   // EP group, are on this rank's device. FailedPrecondition if a handle is of another group or of
   // another rank, or if the heaps are laid out differently. On an error nothing stays mapped.
   Status connect(std::span<const HeapHandle> handles, int32_t sharing);
@@ -69,6 +72,8 @@ class RankContext {
   [[nodiscard]] const HeapHandle& handle() const { return handle_; }
   // For kernels; complete once connected.
   [[nodiscard]] const RankView& view() const { return view_; }
+  // What serves its calls, once connected, where the group spans domains; else null.
+  [[nodiscard]] const InternodeKernels* internode_kernels() const { return internode_.get(); }
   // SMs that a launch may use: the device's, shared with the mesh's other ranks on it.
   [[nodiscard]] SmBudget sm_budget() const { return budget_; }
 
@@ -78,6 +83,7 @@ class RankContext {
 
  private:
   Status check_handle(const HeapHandle& handle, int32_t rank) const;
+  [[nodiscard]] LoopbackNetwork loopback_network(std::span<const PeerMapping> peers) const;
 
   RankConfig config_;
   SymmetricHeap heap_;
@@ -85,6 +91,7 @@ class RankContext {
   HeapHandle handle_{};
   std::vector<PeerMapping> peers_;
   RankView view_{};
+  std::unique_ptr<const InternodeKernels> internode_;
   int32_t device_sms_ = 0;
   SmBudget budget_{};
 };

@@ -57,6 +57,7 @@ class FakeCuda:
         wire: int
         layout: int
         low_latency_tokens: int
+        num_neighbors: int
 
     def heap_bytes(self, shape: HeapShape) -> int:
         element = 4 if shape.dtype == 0 else 2
@@ -97,6 +98,7 @@ class FakeCuda:
             "deadlines": (warn_after_s, timeout_s),
             "ranks": ranks,
             "num_ranks": heap.num_ranks,
+            "heap": heap,
             "mapped": {},
         }
         return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]

@@ -214,8 +214,10 @@ def _attribute(name: str, value: np.generic) -> _Attribute:
 def _parsed(line: str) -> dict:
     operation, *fields = line.split()
     pairs = [field.split("=") for field in fields]
-    launch = {name: int(text) for name, text in pairs if name != "heap"}
-    launch["heap"] = [int(text) for text in dict(pairs)["heap"].split(",")]
+    launch = {
+        name: [int(part) for part in text.split(",")] if name.endswith("heap") else int(text)
+        for name, text in pairs
+    }
     return {"operation": operation, **launch}
 
 

@@ -35,7 +35,7 @@ PIECES = {
 # any case; only a rank with a process of its own can be lost; NCCL wants a GPU for each rank.
 PIECES_OF = {
     "shared": ["problems", "halves", "nodes", "graphs", "closed", "sanitizer", "failures", "soak"],
-    "own": ["problems", "halves", "graphs", "closed", "failures", "collectives", "soak"],
+    "own": ["problems", "halves", "nodes", "graphs", "closed", "failures", "collectives", "soak"],
     "one_process": ["problems", "halves", "nodes", "graphs", "closed", "collectives", "soak"],
 }
 

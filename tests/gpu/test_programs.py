@@ -10,20 +10,9 @@ import pytest
 from ep_launch.placement import Placement
 from ep_launch.ranks import failure_report, stacked
 from ep_testing.graph_flags import FLAGS, GRAPHS, SHORT
-from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.rank_cases import case_of, check_cases
-from ep_testing.rank_programs import (
-    chosen,
-    jitted,
-    launches,
-    on_collective_stream,
-    scanned,
-    turn_payload,
-    turn_routing,
-    turns,
-    two_groups,
-)
-from jax_ep import reference
+from ep_testing.rank_layers import LAYER, MIXED_TURNS, TURNS, check_turns, layer_cases
+from ep_testing.rank_programs import launches, on_collective_stream, turns
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,48 +20,8 @@ pytestmark = [
     pytest.mark.parametrize("num_ranks", Placement.chosen().numbers_of_ranks()),
 ]
 
-LAYER = PROBLEMS["eight_ranks"].replace(num_tokens=40, hidden=48)
-TURNS = EpProblem(
-    name="turns", num_ranks=8, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
-)
-
-# Half of the exchanges are of few tokens, by the low-latency kernels.
-MIXED_TURNS = TURNS.replace(name="mixed_turns", low_latency_tokens=8)
-
 # So large that dispatch has a tail with two ranks: see Tuning.* in csrc/tuning/tests.
 LARGE_TURNS = TURNS.replace(name="large_turns", num_tokens=1024, hidden=2048, num_topk=8)
-
-
-def _check_turns(problem: EpProblem, runs, index: int, turns_each: int) -> int:
-    """No element was wrong in any turn, and each round's last turn is the oracle's."""
-    rounds = stacked(runs, index)
-    for number, (wrong, (idx, slot, row_source, rows, out)) in enumerate(rounds):
-        np.testing.assert_array_equal(wrong, 0, "wrong elements, by rank")
-        turn = (number + 1) * turns_each - 1
-        ranks = range(problem.num_ranks)
-        np.testing.assert_array_equal(idx, [turn_routing(problem, r, turn, np) for r in ranks])
-        source = np.arange(problem.num_ranks * problem.num_tokens, dtype=np.int32)
-        x = turn_payload(problem, source, turn, np).reshape(*idx.shape[:2], -1)
-        want = reference.dispatch(x, idx, **problem.dispatch_kwargs())
-        np.testing.assert_array_equal(slot, want.plan.slot)
-        np.testing.assert_array_equal(row_source, want.plan.row_source)
-        np.testing.assert_array_equal(rows, want.x)
-        sums = np.where(idx >= 0, idx + 1, 0).sum(axis=-1, keepdims=True) * x
-        np.testing.assert_array_equal(out, sums)
-    return len(rounds)
-
-
-def _layers(num_ranks):
-    problem = LAYER.replace(num_ranks=num_ranks)
-    return [
-        case_of(jitted, problem),
-        case_of(scanned, problem),
-        case_of(scanned, problem, remat=True),
-        case_of(two_groups, problem),
-        case_of(chosen, problem, how="cond"),
-        case_of(chosen, problem, how="switch"),
-        case_of(jitted, problem.replace(dtype="bfloat16", wire_dtype="float8_e4m3fn")),
-    ]
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
@@ -80,7 +29,7 @@ def test_transformed_layers_have_the_cpus_bits(flags, num_ranks, on_ranks):
     def run(cases, **kwargs):
         return on_ranks(cases, environment={"XLA_FLAGS": flags}, **kwargs)
 
-    check_cases(run, _layers(num_ranks), num_ranks)
+    check_cases(run, layer_cases(num_ranks), num_ranks)
 
 
 def test_calls_on_the_collective_stream_have_the_cpus_bits(num_ranks, on_ranks, tmp_path):
@@ -124,7 +73,7 @@ def test_graphs_hold_our_calls_and_replay_with_changing_routing(
     np.testing.assert_array_equal(turn, 1000)
     np.testing.assert_array_equal(wrong, 0)
     for index in (1, 2):
-        _check_turns(problem, runs, index, turns_each=500)
+        check_turns(problem, runs, index, turns_each=500)
     # What is in a graph is indented under it: plan_dispatch, combine.
     thunks = _dumped(tmp_path, "thunk_sequence_after_thunk_passes").splitlines()
     lines = [line for line in thunks if "kCustomCall" in line]
@@ -140,7 +89,7 @@ def test_large_dispatches_end_on_idle_sms(flags, num_ranks, on_ranks):
     cases = [case_of(turns, problem, rounds=2, turns_each=100)]
     runs = on_ranks(cases, num_ranks=ranks, environment={"XLA_FLAGS": flags})
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
-    _check_turns(problem, runs, 0, turns_each=100)
+    check_turns(problem, runs, 0, turns_each=100)
 
 
 def test_soak(num_ranks, on_ranks):
@@ -149,6 +98,6 @@ def test_soak(num_ranks, on_ranks):
     cases = [case_of(turns, problem, rounds=total // 1000, turns_each=1000)]
     runs = on_ranks(cases, num_ranks=num_ranks, deadline=480)
     assert failure_report(runs, cases) is None, failure_report(runs, cases)
-    assert _check_turns(problem, runs, 0, turns_each=1000) == total // 1000
+    assert check_turns(problem, runs, 0, turns_each=1000) == total // 1000
     seconds = max(run.outcomes[0].seconds for run in runs)
     print(f"{total} iterations, {seconds:.1f} s")

@@ -22,6 +22,8 @@ ffi::Error combine(cudaStream_t stream,
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
   JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op));
+  JAX_EP_FAIL_IF_ERROR(check_domain_size(call.heap(), op));
+  if (call.spans_domains()) return launch_internode(call, arguments, row_bytes_of(op));
   if (fits_low_latency(call.rank->view().layout, op)) {
     return launch_low_latency(call, arguments, launch_low_latency_combine);
   }

@@ -23,7 +23,9 @@ ffi::Error dispatch(cudaStream_t stream,
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
   JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op));
-  return launch(call, arguments, op.hidden * size_bytes(op.dtype), launch_dispatch);
+  const int64_t row_bytes = op.hidden * size_bytes(op.dtype);
+  if (call.spans_domains()) return launch_internode(call, arguments, row_bytes);
+  return launch(call, arguments, row_bytes, launch_dispatch);
 }
 
 }  // namespace

@@ -203,12 +203,12 @@ void define_heap_shape(nb::module_& m) {
                      HeapSize{"dtype", &HeapShape::dtype},
                      HeapSize{"wire", &HeapShape::wire},
                      HeapSize{"layout", &HeapShape::layout},
-                     HeapSize{"low_latency_tokens", &HeapShape::low_latency_tokens});
-  m.def(
-      "heap_bytes",
-      [](const HeapShape& shape) { return make_heap_layout(shape).total_bytes; },
-      nb::arg("shape"),
-      "Bytes of symmetric heap that each rank needs. Needs no GPU.");
+                     HeapSize{"low_latency_tokens", &HeapShape::low_latency_tokens},
+                     HeapSize{"num_neighbors", &HeapShape::num_neighbors});
+  m.def("heap_bytes",
+        &heap_bytes,
+        nb::arg("shape"),
+        "Bytes of symmetric heap that each rank needs, and of network heap. Needs no GPU.");
   m.def("heap_regions",
         &regions_of,
         nb::arg("shape"),

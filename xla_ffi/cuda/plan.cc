@@ -18,6 +18,7 @@ ffi::Error plan(cudaStream_t stream,
   const PlanOp& op = arguments.op;
   RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, op.shape, call));
+  if (call.spans_domains()) return launch_internode(call, arguments, 0);
   return launch(call, arguments, 0, launch_plan);
 }
 

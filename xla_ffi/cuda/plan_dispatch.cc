@@ -29,14 +29,18 @@ ffi::Error plan_dispatch(cudaStream_t stream,
   if (fits_low_latency(call.rank->view().layout, op)) {
     return launch_low_latency(call, arguments, launch_low_latency_dispatch);
   }
-  if (plan_fits_in_dispatch(shape_of(op))) {
+  const bool internode = call.spans_domains();
+  if (!internode && plan_fits_in_dispatch(shape_of(op))) {
     return launch(call, arguments, row_bytes, launch_plan_dispatch);
   }
   const int32_t* rank = arguments.program_rank;
   const OpArguments<PlanOp> plan{.program_rank = rank, .op = op.plan};
-  if (ffi::Error error = launch(call, plan, 0, launch_plan); error.failure()) return error;
   const OpArguments<DispatchOp> dispatch{.program_rank = rank, .op = op.dispatch};
-  return launch(call, dispatch, row_bytes, launch_dispatch);
+  ffi::Error error =
+      internode ? launch_internode(call, plan, 0) : launch(call, plan, 0, launch_plan);
+  if (error.failure()) return error;
+  return internode ? launch_internode(call, dispatch, row_bytes)
+                   : launch(call, dispatch, row_bytes, launch_dispatch);
 }
 
 }  // namespace

@@ -34,4 +34,12 @@ Status check_rows(const HeapShape& heap, const CombineOp& op) {
   return check_rows_aligned("out", op.out, op.shape.num_tokens, row_bytes);
 }
 
+Status check_domain_size(const HeapShape& heap, const CombineOp& op) {
+  const int32_t ranks = heap.topology().num_scaleup_ranks;
+  if (!heap.spans_domains() || op.domain_size == ranks) return {};
+  return out_of_range("domain_size",
+                      op.domain_size,
+                      std::to_string(ranks) + ", the ranks of each of the group's domains");
+}
+
 }  // namespace jax_ep

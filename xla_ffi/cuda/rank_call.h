@@ -30,6 +30,7 @@ struct RankCall {
   const RankContext* rank = nullptr;
 
   [[nodiscard]] const HeapShape& heap() const { return group->config().group.heap; }
+  [[nodiscard]] bool spans_domains() const { return rank->internode_kernels() != nullptr; }
 };
 
 // What every handler is bound to, in this order, before attributes of its own.
@@ -53,6 +54,9 @@ Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall
 Status check_rows(const HeapShape& heap, const DispatchOp& op);
 Status check_rows(const HeapShape& heap, const CombineOp& op);
 
+// InvalidArgument unless a combine sums as a group that spans domains does.
+Status check_domain_size(const HeapShape& heap, const CombineOp& op);
+
 // Bytes of a row of the operation, in its dtype.
 inline int64_t row_bytes_of(const PlanDispatchOp& op) {
   return op.dispatch.hidden * size_bytes(op.dispatch.dtype);
@@ -62,13 +66,13 @@ inline int64_t row_bytes_of(const CombineOp& op) { return op.hidden * size_bytes
 template <typename Op>
 using LaunchKernel = cudaError_t (*)(const KernelParams<Op>&, const LaunchShape&, cudaStream_t);
 
-// Launches the kernel of an op.
-template <typename Op>
-ffi::Error launch(const RankCall& call,
-                  const OpArguments<Op>& arguments,
-                  const LaunchShape& shape,
-                  LaunchKernel<Op> launch_kernel,
-                  bool low_latency = false) {
+// Launches the kernel of an op; of which kind, for messages.
+template <typename Op, typename Launch>
+ffi::Error launch_as(const char* kind,
+                     const RankCall& call,
+                     const OpArguments<Op>& arguments,
+                     const LaunchShape& shape,
+                     const Launch& launch_kernel) {
   const KernelParams<Op> params{.view = call.rank->view(),
                                 .call_tag = call_tag_of(arguments.op, call.place),
                                 .program_rank = arguments.program_rank,
@@ -78,8 +82,7 @@ ffi::Error launch(const RankCall& call,
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   const cudaError_t error = launch_kernel(params, shape, call.stream);
-  const std::string what =
-      std::string(low_latency ? "launch_low_latency_" : "launch_") + std::string(name(Op::kKind));
+  const std::string what = "launch_" + std::string(kind) + std::string(name(Op::kKind));
   return to_error(cuda_status(error, what.c_str(), __FILE__, __LINE__));
 }
 
@@ -91,7 +94,19 @@ ffi::Error launch(const RankCall& call,
                   LaunchKernel<Op> launch_kernel) {
   const LaunchShape shape = launch_shape(
       Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
-  return launch(call, arguments, shape, launch_kernel);
+  return launch_as("", call, arguments, shape, launch_kernel);
+}
+
+// The one between domains, in a group that spans some.
+template <typename Op>
+ffi::Error launch_internode(const RankCall& call,
+                            const OpArguments<Op>& arguments,
+                            int64_t row_bytes) {
+  const LaunchShape shape =
+      internode_launch_shape(Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget());
+  return launch_as("internode_", call, arguments, shape, [&call](const auto&... with) {
+    return call.rank->internode_kernels()->launch(with...);
+  });
 }
 
 // The low-latency one, of an op that fits_low_latency.
@@ -101,7 +116,7 @@ ffi::Error launch_low_latency(const RankCall& call,
                               LaunchKernel<Op> launch_kernel) {
   const LaunchShape shape = low_latency_launch_shape(
       Op::kKind, shape_of(arguments.op), row_bytes_of(arguments.op), call.rank->sm_budget());
-  return launch(call, arguments, shape, launch_kernel, true);
+  return launch_as("low_latency_", call, arguments, shape, launch_kernel);
 }
 
 }  // namespace jax_ep

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "csrc/core/network_layout.h"
+
 namespace jax_ep {
 namespace {
 
@@ -134,6 +136,37 @@ TEST(HeapShapes, AreWithinWhatTheKernelsAreWrittenFor) {
             "max_tokens_per_rank is 1048577; allowed on CUDA: 1 to 1048576");
   EXPECT_EQ(message([](HeapShape& s) { s.hidden = 0; }),
             "hidden is 0; allowed on CUDA: 1 to 2147483647");
+}
+
+TEST(HeapShapes, OfSeveralDomainsAreWithinWhatTheKernelsAreWrittenFor) {
+  const auto message = [](auto change) {
+    HeapShape shape{.num_ranks = 4, .num_experts = 4, .num_topk = 2, .max_tokens = 64};
+    shape.num_neighbors = 2;
+    EXPECT_TRUE(check_heap_shape(shape).ok());
+    change(shape);
+    return check_heap_shape(shape).message();
+  };
+  EXPECT_EQ(message([](HeapShape& s) { s.num_neighbors = 3; }),
+            "num_neighbors is 3; allowed on CUDA: 0, or a divisor of the 4 ranks");
+  EXPECT_EQ(message([](HeapShape& s) { s.num_neighbors = -2; }),
+            "num_neighbors is -2; allowed on CUDA: 0, or a divisor of the 4 ranks");
+  EXPECT_EQ(message([](HeapShape& s) { s.low_latency_tokens = 1; }),
+            "low_latency_tokens is 1; allowed on CUDA: 0 between domains");
+  EXPECT_EQ(message([](HeapShape& s) { s.hidden = 1 << 30; }),
+            "hidden is 1073741824; allowed on CUDA: rail chunks of less than 4 GiB");
+}
+
+TEST(HeapShapes, NeedRoomForTheNetworksRings) {
+  HeapShape shape = shapes()[1];
+  const int64_t alone = heap_bytes(shape);
+  EXPECT_EQ(alone, make_heap_layout(shape).total_bytes);
+  shape.num_neighbors = 4;
+  EXPECT_EQ(heap_bytes(shape),
+            make_heap_layout(shape).total_bytes + network_layout_of(shape).total_bytes);
+  // Rows of the domain alone.
+  EXPECT_EQ(2 * make_heap_layout(shape).bytes[static_cast<size_t>(Region::kRows)],
+            make_heap_layout(shapes()[1]).bytes[static_cast<size_t>(Region::kRows)]);
+  EXPECT_NE(heap_needs(shape).find("the network's rings "), std::string::npos);
 }
 
 TEST(Chunks, CoverAllTokensWithFewEnoughFlags) {

@@ -70,6 +70,33 @@ TEST(NetworkLayout, RingsHaveTheirSize) {
   EXPECT_EQ(make_network_layout(longer).total_bytes, few.total_bytes);
 }
 
+// Rings hold enough of each size of group; a chunk is no longer than a call.
+TEST(NetworkLayout, AGroupsHeapGivesItsShape) {
+  HeapShape heap{
+      .num_ranks = 16, .num_experts = 64, .num_topk = 8, .max_tokens = 4096, .hidden = 64};
+  heap.num_neighbors = 8;
+  EXPECT_EQ(network_shape_of(heap).topology.num_scaleout_ranks, 2);
+  EXPECT_EQ(network_shape_of(heap).topology.num_scaleup_ranks, 8);
+  EXPECT_EQ(network_shape_of(heap).chunk_tokens, 32);
+  EXPECT_EQ(network_shape_of(heap).window, 16);
+  EXPECT_EQ(network_shape_of(heap).gather_units, 32);
+  EXPECT_EQ(network_shape_of(heap).row_stride, 256);
+  heap.max_tokens = 5;
+  EXPECT_EQ(network_shape_of(heap).chunk_tokens, 5);
+  heap.num_ranks = heap.num_experts = 64;
+  heap.max_tokens = 4096;
+  EXPECT_EQ(network_shape_of(heap).window, 10);
+  heap.num_neighbors = 2;
+  EXPECT_EQ(network_shape_of(heap).window, 3);
+  EXPECT_EQ(network_shape_of(heap).chunk_tokens, 64);
+  EXPECT_EQ(network_shape_of(heap).gather_units, 16);
+  EXPECT_GT(network_layout_of(heap).total_bytes, 0);
+  for (const int32_t one_domain : {0, 64}) {
+    heap.num_neighbors = one_domain;
+    EXPECT_EQ(network_layout_of(heap).total_bytes, 0);
+  }
+}
+
 TEST(NetworkLayout, RoutingTravelsInSeveralMessagesThatFit) {
   const NetworkLayout layout = make_network_layout(shape_of(2, 8));
   EXPECT_EQ(plan_chunks_per_message(layout, 1, 1, 8), 1);

@@ -81,6 +81,48 @@ TEST_F(RankContextTest, MapsTheHeapsInTheOrderOfTheRanks) {
   }
 }
 
+// Kernels get heaps of their own domain, and a transport over mapped memory those of all.
+TEST_F(RankContextTest, MapsTheHeapsOfItsDomainAndTheNetworkHeapsOfAll) {
+  constexpr int32_t kRanks = 4;
+  std::vector<RankContext> ranks(kRanks);
+  std::vector<HeapHandle> handles;
+  for (int32_t rank = 0; rank < kRanks; ++rank) {
+    RankConfig config = rank_config(rank, kRanks, rank);
+    config.group.heap.num_neighbors = 2;
+    RankContext& context = ranks[static_cast<size_t>(rank)];
+    ASSERT_TRUE(is_ok(RankContext::create(config, context)));
+    EXPECT_EQ(context.internode_kernels(), nullptr);
+    handles.push_back(context.handle());
+  }
+  const HeapLayout layout = make_heap_layout(ranks[0].config().group.heap);
+  for (RankContext& rank : ranks) {
+    ASSERT_TRUE(is_ok(rank.connect(handles, 1)));
+    const RankView& view = rank.view();
+    EXPECT_EQ(view.first_neighbor, view.rank / 2 * 2);
+    EXPECT_EQ(view.num_neighbors, 2);
+    for (int32_t peer = 0; peer < kRanks; ++peer) {
+      std::byte* const expected =
+          peer / 2 == view.rank / 2 ? handles[static_cast<size_t>(peer)].base : nullptr;
+      EXPECT_EQ(view.heap[peer], expected);
+    }
+    ASSERT_NE(rank.internode_kernels(), nullptr);
+    PlanParams params{};
+    params.view = view;
+    const LaunchShape shape{.num_blocks = 1, .num_warps = 1, .num_stages = 0};
+    ASSERT_EQ(rank.internode_kernels()->launch(params, shape, nullptr), cudaSuccess);
+    const LoopbackNetwork network = fake_cudart::launches().back().network.value();
+    EXPECT_EQ(network.heaps.rank, view.rank);
+    EXPECT_EQ(network.network.layout.window, 16);
+    for (int32_t peer = 0; peer < kRanks; ++peer) {
+      std::byte* const heap = handles[static_cast<size_t>(peer)].base + network_offset(layout);
+      EXPECT_EQ(network.heaps.heap[peer], heap);
+      if (peer / 2 == view.rank / 2) {
+        EXPECT_EQ(network.network.heap[peer % 2], heap);
+      }
+    }
+  }
+}
+
 TEST_F(RankContextTest, SharesTheSmsOfADevice) {
   fake_cudart::Machine machine = fake_cudart::make_machine(2);
   machine.devices[0].num_sms = 5;
@@ -140,6 +182,11 @@ TEST_F(RankContextTest, RefusesHandlesOfOthers) {
             "the handle of rank 0 of group 0 is that of rank 1 of group 0");
   EXPECT_TRUE(contains(refusal({rank.handle(), larger.handle()}, StatusCode::kFailedPrecondition),
                        "laid out otherwise than"));
+  other = rank_config(1, 2, 2);
+  other.group.heap.num_neighbors = 1;
+  EXPECT_TRUE(
+      contains(refusal({rank.handle(), create(other).handle()}, StatusCode::kFailedPrecondition),
+               "laid out otherwise than"));
   ASSERT_TRUE(is_ok(rank.connect(std::vector<HeapHandle>{rank.handle(), peer.handle()}, 1)));
 }
 

@@ -15,7 +15,7 @@ namespace jax_ep {
 namespace {
 
 // First in a handle's bytes. Raise the number with every change of HeapHandle or of the layout.
-constexpr std::string_view kMagic = "jaxep002";
+constexpr std::string_view kMagic = "jaxep003";
 
 // The unit in which CUDA allocates: what IPC maps are whole units, and a heap that fills its own
 // shows peers nothing else.
@@ -92,13 +92,17 @@ bool HeapHandle::in_this_process() const { return process == process_number(); }
 SymmetricHeap::~SymmetricHeap() { free(); }
 
 SymmetricHeap::SymmetricHeap(SymmetricHeap&& other) noexcept
-    : base_(std::exchange(other.base_, nullptr)), layout_(other.layout_), device_(other.device_) {}
+    : base_(std::exchange(other.base_, nullptr)),
+      layout_(other.layout_),
+      network_(other.network_),
+      device_(other.device_) {}
 
 SymmetricHeap& SymmetricHeap::operator=(SymmetricHeap&& other) noexcept {
   if (this == &other) return *this;
   free();
   base_ = std::exchange(other.base_, nullptr);
   layout_ = other.layout_;
+  network_ = other.network_;
   device_ = other.device_;
   return *this;
 }
@@ -116,8 +120,10 @@ Status SymmetricHeap::allocate(const HeapShape& shape, int32_t device, Symmetric
   JAX_EP_RETURN_IF_ERROR(guard.status());
   SymmetricHeap made;
   made.layout_ = make_heap_layout(shape);
+  made.network_ = network_layout_of(shape);
   made.device_ = device;
-  const int64_t bytes = align_up(made.layout_.total_bytes, kAllocationUnit);
+  const int64_t bytes =
+      align_up(network_offset(made.layout_) + made.network_.total_bytes, kAllocationUnit);
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes));
   if (error == cudaErrorMemoryAllocation) {
@@ -141,6 +147,7 @@ Status SymmetricHeap::export_handle(const HeapOwner& owner, HeapHandle& handle) 
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(cudaIpcGetMemHandle(&handle.ipc, base_)));
   handle.owner = owner;
   handle.layout = layout_;
+  handle.network = network_;
   handle.base = base_;
   handle.process = process_number();
   handle.pid = getpid();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A rank's part of the symmetric heap: its memory, and how other ranks come to map it.
+// A rank's part of the symmetric heap: its memory, and how other ranks come to map it. What reaches
+// ranks of other domains, NVSHMEM for one, is behind internode_kernels.h.
 #ifndef JAX_EP_CSRC_RUNTIME_TRANSPORT_SYMMETRIC_HEAP_H_
 #define JAX_EP_CSRC_RUNTIME_TRANSPORT_SYMMETRIC_HEAP_H_
 
@@ -13,6 +14,8 @@
 #include <type_traits>
 
 #include "csrc/core/heap_layout.h"
+#include "csrc/core/limits.h"
+#include "csrc/core/network_layout.h"
 #include "csrc/core/status.h"
 
 namespace jax_ep {
@@ -32,6 +35,7 @@ struct HeapOwner {
 struct HeapHandle {
   HeapOwner owner;
   HeapLayout layout;
+  NetworkLayout network;  // of the network heap behind it; zeros if there is none
   cudaIpcMemHandle_t ipc;
   std::byte* base;                    // in the process that exported it
   std::array<std::byte, 16> process;  // of that process: a random number, and
@@ -46,7 +50,14 @@ struct HeapHandle {
 };
 static_assert(std::is_trivially_copyable_v<HeapHandle>);
 
-// Device memory for one rank's heap. Freed with the object; move-only.
+// Where a rank's network heap lies behind its heap, in bytes.
+constexpr int64_t network_offset(const HeapLayout& layout) {
+  constexpr int64_t kAlignment = 256;
+  return align_up(layout.total_bytes, kAlignment);
+}
+
+// Device memory for one rank's heap, and behind it, if its group spans domains that mapped memory
+// joins, for its network heap. Freed with the object; move-only.
 class SymmetricHeap {
  public:
   SymmetricHeap() = default;
@@ -60,6 +71,7 @@ class SymmetricHeap {
 
   [[nodiscard]] std::byte* base() const { return base_; }
   [[nodiscard]] const HeapLayout& layout() const { return layout_; }
+  [[nodiscard]] const NetworkLayout& network() const { return network_; }
   [[nodiscard]] int32_t device() const { return device_; }
 
   Status export_handle(const HeapOwner& owner, HeapHandle& handle) const;
@@ -71,6 +83,7 @@ class SymmetricHeap {
 
   std::byte* base_ = nullptr;
   HeapLayout layout_{};
+  NetworkLayout network_{};
   int32_t device_ = -1;
 };
 

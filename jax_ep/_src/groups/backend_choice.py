@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend serves a group: this library's kernels for the platform, or XLA's collectives."""
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -20,14 +21,15 @@ def choose_backend(
     asked: str | None, platform: str, parameters: GroupParameters
 ) -> tuple[str, Callable[[str], BackendGroup]]:
     """The backend that serves a group, and what makes what it keeps for a group of a name."""
+    make_xla = functools.partial(XlaGroup, parameters=parameters)
     if asked == "xla":
-        return "xla", XlaGroup
+        return "xla", make_xla
     offer = _offer(platform, parameters)
     if asked == "ffi" and offer.why_not is not None:
         raise EpUnavailable(f"backend 'ffi' cannot serve this group: {offer.why_not}")
     backend = "ffi" if offer.why_not is None else "xla"
     _log_choice_once(backend, offer.why_not)
-    return backend, offer.make if offer.why_not is None else XlaGroup
+    return backend, offer.make if offer.why_not is None else make_xla
 
 
 def _offer(platform: str, parameters: GroupParameters) -> Offer:

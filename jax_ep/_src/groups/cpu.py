@@ -29,6 +29,7 @@ class CpuGroup:
     Attributes:
         group_id: the group's id in the compiled module.
         heap_bytes: 0, as ranks share an address space.
+        domain_size: that of the config, or all ranks.
     """
 
     heap_bytes = 0
@@ -48,6 +49,7 @@ class CpuGroup:
         notices.start(self._module)
         mesh, axis_names = parameters.mesh, parameters.axis_names
         self.group_id = next_group_id(mesh_digest(mesh, axis_names))
+        self.domain_size = parameters.domain_size
         self._module.create_group(
             group_id=self.group_id,
             name=name,

@@ -13,18 +13,17 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Sequence
 
 import jax
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpUnavailable
-from jax_ep._src.groups import gpu_architectures, native
+from jax_ep._src.groups import domains, gpu_architectures, native
 from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.kernel_errors import GroupWatch, Watch
-from jax_ep._src.groups.placements import Placement, placements
+from jax_ep._src.groups.placements import placements
 from jax_ep._src.limits import DTYPES, LAYOUTS
 from jax_ep._src.ranges import why_not_on_gpus
 
@@ -72,6 +71,7 @@ def why_not(parameters: GroupParameters) -> str | None:
     return (
         native.why_no_cuda()
         or why_not_on_gpus(parameters.config, parameters.num_ranks)
+        or domains.why_not_emulated(parameters)
         or gpu_architectures.why_not_built_for(parameters.mesh.devices.flat)
     )
 
@@ -93,7 +93,8 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
         "made": num_made(digest),
         "host": _host(),
         "where": f"process {process_index} (pid {os.getpid()} on {platform.node()})",
-        "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}",
+        "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}"
+        + _emulation(),
         "why_not": local_why_not,
     }
     with boot.telling_failures("join"):
@@ -110,7 +111,8 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
         bootstrap=boot,
         nonce=nonce,
         group_id=next_group_id(digest, after=max(m["made"] for m in messages.values())),
-        why_not=_why_not_all(messages) or _why_not_one_host(messages, ranks),
+        why_not=_why_not_all(messages)
+        or domains.why_not_one_host({p: m["host"] for p, m in messages.items()}, ranks),
         hosts={process: message["where"] for process, message in messages.items()},
     )
 
@@ -123,19 +125,9 @@ def _why_not_all(messages: dict[int, Message]) -> str | None:
     return None
 
 
-def _why_not_one_host(messages: dict[int, Message], ranks: Sequence[Placement]) -> str | None:
-    hosts: dict[int, dict[str, int]] = {}  # group_index -> host -> one of its processes
-    for rank in ranks:
-        host = messages[rank.process]["host"]
-        hosts.setdefault(rank.group_index, {}).setdefault(host, rank.process)
-    for group_index, processes in hosts.items():
-        if len(processes) > 1:
-            where = " and ".join(map(str, processes.values()))
-            return (
-                f"its ranks are on several hosts (processes {where}, group_index {group_index}), "
-                "and the kernels reach over the NVLink of one: choose axes inside a host"
-            )
-    return None
+def _emulation() -> str:
+    size = domains.emulated_domain_size()
+    return "" if size is None else f", {domains.NODE_RANKS_VARIABLE}={size}"
 
 
 class CudaGroup:
@@ -143,7 +135,8 @@ class CudaGroup:
 
     Attributes:
         group_id: the group's id in the compiled module.
-        heap_bytes: bytes of each rank's heap.
+        heap_bytes: bytes of each rank's heap, and of its network heap.
+        domain_size: that of the config, or all ranks; between domains, the ranks of one.
     """
 
     def __init__(self, name: str, parameters: GroupParameters, agreement: Agreement) -> None:
@@ -164,7 +157,14 @@ class CudaGroup:
         native.register_cuda_targets()
         ranks = placements(parameters.mesh, parameters.axis_names)
         self._local_ranks = [rank for rank in ranks if rank.process == jax.process_index()]
-        heap = self._module.HeapShape(**_heap_shape(parameters.config, parameters.num_ranks))
+        of_domain = domains.domain_size_of(parameters.num_ranks)
+        spans_domains = of_domain < parameters.num_ranks
+        self.domain_size = of_domain if spans_domains else parameters.domain_size
+        sizes = _heap_shape(parameters.config, parameters.num_ranks)
+        if spans_domains:
+            # There are no low-latency kernels between domains: the others serve all calls.
+            sizes |= {"num_neighbors": of_domain, "low_latency_tokens": 0}
+        heap = self._module.HeapShape(**sizes)
         self._heap = heap
         self.heap_bytes: int = self._module.heap_bytes(heap)
         self.group_id = agreement.group_id
@@ -273,7 +273,7 @@ class CudaGroup:
         return self._module.combine_is_low_latency(
             self._heap,
             num_tokens=num_tokens,
-            domain_size=self._parameters.config.domain_size or 0,
+            domain_size=self.domain_size,
         )
 
     def close(self, limit: float = _CLOSE_S, kernels_limit: float = math.inf) -> None:
@@ -320,6 +320,7 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
         "wire": int(config.wire_dtype is not None),
         "layout": LAYOUTS.index(config.layout),
         "low_latency_tokens": config.low_latency_tokens or 0,
+        "num_neighbors": 0,
     }
 
 

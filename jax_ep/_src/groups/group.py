@@ -46,7 +46,8 @@ class EpGroup:
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank.
-        domain_size: `D` of the config; where that is None, `R`.
+        domain_size: `D` of the config; where that is None, `R`, or the ranks of a host if the
+            ranks are on several.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
             where ranks share an address space, and with the `xla` backend.
     """
@@ -93,7 +94,6 @@ class EpGroup:
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
         check_num_ranks(config, self.num_ranks, self.axis_name)
         self.num_local_experts = config.num_experts // self.num_ranks
-        self.domain_size = config.domain_size or self.num_ranks
         parameters = GroupParameters(
             mesh=mesh,
             axis_names=self.axis_names,
@@ -112,6 +112,7 @@ class EpGroup:
         self._backend_group = make(self.name)
         self.group_id = self._backend_group.group_id
         self.heap_bytes = self._backend_group.heap_bytes
+        self.domain_size = self._backend_group.domain_size
 
     def close(self) -> None:
         """Frees what the group holds. Using it afterwards is an error; closing twice is not.

@@ -25,6 +25,11 @@ class GroupParameters:
     warn_after: float
     timeout: float
 
+    @property
+    def domain_size(self) -> int:
+        """`D`, where it does not depend on where the ranks are."""
+        return self.config.domain_size or self.num_ranks
+
 
 class BackendGroup(Protocol):
     """What a backend keeps for an `EpGroup` while that is open.
@@ -32,10 +37,12 @@ class BackendGroup(Protocol):
     Attributes:
         group_id: by which the compiled module knows it; -1 where there is none.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows.
+        domain_size: `D`, consecutive ranks whose sum `combine` rounds before it adds the next.
     """
 
     group_id: int
     heap_bytes: int
+    domain_size: int
 
     def health(self) -> EpHealth:
         """Whom the ranks of this process wait for."""

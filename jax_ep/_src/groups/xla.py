@@ -2,6 +2,7 @@
 """A group that collectives of XLA serve: it keeps nothing."""
 
 from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.groups.interface import GroupParameters
 
 
 class XlaGroup:
@@ -10,9 +11,10 @@ class XlaGroup:
     group_id = -1
     heap_bytes = 0
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, parameters: GroupParameters) -> None:
         """Takes the name that others use for messages."""
         del name
+        self.domain_size = parameters.domain_size
 
     def health(self) -> EpHealth:
         """Nothing is known."""

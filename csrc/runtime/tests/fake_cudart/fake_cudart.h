@@ -17,12 +17,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
 #include <vector>
 
 #include "csrc/core/kernel_params.h"
+#include "csrc/launch/launch.h"
 #include "csrc/tuning/launch_shape.h"
 
 namespace jax_ep::fake_cudart {
@@ -77,6 +79,7 @@ struct Launch {
   cudaStream_t stream;
   LaunchShape shape;
   std::variant<PlanParams, DispatchParams, CombineParams, PlanDispatchParams> params;
+  std::optional<LoopbackNetwork> network = std::nullopt;  // between domains
 };
 
 // What has been launched, in order.

@@ -28,16 +28,30 @@ using fake_cudart::Thread;
 // of dispatch with and without products, of combine and of a plan with its dispatch, and of the
 // last two of low latency.
 constexpr int kNumKernels = 40;
-constexpr char kKernels[kNumKernels] = {};
+// And between domains: two of plan, and six each of dispatch with and without products, and
+// combine.
+constexpr int kNumLoopbackKernels = 20;
+constexpr char kKernels[kNumKernels + kNumLoopbackKernels] = {};
 constexpr int32_t kSharedBytes = 1024;
+
+cudaError_t load(const char* first, int count) {
+  for (int i = 0; i < count; ++i) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(first + i, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
 template <typename Params>
 cudaError_t launch(std::string_view name,
                    const Params& params,
                    const LaunchShape& shape,
-                   cudaStream_t stream) {
+                   cudaStream_t stream,
+                   const LoopbackNetwork* network = nullptr) {
   Launch launched{
       .device = Thread::current().device, .stream = stream, .shape = shape, .params = params};
+  if (network != nullptr) launched.network = *network;
   std::function<void(const Launch&)> kernel;
   {
     Call call(name);
@@ -51,14 +65,8 @@ cudaError_t launch(std::string_view name,
 
 }  // namespace
 
-cudaError_t load_kernels() {
-  for (const char& kernel : kKernels) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(&kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
-}
+cudaError_t load_kernels() { return load(kKernels, kNumKernels); }
+cudaError_t load_loopback_kernels() { return load(kKernels + kNumKernels, kNumLoopbackKernels); }
 
 int32_t shared_bytes_per_block() { return kSharedBytes; }
 
@@ -94,6 +102,27 @@ cudaError_t launch_low_latency_combine(const CombineParams& params,
                                        const LaunchShape& shape,
                                        cudaStream_t stream) {
   return launch("launch_low_latency_combine", params, shape, stream);
+}
+
+cudaError_t launch_over_loopback(const PlanParams& params,
+                                 const LoopbackNetwork& network,
+                                 const LaunchShape& shape,
+                                 cudaStream_t stream) {
+  return launch("launch_over_loopback", params, shape, stream, &network);
+}
+
+cudaError_t launch_over_loopback(const DispatchParams& params,
+                                 const LoopbackNetwork& network,
+                                 const LaunchShape& shape,
+                                 cudaStream_t stream) {
+  return launch("launch_over_loopback", params, shape, stream, &network);
+}
+
+cudaError_t launch_over_loopback(const CombineParams& params,
+                                 const LoopbackNetwork& network,
+                                 const LaunchShape& shape,
+                                 cudaStream_t stream) {
+  return launch("launch_over_loopback", params, shape, stream, &network);
 }
 
 }  // namespace jax_ep

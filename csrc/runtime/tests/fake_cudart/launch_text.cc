@@ -23,10 +23,17 @@ class Fields {
     add("report_ns", view.report_ns).add("chunk_target", view.chunk_target);
     add("control", view.control).add("error", view.error).add("long_waits", view.long_waits);
     add("heap_bytes", view.layout.total_bytes);
-    text_ += " heap=";
-    for (int32_t rank = 0; rank < view.num_ranks; ++rank) {
-      text_.append(rank > 0 ? "," : "").append(number(view.heap[rank]));
-    }
+    add("first_neighbor", view.first_neighbor).add("num_neighbors", view.num_neighbors);
+    add_list("heap", view.heap, view.num_ranks);
+    return *this;
+  }
+
+  Fields& add(const LoopbackNetwork& network) {
+    const Topology& topology = network.network.topology;
+    add("num_domains", topology.num_scaleout_ranks);
+    add("network_bytes", network.network.layout.total_bytes);
+    add_list("network_heap", network.heaps.heap, topology.num_ranks());
+    add_list("domain_heap", network.network.heap, topology.num_scaleup_ranks);
     return *this;
   }
 
@@ -43,6 +50,13 @@ class Fields {
   [[nodiscard]] const std::string& text() const { return text_; }
 
  private:
+  void add_list(std::string_view name, std::byte* const* addresses, int32_t count) {
+    text_.append(" ").append(name).append("=");
+    for (int32_t i = 0; i < count; ++i) {
+      text_.append(i > 0 ? "," : "").append(number(addresses[i]));
+    }
+  }
+
   template <typename T>
   static std::string number(T value) {
     if constexpr (std::is_pointer_v<T>) {
@@ -150,6 +164,7 @@ std::string text_of(const Launch& launch) {
       .add("blocks", launch.shape.num_blocks)
       .add("warps", launch.shape.num_warps)
       .add("stages", launch.shape.num_stages);
+  if (launch.network.has_value()) fields.add(*launch.network);
   return fields.text();
 }
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups on GPUs that span domains: what makes them, and how their calls are launched."""
+
+import logging
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+import jax_ep
+from ep_testing import fake_cuda, fake_cudart
+from ep_testing.cuda_calls import Sizes, buffers, call, refusal
+from ep_testing.programs import make_mesh
+from jax_ep._src.groups import backend_choice, domains
+from jax_ep._src.groups.placements import Placement
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZES = {"num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return fake_cuda.install(monkeypatch)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh((2, 4), ("data", "expert"))
+
+
+def _config(**changes):
+    return jax_ep.EpConfig(**{**SIZES, **changes})
+
+
+def test_every_so_many_ranks_are_a_domain(mesh, fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    with jax_ep.EpGroup(mesh, "expert", _config()) as made:
+        assert (made.backend, made.domain_size) == ("ffi", 2)
+        heap = fake.groups[made.group_id]["heap"]
+        assert (heap.num_ranks, heap.num_neighbors) == (4, 2)
+
+
+@pytest.mark.parametrize("ranks", ["", "4", "8"])
+def test_ranks_of_one_domain_have_no_network(ranks, mesh, fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", ranks)
+    for asked, is_made in ((None, 4), (2, 2)):
+        with jax_ep.EpGroup(mesh, "expert", _config(domain_size=asked)) as made:
+            assert made.domain_size == is_made
+            assert fake.groups[made.group_id]["heap"].num_neighbors == 0
+
+
+def test_the_low_latency_kernels_do_not_serve_several_domains(mesh, fake, monkeypatch):
+    config = _config(low_latency_tokens=4)
+    with jax_ep.EpGroup(mesh, "expert", config) as made:
+        assert fake.groups[made.group_id]["heap"].low_latency_tokens == 4
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    with jax_ep.EpGroup(mesh, "expert", config) as made:
+        assert fake.groups[made.group_id]["heap"].low_latency_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "changes", "message"),
+    [
+        ("3", {}, "JAX_EP_NODE_RANKS is 3; it must divide the group's 4 ranks"),
+        (
+            "2",
+            {"domain_size": 4},
+            "EpConfig.domain_size is 4, and sums between domains are those of the 2 ranks of each",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_named(
+    variable, changes, message, mesh, fake, monkeypatch, caplog
+):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", variable)
+    monkeypatch.setattr(backend_choice, "_logged", set())
+    with pytest.raises(jax_ep.EpUnavailable, match=re.escape(message)):
+        jax_ep.EpGroup(mesh, "expert", _config(**changes), backend="ffi")
+    with (
+        caplog.at_level(logging.WARNING, logger="jax_ep"),
+        jax_ep.EpGroup(mesh, "expert", _config(**changes)) as made,
+    ):
+        assert made.backend == "xla"
+        assert made.domain_size == changes.get("domain_size", 4)
+    assert message in caplog.text
+    assert not fake.log
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_a_variable_that_is_no_number_is_an_error(text, mesh, fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", text)
+    with pytest.raises(ValueError, match=f"JAX_EP_NODE_RANKS is '{re.escape(text)}'; allowed: "):
+        jax_ep.EpGroup(mesh, "expert", _config())
+    assert not fake.log
+
+
+def test_large_domains_are_past_the_kernels_limits(fake):
+    limits = (ROOT / "csrc" / "core" / "network_layout.h").read_text()
+    assert f"kMaxDomainRanks = {domains.MAX_DOMAIN_RANKS};" in limits
+
+
+def _ranks(*processes):
+    return [Placement(p, rank, 0, 0, rank) for rank, p in enumerate(processes)]
+
+
+def test_ranks_of_several_hosts_are_named():
+    hosts = {0: "a", 1: "a", 2: "b"}
+    assert domains.why_not_one_host(hosts, _ranks(0, 1)) is None
+    assert "several hosts (processes 1 and 2, group_index 0)" in domains.why_not_one_host(
+        hosts, _ranks(1, 2)
+    )
+
+
+# --- launches, on a fake CUDA runtime ----------------------------------------------------------
+
+R4 = Sizes(num_ranks=4)
+OF_DOMAINS = {"domain_size": np.int32(2)}
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    fake = fake_cudart.install(monkeypatch, devices=4)
+    config = _config(dtype="float32")
+    with jax_ep.EpGroup(make_mesh((4,), ("expert",)), "expert", config) as group:
+        yield fake, group
+    fake.check_clean()
+
+
+@pytest.mark.parametrize("operation", ["plan", "dispatch", "combine", "plan_dispatch"])
+def test_calls_are_launched_between_domains(operation, runtime):
+    fake, group = runtime
+    attributes = OF_DOMAINS if operation == "combine" else {}
+    for device in range(4):
+        arrays = buffers(operation, R4)
+        call(fake, operation, group.group_id, arrays, R4, device=device, **attributes)
+    launches = fake.launches()
+    assert len(launches) == 4 * (2 if operation == "plan_dispatch" else 1)
+    heaps = launches[0]["network_heap"]
+    assert len(set(heaps)) == 4
+    for launch in launches:
+        first = launch["rank"] // 2 * 2
+        assert (launch["first_neighbor"], launch["num_neighbors"]) == (first, 2)
+        assert launch["num_domains"] == 2
+        assert launch["network_heap"] == heaps
+        assert launch["domain_heap"] == heaps[first : first + 2]
+        assert [heap != 0 for heap in launch["heap"]] == [r // 2 == first // 2 for r in range(4)]
+
+
+def test_a_combine_of_other_domains_is_refused(runtime):
+    fake, group = runtime
+    message = refusal(fake, "combine", group.group_id, buffers("combine", R4), R4)
+    assert "domain_size is 4; allowed: 2, the ranks of each of the group's domains" in message
+    assert fake.launches() == []
