@@ -34,12 +34,17 @@ def test_cmake_builds_every_source():
     assert sources == _in_folders(".cc", ".cu")
 
 
+def _without_rdma(files: set[str]) -> set[str]:
+    """But those that need NVSHMEM, which CMake alone builds on."""
+    return {file for file in files if not file.startswith("csrc/rdma/")}
+
+
 def test_bazel_builds_every_source():
-    assert _in_bazel(".cc", ".cu") == _in_folders(".cc", ".cu")
+    assert _in_bazel(".cc", ".cu") == _without_rdma(_in_folders(".cc", ".cu"))
 
 
 def test_bazel_declares_every_header():
-    assert _in_bazel(".h", ".cuh") == _in_folders(".h", ".cuh")
+    assert _in_bazel(".h", ".cuh") == _without_rdma(_in_folders(".h", ".cuh"))
 
 
 def test_the_globs_of_bazel_reach_every_python_file():

@@ -4,6 +4,7 @@
 import logging
 import pathlib
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -100,16 +101,47 @@ def test_large_domains_are_past_the_kernels_limits(fake):
     assert f"kMaxDomainRanks = {domains.MAX_DOMAIN_RANKS};" in limits
 
 
-def _ranks(*processes):
-    return [Placement(p, rank, 0, 0, rank) for rank, p in enumerate(processes)]
+class _Parameters(NamedTuple):
+    num_ranks: int
+    config: jax_ep.EpConfig = jax_ep.EpConfig(**SIZES)
 
 
-def test_ranks_of_several_hosts_are_named():
-    hosts = {0: "a", 1: "a", 2: "b"}
-    assert domains.why_not_one_host(hosts, _ranks(0, 1)) is None
-    assert "several hosts (processes 1 and 2, group_index 0)" in domains.why_not_one_host(
-        hosts, _ranks(1, 2)
-    )
+def _find(*hosts, groups=1):
+    """Domains of ranks on these hosts, a process each; `groups` of them, one after the other."""
+    num_ranks = len(hosts) // groups
+    ranks = [Placement(p, p, 0, p // num_ranks, p % num_ranks) for p in range(len(hosts))]
+    return domains.find_domains(_Parameters(num_ranks), dict(enumerate(hosts)), ranks)
+
+
+def test_a_host_is_a_domain():
+    assert _find(*"aaaa") == (domains.Domains(4, use_rdma=False), None)
+    assert _find(*"aabb") == (domains.Domains(2, use_rdma=True), None)
+    assert _find(*"abcd") == (domains.Domains(1, use_rdma=True), None)
+    assert _find(*"aabb", groups=2) == (domains.Domains(2, use_rdma=False), None)
+    assert _find(*"aabbccdd", groups=2) == (domains.Domains(2, use_rdma=True), None)
+
+
+def test_hosts_emulated_on_one_may_be_joined_by_nvshmem(monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    assert _find(*"aaaa") == (domains.Domains(2, use_rdma=False), None)
+    monkeypatch.setenv("JAX_EP_NODE_TRANSPORT", "rdma")
+    assert _find(*"aaaa") == (domains.Domains(2, use_rdma=True), None)
+    assert _find(*"aa") == (domains.Domains(2, use_rdma=False), None)
+    monkeypatch.setenv("JAX_EP_NODE_TRANSPORT", "carrier pigeons")
+    with pytest.raises(ValueError, match="is 'carrier pigeons'; allowed: loopback, rdma"):
+        _find(*"aaaa")
+
+
+@pytest.mark.parametrize("hosts", ["abab", "aaab", "abba", "aabbb", "aaba"])
+def test_ranks_scattered_over_hosts_are_named(hosts):
+    _, why_not = _find(*hosts)
+    numbers = ", ".join("0" if host == "a" else "1" for host in hosts)
+    assert f"(hosts of the ranks of group_index 0: {numbers}): make the mesh so" in why_not
+
+
+def test_domains_are_not_too_large():
+    _, why_not = _find(*("a" * 33 + "b" * 33))
+    assert why_not == "its domains have 33 ranks; on GPUs they may have at most 32"
 
 
 # --- launches, on a fake CUDA runtime ----------------------------------------------------------

@@ -77,6 +77,13 @@ struct MappedHeaps {
   int32_t rank;                // this one
 };
 
+// The network heaps of all ranks, where they are at one address of symmetric memory, which is this
+// rank's as it stands and a peer's with its number: what a transport by RDMA has.
+struct SymmetricHeaps {
+  std::byte* heap;
+  int32_t pe[kMaxRanks];  // by rank, the number of its process
+};
+
 // What a kernel of an operation between domains is launched with. `Transport` is one of
 // csrc/device/transport/.
 template <typename OpOfCall, typename Transport>

@@ -67,7 +67,10 @@ Status CudaGroup::create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& gro
   return {};
 }
 
-Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles) {
+Status CudaGroup::connect(int32_t group_index,
+                          int32_t rank,
+                          std::span<const HeapHandle> handles,
+                          std::span<const int32_t> pes) {
   const auto it = std::find_if(ranks_.begin(), ranks_.end(), [&](const RankContext& context) {
     return context.config().local.group_index == group_index && context.config().local.rank == rank;
   });
@@ -84,7 +87,7 @@ Status CudaGroup::connect(int32_t group_index, int32_t rank, std::span<const Hea
   const auto sharing = std::count_if(handles.begin(), handles.end(), [&](const HeapHandle& handle) {
     return handle.device == it->handle().device;
   });
-  JAX_EP_RETURN_IF_ERROR(it->connect(peers, static_cast<int32_t>(sharing)));
+  JAX_EP_RETURN_IF_ERROR(it->connect(peers, static_cast<int32_t>(sharing), pes));
   const bool all = std::all_of(
       ranks_.begin(), ranks_.end(), [](const RankContext& context) { return context.connected(); });
   ready_.store(all, std::memory_order_release);

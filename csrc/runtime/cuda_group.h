@@ -32,8 +32,12 @@ class CudaGroup {
   // On an error nothing stays allocated.
   static Status create(CudaGroupConfig config, std::unique_ptr<CudaGroup>& group);
 
-  // `handles` are those of all ranks of all EP groups of the mesh, in any order.
-  Status connect(int32_t group_index, int32_t rank, std::span<const HeapHandle> handles);
+  // `handles` are those of all ranks of all EP groups of the mesh, in any order; `pes` as
+  // RankContext::connect takes them.
+  Status connect(int32_t group_index,
+                 int32_t rank,
+                 std::span<const HeapHandle> handles,
+                 std::span<const int32_t> pes = {});
   // Returns the first error, if there is one: after a kernel's trap, CUDA refuses everything. Goes
   // on nevertheless; but if kernels run on after `limit_s`, it is DeadlineExceeded, and all heaps
   // stay allocated and mapped for good: destruction does not touch them.

@@ -33,6 +33,16 @@ StatusCode code_of(WaitTag tag) {
   }
 }
 
+Status load_internode_kernels(const GroupSettings& group) {
+  if (!group.heap.spans_domains()) return {};
+  if (!group.uses_rdma()) return JAX_EP_CUDA_STATUS(load_loopback_kernels());
+  const RdmaLibrary* const library = rdma_library();
+  if (library == nullptr) {
+    return {StatusCode::kFailedPrecondition, "no RDMA library has been loaded"};
+  }
+  return JAX_EP_CUDA_STATUS(library->load_kernels());
+}
+
 Status bad_handle(const std::string& what) { return {StatusCode::kFailedPrecondition, what}; }
 
 }  // namespace
@@ -44,11 +54,9 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   made.config_ = config;
   // First: on a GPU that the kernels were not compiled for, nothing is to be allocated.
   JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_kernels()));
-  if (config.group.heap.spans_domains()) {
-    JAX_EP_RETURN_IF_ERROR(JAX_EP_CUDA_STATUS(load_loopback_kernels()));
-  }
-  JAX_EP_RETURN_IF_ERROR(
-      SymmetricHeap::allocate(config.group.heap, config.local.device, made.heap_));
+  JAX_EP_RETURN_IF_ERROR(load_internode_kernels(config.group));
+  JAX_EP_RETURN_IF_ERROR(SymmetricHeap::allocate(
+      config.group.heap, config.group.link, config.local.device, made.heap_));
   const double report_s = first_report_s(config.group.warn_after_s);
   JAX_EP_RETURN_IF_ERROR(RankWords::allocate({.group_name = config.group.name,
                                               .device = config.local.device,
@@ -75,6 +83,10 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   const Topology topology = config.group.heap.topology();
   made.view_.first_neighbor = topology.rank_at(topology.domain_of(config.local.rank), 0);
   made.view_.num_neighbors = topology.num_scaleup_ranks;
+  // Last: to give it back takes all processes, and so it must not be given back here.
+  if (config.group.uses_rdma()) {
+    JAX_EP_RETURN_IF_ERROR(RdmaHeap::allocate(made.heap_.network().total_bytes, made.rdma_heap_));
+  }
   context = std::move(made);
   return {};
 }
@@ -98,26 +110,38 @@ Status RankContext::check_handle(const HeapHandle& handle, int32_t rank) const {
   return {};
 }
 
-Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing) {
+Status RankContext::connect(std::span<const HeapHandle> handles,
+                            int32_t sharing,
+                            std::span<const int32_t> pes) {
+  const bool uses_rdma = config_.group.uses_rdma();
   if (handles.size() != static_cast<size_t>(view_.num_ranks)) {
     return Status::invalid_argument("connect: " + std::to_string(handles.size()) + " handles for " +
                                     std::to_string(view_.num_ranks) + " ranks");
+  }
+  if (uses_rdma && pes.size() != handles.size()) {
+    return Status::invalid_argument("connect: " + std::to_string(pes.size()) +
+                                    " numbers of processes for " + std::to_string(view_.num_ranks) +
+                                    " ranks");
   }
   std::vector<PeerMapping> peers(handles.size());
   RankView view = view_;
   for (int32_t rank = 0; rank < view.num_ranks; ++rank) {
     const auto index = static_cast<size_t>(rank);
     JAX_EP_RETURN_IF_ERROR(check_handle(handles[index], rank));
+    if (uses_rdma && !is_neighbor(rank)) continue;
     JAX_EP_RETURN_IF_ERROR(PeerMapping::map(handles[index], config_.local.device, peers[index]));
-    const int32_t neighbor = rank - view.first_neighbor;
-    if (neighbor >= 0 && neighbor < view.num_neighbors) view.heap[rank] = peers[index].base();
+    if (is_neighbor(rank)) view.heap[rank] = peers[index].base();
   }
   // Ranks that share a device wait for each other, or hold what others of them need: the blocks of
   // all must fit on it at once.
   budget_ = {.available = std::max(device_sms_ / std::max(sharing, 1), 1),
              .requested = config_.group.max_num_sms,
              .tail = config_.group.tail_num_sms};
-  if (config_.group.heap.spans_domains()) {
+  if (uses_rdma) {
+    RdmaNetwork network;
+    JAX_EP_RETURN_IF_ERROR(rdma_network(pes, network));
+    internode_ = std::make_unique<RdmaKernels>(network);
+  } else if (config_.group.heap.spans_domains()) {
     internode_ = std::make_unique<LoopbackKernels>(loopback_network(peers));
   }
   words_.publish();
@@ -126,21 +150,44 @@ Status RankContext::connect(std::span<const HeapHandle> handles, int32_t sharing
   return {};
 }
 
+// Without heaps.
+NetworkView RankContext::network_view() const {
+  NetworkView view{};
+  view.layout = heap_.network();
+  view.topology = config_.group.heap.topology();
+  return view;
+}
+
 LoopbackNetwork RankContext::loopback_network(std::span<const PeerMapping> peers) const {
   LoopbackNetwork found{};
-  found.network.layout = heap_.network();
-  found.network.topology = config_.group.heap.topology();
-  const Topology& topology = found.network.topology;
+  found.network = network_view();
   found.heaps.rank = config_.local.rank;
   for (int32_t rank = 0; rank < view_.num_ranks; ++rank) {
     std::byte* const heap =
         peers[static_cast<size_t>(rank)].base() + network_offset(heap_.layout());
     found.heaps.heap[rank] = heap;
-    if (topology.domain_of(rank) == topology.domain_of(config_.local.rank)) {
-      found.network.heap[topology.index_in_domain(rank)] = heap;
-    }
+    if (is_neighbor(rank)) found.network.heap[rank - view_.first_neighbor] = heap;
   }
   return found;
+}
+
+Status RankContext::rdma_network(std::span<const int32_t> pes, RdmaNetwork& found) const {
+  found = {};
+  found.network = network_view();
+  found.heaps.heap = rdma_heap_.base();
+  for (int32_t rank = 0; rank < view_.num_ranks; ++rank) {
+    const int32_t pe = pes[static_cast<size_t>(rank)];
+    found.heaps.pe[rank] = pe;
+    if (!is_neighbor(rank)) continue;
+    std::byte* const heap = rdma_heap_.map(pe);
+    found.network.heap[rank - view_.first_neighbor] = heap;
+    if (heap == nullptr) {
+      return {StatusCode::kFailedPrecondition,
+              "NVSHMEM does not map the memory of rank " + std::to_string(rank) +
+                  ", which is on this host: is NVSHMEM_DISABLE_P2P set?"};
+    }
+  }
+  return {};
 }
 
 Status RankContext::wait_for_kernels(double limit_s) const {

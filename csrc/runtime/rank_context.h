@@ -14,6 +14,7 @@
 #include "csrc/core/status.h"
 #include "csrc/runtime/rank_words.h"
 #include "csrc/runtime/transport/internode_kernels.h"
+#include "csrc/runtime/transport/rdma.h"
 #include "csrc/runtime/transport/symmetric_heap.h"
 #include "csrc/tuning/heuristics.h"
 
@@ -28,6 +29,9 @@ struct GroupSettings {
   int32_t max_num_sms;   // 0: the default of each operation
   int32_t tail_num_sms;  // -1: all that idle
   HeapShape heap;
+  DomainLink link = DomainLink::kMappedMemory;  // if the heap's ranks are in several domains
+
+  [[nodiscard]] bool uses_rdma() const { return heap.spans_domains() && link == DomainLink::kRdma; }
 };
 
 // A rank of this process.
@@ -54,7 +58,11 @@ class RankContext {
   // rank r's. `sharing` ranks of the mesh, in whatever
   // EP group, are on this rank's device. FailedPrecondition if a handle is of another group or of
   // another rank, or if the heaps are laid out differently. On an error nothing stays mapped.
-  Status connect(std::span<const HeapHandle> handles, int32_t sharing);
+  // `pes[r]` is the number of rank r's process in the job of RDMA, if that joins domains: then only
+  // heaps of this rank's domain are mapped.
+  Status connect(std::span<const HeapHandle> handles,
+                 int32_t sharing,
+                 std::span<const int32_t> pes = {});
   // Returns when nothing runs on the device. An error is of a kernel; DeadlineExceeded if something
   // still runs after `limit_s`.
   Status wait_for_kernels(double limit_s) const;
@@ -63,7 +71,10 @@ class RankContext {
   // Unmaps the peers' heaps. No kernel of the rank may be running.
   void disconnect();
   // Leaves the heap as it is, for good: a peer may still map it.
-  void leave_heap() { heap_.leave(); }
+  void leave_heap() {
+    heap_.leave();
+    rdma_heap_.leave();
+  }
   // Likewise the peers': a kernel of this rank still runs.
   void leave_peers();
   [[nodiscard]] bool connected() const { return !peers_.empty(); }
@@ -83,10 +94,16 @@ class RankContext {
 
  private:
   Status check_handle(const HeapHandle& handle, int32_t rank) const;
+  [[nodiscard]] bool is_neighbor(int32_t rank) const {
+    return rank >= view_.first_neighbor && rank < view_.first_neighbor + view_.num_neighbors;
+  }
+  [[nodiscard]] NetworkView network_view() const;
   [[nodiscard]] LoopbackNetwork loopback_network(std::span<const PeerMapping> peers) const;
+  Status rdma_network(std::span<const int32_t> pes, RdmaNetwork& found) const;
 
   RankConfig config_;
   SymmetricHeap heap_;
+  RdmaHeap rdma_heap_;
   RankWords words_;
   HeapHandle handle_{};
   std::vector<PeerMapping> peers_;

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m jax_ep info`: what is here, what works with it, and what is missing for what."""
 
-import ctypes.util
 import importlib.metadata
 import os
 import pathlib
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 
 import jax
 
-from jax_ep._src.groups import gpu_architectures, native
+from jax_ep._src.groups import gpu_architectures, native, rdma
 
 Row = tuple[str, str, str]  # what, its state, what is missing or what it is for
 
@@ -98,21 +97,27 @@ def _peer_access() -> Row:
     return ("peer access", f"not probed ({num_gpus} GPUs here)", note)
 
 
-def _nvshmem() -> Row:
-    version = _version("nvidia-nvshmem-cu13")
-    if version:
-        return ("NVSHMEM", version, "")
-    if ctypes.util.find_library("nvshmem_host"):
-        return ("NVSHMEM", "found in the system", "")
-    return ("NVSHMEM", "not found", "scale-out between nodes (not in this release)")
-
-
-def _nics() -> Row:
-    folder = pathlib.Path("/sys/class/infiniband")
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if names:
-        return ("RDMA NICs", ", ".join(names), "")
-    return ("RDMA NICs", "none", "scale-out between nodes (not in this release)")
+def _rdma() -> list[Row]:
+    """What groups that span hosts need."""
+    path, host_library = rdma.library_path(), rdma.host_library_path()
+    rows: list[Row] = [
+        ("RDMA", str(path), "for groups that span hosts")
+        if path
+        else ("RDMA", "not available", rdma.why_unavailable() or ""),
+        ("NVSHMEM", _version("nvidia-nvshmem-cu13") or "found", host_library)
+        if host_library
+        else ("NVSHMEM", "not found", "pip install 'jax-ep[rdma]', for groups that span hosts"),
+    ]
+    if nics := rdma.nics():
+        why_not = rdma.why_no_gpu_initiated()
+        note = f"by the CPU: {why_not}" if why_not else "by GPUs (IBGDA)"
+        rows.append(("RDMA NICs", ", ".join(nics), note))
+    else:
+        rows.append(("RDMA NICs", "none", "for groups that span hosts"))
+    direct = pathlib.Path("/sys/module/nvidia_peermem").is_dir()
+    note = "" if direct else "module nvidia_peermem, or DMA-BUF, lets NICs read GPUs' memory"
+    rows.append(("GPUDirect RDMA", "nvidia_peermem" if direct else "no nvidia_peermem", note))
+    return rows
 
 
 def _table(rows: Iterable[Row]) -> str:
@@ -124,5 +129,5 @@ def _table(rows: Iterable[Row]) -> str:
 
 def report() -> str:
     """The table that `python -m jax_ep info` prints. Starts JAX's backends."""
-    rows = [*_versions(), *_devices(), *_backends(), _peer_access(), _nvshmem(), _nics()]
+    rows = [*_versions(), *_devices(), *_backends(), _peer_access(), *_rdma()]
     return _table(rows)

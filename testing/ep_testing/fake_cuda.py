@@ -88,6 +88,7 @@ class FakeCuda:
         max_num_sms,
         tail_num_sms,
         heap,
+        rdma,
         ranks,
     ) -> list[bytes]:
         self._called("create", max_num_sms, tail_num_sms)
@@ -99,11 +100,13 @@ class FakeCuda:
             "ranks": ranks,
             "num_ranks": heap.num_ranks,
             "heap": heap,
+            "rdma": rdma,
             "mapped": {},
         }
         return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]
 
-    def connect_group(self, group_id, group_index, rank, handles) -> None:
+    def connect_group(self, group_id, group_index, rank, handles, pes) -> None:
+        del pes
         self._called("connect", group_index, rank)
         group = self.groups[group_id]
         given = [json.loads(handle) for handle in handles]

@@ -69,9 +69,16 @@ def build() -> None:
     defines = [f"-D{name}={value}" for name, value in arguments.items() if value]
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *defines], check=True)
     targets = ["_ext", "_cuda", "virtual_ranks", "link_probe"]
+    # Where NVSHMEM is, kernels for RDMA too.
+    help_text = subprocess.run(
+        ["cmake", "--build", BUILD, "--target", "help"], check=True, capture_output=True, text=True
+    ).stdout
+    if "jax_ep_rdma" in help_text:
+        targets.append("jax_ep_rdma")
     subprocess.run(["cmake", "--build", BUILD, "--parallel", "--target", *targets], check=True)
-    for module in [*BUILD.glob("_ext*.so"), *BUILD.glob("_cuda*.so")]:
-        shutil.copy(module, ROOT / "jax_ep")
+    for pattern in ("_ext*.so", "_cuda*.so", "csrc/rdma/libjax_ep_rdma.so"):
+        for module in BUILD.glob(pattern):
+            shutil.copy(module, ROOT / "jax_ep")
 
 
 def run(piece: str, placement: str) -> tuple[int, float]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups that span domains: JAX_EP_NODE_RANKS makes domains of one host's ranks.
 
+Mapped memory joins them, or NVSHMEM (over its own mapped memory: it has no network here).
+
 Also random scenarios of the kernels alone, all ranks in one process, each with a stream of its own.
 With two GPUs neighboring ranks share one there: what crosses goes over NVLink, and what is pulled
 where a domain has ranks on both (of three).
@@ -20,6 +22,7 @@ from ep_testing.rank_cases import case_of, check_cases
 from ep_testing.rank_layers import TURNS, check_turns, layer_cases
 from ep_testing.rank_problems import problem_cases
 from ep_testing.rank_programs import turns
+from jax_ep._src.groups import rdma
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -30,12 +33,32 @@ NODES = {
     Placement.ONE_PROCESS: [(2, 1), (4, 2), (8, 4)],
 }[Placement.chosen()]
 SOAK_NODES = NODES[:1]
+LINKS = [
+    "loopback",
+    pytest.param(
+        "rdma",
+        marks=[
+            pytest.mark.skipif(
+                rdma.library_path() is None,
+                reason="not built: tests/gpu/run.py builds libjax_ep_rdma.so where NVSHMEM is",
+            ),
+            pytest.mark.skipif(
+                Placement.chosen() is Placement.ONE_PROCESS,
+                reason="NVSHMEM needs a process for each rank: placements shared and own",
+            ),
+        ],
+    ),
+]
 
 
 def _on_nodes(
-    on_ranks: Callable[..., list[RankRun]], of_node: int, flags: str = ""
+    on_ranks: Callable[..., list[RankRun]], of_node: int, link: str, flags: str = ""
 ) -> Callable[..., list[RankRun]]:
-    variables = {"JAX_EP_NODE_RANKS": str(of_node)}
+    variables = {
+        "JAX_EP_NODE_RANKS": str(of_node),
+        "JAX_EP_NODE_TRANSPORT": link,
+        "NVSHMEM_REMOTE_TRANSPORT": "none",
+    }
     if flags:
         variables["XLA_FLAGS"] = flags
     return functools.partial(on_ranks, environment=variables)
@@ -49,31 +72,35 @@ def _check_turns(run: Callable[..., list[RankRun]], cases: Sequence[Case], num_r
     return check_turns(problem, runs, 0, turns_each=each)
 
 
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize(("num_ranks", "of_node"), NODES)
-def test_ranks_get_the_oracles_bits(num_ranks, of_node, on_ranks):
+def test_ranks_get_the_oracles_bits(num_ranks, of_node, link, on_ranks):
     cases = problem_cases(num_ranks, domain_size=of_node)
-    check_cases(_on_nodes(on_ranks, of_node), cases, num_ranks)
+    check_cases(_on_nodes(on_ranks, of_node, link), cases, num_ranks)
 
 
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize(("num_ranks", "of_node"), NODES[:2])
-def test_layers_in_graphs_have_the_cpus_bits(num_ranks, of_node, on_ranks):
+def test_layers_in_graphs_have_the_cpus_bits(num_ranks, of_node, link, on_ranks):
     cases = layer_cases(num_ranks, domain_size=of_node)
-    check_cases(_on_nodes(on_ranks, of_node, GRAPHS), cases, num_ranks)
+    check_cases(_on_nodes(on_ranks, of_node, link, GRAPHS), cases, num_ranks)
 
 
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize(("num_ranks", "of_node"), SOAK_NODES)
-def test_graphs_replay_with_changing_routing(num_ranks, of_node, on_ranks):
+def test_graphs_replay_with_changing_routing(num_ranks, of_node, link, on_ranks):
     problem = TURNS.replace(num_ranks=num_ranks)
     cases = [case_of(turns, problem, rounds=2, turns_each=500)]
-    assert _check_turns(_on_nodes(on_ranks, of_node, GRAPHS), cases, num_ranks) == 2
+    assert _check_turns(_on_nodes(on_ranks, of_node, link, GRAPHS), cases, num_ranks) == 2
 
 
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize(("num_ranks", "of_node"), SOAK_NODES)
-def test_soak(num_ranks, of_node, on_ranks):
+def test_soak(num_ranks, of_node, link, on_ranks):
     rounds = int(os.environ.get("JAX_EP_SOAK", "5000")) // 1000
     problem = TURNS.replace(num_ranks=num_ranks)
     cases = [case_of(turns, problem, rounds=rounds, turns_each=1000)]
-    assert _check_turns(_on_nodes(on_ranks, of_node), cases, num_ranks) == rounds
+    assert _check_turns(_on_nodes(on_ranks, of_node, link), cases, num_ranks) == rounds
 
 
 def _num_gpus() -> int:

@@ -28,6 +28,8 @@
 #include "csrc/runtime/cuda_registry.h"
 #include "csrc/runtime/rank_words.h"
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/python_errors.h"
+#include "xla_ffi/cuda/rdma_module.h"
 
 namespace nb = nanobind;
 
@@ -38,18 +40,6 @@ nb::dict cuda_target(XLA_FFI_Handler* execute) {
   nb::dict stages;
   stages["execute"] = nb::capsule(reinterpret_cast<void*>(execute), "xla._CUSTOM_CALL_TARGET");
   return stages;
-}
-
-// ValueError for bad arguments, MemoryError for a heap that does not fit, TimeoutError, else
-// RuntimeError.
-void raise_if_error(const Status& status) {
-  if (status.ok()) return;
-  PyObject* type = PyExc_RuntimeError;
-  if (status.code() == StatusCode::kInvalidArgument) type = PyExc_ValueError;
-  if (status.code() == StatusCode::kResourceExhausted) type = PyExc_MemoryError;
-  if (status.code() == StatusCode::kDeadlineExceeded) type = PyExc_TimeoutError;
-  PyErr_SetString(type, status.message().c_str());
-  throw nb::python_error();
 }
 
 // What Python calls a member of HeapShape.
@@ -98,7 +88,7 @@ std::shared_ptr<CudaGroup> find_group(int64_t id) {
   return group;
 }
 
-std::vector<nb::bytes> create_group(int64_t id, CudaGroupConfig config) {
+std::vector<nb::bytes> make_group(int64_t id, CudaGroupConfig config) {
   std::unique_ptr<CudaGroup> group;
   Status status;
   {
@@ -120,7 +110,8 @@ std::vector<nb::bytes> create_group(int64_t id, CudaGroupConfig config) {
 void connect_group(int64_t id,
                    int32_t group_index,
                    int32_t rank,
-                   const std::vector<nb::bytes>& handles) {
+                   const std::vector<nb::bytes>& handles,
+                   const std::vector<int32_t>& pes) {
   std::vector<HeapHandle> parsed(handles.size());
   for (size_t i = 0; i < handles.size(); ++i) {
     const std::string_view bytes(handles[i].c_str(), handles[i].size());
@@ -130,7 +121,7 @@ void connect_group(int64_t id,
   Status status;
   {
     const nb::gil_scoped_release unlocked;
-    status = group->connect(group_index, rank, parsed);
+    status = group->connect(group_index, rank, parsed, pes);
   }
   raise_if_error(status);
 }
@@ -267,31 +258,36 @@ void define_low_latency(nb::module_& m) {
         "The same of a combine.");
 }
 
+std::vector<nb::bytes> create_group(
+    int64_t group_id,
+    std::string name,
+    GroupNonce nonce,
+    double warn_after_s,
+    double timeout_s,
+    int32_t max_num_sms,
+    int32_t tail_num_sms,
+    const HeapShape& heap,
+    bool rdma,
+    const std::vector<std::tuple<int32_t, int32_t, int32_t>>& ranks) {
+  CudaGroupConfig config{.group = {.name = std::move(name),
+                                   .nonce = nonce,
+                                   .warn_after_s = warn_after_s,
+                                   .timeout_s = timeout_s,
+                                   .max_num_sms = max_num_sms,
+                                   .tail_num_sms = tail_num_sms,
+                                   .heap = heap,
+                                   .link = rdma ? DomainLink::kRdma : DomainLink::kMappedMemory},
+                         .ranks = {}};
+  for (const auto& [device, group_index, rank] : ranks) {
+    config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
+  }
+  return make_group(group_id, std::move(config));
+}
+
 void define_groups(nb::module_& m) {
   m.def(
       "create_group",
-      [](int64_t group_id,
-         std::string name,
-         GroupNonce nonce,
-         double warn_after_s,
-         double timeout_s,
-         int32_t max_num_sms,
-         int32_t tail_num_sms,
-         const HeapShape& heap,
-         const std::vector<std::tuple<int32_t, int32_t, int32_t>>& ranks) {
-        CudaGroupConfig config{.group = {.name = std::move(name),
-                                         .nonce = nonce,
-                                         .warn_after_s = warn_after_s,
-                                         .timeout_s = timeout_s,
-                                         .max_num_sms = max_num_sms,
-                                         .tail_num_sms = tail_num_sms,
-                                         .heap = heap},
-                               .ranks = {}};
-        for (const auto& [device, group_index, rank] : ranks) {
-          config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
-        }
-        return create_group(group_id, std::move(config));
-      },
+      &create_group,
       nb::kw_only(),
       nb::arg("group_id"),
       nb::arg("name"),
@@ -301,9 +297,12 @@ void define_groups(nb::module_& m) {
       nb::arg("max_num_sms"),
       nb::arg("tail_num_sms"),
       nb::arg("heap"),
+      nb::arg("rdma"),
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
-      "loads the kernels. Returns the ranks' handles, for their peers. The id is the caller's "
+      "loads the kernels; `rdma`: those that reach other domains by RDMA, for which it has been\n"
+      "initialized, instead of mapped memory. Returns the ranks' handles, for their peers. The id "
+      "is the caller's "
       "choice.");
   m.def(
       "connect_group",
@@ -312,8 +311,10 @@ void define_groups(nb::module_& m) {
       nb::arg("group_index"),
       nb::arg("rank"),
       nb::arg("handles"),
+      nb::arg("pes"),
       "Maps the heaps of all ranks of an EP group for one rank of this process, given the handles\n"
-      "of all ranks of the mesh. The group serves calls once all of its ranks here are connected.");
+      "of all ranks of the mesh and, with RDMA, the number in its job of each rank's process. The "
+      "group serves calls once all of its ranks here are connected.");
   m.def(
       "disconnect_group",
       &disconnect_group,
@@ -375,6 +376,7 @@ NB_MODULE(_cuda, m) {
   define_heap_shape(m);
   define_low_latency(m);
   define_groups(m);
+  define_rdma(m);
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }
 

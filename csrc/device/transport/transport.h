@@ -25,9 +25,10 @@
 // Within a node none is used: kernels store to mapped memory, through csrc/device/peers.h, which
 // csrc/runtime/transport maps. Those who use one are csrc/kernels/internode, through rail.h.
 //
-// Implementations: LoopbackTransport, over mapped memory of one node, and SimulatedTransport. What
-// the contract allows, the simulator does (csrc/sim/network.cc); its litmus tests are in
-// csrc/sim/tests/network_litmus_test.cc.
+// Implementations: NvshmemTransport; LoopbackTransport, over mapped memory of one node; and
+// SimulatedTransport. One more needs .cu files as csrc/kernels/internode has them for these, and a
+// host's side: csrc/runtime/transport/internode_kernels.h. What the contract allows, the simulator
+// does (csrc/sim/network.cc); its litmus tests are in csrc/sim/tests/network_litmus_test.cc.
 #ifndef JAX_EP_CSRC_DEVICE_TRANSPORT_TRANSPORT_H_
 #define JAX_EP_CSRC_DEVICE_TRANSPORT_TRANSPORT_H_
 

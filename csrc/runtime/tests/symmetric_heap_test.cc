@@ -20,7 +20,8 @@ class SymmetricHeapTest : public RuntimeTest {
  protected:
   static SymmetricHeap allocate(int32_t device) {
     SymmetricHeap heap;
-    EXPECT_TRUE(is_ok(SymmetricHeap::allocate(small_shape(2), device, heap)));
+    EXPECT_TRUE(
+        is_ok(SymmetricHeap::allocate(small_shape(2), DomainLink::kMappedMemory, device, heap)));
     return heap;
   }
   static HeapHandle handle_of(const SymmetricHeap& heap, int32_t rank = 0) {
@@ -70,7 +71,8 @@ TEST_F(SymmetricHeapTest, ABadShapeCostsNothing) {
   HeapShape shape = small_shape(2);
   shape.num_topk = kMaxTopk + 1;
   SymmetricHeap heap;
-  EXPECT_EQ(SymmetricHeap::allocate(shape, 0, heap).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(SymmetricHeap::allocate(shape, DomainLink::kMappedMemory, 0, heap).code(),
+            StatusCode::kInvalidArgument);
   EXPECT_EQ(fake_cudart::calls(), Texts{});
 }
 
@@ -80,7 +82,8 @@ TEST_F(SymmetricHeapTest, OneThatDoesNotFitSaysWhatIsThereAndWhatToLower) {
   fake_cudart::reset(machine);
   const SymmetricHeap first = allocate(1);
   SymmetricHeap second;
-  const Status status = SymmetricHeap::allocate(small_shape(2), 1, second);
+  const Status status =
+      SymmetricHeap::allocate(small_shape(2), DomainLink::kMappedMemory, 1, second);
   EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
   EXPECT_TRUE(contains(status.message(),
                        "a symmetric heap of 2.0 MiB does not fit on CUDA device 1, which has 1.0 "
@@ -92,7 +95,7 @@ TEST_F(SymmetricHeapTest, OneThatDoesNotFitOnADeviceThatDoesNotAnswer) {
   fake_cudart::fail("cudaMalloc", 1, cudaErrorMemoryAllocation);
   fake_cudart::fail("cudaMemGetInfo", 1);
   SymmetricHeap heap;
-  const Status status = SymmetricHeap::allocate(small_shape(2), 1, heap);
+  const Status status = SymmetricHeap::allocate(small_shape(2), DomainLink::kMappedMemory, 1, heap);
   EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
   EXPECT_TRUE(contains(status.message(), "does not fit on CUDA device 1. It needs: "));
 }

@@ -114,7 +114,10 @@ void SymmetricHeap::free() {
   static_cast<void>(JAX_EP_CUDA_STATUS(cudaFree(std::exchange(base_, nullptr))));
 }
 
-Status SymmetricHeap::allocate(const HeapShape& shape, int32_t device, SymmetricHeap& heap) {
+Status SymmetricHeap::allocate(const HeapShape& shape,
+                               DomainLink link,
+                               int32_t device,
+                               SymmetricHeap& heap) {
   JAX_EP_RETURN_IF_ERROR(check_heap_shape(shape));
   const DeviceGuard guard(device);
   JAX_EP_RETURN_IF_ERROR(guard.status());
@@ -122,8 +125,8 @@ Status SymmetricHeap::allocate(const HeapShape& shape, int32_t device, Symmetric
   made.layout_ = make_heap_layout(shape);
   made.network_ = network_layout_of(shape);
   made.device_ = device;
-  const int64_t bytes =
-      align_up(network_offset(made.layout_) + made.network_.total_bytes, kAllocationUnit);
+  const int64_t network_bytes = link == DomainLink::kRdma ? 0 : made.network_.total_bytes;
+  const int64_t bytes = align_up(network_offset(made.layout_) + network_bytes, kAllocationUnit);
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes));
   if (error == cudaErrorMemoryAllocation) {

@@ -56,8 +56,14 @@ constexpr int64_t network_offset(const HeapLayout& layout) {
   return align_up(layout.total_bytes, kAlignment);
 }
 
-// Device memory for one rank's heap, and behind it, if its group spans domains that mapped memory
-// joins, for its network heap. Freed with the object; move-only.
+// What joins the domains of a group that spans some.
+enum class DomainLink : int32_t {
+  kMappedMemory,  // all ranks are on one host, and map each other's network heaps
+  kRdma,          // network heaps are in memory of the library for RDMA (rdma.h)
+};
+
+// Device memory for one rank's heap, and behind it, if mapped memory joins domains of its group,
+// for its network heap. Freed with the object; move-only.
 class SymmetricHeap {
  public:
   SymmetricHeap() = default;
@@ -67,7 +73,10 @@ class SymmetricHeap {
 
   // Allocates on the device and zeroes. ResourceExhausted if it does not fit: says how much is
   // needed, for what and what to lower.
-  static Status allocate(const HeapShape& shape, int32_t device, SymmetricHeap& heap);
+  static Status allocate(const HeapShape& shape,
+                         DomainLink link,
+                         int32_t device,
+                         SymmetricHeap& heap);
 
   [[nodiscard]] std::byte* base() const { return base_; }
   [[nodiscard]] const HeapLayout& layout() const { return layout_; }

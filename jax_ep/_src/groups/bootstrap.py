@@ -124,7 +124,8 @@ class Bootstrap:
         return f"jax_ep/{self._digest}/{self._attempt}"
 
     @property
-    def _is_leader(self) -> bool:
+    def is_leader(self) -> bool:
+        """Whether this is the first process."""
         return self._process == self._processes[0]
 
     def begin(self) -> int:
@@ -133,7 +134,7 @@ class Bootstrap:
         Raises:
             MissingProcesses: the first process has not begun one in time.
         """
-        if self._is_leader:
+        if self.is_leader:
             self._attempt = secrets.randbits(63)
             self._set(self._attempt_path, str(self._attempt), replace=True)
             return self._attempt
@@ -156,7 +157,7 @@ class Bootstrap:
 
     def all_have_begun(self) -> None:
         """Takes back the attempt's number; once all processes take part in it."""
-        if self._is_leader and self._client is not None:
+        if self.is_leader and self._client is not None:
             self._delete(self._attempt_path)
 
     def gather(self, phase: str, message: Message) -> dict[int, Message]:

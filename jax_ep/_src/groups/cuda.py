@@ -13,17 +13,18 @@ import math
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 
 import jax
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpUnavailable
-from jax_ep._src.groups import domains, gpu_architectures, native
+from jax_ep._src.groups import domains, gpu_architectures, native, rdma
 from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.kernel_errors import GroupWatch, Watch
-from jax_ep._src.groups.placements import placements
+from jax_ep._src.groups.placements import Placement, placements
 from jax_ep._src.limits import DTYPES, LAYOUTS
 from jax_ep._src.ranges import why_not_on_gpus
 
@@ -43,6 +44,7 @@ class Agreement:
         nonce: a number that they alone know of.
         group_id: of the group, the same in all of them.
         why_not: why the kernels cannot serve the group, in one of them; None if they can.
+        domains: into which the ranks fall.
         hosts: text by process: where it runs.
     """
 
@@ -50,6 +52,7 @@ class Agreement:
     nonce: int
     group_id: int
     why_not: str | None
+    domains: domains.Domains
     hosts: dict[int, str]
 
 
@@ -71,7 +74,6 @@ def why_not(parameters: GroupParameters) -> str | None:
     return (
         native.why_no_cuda()
         or why_not_on_gpus(parameters.config, parameters.num_ranks)
-        or domains.why_not_emulated(parameters)
         or gpu_architectures.why_not_built_for(parameters.mesh.devices.flat)
     )
 
@@ -94,8 +96,9 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
         "host": _host(),
         "where": f"process {process_index} (pid {os.getpid()} on {platform.node()})",
         "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}"
-        + _emulation(),
+        + domains.emulation(),
         "why_not": local_why_not,
+        "why_no_rdma": rdma.why_unavailable(),
     }
     with boot.telling_failures("join"):
         nonce = boot.begin()
@@ -107,27 +110,34 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
                 f"process {process} made it with another config: {message['config']}; here it is "
                 f"{own['config']}"
             )
+    found, why_not = domains.find_domains(
+        parameters, {p: m["host"] for p, m in messages.items()}, ranks
+    )
     return Agreement(
         bootstrap=boot,
         nonce=nonce,
         group_id=next_group_id(digest, after=max(m["made"] for m in messages.values())),
-        why_not=_why_not_all(messages)
-        or domains.why_not_one_host({p: m["host"] for p, m in messages.items()}, ranks),
+        why_not=_why_not_all(messages, "why_not")
+        or why_not
+        or (_why_no_rdma(messages, ranks) if found.use_rdma else None),
+        domains=found,
         hosts={process: message["where"] for process, message in messages.items()},
     )
 
 
-def _why_not_all(messages: dict[int, Message]) -> str | None:
+def _why_not_all(messages: dict[int, Message], key: str) -> str | None:
     for process, message in sorted(messages.items()):
-        if message["why_not"] is not None:
+        if message[key] is not None:
             where = f"in process {process}, " if len(messages) > 1 else ""
-            return f"{where}{message['why_not']}"
+            return f"{where}{message[key]}"
     return None
 
 
-def _emulation() -> str:
-    size = domains.emulated_domain_size()
-    return "" if size is None else f", {domains.NODE_RANKS_VARIABLE}={size}"
+def _why_no_rdma(messages: dict[int, Message], ranks: Sequence[Placement]) -> str | None:
+    why_not = _why_not_all(messages, "why_no_rdma") or rdma.why_not_one_gpu_each(
+        ranks, jax.process_count()
+    )
+    return why_not and f"its ranks are on several hosts, and {why_not}"
 
 
 class CudaGroup:
@@ -156,8 +166,9 @@ class CudaGroup:
         self._module = native.load_cuda()
         native.register_cuda_targets()
         ranks = placements(parameters.mesh, parameters.axis_names)
+        self._ranks = ranks
         self._local_ranks = [rank for rank in ranks if rank.process == jax.process_index()]
-        of_domain = domains.domain_size_of(parameters.num_ranks)
+        of_domain, self._use_rdma = agreement.domains
         spans_domains = of_domain < parameters.num_ranks
         self.domain_size = of_domain if spans_domains else parameters.domain_size
         sizes = _heap_shape(parameters.config, parameters.num_ranks)
@@ -190,6 +201,13 @@ class CudaGroup:
     def _open(self, nonce: int, heap: object) -> None:
         boot = self._bootstrap
         with contextlib.ExitStack() as undo:
+            pes: dict[int, int] = {}
+            if self._use_rdma:
+                # What NVSHMEM allocates is given back by all processes together, or not at all.
+                self._mapped_by_peers = True
+                with boot.telling_failures("rdma", "handles", "connected", "disconnected"):
+                    device = self._local_ranks[0].device_ordinal
+                    pes = rdma.join(boot, jax.process_index(), self.heap_bytes, device)
             with boot.telling_failures("handles", "connected", "disconnected"):
                 handles = self._create(nonce, heap)
                 undo.callback(self._forget)
@@ -198,10 +216,10 @@ class CudaGroup:
                 self._mapped_by_peers = boot.has_others
                 undo.callback(self._disconnect, _CLOSE_S)
                 messages = boot.gather("handles", {"handles": [h.hex() for h in handles]})
-                self._connect(messages)
+                self._connect(messages, pes)
                 boot.gather("connected", {})
             undo.pop_all()
-        boot.forget("join", "handles")
+        boot.forget("join", "rdma", "handles")
 
     def _create(self, nonce: int, heap: object) -> list[bytes]:
         config = self._parameters.config
@@ -215,16 +233,22 @@ class CudaGroup:
                 max_num_sms=config.max_num_sms or 0,
                 tail_num_sms=-1 if config.tail_num_sms is None else config.tail_num_sms,
                 heap=heap,
+                rdma=self._use_rdma,
                 ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
         except (RuntimeError, MemoryError) as e:
             raise EpUnavailable(str(e)) from e
 
-    def _connect(self, messages: dict[int, Message]) -> None:
+    def _connect(self, messages: dict[int, Message], pes: dict[int, int]) -> None:
         handles = [bytes.fromhex(h) for m in messages.values() for h in m["handles"]]
         for local in self._local_ranks:
+            of_group = [r for r in self._ranks if r.group_index == local.group_index]
+            by_rank = sorted(of_group, key=lambda rank: rank.rank)
             try:
-                self._module.connect_group(self.group_id, local.group_index, local.rank, handles)
+                self._module.connect_group(
+                    self.group_id, local.group_index, local.rank, handles,
+                    [pes[rank.process] for rank in by_rank] if pes else [],
+                )  # fmt: skip
             except (RuntimeError, ValueError) as e:
                 raise EpUnavailable(
                     f"rank {local.rank} (group_index {local.group_index}, GPU "

@@ -1,54 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
 """The domains of a group on GPUs: ranks that map each other's memory, as those of one host do.
 
-Between domains there is a network. `JAX_EP_NODE_RANKS=2` makes a domain of every two ranks of a
-host, which mapped memory then joins as if it were a network (docs/design/internode.md): so what
-several hosts do can be tried on one.
+Between domains there is a network. So that what several hosts do can be tried on one,
+`JAX_EP_NODE_RANKS=2` makes a domain of every two ranks of a host; mapped memory joins them, or with
+`JAX_EP_NODE_TRANSPORT=rdma`, NVSHMEM (docs/guide/multi_node.md).
 """
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jax_ep._src.groups.interface import GroupParameters
 from jax_ep._src.groups.placements import Placement
 
-NODE_RANKS_VARIABLE = "JAX_EP_NODE_RANKS"
+SIZE_VARIABLE = "JAX_EP_NODE_RANKS"
+TRANSPORT_VARIABLE = "JAX_EP_NODE_TRANSPORT"
 MAX_DOMAIN_RANKS = 32  # kMaxDomainRanks of the kernels
+_TRANSPORTS = ("loopback", "rdma")
 
 
-def emulated_domain_size() -> int | None:
-    """What JAX_EP_NODE_RANKS says; None if it is not set.
+class Domains(NamedTuple):
+    """How the ranks of a group fall into domains.
+
+    Attributes:
+        size: ranks of each, which follow each other.
+        use_rdma: whether NVSHMEM joins them, and not mapped memory.
+    """
+
+    size: int
+    use_rdma: bool
+
+
+def emulation() -> str:
+    """What the two variables say, for who compares processes; empty if they are not set.
 
     Raises:
-        ValueError: it is no number above 0.
+        ValueError: a value that is not allowed.
     """
-    text = os.environ.get(NODE_RANKS_VARIABLE, "")
+    size, transport = _emulated_size(), _emulated_transport()
+    return "" if size is None else f", {SIZE_VARIABLE}={size}, {TRANSPORT_VARIABLE}={transport}"
+
+
+def _emulated_size() -> int | None:
+    text = os.environ.get(SIZE_VARIABLE, "")
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(
-            f"{NODE_RANKS_VARIABLE} is {text!r}; allowed: how many ranks are to be a domain, 1 or "
-            "more"
+            f"{SIZE_VARIABLE} is {text!r}; allowed: how many ranks are to be a domain, 1 or more"
         )
     return int(text)
 
 
-def domain_size_of(num_ranks: int) -> int:
-    """Ranks of a domain, of a group whose ranks are on one host."""
-    return min(emulated_domain_size() or num_ranks, num_ranks)
+def _emulated_transport() -> str:
+    transport = os.environ.get(TRANSPORT_VARIABLE, "") or _TRANSPORTS[0]
+    if transport not in _TRANSPORTS:
+        raise ValueError(
+            f"{TRANSPORT_VARIABLE} is {transport!r}; allowed: {', '.join(_TRANSPORTS)}"
+        )
+    return transport
 
 
-def why_not_emulated(parameters: GroupParameters) -> str | None:
-    """Why the kernels cannot serve domains of JAX_EP_NODE_RANKS ranks; None if they can."""
+def find_domains(
+    parameters: GroupParameters, hosts: Mapping[int, str], ranks: Sequence[Placement]
+) -> tuple[Domains, str | None]:
+    """The domains of a group's ranks, and why the kernels cannot serve them; None if they can.
+
+    Args:
+        parameters: of the group.
+        hosts: by process, where it runs.
+        ranks: those of all of the mesh's groups.
+    """
     num_ranks = parameters.num_ranks
-    size = domain_size_of(num_ranks)
-    if num_ranks % size:
-        return f"{NODE_RANKS_VARIABLE} is {size}; it must divide the group's {num_ranks} ranks"
-    return why_not_served(parameters, size)
+    by_group: dict[int, list[str]] = {}
+    for rank in sorted(ranks, key=lambda rank: (rank.group_index, rank.rank)):
+        by_group.setdefault(rank.group_index, []).append(hosts[rank.process])
+    if all(len(set(of_group)) == 1 for of_group in by_group.values()):
+        size = min(_emulated_size() or num_ranks, num_ranks)
+        found = Domains(size, size < num_ranks and _emulated_transport() == "rdma")
+        if num_ranks % size:
+            why_not = f"{SIZE_VARIABLE} is {size}; it must divide the group's {num_ranks} ranks"
+            return found, why_not
+    else:
+        size = max(of_group.count(of_group[0]) for of_group in by_group.values())
+        found = Domains(size, use_rdma=True)
+        if why_not := _why_not_in_blocks(by_group, size):
+            return found, why_not
+    return found, _why_not_served(parameters, size)
 
 
-def why_not_served(parameters: GroupParameters, size: int) -> str | None:
-    """Why the kernels cannot serve domains of `size` ranks; None if they can."""
+def _why_not_in_blocks(by_group: Mapping[int, Sequence[str]], size: int) -> str | None:
+    """Why ranks on these hosts are no domains of `size` ranks that follow each other."""
+    for group_index, hosts in by_group.items():
+        blocks = [hosts[first : first + size] for first in range(0, len(hosts), size)]
+        each_on_one = all(len(set(block)) == 1 for block in blocks)
+        if not each_on_one or len({block[0] for block in blocks}) * size != len(hosts):
+            numbers = {host: i for i, host in enumerate(dict.fromkeys(hosts))}
+            where = ", ".join(str(numbers[host]) for host in hosts)
+            return (
+                f"its ranks are on several hosts, and not equally many neighboring ones on each "
+                f"(hosts of the ranks of group_index {group_index}: {where}): make the mesh so "
+                "that the axis inside a host comes last"
+            )
+    return None
+
+
+def _why_not_served(parameters: GroupParameters, size: int) -> str | None:
     asked = parameters.config.domain_size
     if size == parameters.num_ranks:
         return None
@@ -59,25 +116,4 @@ def why_not_served(parameters: GroupParameters, size: int) -> str | None:
             f"EpConfig.domain_size is {asked}, and sums between domains are those of the {size} "
             "ranks of each; leave it out, or choose that"
         )
-    return None
-
-
-def why_not_one_host(hosts: Mapping[int, str], ranks: Sequence[Placement]) -> str | None:
-    """Why the ranks of a group cannot map each other's memory; None if they can.
-
-    Args:
-        hosts: by process, where it runs.
-        ranks: those of all of the mesh's groups.
-    """
-    processes: dict[int, dict[str, int]] = {}  # group_index -> host -> one of its processes
-    for rank in ranks:
-        of_group = processes.setdefault(rank.group_index, {})
-        of_group.setdefault(hosts[rank.process], rank.process)
-    for group_index, by_host in processes.items():
-        if len(by_host) > 1:
-            where = " and ".join(map(str, by_host.values()))
-            return (
-                f"its ranks are on several hosts (processes {where}, group_index {group_index}), "
-                "and the kernels reach over the NVLink of one: choose axes inside a host"
-            )
     return None

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/device/transport/nvshmem_transport.h"
+#include "csrc/kernels/internode/compiled_kernels.cuh"
+#include "csrc/rdma/nvshmem_kernels.h"
+
+namespace jax_ep {
+namespace {
+
+using Compiled = CompiledInternodeCombine<dev::NvshmemTransport>;
+
+}  // namespace
+
+cudaError_t load_nvshmem_combine() { return Compiled::load(); }
+
+cudaError_t launch_over_nvshmem(const CombineParams& params,
+                                const RdmaNetwork& network,
+                                const LaunchShape& shape,
+                                cudaStream_t stream) {
+  return Compiled::launch({params, network.network, {network.heaps}}, shape, stream);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands for the library of csrc/rdma in tests: it keeps a log and does as it is told.
+//   JAX_EP_FAKE_RDMA_LOG  file to which each call adds a line
+//   JAX_EP_FAKE_RDMA      what goes wrong, words: "abi", "no_id", "init_fails", "init_lies",
+//                         "init_hangs", "no_memory", "no_map", "version=3.9.1"
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "csrc/launch/rdma_library.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr int32_t kIdBytes = 128;
+bool initialized = false;
+
+std::string told() {
+  const char* const text = std::getenv("JAX_EP_FAKE_RDMA");
+  return text == nullptr ? "" : text;
+}
+bool told(const char* word) { return told().find(word) != std::string::npos; }
+
+template <typename... Values>
+void log(const char* format, Values... values) {
+  const char* const path = std::getenv("JAX_EP_FAKE_RDMA_LOG");
+  if (path == nullptr) return;
+  std::FILE* const file = std::fopen(path, "a");
+  if (file == nullptr) std::abort();
+  std::fprintf(file, format, values...);
+  std::fputc('\n', file);
+  std::fclose(file);
+}
+
+int loaded_version(int32_t version[3]) {
+  version[0] = 3;
+  version[1] = 4;
+  version[2] = 5;
+  const std::string text = told();
+  const size_t at = text.find("version=");
+  if (at != std::string::npos) {
+    std::sscanf(text.c_str() + at, "version=%d.%d.%d", &version[0], &version[1], &version[2]);
+  }
+  return 0;
+}
+
+int make_id(void* id) {
+  std::memset(id, 'i', kIdBytes);
+  return told("no_id") ? 7 : 0;
+}
+
+int initialize(const void* id, int32_t pe, int32_t num_pes) {
+  log("initialize id=%.4s pe=%d num_pes=%d", static_cast<const char*>(id), pe, num_pes);
+  if (told("init_hangs")) std::this_thread::sleep_for(std::chrono::hours(1));
+  if (told("init_fails")) return 7;
+  initialized = !told("init_lies");
+  return 0;
+}
+
+int is_initialized() { return initialized ? 1 : 0; }
+
+int finalize() {
+  log("finalize");
+  initialized = false;
+  return 0;
+}
+
+void* allocate(size_t bytes) {
+  log("allocate bytes=%zu", bytes);
+  return told("no_memory") ? nullptr : std::calloc(bytes, 1);
+}
+
+void release(void* memory) {
+  log("release");
+  std::free(memory);
+}
+
+// As if each process's part lay behind the one of the process before.
+void* map(void* memory, int32_t pe) {
+  return told("no_map") ? nullptr : static_cast<char*>(memory) + int64_t{pe} * (int64_t{1} << 40);
+}
+
+cudaError_t load_kernels() {
+  log("load_kernels");
+  return cudaSuccess;
+}
+
+template <typename Params>
+cudaError_t launch(const char* operation, const Params& params, const RdmaNetwork& network) {
+  const Topology& topology = network.network.topology;
+  std::string pes;
+  std::string parts;  // of the domain's ranks, in multiples of what `map` adds
+  for (int32_t rank = 0; rank < topology.num_ranks(); ++rank) {
+    pes.append(rank > 0 ? "," : "").append(std::to_string(network.heaps.pe[rank]));
+  }
+  for (int32_t index = 0; index < topology.num_scaleup_ranks; ++index) {
+    const int64_t apart = network.network.heap[index] - network.heaps.heap;
+    parts.append(index > 0 ? "," : "").append(std::to_string(apart >> 40));
+  }
+  log("launch %s rank=%d domains=%d pes=%s parts=%s",
+      operation,
+      params.view.rank,
+      topology.num_scaleout_ranks,
+      pes.c_str(),
+      parts.c_str());
+  return cudaSuccess;
+}
+
+cudaError_t launch_plan(const PlanParams& params,
+                        const RdmaNetwork& network,
+                        const LaunchShape& /*shape*/,
+                        cudaStream_t /*stream*/) {
+  return launch("plan", params, network);
+}
+cudaError_t launch_dispatch(const DispatchParams& params,
+                            const RdmaNetwork& network,
+                            const LaunchShape& /*shape*/,
+                            cudaStream_t /*stream*/) {
+  return launch("dispatch", params, network);
+}
+cudaError_t launch_combine(const CombineParams& params,
+                           const RdmaNetwork& network,
+                           const LaunchShape& /*shape*/,
+                           cudaStream_t /*stream*/) {
+  return launch("combine", params, network);
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+extern "C" __attribute__((visibility("default"))) const jax_ep::RdmaLibrary* jax_ep_rdma_library() {
+  using namespace jax_ep;  // NOLINT
+  static const RdmaLibrary library = {.abi = told("abi") ? kRdmaAbi + 1 : kRdmaAbi,
+                                      .params_bytes = sizeof(DispatchParams),
+                                      .network_bytes = sizeof(RdmaNetwork),
+                                      .id_bytes = kIdBytes,
+                                      .built_version = {3, 4, 5},
+                                      .loaded_version = loaded_version,
+                                      .make_id = make_id,
+                                      .initialize = initialize,
+                                      .is_initialized = is_initialized,
+                                      .finalize = finalize,
+                                      .allocate = allocate,
+                                      .release = release,
+                                      .map = map,
+                                      .load_kernels = load_kernels,
+                                      .launch_plan = launch_plan,
+                                      .launch_dispatch = launch_dispatch,
+                                      .launch_combine = launch_combine};
+  return &library;
+}

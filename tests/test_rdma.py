@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups between hosts, over processes: the coordination service and the compiled module are real.
+
+CUDA is a fake, and so is the library for RDMA; processes say on which hosts they are.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ep_launch.processes import run_processes
+from ep_testing import fake_cudart
+from jax_ep._src.groups import rdma
+from jax_ep._src.groups.placements import Placement
+
+pytestmark = pytest.mark.multiprocess
+
+SET_UP = """
+import logging, os, pathlib
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from ep_testing import fake_cudart
+from ep_testing.cuda_calls import Sizes, buffers, call
+import jax_ep
+from jax_ep._src.groups import cuda as cuda_group
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+log = pathlib.Path(FOLDER) / f"log{process}"
+os.environ["JAX_EP_RDMA_LIBRARY"] = LIBRARY
+os.environ["JAX_EP_FAKE_RDMA_LOG"] = str(log)
+fake = fake_cudart.install(pytest.MonkeyPatch(), devices=1, first=process)
+mesh = Mesh(np.array(jax.devices()), ("expert",))
+sizes = dict(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
+config = jax_ep.EpConfig(**sizes, dtype="float32")
+
+def on_hosts(names):
+    # Processes that map each other's memory for real, and say that they are on these hosts.
+    cuda_group._host = lambda: names[process]
+
+def make(timeout=60.0, **kwargs):
+    return jax_ep.EpGroup(mesh, "expert", config, timeout=timeout, backend="ffi", **kwargs)
+
+def refused(words, timeout=60.0):
+    with pytest.raises(jax_ep.EpUnavailable, match=words):
+        make(timeout)
+
+def lines():
+    return log.read_text().splitlines() if log.exists() else []
+"""
+
+
+@pytest.fixture(scope="module")
+def library():
+    """Where the fake library is; or skips, if the module is not built."""
+    module, _ = fake_cudart.load()
+    if named := os.environ.get("JAX_EP_FAKE_RDMA_LIBRARY"):
+        return pathlib.Path(named).absolute()
+    folder = pathlib.Path(module.__file__).parent
+    found = [*folder.rglob("libjax_ep_fake_rdma.so")]
+    assert found, f"{folder} has no libjax_ep_fake_rdma.so; `make fake-cuda` builds it"
+    return found[0]
+
+
+@pytest.fixture
+def run(library, tmp_path):
+    def run(code, num_processes=2, *, devices_each=1):
+        set_up = f"FOLDER, LIBRARY = {str(tmp_path)!r}, {str(library)!r}\n{SET_UP}"
+        set_up = set_up.replace(
+            "devices=1, first=process", f"devices={devices_each}, first=process"
+        )
+        return run_processes(set_up + code, num_processes=num_processes, devices_each=devices_each)
+
+    return run
+
+
+def test_a_life_on_two_hosts_of_two_processes(run):
+    run(
+        """
+on_hosts("aabb")
+with make() as group:
+    assert (group.backend, group.num_ranks, group.domain_size) == ("ffi", 4, 2)
+    of_call = Sizes(num_ranks=4)
+    for operation in ("plan", "dispatch", "combine"):
+        more = {"domain_size": np.int32(2)} if operation == "combine" else {}
+        call(fake, operation, group.group_id, buffers(operation, of_call), of_call, **more)
+fake.check_clean()
+assert fake.launches() == []  # they are the library's
+first, *others = lines()
+assert first == f"initialize id=iiii pe={process} num_pes=4"
+assert others[0] == "load_kernels" and others[1].startswith("allocate bytes=")
+domain = process // 2 * 2
+parts = f"{domain},{domain + 1}"
+assert others[2:] == [
+    *(f"launch {operation} rank={process} domains=2 pes=0,1,2,3 parts={parts}"
+      for operation in ("plan", "dispatch", "combine")),
+    "release",
+]
+assert os.environ["NVSHMEM_DISABLE_NVLS"] == "1"
+assert int(os.environ["NVSHMEM_SYMMETRIC_SIZE"]) >= 1 << 30
+""",
+        4,
+    )
+
+
+def test_groups_share_a_job(run):
+    run(
+        """
+on_hosts("ab")
+with make(), make():
+    pass
+make().close()
+assert [line.split()[0] for line in lines()].count("initialize") == 1
+assert [line.split()[0] for line in lines()].count("release") == 3
+"""
+    )
+
+
+def test_the_job_is_left_by_all(run, tmp_path):
+    run("on_hosts('ab')\nmake().close()\n")
+    for process in range(2):
+        assert (tmp_path / f"log{process}").read_text().splitlines()[-1] == "finalize"
+
+
+def test_emulated_hosts_may_be_joined_by_the_library(run):
+    run(
+        """
+os.environ |= {"JAX_EP_NODE_RANKS": "1", "JAX_EP_NODE_TRANSPORT": "rdma"}
+make().close()
+assert "release" in lines()
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ("abi", "RDMA cannot be used: the RDMA library .* does not load: it is of another version"),
+        ("init_fails", "initializing NVSHMEM failed with error 7"),
+        ("init_lies", "NVSHMEM is not initialized, though it says so"),
+        ("no_memory", "a network heap of .* does not fit into NVSHMEM's symmetric memory; raise"),
+        ("version=3.3.9", "NVSHMEM 3.3.9 is loaded .* the kernels were built with 3.4.5"),
+        ("version=4.0.0", "NVSHMEM 4.0.0 is loaded .* needed is that or a newer 3"),
+    ],
+)
+def test_each_failure_of_the_library_is_told_in_both_processes(told, words, run):
+    run(
+        f"""
+on_hosts("ab")
+os.environ["JAX_EP_FAKE_RDMA"] = {told!r}
+refused({words!r})
+"""
+    )
+
+
+@pytest.mark.parametrize("told", ["no_id", "init_fails", "no_memory", "version=3.5.0"])
+def test_a_failure_in_one_process_ends_the_group_in_both(told, run):
+    run(
+        f"""
+on_hosts("ab")
+if process == 0:
+    os.environ["JAX_EP_FAKE_RDMA"] = {told!r}
+refused("" if process == 0 else "process 0 |NVSHMEM 3.4.5")
+"""
+    )
+
+
+def test_memory_that_is_not_mapped_is_named(run):
+    run(
+        """
+on_hosts("aabb")
+os.environ["JAX_EP_FAKE_RDMA"] = "no_map"
+refused("NVSHMEM does not map the memory of rank ., which is on this host: is NVSHMEM_DISABLE_")
+""",
+        4,
+    )
+
+
+def test_a_job_that_does_not_come_up_is_given_up_for_good(run):
+    run(
+        """
+on_hosts("ab")
+os.environ["JAX_EP_FAKE_RDMA"] = "init_hangs"
+refused("NVSHMEM was not initialized within 2 s", timeout=2.0)
+refused("RDMA failed in this process, which cannot try again: NVSHMEM was not initialized")
+sys.stdout.flush()
+os._exit(0)  # its thread stands
+"""
+    )
+
+
+def test_processes_with_other_settings_are_told(run):
+    run(
+        """
+on_hosts("ab")
+os.environ["NVSHMEM_MAX_TEAMS"] = str(7 + process)
+refused("process . has NVSHMEM_MAX_TEAMS=[78]; here it is [87]: all processes must have the same")
+"""
+    )
+
+
+def test_a_process_that_drives_two_gpus_is_told_what_to_do(run):
+    run(
+        """
+on_hosts("ab")
+refused("process 0 drives 2 GPUs, and RDMA needs one process for each: start one process per GPU")
+""",
+        devices_each=2,
+    )
+
+
+def test_an_installation_without_the_library_says_so(run):
+    run(
+        """
+on_hosts("ab")
+if process == 1:
+    os.environ["JAX_EP_RDMA_LIBRARY"] = "/nowhere/lib.so"
+refused("its ranks are on several hosts, and in process 1, this installation was built without")
+with jax_ep.EpGroup(mesh, "expert", config) as group:
+    assert group.backend == "xla"
+"""
+    )
+
+
+def test_processes_outside_of_the_mesh_are_named():
+    ranks = [Placement(process, process, 0, 0, process) for process in range(2)]
+    assert rdma.why_not_one_gpu_each(ranks, 2) is None
+    why_not = rdma.why_not_one_gpu_each(ranks, 4)
+    assert why_not.startswith("process(es) 2, 3 have no device of its mesh")
+
+
+def test_nothing_of_nvshmem_is_loaded_until_it_is_asked_for(library):
+    code = """
+import pathlib, jax, jax_ep
+from jax_ep._src.groups import rdma
+import jax_ep._ext
+config = jax_ep.EpConfig(num_experts=8, num_topk=2, hidden=16, max_tokens_per_rank=4)
+jax_ep.EpGroup(jax.make_mesh((1,), ("expert",)), "expert", config).close()
+rdma.why_unavailable()
+print(pathlib.Path("/proc/self/maps").read_text())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "_ext" in done.stdout
+    assert not re.search("nvshmem|rdma", done.stdout)
