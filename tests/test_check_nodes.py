@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m jax_ep.check_nodes`: its dry run, what it finds, and what processes tell each other."""
+"""`python -m jax_ep.check_nodes`: its dry run, what it finds, what processes tell each other."""
 
 import json
 
