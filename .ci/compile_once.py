@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a file once: `compile_once.py COMPILER ARGUMENTS...`, as CMake's compiler launcher.
 
-What a compiler made of the same sources with the same arguments is copied. It is for the wheels'
-kernels: each wheel is built as a user's is, in an environment and from a folder of its own, but the
-kernels are the same. Of two that come at the same time the second waits. $COMPILE_ONCE is where
-objects are kept. Headers that lie neither in csrc nor in the compiler's toolkit are not foreseen.
+What a compiler made of the same sources with the same arguments is copied. It is for the kernels of
+`make cuda` and of the wheels: each wheel is built as a user's is, in an environment and from a folder
+of its own, but the kernels are the same. Of two that come at the same time the second waits.
+$COMPILE_ONCE is where objects are kept. Headers that lie neither in csrc nor in the compiler's toolkit
+are not foreseen.
 """
 
 import fcntl
@@ -17,6 +18,8 @@ import subprocess
 import sys
 
 WRITTEN = ("-o", "-MF", "-MT")  # what follows names what is written
+# What is said or refused, and not what is made: `make cuda`, which has them, comes first.
+CHANGE_NOTHING = ("-Xptxas=-v", "-Werror=all-warnings")
 
 
 def source_root(arguments: list[str]) -> pathlib.Path | None:
@@ -32,6 +35,8 @@ def key_of(command: list[str], root: pathlib.Path) -> str:
     digest = hashlib.sha256(pathlib.Path(shutil.which(command[0]) or command[0]).read_bytes())
     written = {i + 1 for i, argument in enumerate(command) if argument in WRITTEN}
     for i, argument in enumerate(command[1:], 1):
+        if argument in CHANGE_NOTHING:
+            continue
         digest.update(b"\0" + (b"" if i in written else argument.replace(str(root), "").encode()))
     for path in sorted((root / "csrc").rglob("*")):
         if path.suffix in {".cu", ".cuh", ".h"}:

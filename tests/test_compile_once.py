@@ -54,6 +54,11 @@ def test_the_same_sources_are_compiled_once(compile_in):
     assert compile_in("one") == (0, 1)
 
 
+def test_flags_that_change_nothing_are_the_same(compile_in):
+    assert compile_in("one", flags=["-Xptxas=-v", "-Werror=all-warnings"]) == (0, 1)
+    assert compile_in("other") == (0, 1)
+
+
 @pytest.mark.parametrize("change", [{"header": "int b;"}, {"flags": ["-DNDEBUG"]}])
 def test_other_headers_or_flags_are_compiled(change, compile_in):
     assert compile_in("one") == (0, 1)

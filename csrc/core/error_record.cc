@@ -57,9 +57,8 @@ std::string deadline_text(const ErrorRecord& record, double timeout_s) {
       tag == WaitTag::kArrived ? arrival_text(record) : awaited_text(tag, record.op, record.peer);
   if (is_between_domains(tag)) awaited += " (chunk " + std::to_string(record.chunk) + ")";
   if (tag == WaitTag::kPacket) awaited += " (token " + std::to_string(record.chunk) + ")";
-  // As in csrc/device/wait.h.
   const bool own = waits_for_own_blocks(tag) || record.peer == record.rank;
-  const double times = own ? 2 : waits_for_a_messenger(tag) ? 1.5 : 1;
+  const double times = timeout_quarters(static_cast<OpKind>(record.op), tag, own) / 4.0;
   return "rank " + std::to_string(record.rank) + " waited " + seconds_text(times * timeout_s) +
          " in " + std::string(name(static_cast<OpKind>(record.op))) + " for " + awaited +
          seen_text(record) + "; " + advice(record);

@@ -110,13 +110,26 @@ enum class WaitTag : uint32_t {
   kFreed,      // waited for a rank of the domain to have read such sums
 };
 
-// Whether it is of an exchange between domains, and whether who is waited for may in turn wait for
-// another domain: that one is to be named, and not its messenger.
+// Whether it is of an exchange between domains.
 constexpr bool is_between_domains(WaitTag tag) {
   return tag >= WaitTag::kDelivered && tag <= WaitTag::kFreed;
 }
-constexpr bool waits_for_a_messenger(WaitTag tag) {
-  return is_between_domains(tag) && tag != WaitTag::kDelivered && tag != WaitTag::kCredit;
+
+// How long a wait may take, in quarters of the group's timeout. Who is waited for may in turn wait
+// for another rank, and that one is to be named first, not its messenger: a rank of the domain that
+// waits for the network; one of another domain, for its domain. `own`: for the rank's own blocks,
+// or for its own rows, behind all of that.
+constexpr uint32_t timeout_quarters(OpKind op, WaitTag tag, bool own) {
+  if (own) return 8;
+  switch (tag) {
+    case WaitTag::kGathered: return 5;  // its sums, which wait for what reducers have read
+    case WaitTag::kRelayed:
+    case WaitTag::kPulled:
+    case WaitTag::kFreed: return 6;
+    case WaitTag::kCredit: return 7;                                  // all readers of a domain
+    case WaitTag::kDelivered: return op == OpKind::kCombine ? 7 : 4;  // all that have summed
+    default: return 4;
+  }
 }
 
 // ErrorRecord::detail of kClosed: the kernel did wait, and ended with an error.

@@ -71,6 +71,25 @@ TEST(Aborted, SurvivesItsWord) {
   EXPECT_NE(pack(Aborted{}), 0U);
 }
 
+// Whoever is waited for may wait for somebody behind it: each such wait is shorter.
+TEST(Timeouts, TheFirstToGiveUpWaitsForTheCulprit) {
+  const auto quarters = [](OpKind op, WaitTag tag) { return timeout_quarters(op, tag, false); };
+  for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
+    EXPECT_EQ(quarters(op, WaitTag::kArrived), 4U);
+    EXPECT_LT(quarters(op, WaitTag::kArrived), quarters(op, WaitTag::kGathered));
+    EXPECT_LT(quarters(op, WaitTag::kGathered), quarters(op, WaitTag::kFreed));
+    EXPECT_LT(quarters(op, WaitTag::kPulled), quarters(op, WaitTag::kCredit));
+    for (const WaitTag tag : {WaitTag::kCredit, WaitTag::kDelivered, WaitTag::kRelayed}) {
+      EXPECT_LT(quarters(op, tag), timeout_quarters(op, tag, true));
+    }
+  }
+  // A message of a dispatch depends on its sender alone, one of a combine on its domain.
+  EXPECT_LT(quarters(OpKind::kDispatch, WaitTag::kDelivered),
+            quarters(OpKind::kDispatch, WaitTag::kRelayed));
+  EXPECT_LT(quarters(OpKind::kCombine, WaitTag::kGathered),
+            quarters(OpKind::kCombine, WaitTag::kDelivered));
+}
+
 TEST(LongWait, SurvivesItsWord) {
   const LongWait wait{.epoch = 0xFFFF'FFFF, .op = 254, .tag = 9, .level = 32, .ended = true};
   const LongWait got = unpack_long_wait(pack(wait));
