@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 
+from ep_bench import rail_model
 from ep_testing import program_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -17,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 model = program_files.load(ROOT / "benchmarks" / "internode_model.py")
 
 # Nothing takes time but a NIC's bytes.
-NIC_ALONE = model.Machine(
+NIC_ALONE = rail_model.Machine(
     nic_gb_s=10.0,
     hop_us=0.0,
     message_us=0.0,
@@ -33,11 +34,11 @@ NIC_ALONE = model.Machine(
 
 
 def _small(num_domains=3, **kwargs):
-    return model.Problem(num_domains=num_domains, num_tokens=256, hidden=1024, **kwargs)
+    return rail_model.Problem(num_domains=num_domains, num_tokens=256, hidden=1024, **kwargs)
 
 
 def _design(operation, num_domains=3, **kwargs):
-    built = model.product_design(num_domains, operation)
+    built = rail_model.product_design(num_domains, operation)
     return dataclasses.replace(built, **{"num_sms": 2, "chunk_tokens": 16, **kwargs})
 
 
@@ -48,7 +49,7 @@ def _design(operation, num_domains=3, **kwargs):
     ("num_domains", "num_groups"), [(2, 2), (4, 4), (8, 4), (8, 8), (16, 4), (64, 4)]
 )
 def test_bytes_are_those_of_sampled_routing(num_domains, num_groups):
-    problem = model.Problem(num_domains=num_domains, num_groups=num_groups)
+    problem = rail_model.Problem(num_domains=num_domains, num_groups=num_groups)
     tokens, topk, ranks = 4000, problem.num_topk, problem.domain_ranks
     rng = np.random.default_rng(1)
     groups = rng.permuted(np.tile(np.arange(num_domains), (tokens, 1)), axis=1)[:, :num_groups]
@@ -76,13 +77,13 @@ def test_bytes_are_those_of_sampled_routing(num_domains, num_groups):
 
 
 def test_messages_have_as_many_rows_as_their_tokens_want():
-    problem = model.Problem(num_domains=8)
-    rows = np.array(model.sampled_rows(problem, 32, 20_000, seed=1))
+    problem = rail_model.Problem(num_domains=8)
+    rows = np.array(rail_model.sampled_rows(problem, 32, 20_000, seed=1))
     share = problem.of_domain
     assert rows.mean() == pytest.approx(32 * share, rel=0.01)
     assert rows.var() == pytest.approx(32 * share * (1 - share), rel=0.05)
-    assert list(rows[:5]) == list(model.sampled_rows(problem, 32, 5, seed=1))
-    assert list(rows[:9]) != list(model.sampled_rows(problem, 32, 9, seed=2))
+    assert list(rows[:5]) == list(rail_model.sampled_rows(problem, 32, 5, seed=1))
+    assert list(rows[:9]) != list(rail_model.sampled_rows(problem, 32, 9, seed=2))
 
 
 # --- events ------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_messages_have_as_many_rows_as_their_tokens_want():
 @pytest.mark.parametrize("num_domains", [2, 3, 5])
 def test_all_messages_arrive_and_no_buffer_is_used_twice(operation, kwargs, num_domains):
     problem, design = _small(num_domains), _design(operation, num_domains, **kwargs)
-    result = model.simulate(problem, design)
+    result = rail_model.simulate(problem, design)
     others, chunks = num_domains - 1, 256 // 16
     shape = (num_domains, chunks, others)
     started, credited = (np.reshape(x, shape) for x in (result.started, result.credited))
@@ -118,13 +119,13 @@ def test_all_messages_arrive_and_no_buffer_is_used_twice(operation, kwargs, num_
     sent = np.sum(np.array(result.rows)) * problem.row_bytes(fp8=design.fp8) / num_domains
     assert result.wire_gb_s == pytest.approx(sent / result.us / 1e3)
     assert result.us >= sent / 47e3
-    assert model.simulate(problem, design) == result
-    assert model.simulate(problem, design, seed=2) != result
+    assert rail_model.simulate(problem, design) == result
+    assert rail_model.simulate(problem, design, seed=2) != result
 
 
 def test_a_slow_network_fills_the_window():
-    result = model.simulate(
-        _small(2), _design("dispatch", 2, window=3), model.Machine(nic_gb_s=0.1)
+    result = rail_model.simulate(
+        _small(2), _design("dispatch", 2, window=3), rail_model.Machine(nic_gb_s=0.1)
     )
     started, credited = (np.reshape(x, (2, 16)) for x in (result.started, result.credited))
     assert ((started[:, 6] >= started[:, :6].T) & (started[:, 6] < credited[:, :6].T)).sum() == 4
@@ -135,7 +136,7 @@ def test_a_slow_network_fills_the_window():
 def test_where_nothing_else_takes_time_nics_are_always_busy(operation, num_domains):
     problem = _small(num_domains)
     design = _design(operation, num_domains, window=16, units=48, num_sms=24, fp8=False)
-    result = model.simulate(problem, design, NIC_ALONE)
+    result = rail_model.simulate(problem, design, NIC_ALONE)
     rows = np.reshape(list(result.rows), (num_domains, 16, -1))
     us = (rows * 2048 + 16) / 10e3
     busiest = us.sum((1, 2)).max()
@@ -144,10 +145,10 @@ def test_where_nothing_else_takes_time_nics_are_always_busy(operation, num_domai
 
 
 def test_one_message_takes_the_sum_of_its_steps():
-    problem = model.Problem(num_domains=2, num_tokens=16)
-    machine = model.Machine()
+    problem = rail_model.Problem(num_domains=2, num_tokens=16)
+    machine = rail_model.Machine()
     design = _design("dispatch", 2)
-    result = model.simulate(problem, design, machine)
+    result = rail_model.simulate(problem, design, machine)
     rows = max(result.rows)
     quantize = rows * 28 * 143 / (0.27 * 1755)
     packed = 1.0 + 2.0 + 1.7 + 1.0 + quantize
@@ -161,8 +162,8 @@ def test_one_message_takes_the_sum_of_its_steps():
 
 
 def test_one_sum_takes_the_sum_of_its_steps():
-    problem = model.Problem(num_domains=2, num_tokens=16)
-    result = model.simulate(problem, _design("combine", 2), model.Machine())
+    problem = rail_model.Problem(num_domains=2, num_tokens=16)
+    result = rail_model.simulate(problem, _design("combine", 2), rail_model.Machine())
     rows = max(result.rows)
     add = 7 * 111 / (0.27 * 1755)
     own = rows * problem.holders / 8
@@ -178,15 +179,15 @@ def test_one_sum_takes_the_sum_of_its_steps():
 
 def test_the_slowest_nic_holds_up_all():
     problem, design = _small(4), _design("combine", 4, num_sms=24)
-    machine = model.Machine(nic_gb_s=1.0)
-    whole = model.simulate(problem, design, machine).us
-    slow = model.simulate(problem, dataclasses.replace(design, slow_nic=0.5), machine).us
+    machine = rail_model.Machine(nic_gb_s=1.0)
+    whole = rail_model.simulate(problem, design, machine).us
+    slow = rail_model.simulate(problem, dataclasses.replace(design, slow_nic=0.5), machine).us
     assert slow == pytest.approx(2 * whole, rel=0.1)
 
 
 def test_tokens_must_fill_their_rail_chunks():
     with pytest.raises(ValueError, match="256 tokens are no whole number of rail chunks"):
-        model.simulate(_small(), _design("dispatch", chunk_tokens=48))
+        rail_model.simulate(_small(), _design("dispatch", chunk_tokens=48))
 
 
 # --- what it is a model of -----------------------------------------------------------------------
@@ -203,26 +204,26 @@ def sources():
 
 def test_rings_are_those_of_the_library(sources):
     found = {name: int(value) for name, value in re.findall(r"\b(k\w+) = (\d+);", sources)}
-    assert {name: found.get(name) for name in model.RINGS} == model.RINGS
+    assert {name: found.get(name) for name in rail_model.RINGS} == rail_model.RINGS
     (few,) = re.findall(r"kManyDomains \? (\d+) : kMaxRailChunkTokens", sources)
-    assert int(few) == model.FEW_DOMAINS_CHUNK_TOKENS
+    assert int(few) == rail_model.FEW_DOMAINS_CHUNK_TOKENS
     assert "window = buffers < kFewestBuffers ? kFewestBuffers : buffers" in sources
     assert "gather_units = kGatherTokens / tokens" in sources
 
 
 def test_warps_are_those_of_the_library(sources):
     warps = dict(re.findall(r"kCompiledInternode(\w+){\.num_warps = (\d+)", sources))
-    assert {name.lower(): int(n) for name, n in warps.items()} == model.WARPS
+    assert {name.lower(): int(n) for name, n in warps.items()} == rail_model.WARPS
     ((dispatch, combine),) = re.findall(
         r"of_role = op == OpKind::kDispatch \? (\d+) : (\d+);", sources
     )
-    assert {"dispatch": int(dispatch), "combine": int(combine)} == model.WARPS_OF_ROLE
-    assert f"kTransferBlocks = {model.NUM_SMS};" in sources
+    assert {"dispatch": int(dispatch), "combine": int(combine)} == rail_model.WARPS_OF_ROLE
+    assert f"kTransferBlocks = {rail_model.NUM_SMS};" in sources
 
 
 def test_times_within_a_domain_are_those_of_the_calibration():
     known = json.loads((ROOT / "benchmarks" / "calibration" / "two_h200.json").read_text())
-    calibration, machine = known["calibration"], model.Machine()
+    calibration, machine = known["calibration"], rail_model.Machine()
     assert machine.link_gb_s == known["probe"]["rates"]["peer_load_all"]["24"] / 1e9
     assert machine.flag_us == pytest.approx(known["probe"]["flag_latency"] * 1e6)
     for name in ("release_us", "poll_us", "load_us", "quantize_instructions"):
@@ -256,7 +257,9 @@ def test_the_page_has_the_first_rows_and_all_lines(page):
 
 def test_the_page_has_the_bytes_and_rings_of_all_rows(page, monkeypatch):
     # Large ones take minutes: what is predicted for them is not compared.
-    nothing = model.Result(us=math.inf, wire_gb_s=0.0, rows=bytearray(), started=(), credited=())
+    nothing = rail_model.Result(
+        us=math.inf, wire_gb_s=0.0, rows=bytearray(), started=(), credited=()
+    )
     monkeypatch.setattr(model, "simulate", lambda *_: nothing)
     rows = [model.row(problem) for problem in model.problems(model.DOMAINS)]
     predicted = [i for i, cell in enumerate(rows[0]) if cell == "inf (0.0)"]
@@ -276,6 +279,6 @@ def test_the_program_prints_some_rows(monkeypatch, capsys):
     model.main()
     printed = capsys.readouterr().out
     assert printed.startswith("MODEL: predicted, no network has been measured.")
-    assert " | ".join(model.row(model.Problem(num_domains=2))) in printed
+    assert " | ".join(model.row(rail_model.Problem(num_domains=2))) in printed
     with pytest.raises(SystemExit):
         model.parse_args(["--nodes", "2", "--markdown", "page.md"])
