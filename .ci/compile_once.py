@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a file once: `compile_once.py COMPILER ARGUMENTS...`, as CMake's compiler launcher.
 
-What a compiler made of the same sources with the same arguments is copied. It is for the kernels of
-`make cuda` and of the wheels: each wheel is built as a user's is, in an environment and from a folder
-of its own, but the kernels are the same. Of two that come at the same time the second waits.
-$COMPILE_ONCE is where objects are kept. Headers that lie neither in csrc nor in the compiler's toolkit
-are not foreseen.
+What a compiler made of the same sources with the same arguments is copied. It is for the kernels
+of `make cuda` and of the wheels: each wheel is built as a user's is, in an environment and from a
+folder of its own, but the kernels are the same. Of two that come at the same time the second waits.
+$COMPILE_ONCE is where objects are kept. Headers that lie neither in csrc nor in the compiler's
+toolkit are not foreseen.
 """
 
 import fcntl

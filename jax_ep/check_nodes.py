@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and measures expert parallelism over all GPUs of a cluster; see docs/guide/multi_node.md.
 
-    srun --ntasks-per-node=8 --gpus-per-task=1 python -m jax_ep.check_nodes
-    python -m jax_ep.check_nodes --coordinator HOST:PORT --processes N --process I
+    srun --ntasks-per-node=8 --gpus-per-node=8 python -m jax_ep.check_nodes
+    python -m jax_ep.check_nodes --coordinator HOST:PORT --processes N --process I --device D
 
 One process for each GPU. It compares dispatch, combine and gradients with the oracle to the bit,
 runs turns with other routing each, measures, and writes one JSON file. Without several processes it
@@ -28,9 +28,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax_ep
 from jax_ep import reference
 from jax_ep._src import compat, info
+from jax_ep._src.groups.cuda import host
 
 _AXES = ("host", "device")
-_GATHER_MS = 600_000
+_TIMEOUT_S = 60.0  # of groups; a rank that gives up costs its process
+_GATHER_MS = 10 * int(_TIMEOUT_S) * 1000
 _WARM_UP, _RUNS = 3, 20
 _FP8 = "float8_e4m3fn"
 
@@ -115,6 +117,10 @@ def _draw(case: Case, num_ranks: int, num_experts: int, num_topk: int) -> tuple[
     return x.astype(jnp.dtype(case.dtype)), idx, w
 
 
+def _timeout() -> float | None:
+    return _TIMEOUT_S if jax.process_count() > 1 else None
+
+
 def _differences(got: jax.Array, want: np.ndarray, num_ranks: int) -> list[int]:
     """Ranks of this process whose part is not to the bit what it is to be."""
     each = want.reshape(num_ranks, -1, *want.shape[2:])
@@ -144,7 +150,7 @@ def check_case(mesh: Mesh, case: Case, domain_size: int | None) -> str | None:
         max_tokens_per_rank=max(case.num_tokens, 1),
     )  # fmt: skip
     x, idx, w = _draw(case, num_ranks, num_experts, num_topk)
-    with jax_ep.EpGroup(mesh, _AXES, config, backend="ffi") as group:
+    with jax_ep.EpGroup(mesh, _AXES, config, backend="ffi", timeout=_timeout()) as group:
 
         def on_rank(x: jax.Array, idx: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
             def layer(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -181,7 +187,7 @@ def run_turns(mesh: Mesh, num_turns: int, domain_size: int | None) -> int:
         num_experts=num_experts, num_topk=num_topk, hidden=hidden, dtype="float32",
         max_tokens_per_rank=num_tokens, domain_size=domain_size,
     )  # fmt: skip
-    with jax_ep.EpGroup(mesh, _AXES, config, backend="ffi") as group:
+    with jax_ep.EpGroup(mesh, _AXES, config, backend="ffi", timeout=_timeout()) as group:
 
         def on_rank(x: jax.Array) -> jax.Array:
             token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
@@ -217,7 +223,7 @@ def measure(mesh: Mesh, num_tokens: int, hidden: int, domain_size: int | None) -
     )  # fmt: skip
     case = Case("", num_tokens, hidden)
     x, idx, _ = _draw(case, num_ranks, num_experts, num_topk)
-    with jax_ep.EpGroup(mesh, _AXES, config, backend="ffi") as group:
+    with jax_ep.EpGroup(mesh, _AXES, config, backend="ffi", timeout=_timeout()) as group:
 
         def send(x: jax.Array, idx: jax.Array) -> Any:
             received = jax_ep.dispatch(x, idx, group=group)
@@ -275,6 +281,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
     parser.add_argument("--processes", type=int, help="how many there are")
     parser.add_argument("--process", type=int, help="which one this is, from 0")
+    parser.add_argument("--device", type=int, help="ordinal of its GPU on the host")
     parser.add_argument("--tokens", type=int, nargs="*", default=[128, 1024, 4096])
     parser.add_argument("--hidden", type=int, default=7168, help="of what is measured")
     parser.add_argument("--turns", type=int, default=1000)
@@ -290,7 +297,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _join(args: argparse.Namespace) -> None:
     """Meets the other processes, if there are any: by hand, or as a launcher has started them."""
     if args.coordinator is not None:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        devices = None if args.device is None else [args.device]
+        jax.distributed.initialize(
+            args.coordinator, args.processes, args.process, local_device_ids=devices
+        )
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
 
@@ -300,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     _join(args)
     processes = Processes()
-    mine = {"host": platform.node(), "info": info.report()}
+    mine = {"host": host(), "name": platform.node(), "info": info.report()}
     about = processes.gather("about", mine)
     mesh = make_mesh([one["host"] for one in about])
     report: dict[str, Any] = {
@@ -314,11 +324,13 @@ def main(argv: list[str] | None = None) -> int:
     say = print if processes.index == 0 else lambda *_: None
     say(mine["info"])
     say(f"\n{mesh.shape['host']} host(s) with {mesh.shape['device']} device(s) each")
+    if mesh.shape["host"] == 1:
+        say("DRY RUN: one host, so nothing crosses a network")
 
     def check(name: str, run: Callable[[], str | None]) -> None:
         try:
             wrong = run()
-        except (jax_ep.EpUnavailable, jax.errors.JaxRuntimeError) as e:
+        except Exception as e:  # noqa: BLE001 - the report has it, and the others go on
             wrong = f"{type(e).__name__}: {e}"
         found = {i: what for i, what in enumerate(processes.gather(name, wrong)) if what}
         report["checks"][name] = found or "right"
@@ -329,14 +341,26 @@ def main(argv: list[str] | None = None) -> int:
     turns = f"{args.turns} turns"
     check(turns, lambda: _wrong_elements(run_turns(mesh, args.turns, args.domain_size)))
     failed = any(found != "right" for found in report["checks"].values())
-    for tokens in [] if failed else args.tokens:
-        mine = measure(mesh, tokens, args.hidden, args.domain_size)
-        report["measured"].append(_slowest(processes.gather(f"measured {tokens}", mine)))
-        say(f"  T {tokens}: {report['measured'][-1]}")
+    if not failed:
+        for tokens in dict.fromkeys(args.tokens):
+            found: list[dict[str, Any]] = []
+            name = f"measured at {tokens} tokens"
+            check(name, _measuring(found, mesh, tokens, args))
+            if failed := report["checks"][name] != "right":  # in any process: all stop
+                break
+            report["measured"].append(_slowest(processes.gather(f"{tokens} tokens", found[0])))
+            say(f"  T {tokens}: {report['measured'][-1]}")
     if processes.index == 0:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
         say(f"wrote {args.out}; please attach it if you open an issue")
     return 1 if failed else 0
+
+
+def _measuring(
+    found: list[dict[str, Any]], mesh: Mesh, tokens: int, args: argparse.Namespace
+) -> Callable[[], None]:
+    """What measures, and puts what it has measured into a list."""
+    return lambda: found.append(measure(mesh, tokens, args.hidden, args.domain_size))
 
 
 def _wrong_elements(count: int) -> str | None:

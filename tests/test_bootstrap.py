@@ -131,7 +131,7 @@ other = dataclasses.replace(config, hidden=32) if process else config
 refused("process . made it with another config: .*hidden=", config=other)
 
 from jax_ep._src.groups import cuda as cuda_group
-real, cuda_group._host = cuda_group._host, lambda: f"host {process}"
+real, cuda_group.host = cuda_group.host, lambda: f"host {process}"
 refused("its ranks are on several hosts, and in process 0, this installation .*without RDMA",
         axis="data", backend="ffi")
 with jax_ep.EpGroup(mesh, "data", config) as group:

@@ -30,12 +30,14 @@ def test_a_dry_run_finds_all_right_and_measures(run):
     status, report, printed = run("--domain-size", "2")
     assert status == 0
     assert report["mesh"] == {"host": 1, "device": 4}
-    assert set(report["checks"]) == {*(case.name for case in check_nodes.CASES), "12 turns"}
+    checks = {*(case.name for case in check_nodes.CASES), "12 turns", "measured at 16 tokens"}
+    assert set(report["checks"]) == checks
     assert set(report["checks"].values()) == {"right"}
     (measured,) = report["measured"]
     assert measured["tokens"] == 16
     assert all(us > 0 for us in measured["microseconds"].values())
     assert "long rows: right" in printed
+    assert "DRY RUN: one host" in printed
     assert "info" in report["processes"][0]
 
 

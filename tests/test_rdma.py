@@ -40,7 +40,7 @@ config = jax_ep.EpConfig(**sizes, dtype="float32")
 
 def on_hosts(names):
     # Processes that map each other's memory for real, and say that they are on these hosts.
-    cuda_group._host = lambda: names[process]
+    cuda_group.host = lambda: names[process]
 
 def make(timeout=60.0, **kwargs):
     return jax_ep.EpGroup(mesh, "expert", config, timeout=timeout, backend="ffi", **kwargs)
@@ -92,10 +92,11 @@ fake.check_clean()
 assert fake.launches() == []  # they are the library's
 first, *others = lines()
 assert first == f"initialize id=iiii pe={process} num_pes=4"
-assert others[0] == "load_kernels" and others[1].startswith("allocate bytes=")
+assert others[0] == "allocate bytes=256"  # what all is measured from
+assert others[1] == "load_kernels" and others[2].startswith("allocate bytes=")
 domain = process // 2 * 2
 parts = f"{domain},{domain + 1}"
-assert others[2:] == [
+assert others[3:] == [
     *(f"launch {operation} rank={process} domains=2 pes=0,1,2,3 parts={parts}"
       for operation in ("plan", "dispatch", "combine")),
     "release",
@@ -157,7 +158,7 @@ refused({words!r})
     )
 
 
-@pytest.mark.parametrize("told", ["no_id", "init_fails", "no_memory", "version=3.5.0"])
+@pytest.mark.parametrize("told", ["no_id", "no_memory", "version=3.5.0"])
 def test_a_failure_in_one_process_ends_the_group_in_both(told, run):
     run(
         f"""
@@ -165,6 +166,101 @@ on_hosts("ab")
 if process == 0:
     os.environ["JAX_EP_FAKE_RDMA"] = {told!r}
 refused("" if process == 0 else "process 0 |NVSHMEM 3.4.5")
+"""
+    )
+
+
+def test_memory_that_lies_otherwise_is_refused_for_good(run):
+    run(
+        """
+on_hosts("ab")
+os.environ["JAX_EP_FAKE_RDMA"] = "asymmetric"
+refused("process . has another place for its network heap")
+refused("RDMA failed in this process, which cannot try again: process . has another place")
+"""
+    )
+
+
+def test_a_gpu_without_memory_in_one_process_keeps_none_waiting(run):
+    # What fails in one process does so before all ask NVSHMEM for memory: it may be tried again.
+    run(
+        """
+on_hosts("ab")
+if process == 1:
+    fake.fail("cudaMalloc", error=2)
+refused("does not fit on CUDA device" if process else "process 1 could not make it: .*does not fit")
+make().close()
+assert [line.split()[0] for line in lines()].count("release") == 1
+"""
+    )
+
+
+def test_who_waits_for_one_that_failed_is_told_at_once(run):
+    run(
+        """
+import time
+on_hosts("ab")
+os.environ["JAX_EP_FAKE_RDMA"] = "init_waits" if process == 0 else "init_fails"
+start = time.monotonic()
+refused("process 1 could not: initializing NVSHMEM failed" if process == 0 else "error 7")
+assert time.monotonic() - start < 30
+sys.stdout.flush()
+os._exit(0)  # a thread stands
+"""
+    )
+
+
+def test_who_closes_late_gives_nothing_back_alone(run):
+    run(
+        """
+import time
+on_hosts("ab")
+group = make()
+if process == 1:
+    time.sleep(3)
+group._backend_group.close(limit=1.0)
+assert "release" not in lines()
+refused("RDMA failed in this process, which cannot try again: a group that spanned hosts was not")
+"""
+    )
+
+
+def test_groups_that_nobody_closed_are_closed_in_one_order(run, tmp_path):
+    run("on_hosts('ab')\nkept = [make() for _ in range(3)]\n")
+    for process in range(2):
+        calls = [line.split()[0] for line in (tmp_path / f"log{process}").read_text().splitlines()]
+        assert calls[-4:] == ["release", "release", "release", "finalize"]
+
+
+def test_who_ends_late_gives_nothing_back_alone(run, tmp_path):
+    run(
+        """
+import time
+from jax_ep._src.groups import rdma
+on_hosts("ab")
+cuda_group._EXIT_S = rdma._EXIT_S = 1.0
+kept = make()
+if process == 1:
+    time.sleep(4)
+"""
+    )
+    for process in range(2):
+        assert "release" not in (tmp_path / f"log{process}").read_text()
+        assert "finalize" not in (tmp_path / f"log{process}").read_text()
+
+
+def test_a_group_may_have_no_deadline(run):
+    run("import math\non_hosts('ab')\nmake(timeout=math.inf).close()\n")
+
+
+def test_settings_that_one_process_alone_has_are_told(run):
+    run(
+        """
+from jax_ep._src.groups import rdma
+on_hosts("ab")
+if process == 0:
+    rdma.why_no_gpu_initiated = lambda: None
+refused("process . has NVSHMEM_IB_ENABLE_IBGDA=(1|None); here it is (1|None): all processes must")
 """
     )
 
@@ -185,8 +281,8 @@ def test_a_job_that_does_not_come_up_is_given_up_for_good(run):
         """
 on_hosts("ab")
 os.environ["JAX_EP_FAKE_RDMA"] = "init_hangs"
-refused("NVSHMEM was not initialized within 2 s", timeout=2.0)
-refused("RDMA failed in this process, which cannot try again: NVSHMEM was not initialized")
+refused("this process could not initialize NVSHMEM within 2 s: one that", timeout=2.0)
+refused("RDMA failed in this process, which cannot try again: this process could not")
 sys.stdout.flush()
 os._exit(0)  # its thread stands
 """
@@ -219,7 +315,7 @@ def test_an_installation_without_the_library_says_so(run):
 on_hosts("ab")
 if process == 1:
     os.environ["JAX_EP_RDMA_LIBRARY"] = "/nowhere/lib.so"
-refused("its ranks are on several hosts, and in process 1, this installation was built without")
+refused("on several hosts, and in process 1, JAX_EP_RDMA_LIBRARY is '/nowhere/lib.so', and")
 with jax_ep.EpGroup(mesh, "expert", config) as group:
     assert group.backend == "xla"
 """

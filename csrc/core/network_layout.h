@@ -71,6 +71,7 @@ struct NetworkLayout {
   int32_t chunk_tokens;
   int32_t window;
   int32_t gather_units;
+  int32_t unused;         // no byte without a value: layouts are compared as bytes
   int64_t network_bytes;  // the part that the network reads and writes
   int64_t domain_bytes;   // the part that the domain's ranks map
   int64_t total_bytes;

@@ -122,12 +122,12 @@ constexpr bool is_between_domains(WaitTag tag) {
 constexpr uint32_t timeout_quarters(OpKind op, WaitTag tag, bool own) {
   if (own) return 8;
   switch (tag) {
-    case WaitTag::kGathered: return 5;  // its sums, which wait for what reducers have read
+    case WaitTag::kDelivered: return op == OpKind::kCombine ? 5 : 4;  // behind it: its domain
+    case WaitTag::kCredit: return 5;                                  // likewise
     case WaitTag::kRelayed:
     case WaitTag::kPulled:
-    case WaitTag::kFreed: return 6;
-    case WaitTag::kCredit: return 7;                                  // all readers of a domain
-    case WaitTag::kDelivered: return op == OpKind::kCombine ? 7 : 4;  // all that have summed
+    case WaitTag::kFreed: return 6;     // behind it: a message, or a credit
+    case WaitTag::kGathered: return 7;  // behind it: that sums have been freed
     default: return 4;
   }
 }

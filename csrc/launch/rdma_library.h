@@ -30,8 +30,8 @@ inline constexpr uint32_t kRdmaAbi = 1;
 inline constexpr int32_t kMaxRdmaIdBytes = 1024;
 
 struct RdmaLibrary {
-  uint32_t abi;              // kRdmaAbi; the two sizes catch what was forgotten
-  uint32_t params_bytes;     // sizeof(DispatchParams)
+  uint32_t abi;              // kRdmaAbi; the sizes catch what was forgotten
+  uint32_t params_bytes;     // of the parameters of all three launches, and of a LaunchShape
   uint32_t network_bytes;    // sizeof(RdmaNetwork)
   int32_t id_bytes;          // of a job's id, at most kMaxRdmaIdBytes
   int32_t built_version[3];  // of what it was built with, NVSHMEM for one
@@ -68,6 +68,9 @@ struct RdmaLibrary {
                                 const LaunchShape& shape,
                                 cudaStream_t stream);
 };
+
+inline constexpr uint32_t kRdmaParamsBytes =
+    sizeof(PlanParams) + sizeof(DispatchParams) + sizeof(CombineParams) + sizeof(LaunchShape);
 
 // What the shared library exports.
 inline constexpr char kRdmaLibraryFunction[] = "jax_ep_rdma_library";

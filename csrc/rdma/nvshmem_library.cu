@@ -69,7 +69,7 @@ cudaError_t load_kernels() {
 
 constexpr RdmaLibrary kLibrary = {
     .abi = kRdmaAbi,
-    .params_bytes = sizeof(DispatchParams),
+    .params_bytes = kRdmaParamsBytes,
     .network_bytes = sizeof(RdmaNetwork),
     .id_bytes = sizeof(nvshmemx_uniqueid_t),
     .built_version = {NVSHMEM_VENDOR_MAJOR_VERSION,

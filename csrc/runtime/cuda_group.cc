@@ -129,6 +129,20 @@ Status CudaGroup::disconnect(double limit_s) {
   return status;
 }
 
+Status CudaGroup::allocate_network_heap(const std::byte*& heap) {
+  if (!config_.group.uses_rdma() || ranks_.size() != 1) {
+    return {StatusCode::kFailedPrecondition,
+            config_.group.name + " has no network heap in memory of the RDMA library"};
+  }
+  JAX_EP_RETURN_IF_ERROR(ranks_[0].allocate_network_heap());
+  heap = ranks_[0].network_heap();
+  return {};
+}
+
+void CudaGroup::release_network_heap() {
+  for (RankContext& context : ranks_) context.release_network_heap();
+}
+
 void CudaGroup::leave_heaps() {
   for (RankContext& context : ranks_) context.leave_heap();
 }

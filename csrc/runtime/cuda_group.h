@@ -43,6 +43,9 @@ class CudaGroup {
   // stay allocated and mapped for good: destruction does not touch them.
   Status disconnect(double limit_s);
   void leave_heaps();
+  // As those of RankContext, of a group that RDMA serves; the address is of the rank here.
+  Status allocate_network_heap(const std::byte*& heap);
+  void release_network_heap();
 
   [[nodiscard]] const CudaGroupConfig& config() const { return config_; }
   // In the order of config().ranks.

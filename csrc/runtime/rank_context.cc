@@ -83,10 +83,6 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   const Topology topology = config.group.heap.topology();
   made.view_.first_neighbor = topology.rank_at(topology.domain_of(config.local.rank), 0);
   made.view_.num_neighbors = topology.num_scaleup_ranks;
-  // Last: to give it back takes all processes, and so it must not be given back here.
-  if (config.group.uses_rdma()) {
-    JAX_EP_RETURN_IF_ERROR(RdmaHeap::allocate(made.heap_.network().total_bytes, made.rdma_heap_));
-  }
   context = std::move(made);
   return {};
 }
@@ -118,6 +114,9 @@ Status RankContext::connect(std::span<const HeapHandle> handles,
     return Status::invalid_argument("connect: " + std::to_string(handles.size()) + " handles for " +
                                     std::to_string(view_.num_ranks) + " ranks");
   }
+  if (uses_rdma && rdma_heap_.base() == nullptr) {
+    return {StatusCode::kFailedPrecondition, "connect: there is no network heap yet"};
+  }
   if (uses_rdma && pes.size() != handles.size()) {
     return Status::invalid_argument("connect: " + std::to_string(pes.size()) +
                                     " numbers of processes for " + std::to_string(view_.num_ranks) +
@@ -148,6 +147,17 @@ Status RankContext::connect(std::span<const HeapHandle> handles,
   peers_ = std::move(peers);
   view_ = view;
   return {};
+}
+
+Status RankContext::allocate_network_heap() {
+  const DeviceGuard guard(config_.local.device);
+  JAX_EP_RETURN_IF_ERROR(guard.status());
+  return rdma_heap_.allocate(heap_.network().total_bytes);
+}
+
+void RankContext::release_network_heap() {
+  const DeviceGuard guard(config_.local.device);
+  rdma_heap_.release();
 }
 
 // Without heaps.

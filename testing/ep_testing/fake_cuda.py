@@ -63,6 +63,9 @@ class FakeCuda:
         element = 4 if shape.dtype == 0 else 2
         return math.prod((shape.num_ranks, shape.max_tokens, shape.hidden, element))
 
+    def network_heap_bytes(self, shape: HeapShape) -> int:
+        return 0 if shape.num_neighbors in (0, shape.num_ranks) else 4096
+
     def dispatch_is_low_latency(
         self, shape: HeapShape, *, num_tokens: int, fp8_x: bool, fp8_rows: bool
     ) -> bool:

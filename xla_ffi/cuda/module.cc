@@ -22,6 +22,7 @@
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_description.h"
 #include "csrc/core/low_latency_fit.h"
+#include "csrc/core/network_layout.h"
 #include "csrc/core/shape_check.h"
 #include "csrc/core/wait_times.h"
 #include "csrc/launch/launch.h"
@@ -200,6 +201,11 @@ void define_heap_shape(nb::module_& m) {
         &heap_bytes,
         nb::arg("shape"),
         "Bytes of symmetric heap that each rank needs, and of network heap. Needs no GPU.");
+  m.def(
+      "network_heap_bytes",
+      [](const HeapShape& shape) { return network_layout_of(shape).total_bytes; },
+      nb::arg("shape"),
+      "Bytes of it that are the network heap's; 0 of one domain. Needs no GPU.");
   m.def("heap_regions",
         &regions_of,
         nb::arg("shape"),

@@ -5,10 +5,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 
+#include "csrc/runtime/cuda_registry.h"
 #include "csrc/runtime/cuda_status.h"
 #include "csrc/runtime/transport/rdma.h"
 #include "xla_ffi/cuda/python_errors.h"
@@ -79,14 +82,61 @@ void initialize(nb::bytes id, int32_t pe, int32_t num_pes, int32_t device) {
   }
 }
 
-void finalize() {
+// Symmetric memory that stays: other memory of the job lies at the same distance from it in all
+// processes, if all have asked for the same in the same order.
+const std::byte*& anchor() {
+  static const std::byte* memory = nullptr;
+  return memory;
+}
+
+void set_anchor(int32_t device) {
+  constexpr size_t kBytes = 256;
+  const RdmaLibrary& with = library();
+  {
+    const nb::gil_scoped_release unlocked;  // waits for other processes
+    const DeviceGuard guard(device);
+    anchor() = static_cast<const std::byte*>(with.allocate(kBytes));
+  }
+  if (anchor() == nullptr) {
+    raise_if_error({StatusCode::kResourceExhausted, "NVSHMEM has no symmetric memory"});
+  }
+}
+
+void finalize(int32_t device) {
   int error = 0;
   const RdmaLibrary& with = library();
   {
     const nb::gil_scoped_release unlocked;  // waits for other processes
+    const DeviceGuard guard(device);
     error = with.finalize();
   }
   raise_if_failed(error, "finalizing NVSHMEM");
+}
+
+std::shared_ptr<CudaGroup> find(int64_t id) {
+  std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(id);
+  if (group == nullptr) {
+    raise_if_error(Status::invalid_argument("there is no group " + std::to_string(id)));
+  }
+  return group;
+}
+
+int64_t allocate_network_heap(int64_t group_id) {
+  const std::shared_ptr<CudaGroup> group = find(group_id);
+  const std::byte* heap = nullptr;
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;  // waits for other processes
+    status = group->allocate_network_heap(heap);
+  }
+  raise_if_error(status);
+  return heap - anchor();
+}
+
+void release_network_heap(int64_t group_id) {
+  const std::shared_ptr<CudaGroup> group = find(group_id);
+  const nb::gil_scoped_release unlocked;  // waits for other processes
+  group->release_network_heap();
 }
 
 }  // namespace
@@ -111,7 +161,26 @@ void define_rdma(nb::module_& m) {
         nb::arg("device"),
         "Joins a job as its process `pe`, on a device of this process. Waits for the others,\n"
         "without limit. Raises RuntimeError if it fails.");
-  m.def("rdma_finalize", &finalize, "Leaves the job, with all its processes.");
+  m.def("rdma_set_anchor",
+        &set_anchor,
+        nb::kw_only(),
+        nb::arg("device"),
+        "Allocates what network heaps are measured from; once, with all processes.");
+  m.def("rdma_finalize",
+        &finalize,
+        nb::kw_only(),
+        nb::arg("device"),
+        "Leaves the job, with all its processes.");
+  m.def(
+      "allocate_network_heap",
+      &allocate_network_heap,
+      nb::arg("group_id"),
+      "Allocates a group's network heap by the library for RDMA, with all processes, and returns\n"
+      "its place: the same number in all of them. Raises MemoryError if it does not fit.");
+  m.def("release_network_heap",
+        &release_network_heap,
+        nb::arg("group_id"),
+        "Gives it back, with all processes, when no kernel uses it any more.");
 }
 
 }  // namespace jax_ep

@@ -53,7 +53,7 @@ TEST(ErrorRecord, SaysWhoDidNotComeOverTheNetwork) {
             "the same order?");
   // Who may in turn wait for the network is given more time.
   EXPECT_EQ(describe(record(WaitTag::kGathered, OpKind::kCombine), 60),
-            "rank 2 waited 75 s in combine for the sums of rank 5 (chunk 3): expected message 7, "
+            "rank 2 waited 105 s in combine for the sums of rank 5 (chunk 3): expected message 7, "
             "saw 6; is rank 5 alive, and does it run the same operations in the same order?");
   const auto op = static_cast<uint32_t>(OpKind::kPlan);
   EXPECT_EQ(awaited_text(WaitTag::kCredit, op, 5),

@@ -19,7 +19,7 @@ Status does_not_load(const std::string& path, const std::string& why) {
 }
 
 bool fits(const RdmaLibrary& library) {
-  return library.abi == kRdmaAbi && library.params_bytes == sizeof(DispatchParams) &&
+  return library.abi == kRdmaAbi && library.params_bytes == kRdmaParamsBytes &&
          library.network_bytes == sizeof(RdmaNetwork) && library.id_bytes > 0 &&
          library.id_bytes <= kMaxRdmaIdBytes;
 }
@@ -48,32 +48,21 @@ Status load_rdma_library(const std::string& path) {
 
 const RdmaLibrary* rdma_library() { return loaded.load(std::memory_order_acquire); }
 
-RdmaHeap::~RdmaHeap() {
-  if (base_ != nullptr) rdma_library()->release(base_);
-}
-
-RdmaHeap::RdmaHeap(RdmaHeap&& other) noexcept : base_(std::exchange(other.base_, nullptr)) {}
-
-RdmaHeap& RdmaHeap::operator=(RdmaHeap&& other) noexcept {
-  std::swap(base_, other.base_);
-  return *this;
-}
-
-Status RdmaHeap::allocate(int64_t bytes, RdmaHeap& heap) {
+Status RdmaHeap::allocate(int64_t bytes) {
   const RdmaLibrary* const library = rdma_library();
   if (library == nullptr || library->is_initialized() == 0) {
     return {StatusCode::kFailedPrecondition, "the RDMA library has not been initialized"};
   }
-  RdmaHeap made;
-  made.base_ = static_cast<std::byte*>(library->allocate(static_cast<size_t>(bytes)));
-  if (made.base_ == nullptr) {
-    return {StatusCode::kResourceExhausted,
-            "a network heap of " + bytes_text(bytes) +
-                " does not fit into NVSHMEM's symmetric memory; raise NVSHMEM_SYMMETRIC_SIZE, or "
-                "lower hidden or max_tokens_per_rank"};
-  }
-  heap = std::move(made);
-  return {};
+  base_ = static_cast<std::byte*>(library->allocate(static_cast<size_t>(bytes)));
+  if (base_ != nullptr) return {};
+  return {StatusCode::kResourceExhausted,
+          "a network heap of " + bytes_text(bytes) +
+              " does not fit into NVSHMEM's symmetric memory; raise NVSHMEM_SYMMETRIC_SIZE, or "
+              "lower hidden or max_tokens_per_rank"};
+}
+
+void RdmaHeap::release() {
+  if (base_ != nullptr) rdma_library()->release(std::exchange(base_, nullptr));
 }
 
 std::byte* RdmaHeap::map(int32_t pe) const {

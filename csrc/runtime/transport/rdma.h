@@ -19,24 +19,18 @@ Status load_rdma_library(const std::string& path);
 // Null if none has been loaded. Thread-safe, like the one above.
 const RdmaLibrary* rdma_library();
 
-// A rank's network heap in symmetric memory. Given back with the object, which all processes of the
-// job have to do; move-only.
+// A rank's network heap in symmetric memory. To allocate it and to give it back takes all processes
+// of the job; whether all do is for the caller to know, so nothing is given back by a destructor.
 class RdmaHeap {
  public:
-  RdmaHeap() = default;
-  ~RdmaHeap();
-  RdmaHeap(RdmaHeap&& other) noexcept;
-  RdmaHeap& operator=(RdmaHeap&& other) noexcept;
-
-  // In all processes of the job. FailedPrecondition if no library is loaded, or it is not
-  // initialized; ResourceExhausted if there is too little memory: says what to raise.
-  static Status allocate(int64_t bytes, RdmaHeap& heap);
+  // FailedPrecondition if no library is loaded, or it is not initialized; ResourceExhausted if
+  // there is too little memory: says what to raise.
+  Status allocate(int64_t bytes);
+  void release();
 
   [[nodiscard]] std::byte* base() const { return base_; }
   // Where a process's heap is mapped here; null if it is not.
   [[nodiscard]] std::byte* map(int32_t pe) const;
-  // Gives the memory up without freeing it: a process is missing.
-  void leave() { base_ = nullptr; }
 
  private:
   std::byte* base_ = nullptr;

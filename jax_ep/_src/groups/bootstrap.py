@@ -187,6 +187,48 @@ class Bootstrap:
             arrived = {}
         return [p for p in others if p not in arrived]
 
+    def end_together(self, phase: str, timeout: float, why_not: str | None = None) -> bool:
+        """Whether all processes have come here and none has failed; all are told the same.
+
+        The first process that knows decides: who comes later, or has waited in vain, goes by that.
+
+        Args:
+            phase: of its own.
+            timeout: seconds to wait for others.
+            why_not: why this process cannot end with the others; None if it can.
+        """
+        others = [p for p in self._processes if p != self._process]
+        deadline = _Deadline(self._warn_after, timeout)
+        path = f"{self.prefix}/{phase}/decision"
+        try:
+            self._post(phase, {} if why_not is None else {"error": why_not})
+            arrived = self._collect(phase, others, deadline)
+            failed = why_not is not None or any("error" in m for m in arrived.values())
+            decision = "all" if len(arrived) == len(others) and not failed else "not all"
+            if self._client is None:
+                return decision == "all"
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody has decided
+                self._client.key_value_set(path, decision)
+            return self._client.blocking_key_value_get(path, 10_000) == "all"
+        except (EpUnavailable, jax.errors.JaxRuntimeError):  # the service has gone
+            return False
+
+    def tell_failure(self, phase: str, reason: str) -> None:
+        """Posts that this process has failed in a phase, whatever it has posted before."""
+        with contextlib.suppress(EpUnavailable):
+            self._post(phase, {"error": reason}, replace=True)
+
+    def failure(self, phase: str) -> str | None:
+        """What a process has posted that failed in a phase; None if none has. Does not wait."""
+        if self._client is None:
+            return None
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for key, text in self._client.key_value_dir_get(f"{self.prefix}/{phase}/"):
+                message = json.loads(text)
+                if isinstance(message, dict) and "error" in message:
+                    return f"process {key.rsplit('/', 1)[-1]} could not: {message['error']}"
+        return None
+
     @contextlib.contextmanager
     def telling_failures(self, *phases: str) -> Iterator[None]:
         """Posts what is raised inside as this process's message of the phases."""

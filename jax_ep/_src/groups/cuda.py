@@ -91,17 +91,17 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
     process_index = jax.process_index()
     digest = mesh_digest(mesh, axis_names)
     boot = Bootstrap(digest, processes, process_index, warn_after=warn_after, timeout=timeout)
-    own = {
-        "made": num_made(digest),
-        "host": _host(),
-        "where": f"process {process_index} (pid {os.getpid()} on {platform.node()})",
-        "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}"
-        + domains.emulation(),
-        "why_not": local_why_not,
-        "why_no_rdma": rdma.why_unavailable(),
-    }
     with boot.telling_failures("join"):
         nonce = boot.begin()
+        own = {
+            "made": num_made(digest),
+            "host": host(),
+            "where": f"process {process_index} (pid {os.getpid()} on {platform.node()})",
+            "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}"
+            + domains.emulation(),
+            "why_not": local_why_not,
+            "why_no_rdma": rdma.why_unavailable(),
+        }
         messages = boot.gather("join", own)
         boot.all_have_begun()
     for process, message in sorted(messages.items()):
@@ -196,30 +196,39 @@ class CudaGroup:
                 prefix=self._bootstrap.prefix,
             )
         )
-        _open_groups.add(self)
+        _open_groups[self] = None
 
     def _open(self, nonce: int, heap: object) -> None:
         boot = self._bootstrap
         with contextlib.ExitStack() as undo:
-            pes: dict[int, int] = {}
             if self._use_rdma:
-                # What NVSHMEM allocates is given back by all processes together, or not at all.
-                self._mapped_by_peers = True
-                with boot.telling_failures("rdma", "handles", "connected", "disconnected"):
+                undo.enter_context(rdma.LOCK)
+            pes: dict[int, int] = {}
+            phases = ("rdma", "created", "handles", "connected", "disconnected")
+            with boot.telling_failures(*phases):
+                if self._use_rdma:
                     device = self._local_ranks[0].device_ordinal
-                    pes = rdma.join(boot, jax.process_index(), self.heap_bytes, device)
-            with boot.telling_failures("handles", "connected", "disconnected"):
+                    network_bytes = self._module.network_heap_bytes(heap)
+                    pes = rdma.join(boot, jax.process_index(), network_bytes, device)
                 handles = self._create(nonce, heap)
                 undo.callback(self._forget)
+            if self._use_rdma:
+                with boot.telling_failures("created", "handles", "connected", "disconnected"):
+                    # What can fail in one process alone lies behind all of them.
+                    boot.gather("created", {})
+                    rdma.allocate(boot, self.group_id)
             with boot.telling_failures("handles", "connected"):
                 # Who has the handles may map the heaps, also where this process fails meanwhile.
                 self._mapped_by_peers = boot.has_others
-                undo.callback(self._disconnect, _CLOSE_S)
+                undo.callback(self._disconnect, _CLOSE_S, failed=True)
                 messages = boot.gather("handles", {"handles": [h.hex() for h in handles]})
                 self._connect(messages, pes)
                 boot.gather("connected", {})
             undo.pop_all()
-        boot.forget("join", "rdma", "handles")
+            if self._use_rdma:
+                rdma.LOCK.release()
+        boot.forget("join", "rdma", "created", "rdma_up", "rdma_anchor", "network_heap")
+        boot.forget("network_place", "handles")
 
     def _create(self, nonce: int, heap: object) -> list[bytes]:
         config = self._parameters.config
@@ -236,7 +245,7 @@ class CudaGroup:
                 rdma=self._use_rdma,
                 ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
-        except (RuntimeError, MemoryError) as e:
+        except (RuntimeError, MemoryError, ValueError) as e:
             raise EpUnavailable(str(e)) from e
 
     def _connect(self, messages: dict[int, Message], pes: dict[int, int]) -> None:
@@ -255,16 +264,24 @@ class CudaGroup:
                     f"{local.device_ordinal}) cannot map its peers' memory: {e}"
                 ) from e
 
-    def _disconnect(self, limit: float, kernels_limit: float = math.inf) -> None:
+    def _disconnect(
+        self, limit: float, kernels_limit: float = math.inf, failed: bool = False
+    ) -> None:
         """Unmaps the peers' heaps, and waits until the peers have unmapped ours."""
+        why_not = "the group was not made" if failed else None
+        limit = min(limit, self._parameters.timeout)
         try:
             self._module.disconnect_group(group_id=self.group_id, limit_s=kernels_limit)
         except TimeoutError as e:
             _logger.warning("%s: closed while %s; its memory is left as it is", self._name, e)
+            if self._use_rdma:
+                rdma.release(self._bootstrap, self.group_id, limit, str(e))
             return
         except RuntimeError as e:  # after a kernel gave up, CUDA refuses everything
             _logger.error("%s: cannot unmap its peers' memory: %s", self._name, e)
-        limit = min(limit, self._parameters.timeout)
+            why_not = str(e)
+        if self._use_rdma:
+            rdma.release(self._bootstrap, self.group_id, limit, why_not)
         missing = self._bootstrap.leave("disconnected", limit)
         if missing:
             _logger.warning(
@@ -307,8 +324,9 @@ class CudaGroup:
             limit: seconds to wait for other processes, at most; the group's timeout if shorter.
             kernels_limit: seconds to wait for kernels of this process.
         """
-        _open_groups.discard(self)
-        self._disconnect(limit, kernels_limit)
+        _open_groups.pop(self, None)
+        with rdma.LOCK if self._use_rdma else contextlib.nullcontext():
+            self._disconnect(limit, kernels_limit)
         self._watch.look()
         self._forget()
 
@@ -320,7 +338,8 @@ def _watch() -> Watch:
 
 # A process that ends frees its memory, into which a slower peer may still have to store.
 # So a group that nobody holds any more is still closed when the process ends.
-_open_groups: set[CudaGroup] = set()
+# In the order in which they were made, which is the same in all processes.
+_open_groups: dict[CudaGroup, None] = {}
 
 
 @atexit.register
@@ -348,7 +367,7 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
     }
 
 
-def _host() -> str:
+def host() -> str:
     """The same for all processes, in containers too, that one kernel runs."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -46,8 +46,8 @@ class EpGroup:
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank.
-        domain_size: `D` of the config; where that is None, `R`, or the ranks of a host if the
-            ranks are on several.
+        domain_size: `D` of the config; where that is None, `R`, or with backend "ffi" the ranks
+            of a host if the ranks are on several.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
             where ranks share an address space, and with the `xla` backend.
     """

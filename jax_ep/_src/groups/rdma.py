@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """RDMA for groups that span hosts: NVSHMEM, its library of kernels, and the job of all processes.
 
-NVSHMEM has no deadlines where it is initialized, and reports success after some failures. So all
-that can be known before is asked before, through the coordination service, and the call itself is
-made by a thread that is given up when its time is over.
+NVSHMEM has no deadlines, and reports success after some failures; to initialize it, to allocate and
+to give back takes all processes. So all that can be known before is asked before, through the
+coordination service; each such call is made by a thread that is given up when its time is over, or
+when another process says that it has failed; and after a failure no process makes another one.
 """
 
 import atexit
@@ -14,8 +15,9 @@ import logging
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
@@ -41,10 +43,12 @@ class _Job(NamedTuple):
     """The processes that have initialized NVSHMEM together; one in a process's life."""
 
     processes: tuple[int, ...]
+    device: int  # of this process
     bootstrap: Bootstrap
 
 
-_lock = threading.Lock()
+# Held while a group is made or closed: all processes must ask NVSHMEM for the same in one order.
+LOCK = threading.RLock()
 _job: _Job | None = None
 _why_unusable: str | None = None  # after a failure that cannot be taken back
 
@@ -76,13 +80,16 @@ def why_unavailable() -> str | None:
     """Why this process cannot use RDMA; None if nothing speaks against it so far. Loads nothing."""
     if _why_unusable is not None:
         return _why_unusable
+    named = os.environ.get(LIBRARY_VARIABLE)
+    if library_path() is None and named:
+        return f"{LIBRARY_VARIABLE} is {named!r}, and there is no such file"
     if library_path() is None:
         return (
             "this installation was built without RDMA: install again where nvcc is, with "
             "JAX_EP_NVSHMEM=ON pip install ."
         )
     # A library that JAX_EP_RDMA_LIBRARY names may bring what it is linked with.
-    if host_library_path() is None and LIBRARY_VARIABLE not in os.environ:
+    if host_library_path() is None and named is None:
         return "NVSHMEM is not found: pip install 'jax-ep[rdma]', or set NVSHMEM_HOME"
     return None
 
@@ -113,47 +120,141 @@ def why_not_one_gpu_each(ranks: Sequence[Placement], num_processes: int) -> str 
     return None
 
 
-def join(boot: Bootstrap, process: int, heap_bytes: int, device: int) -> dict[int, int]:
+def join(boot: Bootstrap, process: int, network_bytes: int, device: int) -> dict[int, int]:
     """Makes this process one of the job's, with all others of the mesh; the number of each in it.
 
     Args:
         boot: between the processes.
         process: the index of this one.
-        heap_bytes: that the group will ask for.
+        network_bytes: of the network heap that the group will ask for.
         device: ordinal of this process's GPU.
 
     Raises:
         EpUnavailable: it cannot be; the message says why.
     """
     global _job
-    with _lock:
-        # NVSHMEM reads them at its first call, and its memory is symmetric only if all processes
-        # have the same.
-        settings = _set_up_environment(heap_bytes)
-        module = _load()
-        built, loaded = module.rdma_versions()
-        if loaded[0] != built[0] or loaded < built:
-            raise EpUnavailable(
-                f"NVSHMEM {_text(loaded)} is loaded ({host_library_path()}), and the kernels were "
-                f"built with {_text(built)}: needed is that or a newer {built[0]}"
-            )
-        own = {
-            "version": _text(loaded),
-            "settings": settings,
-            "joined": list(_job.processes) if _job else None,
-        }
-        if boot.is_leader and _job is None:
-            try:
-                own["id"] = module.rdma_make_id().hex()
-            except RuntimeError as e:
-                raise EpUnavailable(str(e)) from e
-        messages = boot.gather("rdma", own)
-        processes = tuple(sorted(messages))
-        _check_same(messages, own, processes)
-        if _job is None:
-            _initialize(module, boot, messages, process, device)
-            _job = _Job(processes, boot)
-        return {index: pe for pe, index in enumerate(processes)}
+    # NVSHMEM reads them at its first call, and its memory is symmetric only if all processes have
+    # the same.
+    settings = _set_up_environment(network_bytes)
+    module = _load()
+    built, loaded = module.rdma_versions()
+    if loaded[0] != built[0] or loaded < built:
+        raise EpUnavailable(
+            f"NVSHMEM {_text(loaded)} is loaded ({host_library_path()}), and the kernels were "
+            f"built with {_text(built)}: needed is that or a newer {built[0]}"
+        )
+    if _job is not None and _job.device != device:
+        raise EpUnavailable(
+            f"NVSHMEM has been initialized on GPU {_job.device} of process {process}, and this "
+            f"group is on GPU {device}: all that span hosts must be on one GPU of each process"
+        )
+    own = {
+        "version": _text(loaded),
+        "settings": settings,
+        "joined": list(_job.processes) if _job else None,
+    }
+    if boot.is_leader and _job is None:
+        try:
+            own["id"] = module.rdma_make_id().hex()
+        except RuntimeError as e:
+            raise EpUnavailable(str(e)) from e
+    messages = boot.gather("rdma", own)
+    processes = tuple(sorted(messages))
+    _check_same(messages, own, processes)
+    if _job is None:
+        job_id = bytes.fromhex(next(m["id"] for m in messages.values() if "id" in m))
+        pe = processes.index(process)
+
+        def initialize() -> None:
+            module.rdma_initialize(job_id, pe=pe, num_pes=len(processes), device=device)
+
+        together(boot, "initialize NVSHMEM", "rdma_up", initialize)
+        together(
+            boot,
+            "allocate by NVSHMEM",
+            "rdma_anchor",
+            lambda: module.rdma_set_anchor(device=device),
+        )
+        _job = _Job(processes, device, boot)
+    return {index: pe for pe, index in enumerate(processes)}
+
+
+def allocate(boot: Bootstrap, group_id: int) -> None:
+    """Allocates a group's network heap, with all processes.
+
+    Raises:
+        EpUnavailable: it does not fit, or a process failed; then RDMA cannot be used any more.
+    """
+    place = together(
+        boot, "allocate by NVSHMEM", "network_heap",
+        lambda: native.load_cuda().allocate_network_heap(group_id),
+    )  # fmt: skip
+    for process, message in sorted(boot.gather("network_place", {"place": place}).items()):
+        if message["place"] != place:
+            _give_up(f"process {process} has another place for its network heap")
+
+
+def release(boot: Bootstrap, group_id: int, timeout: float, why_not: str | None) -> None:
+    """Gives a group's network heap back, if all processes can; else it stays, for good."""
+    if boot.end_together("network_released", timeout, why_not or _why_unusable):
+        native.load_cuda().release_network_heap(group_id)
+    else:
+        _note_unusable("a group that spanned hosts was not closed in all processes")
+
+
+def together(boot: Bootstrap, what: str, phase: str, call: Callable[[], Any]) -> Any:
+    """Makes a call that takes all processes; what it returns, when all have made it.
+
+    Raises:
+        EpUnavailable: it failed here or elsewhere, or took longer than the deadline. This process
+            makes no such call any more.
+    """
+    outcome: list[tuple[Any, str | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except Exception as e:  # noqa: BLE001 - it is told below, whatever it is
+            outcome.append((None, str(e)))
+
+    thread = threading.Thread(target=run, name=f"jax_ep: {what}", daemon=True)
+    thread.start()
+    end = time.monotonic() + boot.timeout
+    failure = None
+    try:
+        while thread.is_alive() and failure is None:
+            thread.join(min(0.25, max(end - time.monotonic(), 0.01)))
+            if thread.is_alive() and time.monotonic() > end:
+                failure = (
+                    f"this process could not {what} within {boot.timeout:g} s: one that has failed "
+                    "in it leaves the others waiting"
+                )
+            elif thread.is_alive():
+                failure = boot.failure(phase)
+    except BaseException:
+        _note_unusable(f"it was interrupted as it was to {what}")
+        raise
+    result, failed = outcome[0] if outcome else (None, failure)
+    try:
+        if failed is not None:
+            raise EpUnavailable(failed)
+        boot.gather(phase, {})
+    except EpUnavailable as e:
+        with_reason = str(e)
+        boot.tell_failure(phase, with_reason)
+        _give_up(with_reason)
+    return result
+
+
+def _give_up(reason: str) -> NoReturn:
+    _note_unusable(reason)
+    raise EpUnavailable(reason)
+
+
+def _note_unusable(reason: str) -> None:
+    global _why_unusable
+    if _why_unusable is None:
+        _why_unusable = f"RDMA failed in this process, which cannot try again: {reason}"
 
 
 def _load() -> Any:
@@ -183,11 +284,12 @@ def _check_same(
                 f"process {process} has NVSHMEM {message['version']}; here it is {own['version']}: "
                 "all processes must have the same"
             )
-        for name, value in own["settings"].items():
-            if message["settings"].get(name) != value:
+        settings, here = message["settings"], own["settings"]
+        for name in sorted({*settings, *here}):
+            if settings.get(name) != here.get(name):
                 raise EpUnavailable(
-                    f"process {process} has {name}={message['settings'].get(name)}; here it is "
-                    f"{value}: all processes must have the same"
+                    f"process {process} has {name}={settings.get(name)}; here it is "
+                    f"{here.get(name)}: all processes must have the same"
                 )
         joined = message["joined"]
         if joined is not None and joined != list(processes):
@@ -199,43 +301,9 @@ def _check_same(
         raise EpUnavailable("some processes have initialized NVSHMEM before and others have not")
 
 
-def _initialize(
-    module: Any,
-    boot: Bootstrap,
-    messages: Mapping[int, Mapping[str, Any]],
-    process: int,
-    device: int,
-) -> None:
-    """Raises EpUnavailable if it fails in any process, or takes longer than the deadline."""
-    global _why_unusable
-    job_id = bytes.fromhex(next(m["id"] for m in messages.values() if "id" in m))
-    pe = sorted(messages).index(process)
-    outcome: list[str | None] = []
-
-    def initialize() -> None:
-        try:
-            module.rdma_initialize(job_id, pe=pe, num_pes=len(messages), device=device)
-            outcome.append(None)
-        except Exception as e:  # noqa: BLE001 - it is told below, whatever it is
-            outcome.append(str(e))
-
-    thread = threading.Thread(target=initialize, name="jax_ep NVSHMEM", daemon=True)
-    thread.start()
-    thread.join(boot.timeout)
-    failure = (
-        outcome[0]
-        if outcome
-        else f"NVSHMEM was not initialized within {boot.timeout:g} s: a process that has failed "
-        "in it leaves the others waiting"
-    )
-    if failure is not None:
-        _why_unusable = f"RDMA failed in this process, which cannot try again: {failure}"
-        raise EpUnavailable(failure)
-
-
-def _set_up_environment(heap_bytes: int) -> dict[str, str]:
+def _set_up_environment(network_bytes: int) -> dict[str, str]:
     """Sets variables of NVSHMEM's, but for those that the user has set; what they are then."""
-    room = -(-heap_bytes // _UNIT) * _UNIT + _UNIT  # and for what the library needs itself
+    room = -(-network_bytes // _UNIT) * _UNIT + _UNIT  # and for what the library needs itself
     settings = {**_SETTINGS, "NVSHMEM_SYMMETRIC_SIZE": str(max(room, _DEFAULT_SYMMETRIC_SIZE))}
     if why_no_gpu_initiated() is None:
         settings["NVSHMEM_IB_ENABLE_IBGDA"] = "1"
@@ -269,7 +337,7 @@ def _leave() -> None:
     if job is None:
         return
     try:
-        if not job.bootstrap.leave("gone", _EXIT_S):
-            native.load_cuda().rdma_finalize()
+        if job.bootstrap.end_together("gone", _EXIT_S, _why_unusable):
+            native.load_cuda().rdma_finalize(device=job.device)
     except (EpUnavailable, RuntimeError, jax.errors.JaxRuntimeError):
         _logger.exception("NVSHMEM was not finalized as this process ends")

@@ -2,11 +2,13 @@
 // Stands for the library of csrc/rdma in tests: it keeps a log and does as it is told.
 //   JAX_EP_FAKE_RDMA_LOG  file to which each call adds a line
 //   JAX_EP_FAKE_RDMA      what goes wrong, words: "abi", "no_id", "init_fails", "init_lies",
-//                         "init_hangs", "no_memory", "no_map", "version=3.9.1"
+//                         "init_hangs", "init_waits", "no_memory", "no_map", "asymmetric",
+//                         "version=3.9.1"
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <thread>
 
@@ -17,6 +19,8 @@ namespace {
 
 constexpr int32_t kIdBytes = 128;
 bool initialized = false;
+int32_t own_pe = 0;
+int32_t all_pes = 1;
 
 std::string told() {
   const char* const text = std::getenv("JAX_EP_FAKE_RDMA");
@@ -33,6 +37,32 @@ void log(const char* format, Values... values) {
   std::fprintf(file, format, values...);
   std::fputc('\n', file);
   std::fclose(file);
+}
+
+// As calls of NVSHMEM that take all processes, which must make the same in the same order. There
+// each waits for ever; here the process is ended.
+void meet(const char* call, size_t what) {
+  static int number = 0;
+  const char* const path = std::getenv("JAX_EP_FAKE_RDMA_LOG");
+  if (path == nullptr) return;
+  const std::string folder = std::filesystem::path(path).parent_path();
+  const auto file = [&](int32_t pe) {
+    return folder + "/call" + std::to_string(number) + "-" + call + "-" + std::to_string(what) +
+           "-" + std::to_string(pe);
+  };
+  std::fclose(std::fopen(file(own_pe).c_str(), "w"));
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  for (int32_t pe = 0; pe < all_pes; ++pe) {
+    while (!std::filesystem::exists(file(pe))) {
+      if (std::chrono::steady_clock::now() > end) {
+        std::fprintf(
+            stderr, "fake_rdma: process %d makes call %d, %s, alone\n", own_pe, number, call);
+        std::abort();
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+  }
+  ++number;
 }
 
 int loaded_version(int32_t version[3]) {
@@ -56,6 +86,11 @@ int initialize(const void* id, int32_t pe, int32_t num_pes) {
   log("initialize id=%.4s pe=%d num_pes=%d", static_cast<const char*>(id), pe, num_pes);
   if (told("init_hangs")) std::this_thread::sleep_for(std::chrono::hours(1));
   if (told("init_fails")) return 7;
+  own_pe = pe;
+  all_pes = num_pes;
+  if (told("init_waits"))
+    std::this_thread::sleep_for(std::chrono::hours(1));  // for one that failed
+  meet("initialize", 0);
   initialized = !told("init_lies");
   return 0;
 }
@@ -64,18 +99,29 @@ int is_initialized() { return initialized ? 1 : 0; }
 
 int finalize() {
   log("finalize");
+  meet("finalize", 0);
   initialized = false;
   return 0;
 }
 
 void* allocate(size_t bytes) {
   log("allocate bytes=%zu", bytes);
-  return told("no_memory") ? nullptr : std::calloc(bytes, 1);
+  meet("allocate", bytes);
+  if (told("no_memory") && bytes > 256) return nullptr;
+  // One after the other, and never again: at the same distances in all processes.
+  constexpr size_t kArenaBytes = size_t{1} << 28;
+  static auto* const arena = static_cast<char*>(std::calloc(kArenaBytes, 1));
+  static size_t used = 0;
+  if (told("asymmetric") && own_pe == 0 && bytes > 256) used += 512;
+  char* const memory = arena + used;
+  used += (bytes + 255) / 256 * 256;
+  if (used > kArenaBytes) std::abort();
+  return memory;
 }
 
-void release(void* memory) {
+void release(void* /*memory*/) {
   log("release");
-  std::free(memory);
+  meet("release", 0);
 }
 
 // As if each process's part lay behind the one of the process before.
@@ -134,7 +180,7 @@ cudaError_t launch_combine(const CombineParams& params,
 extern "C" __attribute__((visibility("default"))) const jax_ep::RdmaLibrary* jax_ep_rdma_library() {
   using namespace jax_ep;  // NOLINT
   static const RdmaLibrary library = {.abi = told("abi") ? kRdmaAbi + 1 : kRdmaAbi,
-                                      .params_bytes = sizeof(DispatchParams),
+                                      .params_bytes = kRdmaParamsBytes,
                                       .network_bytes = sizeof(RdmaNetwork),
                                       .id_bytes = kIdBytes,
                                       .built_version = {3, 4, 5},
