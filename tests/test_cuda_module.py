@@ -218,7 +218,7 @@ def test_python_runs_on_while_a_groups_memory_is_freed(mesh, fake):
     fake.tell("run_kernels 0")
     fake.tell("finish_kernels_after 2000")
     # As close(), which would wait for these kernels before it frees.
-    cuda_group._open_groups.remove(group._backend_group)
+    cuda_group._open_groups.pop(group._backend_group)
     closing = threading.Thread(
         target=fake.module.close_group, kwargs={"group_id": group.group_id, "leave_heaps": False}
     )
