@@ -33,10 +33,12 @@ class Target:
     attributes: dict[str, Any]
 
     def files(self, *names: str) -> set[str]:
-        """Paths, from the root, of the attributes' values that are files of this package."""
+        """Paths, from the root, of the attributes' values that are files, of whatever package."""
         values = [value for name in names for value in self.attributes.get(name, [])]
         paths = [value for value in values if not value.startswith((":", "/", "@"))]
-        return {(pathlib.PurePath(self.package) / path).as_posix() for path in paths}
+        own = {(pathlib.PurePath(self.package) / path).as_posix() for path in paths}
+        labels = (value[2:].replace(":", "/") for value in values if value.startswith("//"))
+        return own | {label for label in labels if (ROOT / label).is_file()}
 
 
 @functools.cache
