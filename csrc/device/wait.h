@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Waiting for a word that another thread, block or rank stores: never silently, and never for ever.
 // A wait that takes long is reported to the host, again and again; one that takes too long, or
-// whose peer says that it gave up, ends in an error record for the host and a trap.
+// whose peer says that it gave up, ends in an error record for the host and a trap. Too long is the
+// group's timeout (by default: jax_ep/_src/groups/deadlines.py) times timeout_quarters of it, which
+// csrc/core/protocol.h has.
 #ifndef JAX_EP_CSRC_DEVICE_WAIT_H_
 #define JAX_EP_CSRC_DEVICE_WAIT_H_
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// libjax_ep_rdma.so: NVSHMEM behind the table of rdma_library.h. The only host code that includes
-// its headers.
+// libjax_ep_rdma.so: NVSHMEM behind the table of rdma_library.h. Who calls it, and what becomes of
+// a process that fails in it: jax_ep/_src/groups/rdma.py. The only host code that includes
+// NVSHMEM's headers.
 #include <cuda_runtime.h>
 #include <nvshmem.h>
 #include <nvshmemx.h>

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels between domains, as a rank of a group that spans some launches them: compiled for the
 // transport that joins its domains, and with what that transport needs.
+//
+// One more transport is one more subclass, chosen in csrc/runtime/rank_context.cc, and in Python in
+// jax_ep/_src/groups/domains.py. What RdmaLibrary (csrc/launch/rdma_library.h) can say needs but
+// another library.
 #ifndef JAX_EP_CSRC_RUNTIME_TRANSPORT_INTERNODE_KERNELS_H_
 #define JAX_EP_CSRC_RUNTIME_TRANSPORT_INTERNODE_KERNELS_H_
 

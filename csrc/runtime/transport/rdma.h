@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The library for RDMA of this process, once it has been loaded, and network heaps in its memory.
+// Another transport: internode_kernels.h says where it goes.
 #ifndef JAX_EP_CSRC_RUNTIME_TRANSPORT_RDMA_H_
 #define JAX_EP_CSRC_RUNTIME_TRANSPORT_RDMA_H_
 
