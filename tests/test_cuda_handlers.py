@@ -413,11 +413,11 @@ def test_a_group_that_was_closed_is_refused(operation, fake, make_group):
 def test_a_group_that_is_not_connected_yet_is_refused(operation, fake, make_group, monkeypatch):
     refusals = []
 
-    def connect(self, messages):
+    def connect(self, *args):
         for device in range(2):
             arrays = buffers(operation, SIZES)
             refusals.append(refusal(fake, operation, self.group_id, arrays, SIZES, device=device))
-        real(self, messages)
+        real(self, *args)
 
     real = cuda_group.CudaGroup._connect
     monkeypatch.setattr(cuda_group.CudaGroup, "_connect", connect)
