@@ -126,8 +126,13 @@ JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 sta
   if (level < kMaxLevel && waited >= static_cast<i64>(view.report_ns << level)) {
     report_long_wait(view, context, ++level, false);
   }
-  const u64 quarters = timeout_quarters(context.op, context.tag, own);
-  const u64 timeout = view.timeout_ns / 4 * quarters + view.timeout_ns % 4 * quarters / 4;
+  // As timeout_quarters says; other kernels than those between domains have no register to spare.
+  u64 timeout = view.timeout_ns;
+  if (own) {
+    timeout *= 2;
+  } else if (is_between_domains(context.tag)) {
+    timeout += timeout / 4 * (timeout_quarters(context.op, context.tag, own) - 4);
+  }
   return waited > static_cast<i64>(timeout) ? level | kOverdue : level;
 }
 
