@@ -6,6 +6,7 @@ on the network and the ranks of a domain are alike, so one rail stands for all. 
 what is not: docs/measurements/internode_model.md, which benchmarks/internode_model.py writes.
 """
 
+import abc
 import bisect
 import dataclasses
 import heapq
@@ -262,7 +263,7 @@ class Result:
     credited: Sequence[float]
 
 
-class _Rail:
+class _Rail(abc.ABC):
     """Message `m` is number `m % units` of source `m // units`: chunk by chunk, turn by turn.
 
     At turn `k` domain `s` sends to domain `(s + 1 + k) % N`.
@@ -375,12 +376,13 @@ class _Rail:
 
     pack_us: list[float]
 
+    @abc.abstractmethod
     def prepare(self) -> None:
-        raise NotImplementedError
+        """Before the first event."""
 
+    @abc.abstractmethod
     def deliver(self, domain: int, chunk: int, turn: int, at: float) -> None:
         """Message `turn` of a chunk, by its source's count, has come to a domain."""
-        raise NotImplementedError
 
 
 class _Dispatch(_Rail):

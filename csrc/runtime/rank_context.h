@@ -72,13 +72,13 @@ class RankContext {
   void disconnect();
   // Leaves the heap as it is, for good: a peer may still map it.
   void leave_heap() { heap_.leave(); }
+  // Likewise the peers': a kernel of this rank still runs.
+  void leave_peers();
   // The network heap in memory of the library for RDMA: in all processes of its job, after create
   // and before connect; and after disconnect, or never.
   Status allocate_network_heap();
   void release_network_heap();
   [[nodiscard]] const std::byte* network_heap() const { return rdma_heap_.base(); }
-  // Likewise the peers': a kernel of this rank still runs.
-  void leave_peers();
   [[nodiscard]] bool connected() const { return !peers_.empty(); }
 
   [[nodiscard]] const RankConfig& config() const { return config_; }

@@ -30,6 +30,7 @@
 #include "csrc/runtime/rank_words.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/python_errors.h"
+#include "xla_ffi/cuda/python_group.h"
 #include "xla_ffi/cuda/rdma_module.h"
 
 namespace nb = nanobind;
@@ -79,14 +80,6 @@ void define_constructor(nb::class_<HeapShape>& shape_type, const HeapSize<Values
     new (place) HeapShape(shape);
   };
   shape_type.def("__init__", make, nb::kw_only(), nb::arg(sizes.name)...);
-}
-
-std::shared_ptr<CudaGroup> find_group(int64_t id) {
-  std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(id);
-  if (group == nullptr) {
-    raise_if_error(Status::invalid_argument("there is no group " + std::to_string(id)));
-  }
-  return group;
 }
 
 std::vector<nb::bytes> make_group(int64_t id, CudaGroupConfig config) {

@@ -11,10 +11,10 @@
 #include <string>
 #include <tuple>
 
-#include "csrc/runtime/cuda_registry.h"
 #include "csrc/runtime/cuda_status.h"
 #include "csrc/runtime/transport/rdma.h"
 #include "xla_ffi/cuda/python_errors.h"
+#include "xla_ffi/cuda/python_group.h"
 
 namespace nb = nanobind;
 
@@ -113,16 +113,8 @@ void finalize(int32_t device) {
   raise_if_failed(error, "finalizing NVSHMEM");
 }
 
-std::shared_ptr<CudaGroup> find(int64_t id) {
-  std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(id);
-  if (group == nullptr) {
-    raise_if_error(Status::invalid_argument("there is no group " + std::to_string(id)));
-  }
-  return group;
-}
-
 int64_t allocate_network_heap(int64_t group_id) {
-  const std::shared_ptr<CudaGroup> group = find(group_id);
+  const std::shared_ptr<CudaGroup> group = find_group(group_id);
   const std::byte* heap = nullptr;
   Status status;
   {
@@ -134,7 +126,7 @@ int64_t allocate_network_heap(int64_t group_id) {
 }
 
 void release_network_heap(int64_t group_id) {
-  const std::shared_ptr<CudaGroup> group = find(group_id);
+  const std::shared_ptr<CudaGroup> group = find_group(group_id);
   const nb::gil_scoped_release unlocked;  // waits for other processes
   group->release_network_heap();
 }
