@@ -49,6 +49,13 @@ def refused(words, timeout=60.0):
     with pytest.raises(jax_ep.EpUnavailable, match=words):
         make(timeout)
 
+def leave_threads():
+    # Ends this process with threads of it standing; not before the others are done, because they
+    # would be ended with process 0, which has JAX's coordination service.
+    jax.distributed.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
 def lines():
     return log.read_text().splitlines() if log.exists() else []
 """
@@ -202,8 +209,7 @@ on_hosts("ab")
 os.environ["JAX_EP_FAKE_RDMA"] = "init_waits" if process == 0 else "init_fails"
 # And not that it took too long.
 refused("process 1 could not: initializing NVSHMEM failed" if process == 0 else "error 7")
-sys.stdout.flush()
-os._exit(0)  # a thread stands
+leave_threads()
 """
     )
 
@@ -281,8 +287,7 @@ on_hosts("ab")
 os.environ["JAX_EP_FAKE_RDMA"] = "init_hangs"
 refused("this process could not initialize NVSHMEM within 2 s: one that", timeout=2.0)
 refused("RDMA failed in this process, which cannot try again: this process could not")
-sys.stdout.flush()
-os._exit(0)  # its thread stands
+leave_threads()
 """
     )
 
