@@ -10,12 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax_ep import experts as experts
     from jax_ep import reference as reference
     from jax_ep._src.api import combine as combine
     from jax_ep._src.api import dispatch as dispatch
     from jax_ep._src.config import EpConfig as EpConfig
     from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
+    from jax_ep._src.expert_choice import route_expert_choice as route_expert_choice
     from jax_ep._src.groups.group import EpGroup as EpGroup
     from jax_ep._src.groups.health import EpHealth as EpHealth
     from jax_ep._src.halves import combine_done as combine_done
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from jax_ep._src.halves import dispatch_start as dispatch_start
     from jax_ep._src.moe import MoeStats as MoeStats
     from jax_ep._src.moe import moe as moe
+    from jax_ep._src.moe import moe_with_experts as moe_with_experts
     from jax_ep._src.quantized import QuantizedRows as QuantizedRows
     from jax_ep._src.quantized import quantize as quantize
     from jax_ep._src.routing import load_balance_loss as load_balance_loss
     from jax_ep._src.routing import route as route
     from jax_ep._src.routing import router_z_loss as router_z_loss
     from jax_ep._src.routing import update_bias as update_bias
+    from jax_ep._src.sharded.moe import sharded_moe as sharded_moe
     from jax_ep._src.types import CombineFlight as CombineFlight
     from jax_ep._src.types import Dispatched as Dispatched
     from jax_ep._src.types import DispatchFlight as DispatchFlight
@@ -42,20 +46,22 @@ _NAMES = {
     "api": ("combine", "dispatch"),
     "config": ("EpConfig",),
     "errors": ("EpGroupClosed", "EpUnavailable"),
+    "expert_choice": ("route_expert_choice",),
     "groups.group": ("EpGroup",),
     "groups.health": ("EpHealth",),
     "halves": ("combine_done", "combine_start", "dispatch_done", "dispatch_start"),
-    "moe": ("MoeStats", "moe"),
+    "moe": ("MoeStats", "moe", "moe_with_experts"),
     "quantized": ("QuantizedRows", "quantize"),
     "routing": ("load_balance_loss", "route", "router_z_loss", "update_bias"),
+    "sharded.moe": ("sharded_moe",),
     "types": ("CombineFlight", "DispatchFlight", "DispatchHandle", "Dispatched"),
 }
 _EXPORTS = {name: f"jax_ep._src.{module}" for module, names in _NAMES.items() for name in names}
-_SUBMODULES = ("flax", "reference")
+_SUBMODULES = ("experts", "flax", "reference")
 # A name that is gone -> what takes its place.
 _REPLACED = {"moe_with_stats": "jax_ep.moe(..., with_stats=True)"}
 
-__all__ = [*_EXPORTS, "reference"]  # noqa: PLE0604  all of them are strings
+__all__ = [*_EXPORTS, "experts", "reference"]  # noqa: PLE0604  all of them are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,9 @@ from jax.test_util import check_grads
 from jax_ep import load_balance_loss, reference, router_z_loss
 from jax_ep import route as route_eagerly
 
-STATIC = ("num_topk", "score", "num_groups", "num_topk_groups", "normalize", "scale")
-route = jax.jit(route_eagerly, static_argnames=STATIC)
+SIZES = ("num_topk", "num_groups", "num_topk_groups")
+OPTIONS = ("score", "group_score", "normalize", "epsilon", "scale")
+route = jax.jit(route_eagerly, static_argnames=SIZES + OPTIONS)
 
 
 def logit(p):
@@ -65,6 +66,52 @@ def test_a_group_scores_its_two_best_experts_only():
     assert route(logit(scores), num_groups=6, **kwargs)[0].tolist() == [[3]]
 
 
+def test_deepseek_v2_gating_by_hand():
+    # Shares of 20. The best of the groups have 6, 4, 2 and 1, their two best sum to 6, 7, 4 and 2.
+    logits = np.log([[6.0, 0.001, 4.0, 3.0, 2.0, 1.9, 1.0, 1.0]]).astype(np.float32)
+    kwargs = {"num_topk": 2, "num_groups": 4, "num_topk_groups": 1, "normalize": False}
+    idx, weights = route(logits, **kwargs, group_score="max", scale=16.0)
+    assert idx.tolist() == [[0, 1]]
+    np.testing.assert_allclose(weights, 16 * np.array([[6.0, 0.001]]) / 18.901, rtol=1e-6)
+    assert route(logits, **kwargs)[0].tolist() == [[2, 3]]
+    # A bias counts for groups, too, and has no part in the weights.
+    bias = np.array([0, 0, 0, 0, 0, 0.5, 0, 0], np.float32)
+    idx, weights = route(logits, **kwargs, group_score="max", bias=bias)
+    assert idx.tolist() == [[5, 4]]
+    np.testing.assert_allclose(weights, np.array([[1.9, 2.0]]) / 18.901, rtol=1e-6)
+
+
+def test_normalized_softmax_is_the_softmax_after_top_k():
+    logits = spread_logits(7, 12)
+    idx, weights = route(logits, num_topk=3)
+    largest = -np.sort(-logits.astype(np.float64), axis=1)[:, :3]
+    want = np.exp(largest) / np.exp(largest).sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(idx), axis=1), largest)
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("epsilon", [0, 0.0, 1e-45, 1e-6, 0.25, np.float32(3.0)])
+def test_epsilon_is_added_to_the_sum(epsilon, score):
+    logits = spread_logits(9, 8)
+    kwargs = {"num_topk": 3, "score": score, "epsilon": epsilon}
+    cotangent = jnp.asarray(np.random.default_rng(2).standard_normal((9, 3)), jnp.float32)
+    weights = lambda v: route(v, **kwargs)[1]  # noqa: E731
+    np.testing.assert_allclose(
+        weights(logits), reference.route(logits, **kwargs)[1], rtol=32 * 2.0**-24
+    )
+    loss = lambda v: (weights(v) * cotangent).sum()  # noqa: E731
+    check_grads(loss, (jnp.asarray(logits),), order=1, modes=("rev",), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-45, 1e-38, 1e-20, 1.0])
+def test_a_sum_of_0_gives_weights_of_0(epsilon):
+    nowhere = jnp.full((2, 4), -jnp.inf).at[1].set(-200.0)  # sigmoids of -200 are 0 in float32
+    weigh = lambda v: route(v, num_topk=2, score="sigmoid", epsilon=epsilon)[1]  # noqa: E731
+    assert weigh(nowhere).tolist() == [[0.0, 0.0]] * 2
+    assert not jax.grad(lambda v: weigh(v)[:, 0].sum())(nowhere).any()
+
+
 def test_experts_outside_of_the_chosen_groups_lose_to_negative_biased_scores():
     bias = jnp.full((8,), -5.0)
     idx, _ = route(logit(SCORES), **{**DEEPSEEK, "num_topk": 4}, bias=bias)
@@ -87,7 +134,8 @@ def test_equal_scores_go_to_the_lower_index(score):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("groups", [None, (4, 2), (8, 5), (16, 16), (1, 1)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_agrees_with_the_oracle(score, normalize, groups, with_bias):
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+def test_agrees_with_the_oracle(score, normalize, groups, with_bias, group_score):
     logits = spread_logits(20, 16)
     # Multiples of 1/32 of which no sum of scores comes within float32's rounding of another.
     bias = np.random.default_rng(1).integers(-8, 9, 16).astype(np.float32) / 32
@@ -97,6 +145,7 @@ def test_agrees_with_the_oracle(score, normalize, groups, with_bias):
         "bias": bias if with_bias else None,
         "num_groups": groups and groups[0],
         "num_topk_groups": groups and groups[1],
+        "group_score": group_score,
         "normalize": normalize,
         "scale": 1.5,
     }
@@ -265,6 +314,14 @@ GROUPS_TEXT = "allowed: both None, or num_groups a divisor of the number of expe
             for value in (0, 9, 2.0, True, None)
         ],
         ({"score": "relu"}, "score is 'relu'; allowed: 'softmax', 'sigmoid'"),
+        (
+            {"group_score": "sum"},
+            "group_score is 'sum'; allowed: 'top2', 'max'",
+        ),
+        *[
+            ({"epsilon": value}, f"epsilon is {value!r}; allowed: a number of at least 0")
+            for value in (-1e-20, np.nan, np.inf, 1e39, None, True, "0")
+        ],
         ({"bias": jnp.zeros(7)}, "bias has shape (7,); allowed: None or (8,)"),
         ({"bias": 0.0}, "bias has shape (); allowed: None or (8,)"),
         *[

@@ -40,6 +40,29 @@ def _is_used(logits: np.ndarray, topk_idx: ArrayLike | None) -> np.ndarray:
     return is_used
 
 
+Score = str | Callable[[np.ndarray], np.ndarray]
+
+
+def _scores(logits: np.ndarray, score: Score) -> np.ndarray:
+    """0 for an expert whose logit is -inf, whatever a function says."""
+    if not callable(score):
+        return {"softmax": _softmax, "sigmoid": _sigmoid}[score](logits)
+    may_go = ~(logits == -np.inf).all(axis=-1)
+    scores = np.zeros_like(logits)
+    scores[may_go] = score(logits[may_go])
+    return np.where(logits == -np.inf, 0.0, scores)
+
+
+def _shares(logits: np.ndarray, score: Score) -> np.ndarray:
+    """Scores over the token's sum of scores; 0 where that is 0."""
+    if callable(score):
+        scores = _scores(logits, score)
+        total = scores.sum(axis=-1, keepdims=True)
+        return scores / np.where(total == 0, 1.0, total)
+    # Sigmoids divided by their sum are the softmax of their logarithms, which does not underflow.
+    return _softmax({"softmax": lambda x: x, "sigmoid": _log_sigmoid}[score](logits))
+
+
 def _largest(values: np.ndarray, count: int) -> list[int]:
     """Indices of the `count` largest values, largest first; of equals, the lower index first."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
@@ -49,11 +72,13 @@ def route(
     logits: ArrayLike,
     *,
     num_topk: int,
-    score: str = "softmax",
+    score: Score = "softmax",
     bias: ArrayLike | None = None,
     num_groups: int | None = None,
     num_topk_groups: int | None = None,
+    group_score: str = "top2",
     normalize: bool = True,
+    epsilon: float = 1e-20,
     scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses every token's experts and their weights.
@@ -61,18 +86,22 @@ def route(
     Args:
         logits: `[T, E]`.
         num_topk: `K`.
-        score: "softmax" over the experts, or "sigmoid" of each.
+        score: "softmax" over the experts, "sigmoid" of each, or a function of float64 logits to
+            scores.
         bias: `[E]`, added to the scores when experts are chosen, not when they are weighed.
         num_groups: experts are in this many equal groups, of which a token may use only
-        num_topk_groups: those with the largest sum of their two largest biased scores.
-        normalize: divide a token's weights by their sum plus 1e-20.
+        num_topk_groups: those with the largest sum of their two largest biased scores, or with
+            the largest biased score, as
+        group_score: says, "top2" or "max".
+        normalize: divide a token's weights by their sum plus
+        epsilon: unless both are 0.
         scale: then multiply them by this.
 
     Returns:
         `topk_idx [T, K]` int32, largest biased score first, and `topk_weights [T, K]` float64.
     """
     logits = np.asarray(logits).astype(np.float64)
-    scores = {"softmax": _softmax, "sigmoid": _sigmoid}[score](logits)
+    scores = _scores(logits, score)
     num_tokens, num_experts = scores.shape
     topk_idx = np.zeros((num_tokens, num_topk), np.int32)
     topk_weights = np.zeros((num_tokens, num_topk))
@@ -82,18 +111,51 @@ def route(
             ranked += np.asarray(bias).astype(np.float64)
         if num_groups is not None:
             groups = ranked.reshape(num_groups, num_experts // num_groups)
-            group_scores = np.array([np.sort(group)[-2:].sum() for group in groups])
+            counted = {"top2": 2, "max": 1}[group_score]
+            group_scores = np.array([np.sort(group)[-counted:].sum() for group in groups])
             for group in _largest(group_scores, num_groups)[num_topk_groups:]:
                 groups[group] = -np.inf
         topk_idx[token] = _largest(ranked, num_topk)
         weights = scores[token, topk_idx[token]]
         if normalize:
-            weights = weights / (weights.sum() + 1e-20)
+            weights = weights / ((weights.sum() + epsilon) or 1.0)
         topk_weights[token] = weights * scale
     return topk_idx, topk_weights
 
 
-def load_balance_loss(logits: ArrayLike, topk_idx: ArrayLike, *, score: str = "softmax") -> float:
+def route_expert_choice(logits: ArrayLike, *, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every expert chooses the `capacity` tokens of all ranks with its largest softmax scores.
+
+    Of equals, the lower (rank, token) first; never one whose logit for it is -inf.
+
+    Args:
+        logits: `[R, T, E]`.
+        capacity: tokens of an expert, or all that there are.
+
+    Returns:
+        `topk_idx [R, T, E]` int32, `e` or -1 in column `e`, and `topk_weights [R, T, E]` float64.
+    """
+    logits = np.asarray(logits).astype(np.float64)
+    num_experts = logits.shape[-1]
+    scores = _softmax(logits)
+    topk_idx = np.full(logits.shape, -1, np.int32)
+    for expert in range(num_experts):
+        may_take = np.argwhere(logits[:, :, expert] > -np.inf).tolist()  # by rank, then token
+        values = np.array([scores[rank, token, expert] for rank, token in may_take])
+        for at in _largest(values, capacity):
+            rank, token = may_take[at]
+            topk_idx[rank, token, expert] = expert
+    return topk_idx, np.where(topk_idx >= 0, scores, 0.0)
+
+
+def load_balance_loss(
+    logits: ArrayLike,
+    topk_idx: ArrayLike,
+    *,
+    score: Score = "softmax",
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
+) -> float:
     """`E * sum_e f_e P_e`: 1 where all experts are equally popular.
 
     `f_e` is the share of expert `e` in all selections, `P_e` the mean over tokens of its score
@@ -103,17 +165,26 @@ def load_balance_loss(logits: ArrayLike, topk_idx: ArrayLike, *, score: str = "s
     Args:
         logits: `[..., E]`; any leading axes, all of them together are one batch.
         topk_idx: `[..., K]`, -1 where nothing is selected.
-        score: "softmax" or "sigmoid".
+        score: as in `route`.
+        segment_ids: `[...]`, the sequence of each token; then it is the mean of the losses of
+        num_segments: sequences, of those that have a token that counts.
     """
     num_experts = np.shape(logits)[-1]
     logits = np.asarray(logits).astype(np.float64).reshape(-1, num_experts)
+    if segment_ids is not None:
+        topk_idx = np.asarray(topk_idx).reshape(len(logits), np.shape(topk_idx)[-1])
+        rows = [np.ravel(segment_ids) == number for number in range(num_segments or 0)]
+        losses = [
+            load_balance_loss(logits[row], topk_idx[row], score=score)
+            for row in rows
+            if _is_used(logits[row], topk_idx[row]).any()
+        ]
+        return float(np.mean(losses)) if losses else 0.0
     is_used = _is_used(logits, topk_idx)
     if not is_used.any():
         return 0.0
     topk_idx = np.asarray(topk_idx).reshape(len(logits), -1)[is_used]
-    # Sigmoids divided by their sum are the softmax of their logarithms, which does not underflow.
-    log_scores = {"softmax": lambda x: x, "sigmoid": _log_sigmoid}[score](logits[is_used])
-    probabilities = _softmax(log_scores)
+    probabilities = _shares(logits[is_used], score)
     counts = np.array([(topk_idx == expert).sum() for expert in range(num_experts)])
     fractions = counts / counts.sum()
     return float(num_experts * (fractions * probabilities.mean(axis=0)).sum())
