@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what users pass; every message says what came and what is allowed."""
 
+import math
+import warnings
 from typing import Any
 
 import jax
@@ -64,6 +66,10 @@ def check_call(operation: str, group: Any) -> None:
     Raises:
         ValueError: `group` is none, or the call is not in `shard_map` over its axes.
         EpGroupClosed: the group has been closed.
+
+    Warns:
+        UserWarning: `shard_map` leaves axes of the mesh to the compiler, which cannot split the
+            call over them.
     """
     check_group(group)
     group.check_open()
@@ -80,3 +86,13 @@ def check_call(operation: str, group: Any) -> None:
                 f"{operation}: axis {name!r} has {mesh.shape[name]} devices here, and "
                 f"{group.mesh.shape[name]} in the mesh of the group"
             )
+    left = [name for name in mesh.axis_names if name not in mesh.manual_axes]
+    is_repeated = math.prod(mesh.shape[name] for name in left) > 1
+    if is_repeated and operation.startswith("dispatch"):  # once for each exchange
+        warnings.warn(
+            f"{operation} is called in a jax.shard_map that leaves the axes {left} to the "
+            "compiler, which cannot split the call: along them every device gets all of the tokens "
+            "and repeats the work. Name them in shard_map's axis_names, and in its in_specs, to "
+            "split the tokens over them",
+            stacklevel=3,
+        )

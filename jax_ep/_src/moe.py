@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moe`: dispatch, the experts' gated feed-forward networks, combine."""
+"""`moe` and `moe_with_experts`: dispatch, the experts' networks, combine."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src.api import combine, dispatch
-from jax_ep._src.checks import check_array, check_group, is_array
+from jax_ep._src.checks import check_array, check_group
 from jax_ep._src.compat import as_array
-from jax_ep._src.grouped_dot import grouped_dot
+from jax_ep._src.experts.bound import ExpertWeights, gated
+from jax_ep._src.experts.kinds import Activation
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.halves import begin_dispatch, dispatch_done
 from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.straight_through import Sent, dispatch_in_fp8, restore
 from jax_ep._src.types import Dispatched
 
-Activation = Callable[[jax.Array], jax.Array]
 Overlap = Callable[[Any], jax.Array]
+ExpertFunction = Callable[[Dispatched], jax.Array]
+Weigh = Literal["output", "input"]
 
 
 @jax.tree_util.register_dataclass
@@ -120,29 +123,130 @@ def moe(
         EpGroupClosed: the group has been closed.
     """
     check_group(group, expert_layout_for="moe")
-    w_gate, w_up, w_down = as_array(w_gate), as_array(w_up), as_array(w_down)
-    _check_weights(group, w_gate, w_up, w_down)
+    if topk_weights is None:
+        raise ValueError("topk_weights is None; allowed: float32[T, K]")
+    experts = gated(w_gate, w_up, w_down, activation=activation)
+    return _moe(x, topk_idx, topk_weights, experts, group, "output", overlap, with_stats)
+
+
+@overload
+def moe_with_experts(
+    x: jax.Array | QuantizedRows,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    experts: ExpertFunction,
+    *,
+    group: EpGroup,
+    weigh: Weigh = ...,
+    overlap: Overlap | None = ...,
+    with_stats: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def moe_with_experts(
+    x: jax.Array | QuantizedRows,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    experts: ExpertFunction,
+    *,
+    group: EpGroup,
+    weigh: Weigh = ...,
+    overlap: Overlap | None = ...,
+    with_stats: Literal[True],
+) -> tuple[jax.Array, MoeStats]: ...
+
+
+def moe_with_experts(
+    x: jax.Array | QuantizedRows,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    experts: ExpertFunction,
+    *,
+    group: EpGroup,
+    weigh: Weigh = "output",
+    overlap: Overlap | None = None,
+    with_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, MoeStats]:
+    """`moe` with experts of any kind.
+
+    `jax_ep.experts` has ready-made ones, with biases, without gates, with quantized matrices or
+    low-rank updates: `moe_with_experts(x, topk_idx, topk_weights, jax_ep.experts.gated(w_gate,
+    w_up, w_down, bias_up=...), group=group)`. Any other function of what was received will do.
+
+    Values on the way have names for `jax.checkpoint_policies`: "jax_ep.recv" (received rows),
+    "jax_ep.gate" and "jax_ep.up" (products of ready-made experts), "jax_ep.experts" (the experts'
+    rows), "jax_ep.out" (the sum).
+
+    Args:
+        x: as `moe` takes it.
+        topk_idx: as `moe` takes it.
+        topk_weights: `[T, K]` float32.
+        experts: `experts(recv) -> y`: a function of a `Dispatched` to `[C, H]` of `config.dtype`.
+            In `recv`, `x` is `[C, H]` of `config.dtype` in any case, and zeros where a row holds
+            no token. `recv.group_sizes` and `recv.local_expert` say whose rows are whose. What `y`
+            has in rows that hold no token is not read.
+        group: an open `EpGroup` whose config has layout "expert".
+        weigh: what a selection's weight multiplies: the expert's "output", or its "input", rounded
+            to `config.dtype`, as in Llama 4; then outputs are added as they are.
+        overlap: as `moe` takes it.
+        with_stats: as `moe` takes it.
+
+    Returns:
+        What `moe` returns.
+
+    Raises:
+        ValueError: as `moe` does, and where `experts` is no function, or gives something else.
+        EpGroupClosed: the group has been closed.
+    """
+    check_group(group, expert_layout_for="moe_with_experts")
+    if not callable(experts):
+        raise ValueError(
+            f"experts is a {type(experts).__name__}; allowed: a function of a Dispatched, such as "
+            "jax_ep.experts.gated(...)"
+        )
+    if weigh not in get_args(Weigh):
+        raise ValueError(f"weigh is {weigh!r}; allowed: 'output', 'input'")
+    if topk_weights is None:
+        raise ValueError("topk_weights is None; allowed: float32[T, K]")
+    return _moe(x, topk_idx, topk_weights, experts, group, weigh, overlap, with_stats)
+
+
+def _moe(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    experts: ExpertFunction,
+    group: EpGroup,
+    weigh: Weigh,
+    overlap: Overlap | None,
+    with_stats: bool,
+) -> Any:
+    if isinstance(experts, ExpertWeights):
+        experts.check(group)
     if overlap is not None and not callable(overlap):
         raise ValueError(
             f"overlap is a {type(overlap).__name__}; allowed: None, or a function of x"
         )
-    if topk_weights is None:
-        raise ValueError("topk_weights is None; allowed: float32[T, K]")
     exchange = _Exchange(x, overlap)
     if group.config.recv_dtype is None:
         recv = exchange(x, topk_idx, topk_weights, group=group)
+        recv = _named(recv)
         with jax.named_scope("jax_ep.experts"):
-            gate, up = _gate_and_up(group, recv, recv.x, w_gate, w_up)
+            y = experts(_expert_input(group, recv, recv.x, recv.weights, weigh))
         weights = recv.weights
     else:
         recv, sent = dispatch_in_fp8(exchange, x, topk_idx, topk_weights, group)
         with jax.named_scope("jax_ep.experts"):
-            gate, up, weights = _gate_and_up_of_fp8(group, recv, sent, w_gate, w_up)
-    with jax.named_scope("jax_ep.experts"):
-        y = grouped_dot(activation(gate) * up, w_down, recv.group_sizes)
-    out = combine(y, recv.handle, weights, group=group)
+            y, weights = _experts_of_fp8(group, recv, sent, experts, weigh)
+    y = as_array(y)
+    shape = (recv.handle.row_source.shape[0], group.config.hidden)
+    check_array("experts(recv)", y, shape, group.config.dtype, of=", the rows that were received")
+    y = checkpoint_name(y, "jax_ep.experts")
+    out = combine(y, recv.handle, weights if weigh == "output" else None, group=group)
     if exchange.overlapped is not None:
         out = out + exchange.overlapped
+    out = checkpoint_name(out, "jax_ep.out")
     if not with_stats:
         return out
     stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
@@ -171,27 +275,40 @@ class _Exchange:
         return dispatch_done(flight, after=overlapped, group=group)
 
 
-def _gate_and_up(
-    group: EpGroup, recv: Dispatched, rows: Any, w_gate: jax.Array, w_up: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _named(recv: Dispatched) -> Dispatched:
+    return dataclasses.replace(recv, x=checkpoint_name(recv.x, "jax_ep.recv"))
+
+
+def _expert_input(
+    group: EpGroup, recv: Dispatched, rows: jax.Array, weights: jax.Array | None, weigh: Weigh
+) -> Dispatched:
+    """What experts get: rows of `config.dtype`, clean and weighed."""
     if not group.config.zero_fill:
         rows = _zero_empty_rows(recv, rows)
-    gate = grouped_dot(rows, w_gate, recv.group_sizes)
-    return gate, grouped_dot(rows, w_up, recv.group_sizes)
+    if weigh == "input":
+        assert weights is not None
+        rows = (rows.astype(jnp.float32) * weights[:, None]).astype(rows.dtype)
+    return dataclasses.replace(recv, x=rows, weights=weights)
 
 
-def _gate_and_up_of_fp8(
-    group: EpGroup, recv: Dispatched, sent: Sent, w_gate: jax.Array, w_up: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same of rows in FP8, and the rows' weights, which travel with them."""
+def _experts_of_fp8(
+    group: EpGroup, recv: Dispatched, sent: Sent, experts: ExpertFunction, weigh: Weigh
+) -> tuple[jax.Array, jax.Array]:
+    """The experts' rows where they came in FP8, and the rows' weights, which travel with them."""
+    if not isinstance(experts, ExpertWeights):
+        rows, weights = restore(recv, sent, group)
+        return experts(_expert_input(group, recv, rows, weights, weigh)), weights
+    kind = experts.kind
 
     # Rematerialized, so that the backward pass keeps the rows in FP8 and restores them again.
     @jax.checkpoint
-    def products(recv: Dispatched, sent: Sent, w_gate: jax.Array, w_up: jax.Array) -> tuple:
+    def inner(recv: Dispatched, sent: Sent, expert_weights: Any) -> tuple:
         rows, weights = restore(recv, sent, group)
-        return (*_gate_and_up(group, recv, rows, w_gate, w_up), weights)
+        clean = _expert_input(group, recv, rows, weights, weigh)
+        return kind.inner(clean, expert_weights), weights
 
-    return products(recv, sent, w_gate, w_up)
+    products, weights = inner(recv, sent, experts.weights)
+    return kind.outer(recv, products, experts.weights), weights
 
 
 def _zero_empty_rows(recv: Dispatched, rows: jax.Array) -> jax.Array:
@@ -203,12 +320,3 @@ def _zero_empty_rows(recv: Dispatched, rows: jax.Array) -> jax.Array:
     """
     holds_token = (recv.handle.row_source >= 0)[:, None]
     return jnp.where(holds_token, rows, jnp.zeros((), rows.dtype))
-
-
-def _check_weights(group: EpGroup, w_gate: Any, w_up: Any, w_down: Any) -> None:
-    num_local, hidden, dtype = group.num_local_experts, group.config.hidden, group.config.dtype
-    inner = w_gate.shape[2] if is_array(w_gate) and w_gate.ndim == 3 else "F"
-    of = f", of the {num_local} experts on each of the group's {group.num_ranks} ranks"
-    check_array("w_gate", w_gate, (num_local, hidden, inner), dtype, of=of)
-    check_array("w_up", w_up, (num_local, hidden, inner), dtype, of=of)
-    check_array("w_down", w_down, (num_local, inner, hidden), dtype, of=of)

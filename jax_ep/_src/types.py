@@ -2,8 +2,10 @@
 """What operations return: pytrees that cross `jit`, `shard_map`, `scan` and `checkpoint`."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.quantized import QuantizedRows
@@ -77,6 +79,37 @@ class Dispatched:
     num_dropped: jax.Array
     handle: DispatchHandle
 
+    @property
+    def local_expert(self) -> jax.Array:
+        """`[C]` int32, the local expert of each row; -1 where a row holds no token.
+
+        Raises:
+            ValueError: in layout "rank", where a row is for several experts.
+        """
+        if self.topk_idx is not None:
+            raise ValueError(
+                "local_expert is asked for in layout 'rank', where a row is for several experts; "
+                "allowed: Dispatched.topk_idx, or EpConfig.layout 'expert'"
+            )
+        rows = jnp.arange(self.handle.row_source.shape[0], dtype=jnp.int32)
+        ends = jnp.cumsum(self.group_sizes, dtype=jnp.int32)
+        expert = (rows[:, None] >= ends[None, :]).sum(axis=1, dtype=jnp.int32)
+        return jnp.where(self.handle.row_source >= 0, expert, -1)
+
+
+class Routing(NamedTuple):
+    """What a backend is given in place of `topk_idx`, see `drops.py`.
+
+    Attributes:
+        topk_idx: `[T, K]` int32.
+        tokens_per_expert: as in `Dispatched`, where the backend cannot count it; else None.
+        num_dropped: likewise.
+    """
+
+    topk_idx: jax.Array
+    tokens_per_expert: jax.Array | None = None
+    num_dropped: jax.Array | None = None
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +122,7 @@ class DispatchFlight:
         ticket: `[2]` uint32, the flight's number; only where the exchange is in two operations.
         x: `[T, H]`, what is sent; likewise.
         topk_idx: `[T, K]` int32; likewise.
+        routing: what the backend is given in its place, if anything; likewise.
         topk_weights: `[T, K]` float32, or None; likewise.
         dispatched: the result; of all others, where the first half does it all.
         config: of the group that dispatches.
@@ -99,6 +133,7 @@ class DispatchFlight:
     ticket: jax.Array | None = None
     x: jax.Array | QuantizedRows | None = None
     topk_idx: jax.Array | None = None
+    routing: Routing | None = None
     topk_weights: jax.Array | None = None
     dispatched: Dispatched | None = None
     config: EpConfig = dataclasses.field(metadata={"static": True})
