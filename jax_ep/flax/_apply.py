@@ -2,7 +2,8 @@
 """What a layer of either flavor computes, from global arrays to global arrays.
 
 It opens `jax.shard_map` itself, over all axes of the group's mesh. Tokens are split over the data
-axes and the expert axes, on a mesh with explicit axes along the shards that `x` has.
+axes and the expert axes: as `token_spec` says, else, on a mesh with explicit axes, along the shards
+that `x` has, else along the first dimension of `x` if that divides, or all tokens in order.
 """
 
 import dataclasses
@@ -13,271 +14,273 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jax_ep._src import compat
-from jax_ep._src.checks import is_array
+from jax_ep._src.checks import check_array, is_array
+from jax_ep._src.experts.bound import ExpertWeights
+from jax_ep._src.experts.kinds import Gated
 from jax_ep._src.groups.group import kept
-from jax_ep._src.moe import moe
-from jax_ep._src.routing import load_balance_loss, router_z_loss
-from jax_ep.flax._layer import LayerSpec, LayerStats
+from jax_ep._src.moe import MoeStats
+from jax_ep._src.sharded.moe import (
+    check_context,
+    check_fsdp_axes,
+    check_tokens_per_rank,
+    moe_in_parts,
+    split_by_spec,
+)
+from jax_ep._src.sharded.token_split import (
+    Tokens,
+    TokenSplit,
+    reshard,
+    run_on_tokens,
+    sharding_dims,
+)
+from jax_ep._src.sharded.weights import gather_experts
+from jax_ep.flax._layer import LayerSpec, LayerStats, Router
+from jax_ep.flax._router import choose, logits_of, losses_of
+
+Params = Mapping[str, jax.Array]
 
 
 def apply(
-    spec: LayerSpec, params: Mapping[str, jax.Array], bias: jax.Array | None, x: jax.Array
+    spec: LayerSpec,
+    params: Params,
+    bias: jax.Array | None,
+    x: Any,
+    *,
+    router: Router | None = None,
+    routing: bool = False,
+    mask: Any = None,
+    logits: Any = None,
+    topk: Any = None,
+    router_input: Any = None,
 ) -> tuple[jax.Array, LayerStats]:
-    """Runs the layer on a global array.
+    """Runs the layer on global arrays.
 
     Args:
         spec: of the layer.
         params: by the names of `spec.params()`.
         bias: `[E]` float32, see `jax_ep.route`, or None.
         x: `[..., H]`, floating point.
+        router: in the place of the layer's own.
+        routing: whether statistics have logits and experts.
+        mask: see `jax_ep.flax.nnx.MoE.__call__`, as the following.
+        logits: `[..., E]`.
+        topk: `[..., K]` int32, and `[..., K]` float32 or None.
+        router_input: `[..., H]`.
 
     Returns:
         `[..., H]` of `config.dtype`, and statistics.
 
     Raises:
-        ValueError: `x` does not fit the group's config, or the call is inside of `shard_map` or of
-            another mesh.
+        ValueError: an argument does not fit the group's config, or the call is inside of
+            `shard_map` or of another mesh.
         EpGroupClosed: the group has been closed.
     """
     spec.group.check_open()
-    _check_context(spec.group.mesh)
+    check_context(spec.group.mesh, "an MoE layer")
     x = compat.as_array(x)
-    _check_tokens(spec, x)
+    _check_rows("x", spec, x)
+    if router is not None and logits is None and topk is None:
+        logits, *topk = router(x if router_input is None else router_input)
+    tokens = _tokens(spec, x, mask, logits, topk, router_input)
 
     # Compiled even where the model is not, and traced once for all layers that are alike. Not by
     # static arguments, which JAX also has where it keeps no function: they hold the group. JAX
     # names the function and its arguments in messages.
-    def moe_layer(params: Any, selection_bias: Any, x: Any) -> tuple[jax.Array, LayerStats]:
-        run = _where_x_is if spec.is_explicit else _in_order
-        return run(spec, params, selection_bias, x)
+    def moe_layer(params: Any, selection_bias: Any, tokens: Any) -> tuple[jax.Array, LayerStats]:
+        return _run(spec, routing, params, selection_bias, tokens)
 
-    return kept(spec.group, (apply, spec), lambda: jax.jit(moe_layer))(dict(params), bias, x)
+    key = (apply, spec, routing)
+    return kept(spec.group, key, lambda: jax.jit(moe_layer))(dict(params), bias, tokens)
 
 
-def _check_context(mesh: jax.sharding.Mesh) -> None:
-    """Raises where `shard_map` over the group's mesh cannot be opened."""
-    context = jax.sharding.get_abstract_mesh()
-    if context.manual_axes:
+# --- what came ---------------------------------------------------------------------------------
+
+
+def _tokens(
+    spec: LayerSpec, x: jax.Array, mask: Any, logits: Any, topk: Any, router_input: Any
+) -> Tokens:
+    """By name, what there is; raises where it does not fit."""
+    config, lead = spec.group.config, x.shape[:-1]
+    tokens = {"x": x}
+    if mask is not None:
+        tokens["mask"] = compat.as_array(mask)
+        check_array("mask", tokens["mask"], lead, jnp.dtype(bool), of=", as the tokens of x")
+    if router_input is not None:
+        tokens["router_input"] = compat.as_array(router_input)
+        _check_rows("router_input", spec, tokens["router_input"], lead)
+    if logits is not None:
+        tokens["logits"] = compat.as_array(logits)
+        _check_logits(tokens["logits"], (*lead, config.num_experts))
+    if topk is not None:
+        if not isinstance(topk, (tuple, list)) or len(topk) != 2:
+            raise ValueError(
+                f"topk is a {type(topk).__name__}; allowed: None, or (topk_idx, topk_weights), of "
+                "which topk_weights may be None"
+            )
+        shape = (*lead, config.num_topk)
+        for name, value, dtype in zip(
+            ("topk_idx", "topk_weights"), topk, ("int32", "float32"), strict=True
+        ):
+            if value is not None or name == "topk_idx":
+                tokens[name] = compat.as_array(value)
+                check_array(name, tokens[name], shape, jnp.dtype(dtype), of=", as the tokens of x")
+    has_logits = spec.has_router or "logits" in tokens
+    if not has_logits and "topk_weights" not in tokens:
         raise ValueError(
-            f"an MoE layer is called inside of jax.shard_map over the axes {context.manual_axes}; "
-            "allowed: outside of it, because the layer opens one over the whole mesh of its group. "
-            "Inside of one over at least the group's axes, call jax_ep.route and jax_ep.moe"
+            "topk has no topk_weights, and the layer no router; allowed: topk_weights float32"
+            f"{[*lead, config.num_topk]}, or logits"
         )
-    if not context.empty and context != mesh.abstract_mesh:
-        raise ValueError(
-            f"an MoE layer is called under a mesh (jax.set_mesh) that is {_show_mesh(context)}; "
-            f"allowed: no mesh, or that of the layer's group, {_show_mesh(mesh)}. Make the group "
-            "on the mesh that the program uses"
-        )
+    return tokens
 
 
-def _show_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return "(" + ", ".join(f"{name}: {size} {kind.name}" for name, size, kind in axes) + ")"
-
-
-def _check_tokens(spec: LayerSpec, x: Any) -> None:
+def _check_rows(name: str, spec: LayerSpec, x: Any, lead: tuple[int, ...] | None = None) -> None:
     config = spec.group.config
     if not is_array(x):
-        raise ValueError(f"x is a {type(x).__name__}; allowed: an array")
-    is_right = x.ndim > 0 and x.shape[-1] == config.hidden
+        raise ValueError(f"{name} is a {type(x).__name__}; allowed: an array")
+    is_right = x.ndim > 0 and x.shape[-1] == config.hidden and lead in (None, x.shape[:-1])
     # Numbers of 8 bits mean nothing without their scales.
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
     if not is_right or not is_float:
+        wanted = "..." if lead is None else ", ".join(map(str, lead))
         raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}; allowed: floating point of 16 bits or more, "
-            f"[..., {config.hidden}] as EpConfig.hidden says"
+            f"{name} is {x.dtype}{list(x.shape)}; allowed: floating point of 16 bits or more, "
+            f"[{wanted}, {config.hidden}] as EpConfig.hidden says"
         )
-    num_tokens = math.prod(x.shape[:-1])
-    per_device = -(-num_tokens // spec.num_token_shards)
-    if per_device > config.max_tokens_per_rank:
-        raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}: {num_tokens} tokens, {per_device} on each of "
-            f"{spec.num_token_shards} devices (axes {spec.token_axes}); allowed: up to "
-            f"EpConfig.max_tokens_per_rank on each, which is {config.max_tokens_per_rank}"
-        )
+
+
+def _check_logits(logits: Any, shape: tuple[int, ...]) -> None:
+    fits = is_array(logits) and logits.shape == shape
+    if not fits or not jnp.issubdtype(logits.dtype, jnp.floating):
+        got = f"{logits.dtype}{list(logits.shape)}" if is_array(logits) else type(logits).__name__
+        raise ValueError(f"logits is {got}; allowed: floating point, {list(shape)}")
 
 
 # --- which device has which tokens -------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Split:
-    """How dimension 0 of the tokens is split, and which of them are the caller's.
+def _split(spec: LayerSpec, x: jax.Array) -> TokenSplit:
+    mesh, lead = spec.group.mesh, x.shape[:-1]
+    if spec.token_spec is not None:
+        split = split_by_spec(
+            spec.group, spec.token_spec, lead, spec.tensor_axes, spec.data_axes or ()
+        )
+    elif spec.is_explicit:
+        # No token moves to its rank.
+        dims = tuple(
+            tuple(name for name in names if name in spec.token_axes)
+            for names in sharding_dims(x, len(lead))
+        )
+        own = tuple(name for names in dims for name in names)
+        others = tuple(name for name in spec.token_axes if name not in own)
+        split = TokenSplit(mesh=mesh, shape=lead, dims=dims, others=others)
+    else:
+        shards = math.prod(mesh.shape[name] for name in spec.token_axes)
+        if x.ndim == 1 or lead[0] % shards:
+            lead = (math.prod(lead),)
+        dims = (spec.token_axes, *[()] * (len(lead) - 1))
+        split = TokenSplit(mesh=mesh, shape=lead, dims=dims)
+    check_tokens_per_rank(spec.group, split)
+    check_fsdp_axes(spec.fsdp_axes, split)
+    return split
 
-    Attributes:
-        axes: mesh axes over which it is split.
-        padded_axes: the last of them, that split something padded at its end.
-        num_tokens: that something's length without the padding; None where there is none.
-    """
 
-    axes: tuple[str, ...]
-    padded_axes: tuple[str, ...] = ()
-    num_tokens: int | None = None
-
-
-def _in_order(
-    spec: LayerSpec, params: dict[str, jax.Array], bias: jax.Array | None, x: jax.Array
+def _run(
+    spec: LayerSpec,
+    routing: bool,
+    params: dict[str, jax.Array],
+    bias: jax.Array | None,
+    tokens: Tokens,
 ) -> tuple[jax.Array, LayerStats]:
-    """Along the first dimension of `x` if that divides, else along all tokens in order."""
-    axes, shards = spec.token_axes, spec.num_token_shards
-    if x.ndim > 1 and x.shape[0] % shards == 0:
-        return _run_blocks(spec, _Split(axes=axes), params, bias, x)
-    # Tokens without a selection fill up what does not divide: they are sent nowhere.
-    num_tokens = math.prod(x.shape[:-1])
-    padded = -(-num_tokens // shards) * shards
-    tokens = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, padded - num_tokens), (0, 0)))
-    split = _Split(axes=axes, padded_axes=axes, num_tokens=num_tokens)
-    out, stats = _run_blocks(spec, split, params, bias, tokens)
-    return out[:num_tokens].reshape(x.shape), stats
-
-
-def _where_x_is(
-    spec: LayerSpec, params: dict[str, jax.Array], bias: jax.Array | None, x: jax.Array
-) -> tuple[jax.Array, LayerStats]:
-    """Each shard of `x` along the axes that it has, so that no token moves to its rank.
-
-    Token axes that `x` is not split over split each shard further, in order; axes that are none
-    are gathered. The result is sharded like `x`.
-    """
-    mesh, hidden = spec.group.mesh, x.shape[-1]
-    dims = _token_axes_of(spec, x)
-    own = tuple(name for names in dims for name in names)
-    others = tuple(name for name in spec.token_axes if name not in own)
-    sizes = [
-        size // math.prod(mesh.shape[name] for name in names)
-        for size, names in zip(x.shape[:-1], dims, strict=True)
-    ]
-    num_tokens, parts = math.prod(sizes), math.prod(mesh.shape[name] for name in others)
-    padded = -(-num_tokens // parts) * parts
-
-    def flatten(block: jax.Array) -> jax.Array:
-        return jnp.pad(block.reshape(-1, hidden), ((0, padded - num_tokens), (0, 0)))
-
-    def unflatten(tokens: jax.Array) -> jax.Array:
-        return tokens[:num_tokens].reshape(*sizes, hidden)
-
-    where = PartitionSpec(*(names or None for names in dims), None)
-    flat = PartitionSpec(own or None, None)
-    tokens = jax.shard_map(flatten, mesh=mesh, in_specs=where, out_specs=flat)(
-        _reshard(spec, x, where)
+    x = tokens["x"]
+    lead, sharding = x.shape[:-1], jax.typeof(x).sharding
+    split = _split(spec, x)
+    if split.shape != lead:
+        tokens = {n: a.reshape(*split.shape, *a.shape[len(lead) :]) for n, a in tokens.items()}
+    if split.is_padded and "mask" not in tokens:
+        # Padding goes to no expert.
+        tokens["mask"] = jnp.ones(split.shape, bool)
+    specs = {name: PartitionSpec(*p.partition) for name, p in spec.params().items()}
+    stats_specs: Any = {name: PartitionSpec(*s.partition) for name, s in spec.stats().items()}
+    stats_specs["tokens_per_expert"] = spec.axes.partition(("experts",))
+    weights = (params,) if bias is None else (params, bias)
+    out, stats = run_on_tokens(
+        functools.partial(_block, spec, split, routing),
+        split,
+        tokens,
+        weights,
+        weight_specs=(specs, PartitionSpec())[: len(weights)],
+        stats_specs=LayerStats(**stats_specs),
+        fills={"mask": False, "topk_idx": -1},
     )
-    split = _Split(
-        axes=(*own, *others),
-        padded_axes=others,
-        num_tokens=None if padded == num_tokens else num_tokens,
+    if split.shape != lead:
+        out = {name: a.reshape(*lead, *a.shape[len(split.shape) :]) for name, a in out.items()}
+    if spec.is_explicit and spec.token_spec is None and not sharding.mesh.empty:
+        out["x"] = reshard(spec.group.mesh, out["x"], sharding.spec)
+    num_experts = spec.group.config.num_experts
+    if num_experts < spec.num_experts:
+        whole = reshard(spec.group.mesh, stats.tokens_per_expert, PartitionSpec())
+        stats = dataclasses.replace(stats, tokens_per_expert=whole[:num_experts])
+    return out["x"], dataclasses.replace(
+        stats, logits=out.get("logits"), topk_idx=out.get("topk_idx")
     )
-    out, stats = _run_blocks(spec, split, params, bias, tokens)
-    out = jax.shard_map(unflatten, mesh=mesh, in_specs=flat, out_specs=where)(
-        _reshard(spec, out, flat)
-    )
-    sharding = jax.typeof(x).sharding
-    return out if sharding.mesh.empty else _reshard(spec, out, sharding.spec), stats
-
-
-def _token_axes_of(spec: LayerSpec, x: jax.Array) -> tuple[tuple[str, ...], ...]:
-    """The token axes over which each dimension of `x` but the last is split."""
-    sharding = jax.typeof(x).sharding
-    entries = () if sharding.mesh.empty else tuple(sharding.spec)
-    entries = (*entries, *[None] * x.ndim)[: x.ndim - 1]
-    named = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
-    return tuple(tuple(name for name in names if name in spec.token_axes) for names in named)
-
-
-def _reshard(spec: LayerSpec, array: jax.Array, partition: PartitionSpec) -> jax.Array:
-    """Moves an array where `shard_map` wants it; with automatic axes the compiler does that."""
-    if not spec.is_explicit:
-        return array
-    return jax.sharding.reshard(array, NamedSharding(spec.group.mesh, partition))
 
 
 # --- what each device does ---------------------------------------------------------------------
 
 
-def _run_blocks(
-    spec: LayerSpec,
-    split: _Split,
-    params: dict[str, jax.Array],
-    bias: jax.Array | None,
-    x: jax.Array,
-) -> tuple[jax.Array, LayerStats]:
-    token_spec = PartitionSpec(split.axes, *[None] * (x.ndim - 1))
-    param_specs = {name: PartitionSpec(*p.partition) for name, p in spec.params().items()}
-    params = {name: _reshard(spec, params[name], s) for name, s in param_specs.items()}
-    stats_specs: Any = {name: PartitionSpec(*s.partition) for name, s in spec.stats().items()}
-    blocks = jax.shard_map(
-        functools.partial(_block, spec, split),
-        mesh=spec.group.mesh,
-        in_specs=(param_specs, PartitionSpec(), token_spec),
-        out_specs=(token_spec, LayerStats(**stats_specs)),
-    )
-    if bias is not None:
-        bias = _reshard(spec, bias, PartitionSpec())
-    return blocks(params, bias, _reshard(spec, x, token_spec))
-
-
 def _block(
-    spec: LayerSpec,
-    split: _Split,
-    params: dict[str, jax.Array],
-    bias: jax.Array | None,
-    x: jax.Array,
-) -> tuple[jax.Array, LayerStats]:
-    """One device's part: `x` is its tokens, `params` has its experts."""
-    config = spec.group.config
-    tokens = x.reshape(-1, config.hidden)
-    # Not rounded to config.dtype: a small error in a score sends a token to another expert.
+    spec: LayerSpec, split: TokenSplit, routing: bool, tokens: Tokens, weights: Any
+) -> tuple[Tokens, LayerStats]:
+    """One device's part: its tokens, and its part of the weights."""
+    params, bias = weights if len(weights) == 2 else (*weights, None)
+    dtype = spec.group.config.dtype
     with jax.named_scope("jax_ep.router"):
-        logits = jnp.dot(
-            tokens.astype(jnp.float32),
-            params["router"].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        topk_idx, topk_weights = spec.route(logits, bias)
-    if split.num_tokens is not None:
-        is_token = _is_token(split, tokens.shape[0], split.num_tokens)
-        topk_idx = jnp.where(is_token, topk_idx, -1)
-    tokens = tokens.astype(config.dtype)
-    weights = {name: w.astype(config.dtype) for name, w in params.items() if name != "router"}
-    shared = functools.partial(_shared_experts, spec, weights) if spec.num_shared_experts else None
-    out, stats = moe(
-        tokens,
-        topk_idx,
-        topk_weights,
-        *(weights[name] for name in ("w_gate", "w_up", "w_down")),
-        group=spec.group,
-        activation=spec.activation,
+        logits = logits_of(spec, params, tokens)
+        topk_idx, topk_weights = choose(spec, logits, bias, tokens)
+    params = {name: w.astype(dtype) for name, w in params.items() if not name.startswith("router")}
+    experts = ExpertWeights(spec.kind, {name: params[name] for name in spec.kind.dims()})
+    shared = functools.partial(_shared_experts, spec, params) if spec.shared_ffn else None
+    out, stats = moe_in_parts(
+        spec.group,
+        split,
+        spec.axes,
+        (tokens["x"].astype(dtype), topk_idx, topk_weights),
+        gather_experts(spec.axes, experts),
+        weigh=spec.weigh,
         overlap=shared,
-        with_stats=True,
     )
-    # Counts of no tokens are constants, which vary over no axis and could not be summed over any.
-    tokens_per_expert, num_dropped = compat.as_varying(
-        frozenset(spec.token_axes), stats.tokens_per_expert, stats.num_dropped
-    )
-    if spec.data_axes:
-        tokens_per_expert = jax.lax.psum(tokens_per_expert, spec.data_axes)
-    losses = functools.partial(load_balance_loss, score=spec.score), router_z_loss
-    balance, z = (loss(logits, topk_idx, axis_name=spec.token_axes) for loss in losses)
-    return out.reshape(x.shape), LayerStats(
-        tokens_per_expert=tokens_per_expert,
-        num_dropped=jax.lax.psum(num_dropped, spec.token_axes),
+    balance, z = losses_of(spec, logits, topk_idx, (*split.axes, *split.gathered))
+    outputs = {"x": out}
+    if routing:
+        outputs["topk_idx"] = topk_idx
+        if logits is not None:
+            outputs["logits"] = logits
+    return outputs, _layer_stats(stats, balance, z)
+
+
+def _layer_stats(stats: MoeStats, balance: jax.Array, z: jax.Array) -> LayerStats:
+    return LayerStats(
+        tokens_per_expert=stats.tokens_per_expert,
+        num_dropped=stats.num_dropped,
         load_balance_loss=balance,
         router_z_loss=z,
     )
 
 
-def _shared_experts(
-    spec: LayerSpec, weights: Mapping[str, jax.Array], tokens: jax.Array
-) -> jax.Array:
+def _shared_experts(spec: LayerSpec, params: Params, tokens: jax.Array) -> jax.Array:
+    """Of these tokens, or this device's part of the sum where `S` is split."""
+    kind, axes = spec.shared_kind, spec.axes
     with jax.named_scope("jax_ep.shared_experts"):
-        gate = spec.activation(tokens @ weights["shared_gate"])
-        return (gate * (tokens @ weights["shared_up"])) @ weights["shared_down"]
-
-
-def _is_token(split: _Split, block_tokens: int, num_tokens: int) -> jax.Array:
-    """`[T, 1]` bool: whether a token is one of the caller's, not padding at the end."""
-    first = jax.lax.axis_index(split.padded_axes) * block_tokens
-    return (first + jnp.arange(block_tokens, dtype=first.dtype) < num_tokens)[:, None]
+        up = tokens @ axes.gather(params["shared_up"], ("hidden", "ffn"))
+        if isinstance(kind, Gated):
+            gate = tokens @ axes.gather(params["shared_gate"], ("hidden", "ffn"))
+            inner = kind.activation(gate) * up
+        else:
+            inner = kind.activation(up)
+        out = inner @ axes.gather(params["shared_down"], ("ffn", "hidden"))
+        if spec.shared_gate:
+            out = jax.nn.sigmoid(tokens @ params["shared_expert_gate"]) * out
+        return out

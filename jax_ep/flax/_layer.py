@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the NNX and the Linen layer share: sizes, options, and which arrays they have where.
-
-Experts are split over the expert axes; all else that a layer keeps is on every device.
-"""
+"""What the NNX and the Linen layer share: sizes, options, and which arrays they have where."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_ep._src.checks import check_group
+from jax_ep._src.experts.kinds import Activation, Custom, Experts, Gated, Ungated
+from jax_ep._src.experts.matrices import Dim, Dims
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.limits import is_int
-from jax_ep._src.moe import Activation
-from jax_ep._src.routing import Score, route, update_bias
+from jax_ep._src.moe import Weigh
+from jax_ep._src.routing import GroupScore, Score, route, update_bias
+from jax_ep._src.sharded.moe import check_token_spec
+from jax_ep._src.sharded.weights import WeightAxes, check_axes
+from jax_ep.flax._params import ArraySpec
 
-Initializer = Callable[..., jax.Array]
 _FLOAT32 = np.dtype(np.float32)
+_DIM_NAMES = ("experts", "hidden", "ffn")
+# Of what a layer's router is, on global arrays: x to logits (or None), topk_idx, topk_weights.
+Router = Callable[[jax.Array], tuple[jax.Array | None, jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -33,14 +36,22 @@ class LayerStats:
     Attributes:
         tokens_per_expert: `[E]` int32, selections of each expert, before any drop.
         num_dropped: `[]` int32, of those the ones that found no room.
-        load_balance_loss: `[]` float32, see `jax_ep.load_balance_loss`. Differentiable.
-        router_z_loss: `[]` float32, see `jax_ep.router_z_loss`. Differentiable.
+        load_balance_loss: `[]` float32, see `jax_ep.load_balance_loss`. Differentiable. 0 where
+            the call had no logits.
+        router_z_loss: `[]` float32, see `jax_ep.router_z_loss`. Differentiable. 0 where the call
+            had no logits.
+        logits: `[..., E]` float32, the router's, differentiable; None but where they are asked for
+            by `with_stats(..., routing=True)`, and there are any.
+        topk_idx: `[..., K]` int32, the experts chosen, -1 for a token that is masked; None but
+            where it is asked for.
     """
 
     tokens_per_expert: jax.Array
     num_dropped: jax.Array
     load_balance_loss: jax.Array
     router_z_loss: jax.Array
+    logits: jax.Array | None = None
+    topk_idx: jax.Array | None = None
 
     @classmethod
     def zeros(cls, num_experts: int) -> "LayerStats":
@@ -53,67 +64,128 @@ class LayerStats:
         )
 
     def as_dict(self) -> dict[str, jax.Array]:
-        """By name, in the order of the attributes."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ArraySpec:
-    """One array that a layer keeps, or that its statistics are.
-
-    Attributes:
-        shape: of the global array.
-        dtype: as it is stored.
-        partition: mesh axes (or None) by dimension.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    partition: tuple[str | tuple[str, ...] | None, ...]
-
-    def init(self, initializer: Initializer) -> Initializer:
-        """An initializer of the whole array. Experts get independent values each."""
-        if len(self.shape) < 3:
-            return initializer
-
-        def init_experts(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-            # One by one, so that an initializer sees the fan-in and fan-out of one expert.
-            keys = jax.random.split(key, shape[0])
-            return jax.vmap(lambda k: initializer(k, tuple(shape[1:]), dtype))(keys)
-
-        return init_experts
+        """By name, in the order of the attributes; without those that are None."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """The static parameters of a layer; hashable. See `jax_ep.flax.nnx.MoE` for the fields."""
+    """The static parameters of a layer; hashable. See `jax_ep.flax.nnx.MoE` for the fields.
+
+    `shared_ffn` is the width of the shared experts, 0 for none; `experts` is never None.
+    """
 
     group: EpGroup
     ffn: int
     num_shared_experts: int = 0
+    shared_ffn: int | None = None
+    shared_gate: bool = False
     activation: Activation = jax.nn.silu
+    experts: Experts | None = None
+    weigh: Weigh = "output"
+    has_router: bool = True
+    router_bias: bool = False
+    router_dtype: Any = jnp.float32
     score: Score = "softmax"
     num_groups: int | None = None
     num_topk_groups: int | None = None
+    group_score: GroupScore = "top2"
     normalize: bool = True
+    epsilon: float = 1e-20
     scale: float = 1.0
     data_axes: tuple[str, ...] | None = None
+    tensor_axes: tuple[str, ...] = ()
+    fsdp_axes: tuple[str, ...] = ()
+    token_spec: PartitionSpec | None = None
+    partition_names: tuple[tuple[str, str | None], ...] | None = None
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         check_group(self.group, expert_layout_for="MoE")
         _check_int("ffn", self.ffn, 1)
-        _check_int("num_shared_experts", self.num_shared_experts, 0)
-        object.__setattr__(self, "ffn", int(self.ffn))
-        object.__setattr__(self, "num_shared_experts", int(self.num_shared_experts))
-        object.__setattr__(self, "data_axes", _data_axes(self.group, self.data_axes))
+        self._set(ffn=int(self.ffn), shared_ffn=self._shared_ffn())
+        self._set(experts=self._kind(), weigh=_one_of("weigh", self.weigh, get_args(Weigh)))
+        self._check_mesh_axes()
         param_dtype = np.dtype(self.param_dtype)
         if not jnp.issubdtype(param_dtype, jnp.floating):
             raise ValueError(f"param_dtype is {param_dtype.name!r}; allowed: a floating point type")
-        object.__setattr__(self, "param_dtype", param_dtype)
+        router_dtype = np.dtype(self.router_dtype)
+        if router_dtype not in (_FLOAT32, self.group.config.dtype):
+            raise ValueError(
+                f"router_dtype is {router_dtype.name!r}; allowed: 'float32', or EpConfig.dtype, "
+                f"{self.group.config.dtype.name!r}"
+            )
+        self._set(param_dtype=param_dtype, router_dtype=router_dtype)
+        for name, array in self.params().items():
+            self.axes.check(name, array.shape, array.dims)
         # Bad routing options are reported here instead of at the first call.
-        logits = jax.ShapeDtypeStruct((1, self.group.config.num_experts), _FLOAT32)
-        jax.eval_shape(self.route, logits)
+        if self.has_router:
+            logits = jax.ShapeDtypeStruct((1, self.group.config.num_experts), _FLOAT32)
+            jax.eval_shape(self.route, logits)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _shared_ffn(self) -> int:
+        _check_int("num_shared_experts", self.num_shared_experts, 0)
+        width = self.shared_ffn
+        if width is not None:
+            _check_int("shared_ffn", width, 1)
+            if self.num_shared_experts:
+                raise ValueError(
+                    f"shared_ffn is {width} and num_shared_experts {self.num_shared_experts}; "
+                    "allowed: one of them, because each says how wide shared experts are"
+                )
+        width = int(width or self.num_shared_experts * self.ffn)
+        if self.shared_gate and not width:
+            raise ValueError(
+                "shared_gate is True, and there are no shared experts; allowed: shared_ffn or "
+                "num_shared_experts with it"
+            )
+        return width
+
+    def _kind(self) -> Experts:
+        if self.experts is None:
+            return Gated(activation=self.activation)
+        if not isinstance(self.experts, Experts):
+            raise ValueError(
+                f"experts is a {type(self.experts).__name__}; allowed: None, or a kind of "
+                "jax_ep.experts such as Gated(), Ungated(), GptOss(), Custom(...)"
+            )
+        if self.activation is not jax.nn.silu and not isinstance(self.experts, Custom):
+            raise ValueError(
+                "activation is given, and experts has its own; allowed: "
+                f"{type(self.experts).__name__}(activation=...)"
+            )
+        unsized = [name for name, dims in self.experts.dims().items() if None in dims]
+        if unsized:
+            raise ValueError(
+                f"experts has the weights {unsized} with a dimension None; allowed in a layer, "
+                f"which makes them: {', '.join(map(repr, _DIM_NAMES))}, or an int, its size"
+            )
+        return self.experts
+
+    def _check_mesh_axes(self) -> None:
+        mesh, own = self.group.mesh, self.group.axis_names
+        tensor = check_axes(mesh, "tensor_axes", self.tensor_axes, own)
+        data = _data_axes(self.group, self.data_axes, tensor)
+        if self.token_spec is not None:
+            named = check_token_spec(mesh, self.token_spec)
+            data = (*data, *(n for n in named if n not in (*data, *own, *tensor)))
+        fsdp = check_axes(mesh, "fsdp_axes", self.fsdp_axes, (*own, *tensor))
+        if not set(fsdp) <= set(data):
+            raise ValueError(
+                f"fsdp_axes is {fsdp}; allowed: axes that split the tokens, which are {data} "
+                "besides the group's"
+            )
+        self._set(data_axes=data, tensor_axes=tensor, fsdp_axes=fsdp)
+        names = dict(self.partition_names or ())
+        if not set(names) <= set(_DIM_NAMES):
+            raise ValueError(
+                f"partition_names has the keys {sorted(names)}; allowed: {', '.join(_DIM_NAMES)}"
+            )
 
     def route(
         self, logits: jax.Array, bias: jax.Array | None = None
@@ -126,70 +198,113 @@ class LayerSpec:
             bias=bias,
             num_groups=self.num_groups,
             num_topk_groups=self.num_topk_groups,
+            group_score=self.group_score,
             normalize=self.normalize,
+            epsilon=self.epsilon,
             scale=self.scale,
         )
 
     @property
-    def expert_axes(self) -> tuple[str, ...]:
-        """Mesh axes over which the experts are split."""
-        return self.group.axis_names
+    def kind(self) -> Experts:
+        """What experts compute."""
+        assert self.experts is not None
+        return self.experts
+
+    @property
+    def axes(self) -> WeightAxes:
+        """Where the experts' weights are."""
+        return WeightAxes(
+            mesh=self.group.mesh,
+            experts=self.group.axis_names,
+            ffn=self.tensor_axes,
+            hidden=self.fsdp_axes,
+        )
 
     @property
     def token_axes(self) -> tuple[str, ...]:
-        """Mesh axes over which the tokens are split."""
-        return (*(self.data_axes or ()), *self.expert_axes)
+        """Mesh axes over which the tokens are split where nothing else is said."""
+        return (*(self.data_axes or ()), *self.group.axis_names)
 
     @property
-    def num_token_shards(self) -> int:
-        """Devices among which the tokens are split."""
-        return math.prod(self.group.mesh.shape[name] for name in self.token_axes)
-
-    @property
-    def _experts(self) -> str | tuple[str, ...]:
-        """Entry of a partition for a dimension of experts."""
-        return self.expert_axes[0] if len(self.expert_axes) == 1 else self.expert_axes
+    def num_experts(self) -> int:
+        """Experts that there are weights of: with `pad_experts` more than can be selected."""
+        return self.group.num_ranks * self.group.num_local_experts
 
     @property
     def is_explicit(self) -> bool:
         """Whether arrays on the group's mesh have shardings that a trace sees."""
         return AxisType.Explicit in self.group.mesh.axis_types
 
+    @property
+    def shared_kind(self) -> Gated | Ungated:
+        """What shared experts compute: what the others do, if they are gated or ungated plainly."""
+        if type(self.kind) in (Gated, Ungated):
+            return self.kind  # type: ignore[return-value]
+        return Gated(activation=self.activation)
+
     def params(self) -> dict[str, ArraySpec]:
         """The parameters by name."""
         config = self.group.config
-        hidden, ffn, shared = config.hidden, self.ffn, self.num_shared_experts * self.ffn
-
-        def spec(shape: tuple[int, ...]) -> ArraySpec:
-            partition = (self._experts, None, None) if len(shape) == 3 else (None, None)
-            return ArraySpec(shape=shape, dtype=self.param_dtype, partition=partition)
-
-        specs = {
-            "router": dataclasses.replace(spec((hidden, config.num_experts)), dtype=_FLOAT32),
-            "w_gate": spec((config.num_experts, hidden, ffn)),
-            "w_up": spec((config.num_experts, hidden, ffn)),
-            "w_down": spec((config.num_experts, ffn, hidden)),
-        }
-        if shared:
-            specs["shared_gate"] = spec((hidden, shared))
-            specs["shared_up"] = spec((hidden, shared))
-            specs["shared_down"] = spec((shared, hidden))
+        hidden, width = config.hidden, self.shared_ffn or 0
+        specs: dict[str, ArraySpec] = {}
+        if self.has_router:
+            specs["router"] = self._whole((hidden, config.num_experts))
+            if self.router_bias:
+                specs["router_bias"] = self._whole((config.num_experts,))
+        specs.update({name: self._array(dims, self.ffn) for name, dims in self.kind.dims().items()})
+        if width:
+            if isinstance(self.shared_kind, Gated):
+                specs["shared_gate"] = self._array(("hidden", "ffn"), width)
+            specs["shared_up"] = self._array(("hidden", "ffn"), width)
+            specs["shared_down"] = self._array(("ffn", "hidden"), width)
+        if self.shared_gate:
+            specs["shared_expert_gate"] = dataclasses.replace(
+                self._whole((hidden, 1)), dtype=self.param_dtype
+            )
         return specs
+
+    def _whole(self, shape: tuple[int, ...]) -> ArraySpec:
+        nothing = (None,) * len(shape)
+        names = None if self.partition_names is None else nothing
+        return ArraySpec(shape=shape, dtype=_FLOAT32, partition=nothing, dims=nothing, names=names)
+
+    def _array(self, dims: Dims, ffn: int) -> ArraySpec:
+        sizes: dict[Dim, int] = {
+            "experts": self.num_experts,
+            "hidden": self.group.config.hidden,
+            "ffn": ffn,
+        }
+        names = None
+        if self.partition_names is not None:
+            known: dict[Any, str | None] = dict(self.partition_names)
+            names = tuple(known.get(dim) for dim in dims)
+        return ArraySpec(
+            shape=tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims),
+            dtype=self.param_dtype,
+            partition=tuple(map(self.axes.entry, dims)),
+            dims=dims,
+            names=names,
+        )
 
     def bias(self) -> ArraySpec:
         """The selection bias."""
-        shape = (self.group.config.num_experts,)
-        return ArraySpec(shape=shape, dtype=_FLOAT32, partition=(None,))
+        return self._whole((self.group.config.num_experts,))
 
     def stats(self) -> dict[str, ArraySpec]:
-        """The fields of `LayerStats`, as a call leaves them."""
-        shape, int32 = (self.group.config.num_experts,), np.dtype(np.int32)
+        """The fields of `LayerStats` that every call leaves."""
+        num, int32 = self.group.config.num_experts, np.dtype(np.int32)
+        experts = self.axes.entry("experts") if num == self.num_experts else None
         return {
-            "tokens_per_expert": ArraySpec(shape=shape, dtype=int32, partition=(self._experts,)),
+            "tokens_per_expert": ArraySpec(shape=(num,), dtype=int32, partition=(experts,)),
             "num_dropped": ArraySpec(shape=(), dtype=int32, partition=()),
             "load_balance_loss": ArraySpec(shape=(), dtype=_FLOAT32, partition=()),
             "router_z_loss": ArraySpec(shape=(), dtype=_FLOAT32, partition=()),
         }
+
+
+def as_names(names: Mapping[str, str | None] | None) -> tuple[tuple[str, str | None], ...] | None:
+    """`partition_names` in a form that can be hashed."""
+    return None if names is None else tuple(sorted(names.items()))
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
@@ -197,8 +312,17 @@ def _check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: an int, at least {minimum}")
 
 
-def _data_axes(group: EpGroup, asked: Sequence[str] | None) -> tuple[str, ...]:
-    others = tuple(name for name in group.mesh.axis_names if name not in group.axis_names)
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _data_axes(
+    group: EpGroup, asked: Sequence[str] | None, tensor_axes: tuple[str, ...]
+) -> tuple[str, ...]:
+    taken = (*group.axis_names, *tensor_axes)
+    others = tuple(name for name in group.mesh.axis_names if name not in taken)
     if asked is None:
         return others
     axes = (asked,) if isinstance(asked, str) else tuple(asked)
@@ -216,22 +340,3 @@ def updated_bias(bias: jax.Array, tokens_per_expert: jax.Array, rate: float) -> 
     for _ in range(bias.ndim - 1):
         update = jax.vmap(update)
     return update(bias, tokens_per_expert)
-
-
-# --- where arrays are --------------------------------------------------------------------------
-
-
-def zeros(mesh: jax.sharding.Mesh, spec: ArraySpec) -> jax.Array:
-    """An array of zeros on the devices where the layer has it, not on the default one.
-
-    Checkpoints are restored to where the arrays of the new model are, and stay there.
-    """
-    return with_sharding(mesh, jnp.zeros(spec.shape, spec.dtype), spec)
-
-
-def with_sharding(mesh: jax.sharding.Mesh, array: jax.Array, spec: ArraySpec) -> jax.Array:
-    """Moves an array, in `jit` or not, to where the layer has it."""
-    sharding = NamedSharding(mesh, PartitionSpec(*spec.partition))
-    if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(array, sharding)
-    return jax.lax.with_sharding_constraint(array, sharding)

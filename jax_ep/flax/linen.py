@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_ep._src.experts.kinds import Activation, Experts
 from jax_ep._src.groups.group import EpGroup
-from jax_ep._src.moe import Activation
-from jax_ep._src.routing import Score
-from jax_ep.flax import _layer
+from jax_ep._src.moe import Weigh
+from jax_ep._src.routing import GroupScore, Score
+from jax_ep.flax import _layer, _params
 from jax_ep.flax._apply import apply
-from jax_ep.flax._layer import Initializer, LayerStats
+from jax_ep.flax._layer import LayerStats, Router
+from jax_ep.flax._params import Initializer
 
 __all__ = ["BIAS", "STATS", "LayerStats", "MoE", "update_bias"]
 
@@ -49,7 +51,7 @@ class PartitionedOnMesh(nn.Partitioned):
 
 
 class MoE(nn.Module):
-    """Router, gated experts spread over an `EpGroup`, and shared experts.
+    """Router, experts spread over an `EpGroup`, and shared experts.
 
     The same layer as `jax_ep.flax.nnx.MoE`, which says how tokens and experts are spread and what
     the capacity is: with the same parameters, which have the same names and shapes, it gives the
@@ -59,8 +61,9 @@ class MoE(nn.Module):
 
     * "params": `router`, `w_gate`, `w_up`, `w_down`, and `shared_gate`, `shared_up`, `shared_down`
       if there are shared experts; boxed in a `nn.Partitioned` that shards the experts over the
-      group's axes. In it, a name that is no axis of the group's mesh shards nothing, such as
-      "layers" from `nn.scan(metadata_params={nn.PARTITION_NAME: "layers"})`.
+      group's axes (with `partition_names` in a `nn.LogicallyPartitioned`). In it, a name that is no
+      axis of the group's mesh shards nothing, such as "layers" from
+      `nn.scan(metadata_params={nn.PARTITION_NAME: "layers"})`.
     * `BIAS`: `selection_bias`, `[E]` float32; only with `selection_bias=True`. See `update_bias`.
     * `STATS`, sown: `tokens_per_expert`, `num_dropped`, `load_balance_loss`, `router_z_loss`, a
       tuple each with one entry per call, see `LayerStats`. The losses are differentiable.
@@ -70,16 +73,30 @@ class MoE(nn.Module):
             `AxisType.Auto` (that is not the default of `jax.make_mesh`).
         ffn: `F`, inner size of one expert.
         num_shared_experts: experts that every token uses besides its top-k, each of size `F`.
+        shared_ffn: `S`, the width of shared experts, in the place of `num_shared_experts`.
+        shared_gate: whether shared experts are multiplied by `sigmoid(x @ shared_expert_gate)`.
         activation: of the gate, elementwise; the same function for equal layers.
+        experts: what experts compute, such as `jax_ep.experts.GptOss()`. None: gated.
+        weigh: what weights multiply, see `jax_ep.moe_with_experts`.
+        router: in the place of the layer's own, see `jax_ep.flax.nnx.MoE`.
+        router_bias: whether the router has a bias, which is part of the logits.
+        router_dtype: in which logits are computed: float32, or `EpConfig.dtype`.
         score: of the router, see `jax_ep.route`.
         selection_bias: whether there is a bias that decides who is chosen.
         num_groups: see `jax_ep.route`.
         num_topk_groups: see `jax_ep.route`.
+        group_score: see `jax_ep.route`.
         normalize: see `jax_ep.route`. Pass False where `EpConfig.num_topk` is 1: else the output
             has no gradient for the router, and a UserWarning says so.
+        epsilon: see `jax_ep.route`.
         scale: see `jax_ep.route`.
         data_axes: mesh axes over which the tokens are split, besides the group's. None: all
-            others.
+            others but the tensor axes.
+        tensor_axes: mesh axes over which `F` and `S` are split.
+        fsdp_axes: mesh axes over which `H` of the experts' weights is split.
+        token_spec: of `x`, see `jax_ep.sharded_moe`.
+        partition_names: names for "experts", "hidden" and "ffn" in the parameters' metadata, for
+            `nn.logical_to_mesh` and its rules. None: the mesh axes themselves.
         param_dtype: of the parameters but the router's, which are float32.
         kernel_init: of one expert's matrices, and of the shared ones.
         router_init: of the router.
@@ -91,14 +108,27 @@ class MoE(nn.Module):
     group: EpGroup
     ffn: int
     num_shared_experts: int = 0
+    shared_ffn: int | None = None
+    shared_gate: bool = False
     activation: Activation = jax.nn.silu
+    experts: Experts | None = None
+    weigh: Weigh = "output"
+    router: Router | None = None
+    router_bias: bool = False
+    router_dtype: Any = jnp.float32
     score: Score = "softmax"
     selection_bias: bool = False
     num_groups: int | None = None
     num_topk_groups: int | None = None
+    group_score: GroupScore = "top2"
     normalize: bool = True
+    epsilon: float = 1e-20
     scale: float = 1.0
     data_axes: Sequence[str] | None = None
+    tensor_axes: Sequence[str] = ()
+    fsdp_axes: Sequence[str] = ()
+    token_spec: PartitionSpec | None = None
+    partition_names: Mapping[str, str | None] | None = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
     router_init: Initializer = nn.initializers.lecun_normal()
@@ -114,13 +144,26 @@ class MoE(nn.Module):
             group=self.group,
             ffn=self.ffn,
             num_shared_experts=self.num_shared_experts,
+            shared_ffn=self.shared_ffn,
+            shared_gate=self.shared_gate,
             activation=self.activation,
+            experts=self.experts,
+            weigh=self.weigh,
+            has_router=self.router is None,
+            router_bias=self.router_bias,
+            router_dtype=self.router_dtype,
             score=self.score,
             num_groups=self.num_groups,
             num_topk_groups=self.num_topk_groups,
+            group_score=self.group_score,
             normalize=self.normalize,
+            epsilon=self.epsilon,
             scale=self.scale,
-            data_axes=None if self.data_axes is None else tuple(self.data_axes),
+            data_axes=self.data_axes,  # type: ignore[arg-type]  # a tuple from here on
+            tensor_axes=self.tensor_axes,  # type: ignore[arg-type]
+            fsdp_axes=self.fsdp_axes,  # type: ignore[arg-type]
+            token_spec=self.token_spec,
+            partition_names=_layer.as_names(self.partition_names),
             param_dtype=self.param_dtype,
         )
         params: dict[str, Any] = {}
@@ -130,45 +173,75 @@ class MoE(nn.Module):
         self.weights = params
         mesh, bias = self.group.mesh, self.spec.bias()
         self.bias = (
-            self.variable(BIAS, "selection_bias", _layer.zeros, mesh, bias)
+            self.variable(BIAS, "selection_bias", _params.zeros, mesh, bias)
             if self.selection_bias
             else None
         )
 
-    def _boxed(self, init: Initializer, param: _layer.ArraySpec) -> Callable[..., Any]:
+    def _boxed(self, init: Initializer, param: _params.ArraySpec) -> Callable[..., Any]:
         """An initializer whose values are where the layer has them, outside of `jit` too."""
+        if param.names is not None:
+            return nn.with_logical_partitioning(init, cast(Any, param.names))
         # An entry may name several axes, which Flax's own annotation does not say.
         mesh, partition = self.group.mesh, cast(Any, param.partition)
         return lambda *args: PartitionedOnMesh(
-            _layer.with_sharding(mesh, init(*args), param), names=partition, mesh=mesh
+            _params.with_sharding(mesh, init(*args), param), names=partition, mesh=mesh
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        logits: jax.Array | None = None,
+        topk: tuple[jax.Array, jax.Array | None] | None = None,
+        router_input: jax.Array | None = None,
+    ) -> jax.Array:
         """Runs the layer and sows the statistics of this call into the collection `STATS`.
 
         Args:
-            x: `[..., H]`, floating point; the router sees it in float32, the experts in
+            x: `[..., H]`, floating point; the router sees it in `router_dtype`, the experts in
                 `EpConfig.dtype`. At most `EpConfig.max_tokens_per_rank` tokens per device.
+            mask: `[...]` bool, see `jax_ep.flax.nnx.MoE.__call__`, as the following.
+            logits: `[..., E]`, floating point.
+            topk: `(topk_idx [..., K] int32, topk_weights [..., K] float32 or None)`.
+            router_input: `[..., H]`, floating point.
 
         Returns:
             `[..., H]` of `EpConfig.dtype`.
 
         Raises:
-            ValueError: `x` does not fit the group's config.
+            ValueError: an argument does not fit the group's config.
             EpGroupClosed: the group has been closed.
         """
-        out, stats = self.with_stats(x)
+        out, stats = self.with_stats(
+            x, mask=mask, logits=logits, topk=topk, router_input=router_input
+        )
         # Variables from init() are passed on to apply(), which would append to what is in there.
         if not self.is_initializing():
             for name, value in stats.as_dict().items():
                 self.sow(STATS, name, value)
         return out
 
-    def with_stats(self, x: jax.Array) -> tuple[jax.Array, LayerStats]:
+    def with_stats(
+        self,
+        x: jax.Array,
+        *,
+        routing: bool = False,
+        mask: jax.Array | None = None,
+        logits: jax.Array | None = None,
+        topk: tuple[jax.Array, jax.Array | None] | None = None,
+        router_input: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerStats]:
         """Runs the layer and returns the statistics instead of sowing them.
 
         Args:
             x: as in `__call__`.
+            routing: whether the statistics have the logits and the experts of all tokens.
+            mask: as in `__call__`.
+            logits: as in `__call__`.
+            topk: as in `__call__`.
+            router_input: as in `__call__`.
 
         Returns:
             What `__call__` returns, and the statistics of this call.
@@ -177,12 +250,22 @@ class MoE(nn.Module):
             ValueError: as `__call__` does.
             EpGroupClosed: as `__call__` does.
         """
-        bias = None if self.bias is None else self.bias.value
-        return apply(self.spec, self.weights, bias, x)
+        return apply(
+            self.spec,
+            self.weights,
+            None if self.bias is None else self.bias.value,
+            x,
+            router=self.router,
+            routing=routing,
+            mask=mask,
+            logits=logits,
+            topk=topk,
+            router_input=router_input,
+        )
 
 
 def update_bias(
-    biases: Mapping[str, Any], stats: Mapping[str, Any], *, rate: float
+    biases: Mapping[str, Any], stats: Mapping[str, Any], *, rate: float, all_calls: bool = False
 ) -> dict[str, Any]:
     """One step of balancing without an auxiliary loss, for all MoE layers of a model.
 
@@ -191,8 +274,10 @@ def update_bias(
 
     Args:
         biases: the collection `BIAS`.
-        stats: the collection `STATS` of the step; the last call of a layer counts.
+        stats: the collection `STATS` of the step.
         rate: the step; 0.001 in the papers.
+        all_calls: whether all of a layer's calls in `stats` count, such as those of accumulated
+            gradients; else the last one does.
 
     Returns:
         The collection `BIAS` for the next step.
@@ -203,12 +288,14 @@ def update_bias(
     updated: dict[str, Any] = {}
     for name, value in biases.items():
         if isinstance(value, Mapping):
-            updated[name] = update_bias(value, stats.get(name, {}), rate=rate)
+            updated[name] = update_bias(value, stats.get(name, {}), rate=rate, all_calls=all_calls)
         elif "tokens_per_expert" not in stats:
             raise ValueError(
                 "stats has no 'tokens_per_expert' for a layer that has a bias; allowed: the "
                 f"collection {STATS!r} of a call of the same model"
             )
         else:
-            updated[name] = _layer.updated_bias(value, stats["tokens_per_expert"][-1], rate)
+            loads = stats["tokens_per_expert"]
+            load = sum(loads[1:], loads[0]) if all_calls else loads[-1]
+            updated[name] = _layer.updated_bias(value, load, rate)
     return updated

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sharded_moe`: `moe_with_experts` on global arrays."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jax_ep._src import compat
+from jax_ep._src.checks import check_array, check_group, is_array
+from jax_ep._src.experts.bound import ExpertWeights
+from jax_ep._src.groups.group import EpGroup, kept
+from jax_ep._src.moe import MoeStats, Overlap, Weigh, moe_with_experts
+from jax_ep._src.sharded.token_split import (
+    Tokens,
+    TokenSplit,
+    gather_tokens,
+    partition_dims,
+    run_on_tokens,
+    sum_of_parts,
+)
+from jax_ep._src.sharded.weights import WeightAxes, check_axes, expert_specs, gather_experts
+
+Axes = str | Sequence[str]
+
+
+@overload
+def sharded_moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    experts: ExpertWeights,
+    *,
+    group: EpGroup,
+    token_spec: PartitionSpec,
+    tensor_axes: Axes = ...,
+    fsdp_axes: Axes = ...,
+    mask: jax.Array | None = ...,
+    weigh: Weigh = ...,
+    with_stats: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def sharded_moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    experts: ExpertWeights,
+    *,
+    group: EpGroup,
+    token_spec: PartitionSpec,
+    tensor_axes: Axes = ...,
+    fsdp_axes: Axes = ...,
+    mask: jax.Array | None = ...,
+    weigh: Weigh = ...,
+    with_stats: Literal[True],
+) -> tuple[jax.Array, MoeStats]: ...
+
+
+def sharded_moe(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    experts: ExpertWeights,
+    *,
+    group: EpGroup,
+    token_spec: PartitionSpec,
+    tensor_axes: Axes = (),
+    fsdp_axes: Axes = (),
+    mask: jax.Array | None = None,
+    weigh: Weigh = "output",
+    with_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, MoeStats]:
+    """`moe_with_experts` on global arrays: opens `jax.shard_map` over the group's mesh itself.
+
+    Tokens are where `token_spec` says. Axes of the group that it does not name split each shard
+    further, and the results are gathered; so it may be `P()` for tokens that are everywhere. What
+    does not divide is padded. Along axes of the mesh that are named nowhere, every device does the
+    same work.
+
+    Experts' weights are split over the group's axes along their experts, and:
+
+    * over `tensor_axes` along `F`: each device computes with its part, and the results, not the
+      received rows, are added up (`psum`, in `config.dtype`). A tensor axis that `token_spec` names
+      splits the tokens, too: they are gathered over it before, and the sums reduce-scattered.
+    * over `fsdp_axes` along `H`: gathered before they are used, and gradients reduce-scattered.
+
+    Nothing else is gathered. Differentiable in `x`, `topk_weights` and the weights of experts that
+    are not quantized.
+
+    Args:
+        x: `[..., H]` of `config.dtype`.
+        topk_idx: `[..., K]` int32, as `dispatch` takes it.
+        topk_weights: `[..., K]` float32.
+        experts: of all ranks, from `jax_ep.experts`: arrays `[E, ...]`, with
+            `EpConfig.pad_experts` also `[R * L, ...]`.
+        group: an open `EpGroup` whose config has layout "expert".
+        token_spec: of `x`: mesh axes for each of its dimensions but the last.
+        tensor_axes: mesh axes over which `F` is split.
+        fsdp_axes: mesh axes over which `H` of the weights is split; axes that split tokens.
+        mask: `[...]` bool: False where a token goes to no expert, such as padding; None: all go.
+        weigh: as `moe_with_experts` takes it.
+        with_stats: whether to return what the experts were asked for, too.
+
+    Returns:
+        `[..., H]` of `config.dtype`, split as `token_spec` says. With `with_stats`: a tuple of
+        this and a `MoeStats` of the whole mesh, with `tokens_per_expert` `[R * L]`.
+
+    Raises:
+        ValueError: an argument does not fit the group's config or mesh; the message names it. Or
+            the call is inside of `shard_map`, where `moe_with_experts` is to be called.
+        EpGroupClosed: the group has been closed.
+    """
+    check_group(group, expert_layout_for="sharded_moe")
+    group.check_open()
+    check_context(group.mesh, "sharded_moe")
+    x, topk_idx, topk_weights = (compat.as_array(a) for a in (x, topk_idx, topk_weights))
+    _check_tokens(group, x, topk_idx, topk_weights, mask)
+    if not isinstance(experts, ExpertWeights):
+        raise ValueError(
+            f"experts is a {type(experts).__name__}; allowed: what jax_ep.experts.gated, ungated, "
+            "gpt_oss or custom returns, which says how weights are split"
+        )
+    experts = _padded(group, jax.tree.map(jnp.asarray, experts))
+    experts.check(group, num_experts=group.num_ranks * group.num_local_experts)
+    tensor_axes = check_axes(group.mesh, "tensor_axes", tensor_axes, group.axis_names)
+    split = split_by_spec(group, token_spec, x.shape[:-1], tensor_axes)
+    fsdp_axes = check_axes(group.mesh, "fsdp_axes", fsdp_axes, (*group.axis_names, *tensor_axes))
+    check_fsdp_axes(fsdp_axes, split)
+    axes = WeightAxes(mesh=group.mesh, experts=group.axis_names, ffn=tensor_axes, hidden=fsdp_axes)
+    tokens = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
+    if mask is not None:
+        tokens["mask"] = jnp.asarray(mask)
+    key = (sharded_moe, split, axes, weigh)
+    run = kept(group, key, lambda: jax.jit(functools.partial(_run, group, split, axes, weigh)))
+    out, stats = run(tokens, experts)
+    return (out, stats) if with_stats else out
+
+
+def _run(
+    group: EpGroup,
+    split: TokenSplit,
+    axes: WeightAxes,
+    weigh: Weigh,
+    tokens: Tokens,
+    experts: ExpertWeights,
+) -> tuple[jax.Array, MoeStats]:
+    def body(tokens: Tokens, experts: ExpertWeights) -> tuple[Tokens, MoeStats]:
+        idx = tokens["topk_idx"]
+        if "mask" in tokens:
+            idx = jnp.where(tokens["mask"][:, None], idx, -1)
+        out, stats = moe_in_parts(
+            group,
+            split,
+            axes,
+            (tokens["x"], idx, tokens["topk_weights"]),
+            gather_experts(axes, experts),
+            weigh=weigh,
+        )
+        return {"out": out}, stats
+
+    stats_specs = MoeStats(
+        tokens_per_expert=axes.partition(("experts",)),  # type: ignore[arg-type]
+        num_dropped=PartitionSpec(),  # type: ignore[arg-type]
+    )
+    out, stats = run_on_tokens(
+        body,
+        split,
+        tokens,
+        experts,
+        weight_specs=expert_specs(axes, experts),
+        stats_specs=stats_specs,
+        fills={"topk_idx": -1, "mask": False},
+    )
+    return out["out"], stats
+
+
+def moe_in_parts(
+    group: EpGroup,
+    split: TokenSplit,
+    axes: WeightAxes,
+    tokens: tuple[jax.Array, jax.Array, jax.Array],
+    experts: ExpertWeights,
+    *,
+    weigh: Weigh,
+    overlap: Overlap | None = None,
+) -> tuple[jax.Array, MoeStats]:
+    """Inside of `shard_map`: `moe_with_experts` with the parts of experts along the tensor axes.
+
+    Args:
+        group: an open group.
+        split: of the tokens.
+        axes: of the weights.
+        tokens: this device's `x`, `topk_idx` and `topk_weights`.
+        experts: what `gather_experts` gives.
+        weigh: as `moe_with_experts` takes it.
+        overlap: as `moe_with_experts` takes it, of parts along the tensor axes, too.
+
+    Returns:
+        This device's `[T, H]`, and statistics of the whole mesh.
+    """
+    x, topk_idx, topk_weights = gather_tokens(split, *tokens)
+    # Before the exchange: gradients are then added up by token, not by received row.
+    x, topk_weights = compat.as_varying(frozenset(axes.ffn), x, topk_weights)
+    out, stats = moe_with_experts(
+        x,
+        topk_idx,
+        topk_weights,
+        experts,
+        group=group,
+        weigh=weigh,
+        overlap=overlap,
+        with_stats=True,
+    )
+    return sum_of_parts(split, out, axes.ffn), _global_stats(group, split, stats)
+
+
+def _global_stats(group: EpGroup, split: TokenSplit, stats: MoeStats) -> MoeStats:
+    """Inside of `shard_map`: those of all devices that work on other tokens."""
+    data_axes = tuple(name for name in split.axes if name not in group.axis_names)
+    # Counts of no tokens are constants, which vary over no axis and could not be summed over any.
+    tokens_per_expert, num_dropped = compat.as_varying(
+        frozenset((*split.axes, *split.gathered)), stats.tokens_per_expert, stats.num_dropped
+    )
+    if split.gathered:  # of the same tokens, which JAX cannot know
+        tokens_per_expert = jax.lax.pmax(tokens_per_expert, split.gathered)
+        num_dropped = jax.lax.pmax(num_dropped, split.gathered)
+    if data_axes:
+        tokens_per_expert = jax.lax.psum(tokens_per_expert, data_axes)
+    return MoeStats(
+        tokens_per_expert=tokens_per_expert, num_dropped=jax.lax.psum(num_dropped, split.axes)
+    )
+
+
+def split_by_spec(
+    group: EpGroup,
+    token_spec: Any,
+    shape: tuple[int, ...],
+    tensor_axes: tuple[str, ...],
+    other_axes: tuple[str, ...] = (),
+) -> TokenSplit:
+    """How `token_spec` splits tokens of a shape; `other_axes` split them, too, if it does not.
+
+    Raises:
+        ValueError: it names something else than axes of the mesh for these dimensions, or leaves
+            more tokens to a device than the group is made for.
+    """
+    mesh = group.mesh
+    named = check_token_spec(mesh, token_spec)
+    if any(token_spec[len(shape) :]):
+        raise ValueError(
+            f"token_spec is {token_spec}, and x has {len(shape) + 1} dimensions; allowed: axes for "
+            "all but the last"
+        )
+    dims = partition_dims(token_spec, len(shape))
+    wanted = (*other_axes, *group.axis_names)
+    split = TokenSplit(
+        mesh=mesh,
+        shape=shape,
+        dims=dims,
+        others=tuple(name for name in wanted if name not in named),
+        gathered=tuple(name for name in named if name in tensor_axes),
+    )
+    check_tokens_per_rank(group, split)
+    return split
+
+
+def check_token_spec(mesh: Mesh, token_spec: Any) -> tuple[str, ...]:
+    """The axes that it names; raises unless they are distinct ones of the mesh."""
+    if not isinstance(token_spec, PartitionSpec):
+        raise ValueError(f"token_spec is {token_spec!r}; allowed: a jax.sharding.PartitionSpec")
+    named = tuple(name for names in partition_dims(token_spec, len(token_spec)) for name in names)
+    if len(set(named)) != len(named) or not set(named) <= set(mesh.axis_names):
+        raise ValueError(
+            f"token_spec is {token_spec}; allowed: distinct axes of the mesh, {mesh.axis_names}"
+        )
+    return named
+
+
+def check_tokens_per_rank(group: EpGroup, split: TokenSplit) -> None:
+    """Raises where a device has more tokens than the group is made for."""
+    most = group.config.max_tokens_per_rank
+    if split.tokens_per_rank > most:
+        devices = math.prod(split.mesh.shape[name] for name in split.axes)
+        raise ValueError(
+            f"x has {math.prod(split.shape)} tokens, {split.tokens_per_rank} on each of {devices} "
+            f"devices (axes {split.axes}); allowed: up to EpConfig.max_tokens_per_rank on each, "
+            f"which is {most}"
+        )
+
+
+def check_fsdp_axes(fsdp_axes: tuple[str, ...], split: TokenSplit) -> None:
+    """Raises unless weights are gathered by devices that have other tokens."""
+    if not set(fsdp_axes) <= set(split.axes):
+        raise ValueError(
+            f"fsdp_axes is {fsdp_axes}; allowed: axes that split the tokens, {split.axes}, since "
+            "what is split over others would be gathered to do the same work"
+        )
+
+
+def check_context(mesh: Mesh, what: str) -> None:
+    """Raises where `shard_map` over the group's mesh cannot be opened."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.manual_axes:
+        raise ValueError(
+            f"{what} is called inside of jax.shard_map over the axes {context.manual_axes}; "
+            "allowed: outside of it, because it opens one over the whole mesh of its group. "
+            "Inside of one over at least the group's axes, call jax_ep.route and jax_ep.moe"
+        )
+    if not context.empty and context != mesh.abstract_mesh:
+        raise ValueError(
+            f"{what} is called under a mesh (jax.set_mesh) that is {_show_mesh(context)}; "
+            f"allowed: no mesh, or that of its group, {_show_mesh(mesh)}. Make the group on the "
+            "mesh that the program uses"
+        )
+
+
+def _show_mesh(mesh: Mesh | jax.sharding.AbstractMesh) -> str:
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return "(" + ", ".join(f"{name}: {size} {kind.name}" for name, size, kind in axes) + ")"
+
+
+def _check_tokens(group: EpGroup, x: Any, topk_idx: Any, topk_weights: Any, mask: Any) -> None:
+    config = group.config
+    if not is_array(x) or x.ndim < 2 or x.shape[-1] != config.hidden or x.dtype != config.dtype:
+        got = f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
+        raise ValueError(f"x is {got}; allowed: {config.dtype.name}[..., {config.hidden}]")
+    lead = x.shape[:-1]
+    check_array("topk_idx", topk_idx, (*lead, config.num_topk), np.dtype(np.int32))
+    check_array("topk_weights", topk_weights, (*lead, config.num_topk), np.dtype(np.float32))
+    if mask is not None:
+        check_array("mask", compat.as_array(mask), lead, np.dtype(bool))
+
+
+def _padded(group: EpGroup, experts: ExpertWeights) -> ExpertWeights:
+    """With weights of experts that nobody selects, where the config pads experts."""
+    num, padded = group.config.num_experts, group.num_ranks * group.num_local_experts
+    if num == padded:
+        return experts
+    leaves, tree = jax.tree.flatten(experts)
+    dims = experts.leaf_dims()
+
+    def pad(leaf: jax.Array, entries: Any) -> jax.Array:
+        if not leaf.ndim or entries[:1] != ("experts",) or leaf.shape[0] != num:
+            return leaf
+        return jnp.pad(leaf, [(0, padded - num), *[(0, 0)] * (leaf.ndim - 1)])
+
+    return jax.tree.unflatten(tree, [pad(a, d) for a, d in zip(leaves, dims, strict=True)])
