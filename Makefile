@@ -35,9 +35,9 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-sim test-python fake-cuda sim mutants soak bench cuda gpu \
-  nvlink bazel lint lint-python lint-cpp lint-types lint-layers lint-spelling lint-project \
-  lint-bazel format wheel clean
+.PHONY: help train test test-cpp test-sim test-python test-hf fake-cuda sim mutants soak bench \
+  cuda gpu nvlink bazel lint lint-python lint-cpp lint-types lint-layers lint-spelling \
+  lint-project lint-bazel format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -53,6 +53,23 @@ test: test-cpp test-sim test-python ## Run all tests but those that `make sim` a
 
 test-python: $(INSTALLED)-test fake-cuda ## Run the Python tests
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+# With all that $(VENV) has, and not in it: a gigabyte that no other target needs. PyPI's PyTorch is
+# for CUDA and takes several; TORCH_INDEX=https://download.pytorch.org/whl/cpu has one without.
+TORCH_INDEX ?=
+HF_VENV := build/hf_venv-$(PY_TAG)
+
+test-hf: $(HF_VENV)/.ready ## Compare the layers with Hugging Face's (installs transformers, PyTorch)
+	$(HF_VENV)/bin/python -m pytest tests/hf $(ARGS)
+
+$(HF_VENV)/.ready: $(INSTALLED)-test $(CONSTRAINTS)
+	@echo '==> $(HF_VENV): $(VENV) with transformers and PyTorch on top'
+	@$(PYTHON) -m venv $(HF_VENV)
+	@$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	  >"$$($(HF_VENV)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/below.pth"
+	@$(HF_VENV)/bin/python -m pip --disable-pip-version-check -qq install -c $(CONSTRAINTS) \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch transformers
+	@touch $@
 
 # The module for CUDA on a fake CUDA runtime, which tests find there: half a minute, once.
 fake-cuda: $(READY)

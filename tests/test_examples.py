@@ -190,7 +190,9 @@ def test_a_platform_without_devices_gets_a_clear_error():
     assert "train_moe_lm.py: error: --platform cuda: JAX finds no devices" in stderr
 
 
-@pytest.mark.parametrize("name", ["tutorial_dispatch_combine", "fp8_grouped_matmul"])
+@pytest.mark.parametrize(
+    "name", ["tutorial_dispatch_combine", "fp8_grouped_matmul", "port_mixtral"]
+)
 def test_a_tour_runs_and_checks_itself(name):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
