@@ -40,14 +40,30 @@ SECTIONS = (
             "jax_ep._src.quantized": ("QuantizedRows", "quantize"),
             "jax_ep._src.routing": (
                 "route",
-                "load_balance_loss",
-                "router_z_loss",
                 "update_bias",
             ),
-            "jax_ep._src.moe": ("moe", "MoeStats"),
+            "jax_ep._src.expert_choice": ("route_expert_choice",),
+            "jax_ep._src.losses": ("load_balance_loss", "router_z_loss"),
+            "jax_ep._src.moe": ("moe", "moe_with_experts", "MoeStats"),
+            "jax_ep._src.sharded.moe": ("sharded_moe",),
             "jax_ep._src.errors": ("EpUnavailable", "EpGroupClosed"),
         },
     ),
+    (
+        "jax_ep.experts",
+        {
+            "jax_ep._src.experts.bound": (
+                "gated",
+                "ungated",
+                "gpt_oss",
+                "custom",
+                "ExpertWeights",
+            ),
+            "jax_ep._src.experts.kinds": ("Experts", "Gated", "Ungated", "GptOss", "Custom"),
+            "jax_ep._src.experts.matrices": ("Matrices", "QuantizedMatrices", "LowRank"),
+        },
+    ),
+    ("jax_ep.flax", {"jax_ep.flax._load": ("load_experts",)}),
     (
         "jax_ep.flax.nnx",
         {
@@ -74,6 +90,7 @@ SECTIONS = (
                 "moe",
                 "moe_dense",
                 "route",
+                "route_expert_choice",
                 "load_balance_loss",
                 "router_z_loss",
                 "update_bias",
