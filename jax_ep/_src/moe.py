@@ -232,6 +232,7 @@ def _moe(
     if group.config.recv_dtype is None:
         recv = exchange(x, topk_idx, topk_weights, group=group)
         recv = _named(recv)
+        assert not isinstance(recv.x, QuantizedRows)
         with jax.named_scope("jax_ep.experts"):
             y = experts(_expert_input(group, recv, recv.x, recv.weights, weigh))
         weights = recv.weights

@@ -39,7 +39,7 @@ class ExpertWeights:
 
     def leaf_dims(self) -> list[Dims]:
         """What the dimensions of each leaf are along, in the order of the pytree's leaves."""
-        dims = _dims_of(self)
+        dims = self.kind.all_dims()
         return [
             d for name in sorted(self.weights) for d in leaf_dims(self.weights[name], dims[name])
         ]
@@ -51,7 +51,7 @@ class ExpertWeights:
         if num_experts is not None:
             of = f", of the group's {num} experts"
         sizes: dict[Any, int | str] = {"experts": num, "hidden": group.config.hidden, "ffn": "F"}
-        for name, dims in _dims_of(self).items():
+        for name, dims in self.kind.all_dims().items():
             if name not in self.weights:
                 continue
             weight = as_array(self.weights[name])
@@ -67,14 +67,6 @@ class ExpertWeights:
             dtype = weight.dtype if is_own else group.config.dtype
             check = check_matrices if len(dims) == 3 else check_array
             check(name, weight, shape, dtype, of=of)
-
-
-def _dims_of(experts: ExpertWeights) -> dict[str, Dims]:
-    """Those of a kind with all the weights that it may have."""
-    kind = experts.kind
-    if any(name.startswith("bias_") for name in experts.weights) and hasattr(kind, "bias"):
-        kind = dataclasses.replace(kind, bias=True)
-    return kind.dims()
 
 
 def _ffn_of(weight: Any, dims: Dims, hidden: int) -> int | str:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src.experts.matrices import Dims, Product, add_bias, product_with
 from jax_ep._src.grouped_dot import grouped_dot
+from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.types import Dispatched
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -36,6 +37,10 @@ class Experts(abc.ABC):
     def dims(self) -> dict[str, Dims]:
         """The weights by name, and what their dimensions are along, that of experts first."""
 
+    def all_dims(self) -> dict[str, Dims]:
+        """`dims()`, and the same of weights that may be left out."""
+        return self.dims()
+
     @abc.abstractmethod
     def inner(self, recv: Dispatched, weights: Weights) -> Any:
         """What is computed first, of the rows; a pytree."""
@@ -59,12 +64,19 @@ class _FeedForward(Experts):
     """Matrices up, something elementwise, matrices down."""
 
     product: Product | None = None
+    bias: bool = False
+
+    def dims(self) -> dict[str, Dims]:
+        """The weights' names and dimensions."""
+        every = self.all_dims().items()
+        return {name: dims for name, dims in every if self.bias or not name.startswith("bias_")}
 
     @property
     def output_biases(self) -> tuple[str, ...]:
         return ("bias_down",)
 
     def _up(self, name: str, recv: Dispatched, weights: Weights) -> jax.Array:
+        assert not isinstance(recv.x, QuantizedRows)
         y = product_with(
             recv.x, weights[f"w_{name}"], recv.group_sizes, self.product or grouped_dot
         )
@@ -88,12 +100,11 @@ class Gated(_FeedForward):
     """
 
     activation: Activation = jax.nn.silu
-    bias: bool = False
 
-    def dims(self) -> dict[str, Dims]:
-        """The weights' names and dimensions."""
+    def all_dims(self) -> dict[str, Dims]:
+        """The weights' names and dimensions, with those of biases."""
         biases = {"bias_gate": _UP_BIAS, "bias_up": _UP_BIAS, "bias_down": _DOWN_BIAS}
-        return {"w_gate": _UP, "w_up": _UP, "w_down": _DOWN, **(biases if self.bias else {})}
+        return {"w_gate": _UP, "w_up": _UP, "w_down": _DOWN, **biases}
 
     def inner(self, recv: Dispatched, weights: Weights) -> Any:
         """The products with `w_gate` and `w_up`."""
@@ -142,12 +153,11 @@ class Ungated(_FeedForward):
     """
 
     activation: Activation = jax.nn.relu
-    bias: bool = False
 
-    def dims(self) -> dict[str, Dims]:
-        """The weights' names and dimensions."""
+    def all_dims(self) -> dict[str, Dims]:
+        """The weights' names and dimensions, with those of biases."""
         biases = {"bias_up": _UP_BIAS, "bias_down": _DOWN_BIAS}
-        return {"w_up": _UP, "w_down": _DOWN, **(biases if self.bias else {})}
+        return {"w_up": _UP, "w_down": _DOWN, **biases}
 
     def inner(self, recv: Dispatched, weights: Weights) -> Any:
         """The product with `w_up`."""

@@ -125,8 +125,8 @@ def run_on_tokens(
     where = {name: split.partition(array.ndim) for name, array in tokens.items()}
     tokens = {name: reshard(mesh, tokens[name], spec) for name, spec in where.items()}
     specs: Any = where
+    flat = PartitionSpec(split.own or None)
     if split.others:
-        flat = PartitionSpec(split.own or None)
         flatten = functools.partial(_flatten, split, fills)
         tokens = jax.shard_map(flatten, mesh=mesh, in_specs=(where,), out_specs=flat)(tokens)
         specs = PartitionSpec((*split.own, *split.others))
