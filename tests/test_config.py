@@ -38,6 +38,8 @@ def test_defaults():
     assert config.capacity_factor is None
     assert config.expert_alignment == 1
     assert config.zero_fill is True
+    assert config.drop == "rows"
+    assert config.pad_experts is False
     assert config.max_num_sms is None
     assert config.tail_num_sms is None
     assert config.low_latency_tokens is None
@@ -153,6 +155,15 @@ _DTYPES = "allowed: float32, bfloat16, float16"
         ),
         ({"zero_fill": 1}, "EpConfig.zero_fill is 1; allowed: True, False"),
         ({"zero_fill": None}, "EpConfig.zero_fill is None; allowed: True, False"),
+        ({"pad_experts": 1}, "EpConfig.pad_experts is 1; allowed: True, False"),
+        ({"drop": "fair"}, "EpConfig.drop is 'fair'; allowed: 'rows', 'even'"),
+        ({"drop": None}, "EpConfig.drop is None; allowed: 'rows', 'even'"),
+        ({"drop": ["even"]}, "EpConfig.drop is ['even']; allowed: 'rows', 'even'"),
+        (
+            {"drop": "even", "layout": "rank"},
+            "EpConfig.drop is 'even' and layout 'rank'; allowed: drop 'rows', or layout 'expert', "
+            "whose rows belong to one expert each",
+        ),
     ],
 )
 def test_a_bad_field_is_named(fields, message):
@@ -267,6 +278,13 @@ def test_worst_case_rows_hold_every_routing(num_tokens, num_local, num_topk, ali
         # One group: 9 + 3 = 12, and 16 is a multiple of 8 that holds 9 + 7.
         ({"capacity_factor": 1.1, "expert_alignment": 4}, 8, 4, 12),
         ({"capacity_factor": 1.1, "expert_alignment": 8}, 8, 4, 16),
+        # Padded experts: 3 on each rank, then 1. "even" drops other rows, not other numbers.
+        ({"pad_experts": True, "num_topk": 4}, 3, 4, 36),
+        ({"pad_experts": True, "num_topk": 4, "expert_alignment": 4}, 3, 4, 44),
+        ({"pad_experts": True, "capacity_factor": 1.0, "expert_alignment": 4}, 3, 4, 20),
+        ({"pad_experts": True}, 16, 4, 64),
+        ({"pad_experts": True}, 2, 4, 16),
+        ({"drop": "even", "capacity_factor": 1.25}, 1, 4, 10),
         # Fewer rows than groups: 1 row.
         ({"capacity_factor": 0.1, "expert_alignment": 8}, 1, 4, 8),
     ],
@@ -328,11 +346,23 @@ def test_a_capacity_is_said_once():
         make(recv_capacity=5, capacity_factor=1.5)
 
 
-@pytest.mark.parametrize("num_ranks", [0, -1, 3, 16, 2.0])
-def test_a_bad_number_of_ranks_is_named(num_ranks):
-    message = f"num_ranks is {num_ranks!r}; it must divide num_experts (8)"
+@pytest.mark.parametrize("num_ranks", [3, 16])
+def test_a_number_of_ranks_that_does_not_divide_is_named(num_ranks):
+    message = (
+        f"num_ranks is {num_ranks}; it must divide num_experts (8), or EpConfig.pad_experts be True"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make().capacity(num_ranks=num_ranks, num_tokens=4)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make().num_local_experts(num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize("pad_experts", [False, True])
+@pytest.mark.parametrize("num_ranks", [0, -1, 2.0, True])
+def test_what_is_no_number_of_ranks_is_named(num_ranks, pad_experts):
+    message = f"num_ranks is {num_ranks!r}; allowed: an int from 1 to {INT32_MAX}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(pad_experts=pad_experts).capacity(num_ranks=num_ranks, num_tokens=4)
 
 
 @pytest.mark.parametrize("num_tokens", [-1, 5, 2.0])

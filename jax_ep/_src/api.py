@@ -14,10 +14,11 @@ from jax_ep._src.backends.xla import ops as xla
 from jax_ep._src.checks import check_array, check_call
 from jax_ep._src.compat import as_array
 from jax_ep._src.config import EpConfig
+from jax_ep._src.drops import routing_of
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.quantized import QuantizedRows, num_scales
 from jax_ep._src.spec import OpSpec
-from jax_ep._src.types import Dispatched, DispatchHandle
+from jax_ep._src.types import Dispatched, DispatchHandle, Routing
 
 _BACKENDS: dict[str, ModuleType] = {"ffi": ffi, "xla": xla}
 _INT32 = np.dtype(np.int32)
@@ -39,7 +40,9 @@ def dispatch(
     """Sends every token to the ranks that host its experts.
 
     Runs inside `jax.shard_map` over the group's axes; shapes are per rank, and the same on every
-    rank. Differentiable in `x` and `topk_weights`: its backward is a `combine` over the same
+    rank. With `config.drop` "even", and where rows can be dropped at all, the ranks first gather
+    how often each selects each expert: an all-gather of an int32 for each expert.
+    Differentiable in `x` and `topk_weights`: its backward is a `combine` over the same
     handle (with the FP8 wire, as if the rows had not been rounded). Rows that go in or come out as
     `QuantizedRows` have no gradient: then it is differentiable in `topk_weights` only.
     `jax_ep.moe` also is in an `x` that is an array.
@@ -50,7 +53,8 @@ def dispatch(
             `quantize` makes, which travels as it is.
         topk_idx: `[T, K]` int32: global experts, distinct for each token; -1 for no selection.
             Other values are an error when the program runs (backend `ffi`; `xla` cannot raise
-            and takes them for -1).
+            and takes them for -1). With `config.pad_experts` the message adds 1,000,000 to an
+            expert that is there only to pad, and its range has those experts in it.
         topk_weights: `[T, K]` float32, sent along and returned as `Dispatched.weights`.
         group: an open `EpGroup`.
 
@@ -67,14 +71,28 @@ def dispatch(
     spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
     backend = _BACKENDS[group.backend]
     with jax.named_scope("jax_ep.dispatch"):
-        results = backend.plan_dispatch(spec, x, topk_idx, topk_weights)
-    return dispatched_of(*results, group=group)
+        routing = routing_of(group, spec, topk_idx)
+        sent = topk_idx if routing is None else routing.topk_idx
+        results = backend.plan_dispatch(spec, x, sent, topk_weights)
+    return dispatched_of(*results, topk_idx=topk_idx, routing=routing, group=group)
 
 
 def dispatched_of(
-    plan: Plan, counts: Counts, received: DispatchResults, *, group: EpGroup
+    plan: Plan,
+    counts: Counts,
+    received: DispatchResults,
+    *,
+    topk_idx: jax.Array,
+    routing: Routing | None,
+    group: EpGroup,
 ) -> Dispatched:
-    """What a backend gives, as what `dispatch` returns."""
+    """What a backend gives for a `topk_idx`, or a `Routing`, as what `dispatch` returns."""
+    if routing is not None:
+        plan = plan._replace(topk_idx=topk_idx)
+    if routing is not None and routing.tokens_per_expert is not None:
+        counts = counts._replace(
+            tokens_per_expert=routing.tokens_per_expert, num_dropped=routing.num_dropped
+        )
     rows, scales = received.rows, received.rows_scales
     assert rows is not None
     return Dispatched(

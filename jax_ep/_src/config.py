@@ -53,7 +53,7 @@ class EpConfig:
 
     Attributes:
         num_experts: `E`, experts of the layer, over all ranks; the group's number of ranks must
-            divide it.
+            divide it, but for `pad_experts`.
         num_topk: `K`, selections per token, at most `num_experts`.
         hidden: `H`, elements of a token row.
         max_tokens_per_rank: the most tokens that one rank may pass to one `dispatch`.
@@ -89,6 +89,28 @@ class EpConfig:
             are joined by a network. Must divide the number of ranks. None: all ranks are one. It
             says what the numbers are, wherever the ranks run: set it to have the bits of another
             arrangement. None, 1 and the number of ranks give the same ones.
+        drop: which rows are dropped where they do not fit into `C`. "rows": those past `C`, so
+            that it is always the last experts of a rank that lose. "even": every local expert
+            first gets its share, see below. Layout "expert" only. Without any drop both give the
+            same bits.
+        pad_experts: whether `E` need not be a multiple of the number of ranks `R`. If True, a
+            rank has `L = ceil(E / R)` experts, and `R * L - E` experts that nobody can select come
+            last. What has an entry or a matrix for each expert then has `R * L` of them.
+
+    With `drop` "even" each local expert keeps the first ones of its rows, in the order (source
+    rank, source token), and the rows that are kept are laid out as with "rows": each group starts
+    at a multiple of `expert_alignment`, and padding past row `C` is cut off. Numbers of rows fit
+    if then no row that holds a token is past `C`. How many of its rows an expert keeps is worked
+    out in two steps:
+
+    1. Each local expert keeps `min(its rows, fair)`, where `fair` is `floor(C / L)` rounded down
+       to a multiple of `expert_alignment`. They fit.
+    2. Expert by expert, ascending, that number is raised to the largest one up to all of its rows
+       with which they still fit.
+
+    Where `C` holds less than `expert_alignment` rows for each expert, `fair` is 0, and "even" is
+    "rows". Its price, in calls whose `C` is below the worst case: one all-gather of `R * L` int32
+    from each rank before the exchange, so that `dispatch_start`, too, waits for the other ranks.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the
@@ -113,6 +135,8 @@ class EpConfig:
     tail_num_sms: int | None = None
     low_latency_tokens: int | None = None
     domain_size: int | None = None
+    drop: Literal["rows", "even"] = "rows"
+    pad_experts: bool = False
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank"):
@@ -146,9 +170,12 @@ class EpConfig:
                 f"EpConfig.expert_alignment is {self.expert_alignment}; layout 'rank' has no "
                 "groups of experts to align, so it must be 1 there"
             )
-        if not isinstance(self.zero_fill, (bool, np.bool_)):
-            raise ValueError(f"EpConfig.zero_fill is {self.zero_fill!r}; allowed: True, False")
-        object.__setattr__(self, "zero_fill", bool(self.zero_fill))
+        self._check_drop()
+        for field in ("zero_fill", "pad_experts"):
+            value = getattr(self, field)
+            if not isinstance(value, (bool, np.bool_)):
+                raise ValueError(f"EpConfig.{field} is {value!r}; allowed: True, False")
+            object.__setattr__(self, field, bool(value))
 
     def _check_positive_int(self, field: str) -> None:
         self._check_int(field, least=1)
@@ -162,6 +189,15 @@ class EpConfig:
                 f"{limits.INT32_MAX}"
             )
         object.__setattr__(self, field, int(value))
+
+    def _check_drop(self) -> None:
+        if not isinstance(self.drop, str) or self.drop not in ("rows", "even"):
+            raise ValueError(f"EpConfig.drop is {self.drop!r}; allowed: 'rows', 'even'")
+        if self.drop == "even" and self.layout != "expert":
+            raise ValueError(
+                f"EpConfig.drop is 'even' and layout {self.layout!r}; allowed: drop 'rows', or "
+                "layout 'expert', whose rows belong to one expert each"
+            )
 
     def _check_low_latency_tokens(self) -> None:
         most = min(limits.MAX_LOW_LATENCY_TOKENS, self.max_tokens_per_rank)
@@ -223,16 +259,13 @@ class EpConfig:
         each local expert. With neither: the rows into which every routing of `T` tokens fits.
 
         Args:
-            num_ranks: ranks of the group; must divide `num_experts`.
+            num_ranks: ranks of the group; must divide `num_experts`, but for `pad_experts`.
             num_tokens: `T`, from 0 to `max_tokens_per_rank`.
 
         Raises:
             ValueError: a bad number of ranks or tokens.
         """
-        if not limits.is_int(num_ranks, 1) or self.num_experts % num_ranks:
-            raise ValueError(
-                f"num_ranks is {num_ranks!r}; it must divide num_experts ({self.num_experts})"
-            )
+        num_local_experts = self.num_local_experts(num_ranks=num_ranks)
         if not limits.is_int(num_tokens, 0) or num_tokens > self.max_tokens_per_rank:
             raise ValueError(
                 f"num_tokens is {num_tokens!r}; allowed: an int from 0 to max_tokens_per_rank, "
@@ -240,7 +273,6 @@ class EpConfig:
             )
         if self.recv_capacity is not None:
             return self.recv_capacity
-        num_local_experts = self.num_experts // num_ranks
         align = self.expert_alignment
         if self.capacity_factor is not None:
             rows = math.ceil(self.capacity_factor * (num_tokens * self.num_topk))
@@ -250,6 +282,26 @@ class EpConfig:
             rows *= min(self.num_topk, num_local_experts)
         # Every group is a multiple of the alignment, so their sum is one too.
         return _padded_rows(rows, num_local_experts, align) // align * align
+
+    def num_local_experts(self, *, num_ranks: int) -> int:
+        """`L`: experts of each rank of a group of `num_ranks` ranks.
+
+        Args:
+            num_ranks: ranks of the group; must divide `num_experts`, but for `pad_experts`.
+
+        Raises:
+            ValueError: a bad number of ranks.
+        """
+        if not limits.is_int(num_ranks, 1):
+            raise ValueError(
+                f"num_ranks is {num_ranks!r}; allowed: an int from 1 to {limits.INT32_MAX}"
+            )
+        if self.num_experts % num_ranks and not self.pad_experts:
+            raise ValueError(
+                f"num_ranks is {num_ranks!r}; it must divide num_experts ({self.num_experts}), or "
+                "EpConfig.pad_experts be True"
+            )
+        return -(-self.num_experts // int(num_ranks))
 
 
 def _padded_rows(rows: int, num_groups: int, align: int) -> int:

@@ -17,6 +17,7 @@ from jax_ep._src.api import (
 from jax_ep._src.backends.plan import Plan
 from jax_ep._src.checks import check_call, is_array
 from jax_ep._src.compat import as_array
+from jax_ep._src.drops import routing_of
 from jax_ep._src.groups.group import EpGroup, backend_group
 from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.spec import OpSpec
@@ -35,7 +36,9 @@ def dispatch_start(
     """The first half of `dispatch`: sends, and waits for no other rank.
 
     `dispatch_done` is the second half, and both together are `dispatch`: the same arguments,
-    numbers, bits and gradients. What is computed between them need not wait for other ranks.
+    numbers, bits and gradients. What is computed between them need not wait for other ranks. Only
+    with `EpConfig.drop` "even", where rows can be dropped, this half does wait for them: before
+    anything is sent, each has to know how often all of them select each expert.
 
     A flight is used once. Two may be open at a time: with backend `ffi` on CPU a third one waits
     until a flight ends, up to the group's `timeout`. XLA runs what does not depend on each other in
@@ -84,10 +87,17 @@ def begin_dispatch(
             whole = dispatch(x, topk_idx, topk_weights, group=group)
             return DispatchFlight(dispatched=whole, **of_group)
         spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
+        routing = routing_of(group, spec, topk_idx)
+        sent = topk_idx if routing is None else routing.topk_idx
         start = backend_of(group.backend).plan_dispatch_start
-        ticket = start(spec, x, topk_idx, topk_weights, counts)
+        ticket = start(spec, x, sent, topk_weights, counts)
     return DispatchFlight(
-        ticket=ticket, x=x, topk_idx=topk_idx, topk_weights=topk_weights, **of_group
+        ticket=ticket,
+        x=x,
+        topk_idx=topk_idx,
+        routing=routing,
+        topk_weights=topk_weights,
+        **of_group,
     )
 
 
@@ -118,12 +128,14 @@ def dispatch_done(flight: DispatchFlight, after: Any = None, *, group: EpGroup) 
         if flight.ticket is None:
             assert flight.dispatched is not None
             return _after(first, flight.dispatched)
-        assert flight.topk_idx is not None
-        spec = OpSpec.of(group, num_tokens=flight.topk_idx.shape[0])
+        topk_idx, routing = flight.topk_idx, flight.routing
+        assert topk_idx is not None
+        spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
+        sent = topk_idx if routing is None else routing.topk_idx
         results = backend_of(group.backend).plan_dispatch_done(
-            spec, flight.ticket, first, flight.x, flight.topk_idx, flight.topk_weights
+            spec, flight.ticket, first, flight.x, sent, flight.topk_weights
         )
-    return dispatched_of(*results, group=group)
+    return dispatched_of(*results, topk_idx=topk_idx, routing=routing, group=group)
 
 
 def combine_start(

@@ -11,10 +11,11 @@ def check_num_ranks(config: EpConfig, num_ranks: int, axis_name: str | tuple[str
     Raises:
         ValueError: it does not; the message names what is too large, and what to change.
     """
-    if config.num_experts % num_ranks:
+    if config.num_experts % num_ranks and not config.pad_experts:
         raise ValueError(
             f"EpConfig.num_experts is {config.num_experts}; it must be a multiple of the "
-            f"group's {num_ranks} ranks (axis {axis_name!r} of the mesh)"
+            f"group's {num_ranks} ranks (axis {axis_name!r} of the mesh), or EpConfig.pad_experts "
+            "be True"
         )
     if num_ranks % (config.domain_size or 1):
         raise ValueError(
@@ -35,7 +36,8 @@ def _check_low_latency_tokens(config: EpConfig, num_ranks: int) -> None:
     """Raises where heaps would get room for calls that low-latency kernels cannot serve."""
     if not config.low_latency_tokens:
         return
-    bins = config.num_experts + (num_ranks if config.layout == "rank" else 0)
+    bins = num_ranks * config.num_local_experts(num_ranks=num_ranks)
+    bins += num_ranks if config.layout == "rank" else 0
     most = limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * config.num_topk)
     if bins > limits.MAX_LOW_LATENCY_BINS:
         most = 0
@@ -49,14 +51,18 @@ def _check_low_latency_tokens(config: EpConfig, num_ranks: int) -> None:
 
 def why_not_on_gpus(config: EpConfig, num_ranks: int) -> str | None:
     """Which size the kernels for GPUs cannot serve; None if they can serve all."""
-    for field, maximum in (
-        ("num_topk", limits.MAX_TOPK),
-        ("num_experts", limits.MAX_EXPERTS),
-        ("max_tokens_per_rank", limits.MAX_TOKENS_PER_RANK),
+    num_experts = num_ranks * config.num_local_experts(num_ranks=num_ranks)
+    for field, value, maximum in (
+        ("num_topk", config.num_topk, limits.MAX_TOPK),
+        ("num_experts", num_experts, limits.MAX_EXPERTS),
+        ("max_tokens_per_rank", config.max_tokens_per_rank, limits.MAX_TOKENS_PER_RANK),
     ):
-        value = getattr(config, field)
         if value > maximum:
-            return f"EpConfig.{field} is {value}; on GPUs it may be at most {maximum}"
+            padded = f", {value} with pad_experts" if value != getattr(config, field) else ""
+            return (
+                f"EpConfig.{field} is {getattr(config, field)}{padded}; on GPUs it may be at most "
+                f"{maximum}"
+            )
     if num_ranks > limits.MAX_RANKS:
         return f"the group has {num_ranks} ranks; on GPUs it may have at most {limits.MAX_RANKS}"
     return None

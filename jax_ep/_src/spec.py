@@ -18,7 +18,7 @@ class OpSpec:
         gpu: whether the `ffi` backend runs it on GPUs.
         axis_names: mesh axes of the group.
         num_ranks: `R`.
-        num_experts: `E`.
+        num_experts: `R * L`: `E`, and those that pad it to a multiple of `R`.
         num_topk: `K`.
         expert_alignment: rows.
         layout: "expert" or "rank".
@@ -55,7 +55,7 @@ class OpSpec:
             gpu=group.backend == "ffi" and group.platform == "cuda",
             axis_names=group.axis_names,
             num_ranks=group.num_ranks,
-            num_experts=config.num_experts,
+            num_experts=group.num_ranks * group.num_local_experts,
             num_topk=config.num_topk,
             expert_alignment=config.expert_alignment,
             layout=config.layout,

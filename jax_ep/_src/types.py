@@ -20,7 +20,7 @@ class DispatchHandle:
     backends may keep more.
 
     Attributes:
-        topk_idx: `[T, K]`, the routing that was dispatched.
+        topk_idx: `[T, K]`, as `dispatch` got it: what is dropped is in it, too.
         slot: `[T, K]`, row of each selection in its destination's receive buffer; -1 where there
             is no selection or the row was dropped.
         row_source: `[C]`, `source rank * T + source token` of each received row; -1 where a row

@@ -57,6 +57,8 @@ def dispatch(
     recv_capacity: int | None = None,
     capacity_factor: float | None = None,
     expert_alignment: int = 1,
+    drop: str = "rows",
+    pad_experts: bool = False,
 ) -> Dispatched:
     """Sends every token to the ranks that host its experts.
 
@@ -72,6 +74,8 @@ def dispatch(
         recv_capacity: see `reference.plan`.
         capacity_factor: see `reference.plan`.
         expert_alignment: see `reference.plan`.
+        drop: see `reference.plan`.
+        pad_experts: see `reference.plan`.
     """
     plan = make_plan(
         topk_idx,
@@ -80,6 +84,8 @@ def dispatch(
         recv_capacity=recv_capacity,
         capacity_factor=capacity_factor,
         expert_alignment=expert_alignment,
+        drop=drop,
+        pad_experts=pad_experts,
     )
     _check_formats(wire_dtype, recv_dtype, x_is_quantized=isinstance(x, QuantizedRows))
     if wire_dtype is None:

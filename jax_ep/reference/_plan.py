@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,7 +15,7 @@ class Plan:
 
     Attributes:
         layout: "expert" or "rank".
-        num_experts: `E = R * L`; expert `e` is local expert `e % L` of rank `e // L`.
+        num_experts: `E`, at most `R * L`; expert `e` is local expert `e % L` of rank `e // L`.
         capacity: `C`.
         topk_idx: `[R, T, K]` as given.
         slot: `[R, T, K]` row of a selection at its destination; -1: none, or dropped.
@@ -40,7 +41,7 @@ class Plan:
     @property
     def num_local_experts(self) -> int:
         """`L`."""
-        return self.num_experts // self.topk_idx.shape[0]
+        return -(-self.num_experts // self.topk_idx.shape[0])
 
 
 def plan(
@@ -51,27 +52,32 @@ def plan(
     recv_capacity: int | None = None,
     capacity_factor: float | None = None,
     expert_alignment: int = 1,
+    drop: str = "rows",
+    pad_experts: bool = False,
 ) -> Plan:
     """Gives every selection its row.
 
     Args:
         topk_idx: `[R, T, K]` global experts, distinct within a token, or -1.
-        num_experts: `E`, a multiple of `R`.
+        num_experts: `E`, a multiple of `R`, but for `pad_experts`.
         layout: "expert" or "rank".
         recv_capacity: `C`; None: it follows `T`.
         capacity_factor: rows per row of even routing, where `recv_capacity` is None. None: the
             worst case.
         expert_alignment: rows; 1 in layout "rank".
+        drop: "rows": rows past `C` are dropped; "even": each expert keeps its fair share first.
+            Layout "expert" only.
+        pad_experts: whether experts that nobody selects may follow, up to a multiple of `R`.
 
     Raises:
         ValueError: an index is out of range or repeated within a token.
     """
     topk_idx = np.asarray(topk_idx, np.int32)
     num_ranks, num_tokens, num_topk = topk_idx.shape
-    if num_experts % num_ranks:
+    if num_experts % num_ranks and not pad_experts:
         raise ValueError(f"num_experts is {num_experts}; it must be a multiple of {num_ranks}")
     _check_indices(topk_idx, num_experts)
-    num_local = num_experts // num_ranks
+    num_local = -(-num_experts // num_ranks)
     if recv_capacity is None:
         rows_per_token = min(num_topk, num_local) if layout == "expert" else 1
         rows = num_ranks * num_tokens * rows_per_token
@@ -82,8 +88,11 @@ def plan(
         if capacity_factor is not None:
             rows += expert_alignment - 1  # rounded up; no routing needs more than the worst case
         recv_capacity = rows // expert_alignment * expert_alignment
+    if drop not in (_KEPT if layout == "expert" else ("rows",)):
+        raise ValueError(f"layout {layout!r} with drop {drop!r} is not defined")
     if layout == "expert":
-        return _plan_expert_rows(topk_idx, num_experts, recv_capacity, expert_alignment)
+        keep = _KEPT[drop]
+        return _plan_expert_rows(topk_idx, num_experts, recv_capacity, expert_alignment, keep)
     if layout == "rank" and expert_alignment == 1:
         return _plan_rank_rows(topk_idx, num_experts, recv_capacity)
     raise ValueError(f"layout {layout!r} with expert_alignment {expert_alignment} is not defined")
@@ -99,29 +108,71 @@ def _check_indices(topk_idx: np.ndarray, num_experts: int) -> None:
             raise ValueError(f"{where}, which the token has selected already")
 
 
-def _plan_expert_rows(topk_idx: np.ndarray, num_experts: int, capacity: int, align: int) -> Plan:
+def _end(rows: Sequence[int], align: int) -> int:
+    """One past the last row that holds a token, of groups that start at multiples of `align`."""
+    end = 0
+    for num_rows in rows:
+        if num_rows > 0:
+            end = -(-end // align) * align + num_rows
+    return end
+
+
+def _keep_in_row_order(asked: Sequence[int], capacity: int, align: int) -> list[int]:
+    """Every expert, ascending, keeps what fits behind the whole groups before it."""
+    kept = []
+    for local, num_rows in enumerate(asked):
+        start = sum(-(-before // align) * align for before in asked[:local])
+        kept.append(max(0, min(num_rows, capacity - start)))
+    return kept
+
+
+def _keep_evenly(asked: Sequence[int], capacity: int, align: int) -> list[int]:
+    """Every expert keeps its fair share; then, ascending, each as many more as fit."""
+    fair = capacity // len(asked) // align * align
+    kept = [min(num_rows, fair) for num_rows in asked]
+    for local, num_rows in enumerate(asked):
+        while kept[local] < num_rows:
+            more = [*kept[:local], kept[local] + 1, *kept[local + 1 :]]
+            if _end(more, align) > capacity:
+                break
+            kept = more
+    return kept
+
+
+_KEPT: dict[str, Callable[[Sequence[int], int, int], list[int]]] = {
+    "rows": _keep_in_row_order,
+    "even": _keep_evenly,
+}
+
+
+def _plan_expert_rows(
+    topk_idx: np.ndarray,
+    num_experts: int,
+    capacity: int,
+    align: int,
+    keep: Callable[[Sequence[int], int, int], list[int]],
+) -> Plan:
     num_ranks, num_tokens, _ = topk_idx.shape
-    num_local = num_experts // num_ranks
+    num_local = -(-num_experts // num_ranks)
     slot = np.full(topk_idx.shape, -1, np.int32)
     row_source = np.full((num_ranks, capacity), -1, np.int32)
     group_sizes = np.zeros((num_ranks, num_local), np.int32)
     tokens_per_expert = np.zeros((num_ranks, num_local), np.int32)
     num_dropped = np.zeros(num_ranks, np.int32)
     for rank in range(num_ranks):
+        # argwhere goes by source rank, then token: the order of the rows.
+        selections = [np.argwhere(topk_idx == rank * num_local + i) for i in range(num_local)]
+        asked = [len(of_expert) for of_expert in selections]
         start = 0
-        for local in range(num_local):
-            # argwhere goes by source rank, then token: the order of the rows.
-            selections = np.argwhere(topk_idx == rank * num_local + local)
-            for row, (source, token, k) in enumerate(selections, start):
-                if row < capacity:
-                    slot[source, token, k] = row
-                    row_source[rank, row] = source * num_tokens + token
-                else:
-                    num_dropped[rank] += 1
-            end = start + -(-len(selections) // align) * align
-            group_sizes[rank, local] = min(end, capacity) - min(start, capacity)
-            tokens_per_expert[rank, local] = len(selections)
+        for local, num_rows in enumerate(keep(asked, capacity, align)):
+            for row, (source, token, k) in enumerate(selections[local][:num_rows], start):
+                slot[source, token, k] = row
+                row_source[rank, row] = source * num_tokens + token
+            end = min(start + -(-num_rows // align) * align, capacity)
+            group_sizes[rank, local] = end - start
             start = end
+        tokens_per_expert[rank] = asked
+        num_dropped[rank] = sum(asked) - np.count_nonzero(row_source[rank] >= 0)
     return Plan(
         layout="expert",
         num_experts=num_experts,
@@ -138,7 +189,7 @@ def _plan_expert_rows(topk_idx: np.ndarray, num_experts: int, capacity: int, ali
 
 def _plan_rank_rows(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Plan:
     num_ranks, num_tokens, num_topk = topk_idx.shape
-    num_local = num_experts // num_ranks
+    num_local = -(-num_experts // num_ranks)
     slot = np.full(topk_idx.shape, -1, np.int32)
     row_source = np.full((num_ranks, capacity), -1, np.int32)
     row_topk_idx = np.full((num_ranks, capacity, num_topk), -1, np.int32)

@@ -38,6 +38,8 @@ class EpProblem:
             "one_short": one fewer.
         capacity_factor: of the config.
         expert_alignment: rows.
+        drop: of the config.
+        pad_experts: of the config.
         zero_fill: of the config.
         routing: key of `ROUTINGS`, or "table".
         table: `topk_idx` of all ranks, written out; with routing "table".
@@ -60,6 +62,8 @@ class EpProblem:
     recv_capacity: int | str | None = None
     capacity_factor: float | None = None
     expert_alignment: int = 1
+    drop: str = "rows"
+    pad_experts: bool = False
     zero_fill: bool = True
     routing: str = "uniform"
     table: Table | None = None
@@ -96,11 +100,15 @@ class EpProblem:
         return max(1, {"exact": fullest, "one_short": fullest - 1}[self.recv_capacity])
 
     def _plan_sizes(self) -> dict[str, Any]:
+        # Only what differs: `reference.moe` takes neither.
+        policies: dict[str, Any] = {"drop": self.drop} if self.drop != "rows" else {}
+        policies |= {"pad_experts": True} if self.pad_experts else {}
         return {
             "num_experts": self.num_experts,
             "layout": self.layout,
             "capacity_factor": self.capacity_factor,
             "expert_alignment": self.expert_alignment,
+            **policies,
         }
 
     def plan_kwargs(self) -> dict[str, Any]:
@@ -234,8 +242,8 @@ def _masked_half(problem: EpProblem, rng: np.random.Generator, token: int) -> np
 
 
 def _experts_of(problem: EpProblem, rank: int) -> range:
-    num_local = problem.num_experts // problem.num_ranks
-    return range(rank * num_local, (rank + 1) * num_local)
+    num_local = -(-problem.num_experts // problem.num_ranks)
+    return range(rank * num_local, min((rank + 1) * num_local, problem.num_experts))
 
 
 def _empty_rank(problem: EpProblem, rng: np.random.Generator, token: int) -> np.ndarray:

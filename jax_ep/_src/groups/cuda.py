@@ -355,7 +355,7 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
     """What a heap's size depends on, as the compiled module takes it."""
     return {
         "num_ranks": num_ranks,
-        "num_experts": config.num_experts,
+        "num_experts": num_ranks * config.num_local_experts(num_ranks=num_ranks),
         "num_topk": config.num_topk,
         "max_tokens": config.max_tokens_per_rank,
         "hidden": config.hidden,

@@ -45,7 +45,8 @@ class EpGroup:
         warn_after: seconds after which a rank that has not come is logged.
         timeout: seconds after which a rank that has not come is given up.
         num_ranks: `R`.
-        num_local_experts: `L`, experts of each rank.
+        num_local_experts: `L`, experts of each rank; with `EpConfig.pad_experts` the last ranks'
+            may be some that nobody selects.
         domain_size: `D` of the config; where that is None, `R`, or with backend "ffi" the ranks
             of a host if the ranks are on several.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
@@ -93,7 +94,7 @@ class EpGroup:
         self.warn_after, self.timeout = _deadlines(self.platform, warn_after, timeout)
         self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
         check_num_ranks(config, self.num_ranks, self.axis_name)
-        self.num_local_experts = config.num_experts // self.num_ranks
+        self.num_local_experts = config.num_local_experts(num_ranks=self.num_ranks)
         parameters = GroupParameters(
             mesh=mesh,
             axis_names=self.axis_names,
