@@ -383,8 +383,8 @@ def test_a_layer_under_a_mesh_that_is_not_its_groups_names_both(kind, x):
             (_auto_or_explicit((8,), ("model",), kind), f"(model: 8 {kind.name})"),
         ):
             message = (
-                f"under a mesh (jax.set_mesh) that is {shown}; allowed: no mesh, or that of the "
-                f"layer's group, (data: 2 {kind.name}, expert: 4 {kind.name})"
+                f"under a mesh (jax.set_mesh) that is {shown}; allowed: no mesh, or that of its "
+                f"group, (data: 2 {kind.name}, expert: 4 {kind.name})"
             )
             with jax.set_mesh(mesh), pytest.raises(ValueError, match=re.escape(message)):
                 moe(x)
