@@ -172,7 +172,7 @@ def test_low_rank_updates(quantized):
 
     def of_dense(x, ab):
         matrices = base.dequantize(jnp.float32) if quantized else base
-        update = jnp.einsum("ehr,erf->ehf", *ab, precision="highest")
+        update = jnp.einsum("xhr,xrf->xhf", *ab, precision="highest")
         return dense.block(x, IDX, W, {**rest, "w_up": matrices + 0.5 * update})
 
     assert_trees_close(got, value_and_grads(of_dense, X, ab))
@@ -272,6 +272,27 @@ def test_local_expert_is_refused_in_layout_rank():
 NAMES = ("jax_ep.recv", "jax_ep.gate", "jax_ep.up", "jax_ep.experts", "jax_ep.out")
 
 
+def test_what_is_saved_by_name_is_not_exchanged_again():
+    def exchanges(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+        def on_rank(x, w, p):
+            moe = functools.partial(jax_ep.moe_with_experts, group=group)
+            out = moe(x, IDX_OF_RANK, w, experts.gated(**p))
+            return jnp.sin(out)
+
+        remat = jax.checkpoint(on_rank, policy=policy)
+        f = jax.shard_map(remat, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"))
+        text = str(
+            jax.make_jaxpr(jax.grad(lambda x, w, p: f(x, w, p).sum(), (0, 1, 2)))(X, W, WEIGHTS)
+        )
+        return len(re.findall(r"jax_ep_plan_dispatch\b|jax_ep_plan\b", text))
+
+    with make_group() as group:
+        assert exchanges() == 2  # forward, and again
+        assert exchanges(*NAMES) == 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_values_have_names_for_checkpoint_policies(name, capsys):
     """What a policy saves by name is saved, and computed once."""
@@ -353,6 +374,8 @@ def test_errors_say_what_is_allowed(changed, message):
 
 
 def test_custom_checks_names_and_dimensions():
+    with pytest.raises(ValueError, match=r"output_biases has \['b'\]; allowed: .*\['a'\]"):
+        experts.custom(lambda recv, w: recv.x, {"a": X}, {"a": (None, None)}, output_biases=("b",))
     with pytest.raises(ValueError, match=r"dims has the names \['b'\]; allowed: .*\['a'\]"):
         experts.custom(lambda recv, w: recv.x, {"a": WEIGHTS["w_up"]}, {"b": UP})
     with pytest.raises(ValueError, match="allowed in it: experts, hidden, ffn"):

@@ -199,6 +199,37 @@ def test_arrays_are_spread_over_tensor_and_fsdp_axes(token_spec):
         )
 
 
+@pytest.mark.parametrize("token_spec", [None, P("fsdp", "tensor")])
+def test_shared_experts_in_parts_where_an_exchange_is_not_in_halves(token_spec):
+    results = []
+    for axes in ({}, {"tensor_axes": ("tensor",), "token_spec": token_spec}):
+        mesh = jax.make_mesh(*FSDP, axis_types=(AxisType.Auto,) * 3)
+        sizes = {"num_experts": E, "num_topk": K, "hidden": H, "max_tokens_per_rank": 32}
+        config = jax_ep.EpConfig(**sizes, dtype=jnp.float32)
+        with jax_ep.EpGroup(mesh, "expert", config, backend="xla") as group:
+            layer = make_layer(group, shared_ffn=4, **axes)
+            both = nnx.value_and_grad(lambda layer: (layer.with_stats(X[:, :4])[0] ** 2).sum())
+            value, grads = both(layer)
+            results.append(jax.device_get((value, nnx.to_pure_dict(nnx.state(grads)))))
+    assert_trees_close(results[1], results[0])
+
+
+def test_what_padding_holds_has_no_gradient(group):
+    layer = make_layer(group)
+    mask = jnp.arange(24).reshape(4, 6) % 5 != 1
+    x = jnp.where(mask[..., None], X, jnp.nan)
+
+    def loss(layer, x):
+        out, stats = layer.with_stats(x, mask=mask)
+        return jnp.where(mask[..., None], out, 0).sum() + stats.load_balance_loss
+
+    got = nnx.grad(loss)(layer, x)
+    want = nnx.grad(loss)(layer, jnp.where(mask[..., None], X, 0))
+    for name in layer.spec.params():
+        a, b = (jax.device_get(getattr(g, name).get_value()) for g in (got, want))
+        np.testing.assert_array_equal(a, b)
+
+
 def test_logical_names_in_metadata():
     names = {"experts": "exp", "hidden": "embed", "ffn": "mlp"}
     with make_group() as group:
@@ -276,6 +307,10 @@ def test_linen_takes_the_same_options():
         assert not made["bias_up"].any()
 
 
+def _custom(name, dim):
+    return experts.Custom(function=lambda recv, w: recv.x, arrays=((name, ("experts", dim)),))
+
+
 BAD_OPTIONS = [
     (
         {"shared_ffn": 4, "num_shared_experts": 1},
@@ -292,6 +327,19 @@ BAD_OPTIONS = [
     (
         {"partition_names": {"expert": "e"}},
         "partition_names has the keys .*allowed: experts, hidden",
+    ),
+    (
+        {"router": lambda x: x, "selection_bias": True},
+        "selection_bias is True, and router is given",
+    ),
+    ({"router": "softmax"}, "router is a str; allowed: None, or a function or module"),
+    (
+        {"experts": _custom("shared_up", "ffn")},
+        r"experts has weights \['shared_up'\]; allowed: names that a layer has not",
+    ),
+    (
+        {"experts": _custom("w", "hidden"), "tensor_axes": ("data",)},
+        "experts has no weight with a dimension 'ffn'",
     ),
     ({"group_score": "sum"}, "group_score is 'sum'; allowed: 'top2', 'max'"),
 ]
@@ -311,6 +359,7 @@ BAD_CALLS = [
     ),
     ({"topk": jnp.ones((4, 6, K))}, r"topk is a .*; allowed: None, or \(topk_idx, topk_weights\)"),
     ({"topk": (jnp.ones((4, 6, K)), None)}, r"topk_idx is float32\[4, 6, 2\]; allowed: int32"),
+    ({"router_input": X, "logits": LOGITS}, "router_input and logits are both given; allowed: one"),
     ({"router_input": X[:2]}, r"router_input is float32\[2, 6, 16\]; .* \[4, 6, 16\]"),
 ]
 

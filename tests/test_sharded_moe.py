@@ -200,6 +200,56 @@ def test_quantized_and_low_rank_weights_are_split_with_the_others():
     assert_trees_close(got, dense.block(x, idx, w, weights))
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 4, H])
+def test_scales_of_blocks_are_gathered_with_their_values(blocks):
+    # Of two blocks along H, a device of two along the FSDP axis has one.
+    x, idx, w = dense.random_tokens((4, 4))
+    rng = np.random.default_rng(0)
+
+    def quantized(shape, scales):
+        values = jnp.asarray(rng.integers(-100, 100, shape), jnp.int8)
+        parts = jnp.asarray(rng.random(scales) / 100, jnp.float32)
+        return experts.QuantizedMatrices(values, parts)
+
+    up, down = ((E, blocks, F), (E, F, blocks))
+    parts = {
+        "w_gate": quantized((E, H, F), up),
+        "w_up": quantized((E, H, F), up),
+        "w_down": quantized((E, F, H), down),
+    }
+    with make_group(FSDP) as group:
+        got = jax_ep.sharded_moe(
+            x, idx, w, experts.gated(**parts), group=group, token_spec=P("fsdp"), **SPLIT
+        )
+    whole = {name: part.dequantize(jnp.float32) for name, part in parts.items()}
+    assert_trees_close(got, dense.block(x, idx, w, whole))
+
+
+def test_tensor_axes_need_something_to_split():
+    x, idx, w = dense.random_tokens((16,))
+    square = {"w": jnp.ones((E, H, H))}
+    custom = experts.custom(lambda recv, p: recv.x, square, {"w": ("experts", "hidden", None)})
+    with make_group(FSDP) as group, pytest.raises(ValueError, match=r"no weight with .* 'ffn'"):
+        jax_ep.sharded_moe(
+            x, idx, w, custom, group=group, token_spec=P("fsdp"), tensor_axes="tensor"
+        )
+
+
+def test_no_tokens_where_tensor_axes_split_them():
+    x, idx, w = dense.random_tokens((4, 0))
+    with make_group(FSDP) as group:
+        got = jax_ep.sharded_moe(
+            x,
+            idx,
+            w,
+            experts.gated(**WEIGHTS),
+            group=group,
+            token_spec=P("fsdp", "tensor"),
+            **SPLIT,
+        )
+    assert got.shape == (4, 0, H)
+
+
 def test_stages_of_a_pipeline_by_vmap():
     x, idx, w = dense.random_tokens((2, 8))
     stacked = jax.tree.map(lambda a: jnp.stack([a, a * 0.5]), WEIGHTS)

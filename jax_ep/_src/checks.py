@@ -94,5 +94,5 @@ def check_call(operation: str, group: Any) -> None:
             "compiler, which cannot split the call: along them every device gets all of the tokens "
             "and repeats the work. Name them in shard_map's axis_names, and in its in_specs, to "
             "split the tokens over them",
-            stacklevel=3,
+            stacklevel=4,  # whoever calls `dispatch`
         )

@@ -40,8 +40,8 @@ def route_expert_choice(
     token whose logits are all -inf is chosen by nobody. With a NaN or +inf among the logits it is
     undefined which tokens are chosen; an expert still takes at most `capacity`.
 
-    The ranks send each other the scores of all tokens and get a byte for each, in two
-    all-to-alls: each rank sends and receives about `5 * T * E` bytes. Each then sorts the
+    The ranks send each other the scores of all tokens and get a byte for each, by `all_to_all`
+    twice: each rank sends and receives about `5 * T * E` bytes. Each then sorts the
     `R * T` scores of each of its `L` experts.
 
     Args:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src.api import combine, dispatch
+from jax_ep._src.backends.tangents import named
 from jax_ep._src.checks import check_array, check_group
 from jax_ep._src.compat import as_array
 from jax_ep._src.experts.bound import ExpertWeights, gated
@@ -174,7 +175,7 @@ def moe_with_experts(
     low-rank updates: `moe_with_experts(x, topk_idx, topk_weights, jax_ep.experts.gated(w_gate,
     w_up, w_down, bias_up=...), group=group)`. Any other function of what was received will do.
 
-    Values on the way have names for `jax.checkpoint_policies`: "jax_ep.recv" (received rows),
+    Values on the way have names for `jax.checkpoint_policies`: "jax_ep.recv" (what was received),
     "jax_ep.gate" and "jax_ep.up" (products of ready-made experts), "jax_ep.experts" (the experts'
     rows), "jax_ep.out" (the sum).
 
@@ -230,14 +231,15 @@ def _moe(
         )
     exchange = _Exchange(x, overlap)
     if group.config.recv_dtype is None:
-        recv = exchange(x, topk_idx, topk_weights, group=group)
-        recv = _named(recv)
+        # All of it: with the rows alone saved, the exchange would be made again.
+        recv = named(exchange(x, topk_idx, topk_weights, group=group))
         assert not isinstance(recv.x, QuantizedRows)
         with jax.named_scope("jax_ep.experts"):
             y = experts(_expert_input(group, recv, recv.x, recv.weights, weigh))
         weights = recv.weights
     else:
         recv, sent = dispatch_in_fp8(exchange, x, topk_idx, topk_weights, group)
+        recv = named(recv)
         with jax.named_scope("jax_ep.experts"):
             y, weights = _experts_of_fp8(group, recv, sent, experts, weigh)
     y = as_array(y)
@@ -274,10 +276,6 @@ class _Exchange:
         check_array("overlap(x)", overlapped, shape, group.config.dtype, of=", the tokens' rows")
         self.overlapped = overlapped
         return dispatch_done(flight, after=overlapped, group=group)
-
-
-def _named(recv: Dispatched) -> Dispatched:
-    return dataclasses.replace(recv, x=checkpoint_name(recv.x, "jax_ep.recv"))
 
 
 def _expert_input(

@@ -82,8 +82,15 @@ def apply(
     check_context(spec.group.mesh, "an MoE layer")
     x = compat.as_array(x)
     _check_rows("x", spec, x)
-    if router is not None and logits is None and topk is None:
-        logits, *topk = router(x if router_input is None else router_input)
+    if router_input is not None and logits is not None:
+        raise ValueError("router_input and logits are both given; allowed: one of them")
+    if router is not None:
+        if logits is not None:
+            raise ValueError(
+                "logits is given, and the layer has a router of the caller's; allowed: topk"
+            )
+        if topk is None:
+            logits, *topk = _routed(router(x if router_input is None else router_input))
     tokens = _tokens(spec, x, mask, logits, topk, router_input)
 
     # Compiled even where the model is not, and traced once for all layers that are alike. Not by
@@ -94,6 +101,16 @@ def apply(
 
     key = (apply, spec, routing)
     return kept(spec.group, key, lambda: jax.jit(moe_layer))(dict(params), bias, tokens)
+
+
+def _routed(result: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 3:
+        kind = type(result).__name__
+        count = f" of {len(result)}" if isinstance(result, tuple) else ""
+        raise ValueError(
+            f"router gave a {kind}{count}; allowed: (logits or None, topk_idx, topk_weights)"
+        )
+    return result
 
 
 # --- what came ---------------------------------------------------------------------------------
@@ -240,7 +257,8 @@ def _block(
     with jax.named_scope("jax_ep.router"):
         logits = logits_of(spec, params, tokens)
         topk_idx, topk_weights = choose(spec, logits, bias, tokens)
-    params = {name: w.astype(dtype) for name, w in params.items() if not name.startswith("router")}
+    of_router = ("router", "router_bias")
+    params = {name: w.astype(dtype) for name, w in params.items() if name not in of_router}
     experts = ExpertWeights(spec.kind, {name: params[name] for name in spec.kind.dims()})
     shared = functools.partial(_shared_experts, spec, params) if spec.shared_ffn else None
     out, stats = moe_in_parts(
@@ -248,7 +266,7 @@ def _block(
         split,
         spec.axes,
         (tokens["x"].astype(dtype), topk_idx, topk_weights),
-        gather_experts(spec.axes, experts),
+        gather_experts(spec.axes, experts, experts.leaf_dims()),
         weigh=spec.weigh,
         overlap=shared,
     )

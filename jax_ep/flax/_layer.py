@@ -19,11 +19,17 @@ from jax_ep._src.limits import is_int
 from jax_ep._src.moe import Weigh
 from jax_ep._src.routing import GroupScore, Score, route, update_bias
 from jax_ep._src.sharded.moe import check_token_spec
-from jax_ep._src.sharded.weights import WeightAxes, check_axes
+from jax_ep._src.sharded.weights import WeightAxes, check_axes, check_parts
 from jax_ep.flax._params import ArraySpec
 
 _FLOAT32 = np.dtype(np.float32)
 _DIM_NAMES = ("experts", "hidden", "ffn")
+# What layers have under names of their own.
+_TAKEN = {
+    *("router", "router_bias", "selection_bias", "spec", "update_bias", "with_stats"),
+    *("shared_gate", "shared_up", "shared_down", "shared_expert_gate"),
+    *("tokens_per_expert", "num_dropped", "load_balance_loss", "router_z_loss"),
+}
 # Of what a layer's router is, on global arrays: x to logits (or None), topk_idx, topk_weights.
 Router = Callable[[jax.Array], tuple[jax.Array | None, jax.Array, jax.Array]]
 
@@ -85,6 +91,7 @@ class LayerSpec:
     experts: Experts | None = None
     weigh: Weigh = "output"
     has_router: bool = True
+    selection_bias: bool = False
     router_bias: bool = False
     router_dtype: Any = jnp.float32
     score: Score = "softmax"
@@ -120,6 +127,9 @@ class LayerSpec:
         for name, array in self.params().items():
             self.axes.check(name, array.shape, array.dims)
         # Bad routing options are reported here instead of at the first call.
+        if not self.has_router and (self.selection_bias or self.router_bias):
+            name = "selection_bias" if self.selection_bias else "router_bias"
+            raise ValueError(f"{name} is True, and router is given; allowed with it: False")
         if self.has_router:
             logits = jax.ShapeDtypeStruct((1, self.group.config.num_experts), _FLOAT32)
             jax.eval_shape(self.route, logits)
@@ -159,6 +169,9 @@ class LayerSpec:
                 "activation is given, and experts has its own; allowed: "
                 f"{type(self.experts).__name__}(activation=...)"
             )
+        check_parts(self.experts, check_axes(self.group.mesh, "tensor_axes", self.tensor_axes, ()))
+        if taken := sorted(self.experts.dims().keys() & _TAKEN):
+            raise ValueError(f"experts has weights {taken}; allowed: names that a layer has not")
         unsized = [name for name, dims in self.experts.dims().items() if None in dims]
         if unsized:
             raise ValueError(
@@ -305,6 +318,15 @@ class LayerSpec:
 def as_names(names: Mapping[str, str | None] | None) -> tuple[tuple[str, str | None], ...] | None:
     """`partition_names` in a form that can be hashed."""
     return None if names is None else tuple(sorted(names.items()))
+
+
+def is_own_router(router: Any) -> bool:
+    """Whether a layer has the router that is built in; raises where it can have none."""
+    if router is not None and not callable(router):
+        raise ValueError(
+            f"router is a {type(router).__name__}; allowed: None, or a function or module of x"
+        )
+    return router is None
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:

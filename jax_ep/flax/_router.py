@@ -20,6 +20,8 @@ def logits_of(spec: LayerSpec, params: Mapping[str, jax.Array], tokens: Tokens) 
     if not spec.has_router:
         return None
     rows = tokens["router_input"] if "router_input" in tokens else tokens["x"]
+    if "mask" in tokens:  # what padding holds, NaN included, has no gradient then
+        rows = jnp.where(tokens["mask"][:, None], rows, jnp.zeros((), rows.dtype))
     # Not rounded to config.dtype: a small error in a score sends a token to another expert.
     logits = jnp.dot(
         rows.astype(spec.router_dtype),

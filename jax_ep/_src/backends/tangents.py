@@ -12,7 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
+
+# For policies of `jax.checkpoint`: what was received, and the plan by which gradients travel.
+RECV_NAME = "jax_ep.recv"
+
+
+def named(tree: Any) -> Any:
+    """Arrays that a policy may save as a part of what was received."""
+    return jax.tree.map(lambda array: checkpoint_name(array, RECV_NAME), tree)
 
 
 def nonzero(tangent: Any) -> Any:

@@ -208,10 +208,14 @@ def custom(
             )
     arrays = tuple((name, tuple(dims[name])) for name in sorted(dims))
     kind = Custom(function=function, arrays=arrays, added_last=tuple(output_biases))
-    return ExpertWeights(kind, dict(weights))
+    return ExpertWeights(kind, {name: as_array(weight) for name, weight in weights.items()})
 
 
 def _bound(kind: Experts, **weights: Any) -> ExpertWeights:
     """Without the biases that were not given; matrices that are None are refused by name later."""
-    given = {n: w for n, w in weights.items() if w is not None or not n.startswith("bias_")}
+    given = {
+        name: as_array(weight)
+        for name, weight in weights.items()
+        if weight is not None or not name.startswith("bias_")
+    }
     return ExpertWeights(kind, given)

@@ -185,6 +185,13 @@ class Custom(Experts):
     arrays: tuple[tuple[str, Dims], ...]
     added_last: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        names = {name for name, _ in self.arrays}
+        if unknown := sorted(set(self.added_last) - names):
+            raise ValueError(
+                f"output_biases has {unknown}; allowed: names of the weights, {sorted(names)}"
+            )
+
     def dims(self) -> dict[str, Dims]:
         """The weights' names and dimensions."""
         return dict(self.arrays)

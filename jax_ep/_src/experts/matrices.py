@@ -216,4 +216,5 @@ def add_bias(rows: jax.Array, bias: jax.Array | None, group_sizes: jax.Array) ->
     # As a product with ones, whose gradient is a sum over each group's rows in a fixed order. That
     # of indexing would be a scatter, which on GPUs adds in any order.
     ones = jnp.ones((rows.shape[0], 1), rows.dtype)
-    return rows + grouped_dot(ones, as_array(bias)[:, None, :], group_sizes)
+    with jax.default_matmul_precision("highest"):  # it is no more than a copy
+        return rows + grouped_dot(ones, as_array(bias)[:, None, :], group_sizes)

@@ -24,7 +24,13 @@ from jax_ep._src.sharded.token_split import (
     run_on_tokens,
     sum_of_parts,
 )
-from jax_ep._src.sharded.weights import WeightAxes, check_axes, expert_specs, gather_experts
+from jax_ep._src.sharded.weights import (
+    WeightAxes,
+    check_axes,
+    check_parts,
+    expert_specs,
+    gather_experts,
+)
 
 Axes = str | Sequence[str]
 
@@ -90,6 +96,7 @@ def sharded_moe(
       received rows, are added up (`psum`, in `config.dtype`). A tensor axis that `token_spec` names
       splits the tokens, too: they are gathered over it before, and the sums reduce-scattered.
     * over `fsdp_axes` along `H`: gathered before they are used, and gradients reduce-scattered.
+      What was gathered is kept for the backward pass, unless `jax.checkpoint` says otherwise.
 
     Nothing else is gathered. Differentiable in `x`, `topk_weights` and the weights of experts that
     are not quantized.
@@ -109,7 +116,8 @@ def sharded_moe(
         with_stats: whether to return what the experts were asked for, too.
 
     Returns:
-        `[..., H]` of `config.dtype`, split as `token_spec` says. With `with_stats`: a tuple of
+        `[..., H]` of `config.dtype`, split as `token_spec` says (on explicit axes but along a
+        dimension that does not divide, which is gathered). With `with_stats`: a tuple of
         this and a `MoeStats` of the whole mesh, with `tokens_per_expert` `[R * L]`.
 
     Raises:
@@ -130,6 +138,7 @@ def sharded_moe(
     experts = _padded(group, jax.tree.map(jnp.asarray, experts))
     experts.check(group, num_experts=group.num_ranks * group.num_local_experts)
     tensor_axes = check_axes(group.mesh, "tensor_axes", tensor_axes, group.axis_names)
+    check_parts(experts.kind, tensor_axes)
     split = split_by_spec(group, token_spec, x.shape[:-1], tensor_axes)
     fsdp_axes = check_axes(group.mesh, "fsdp_axes", fsdp_axes, (*group.axis_names, *tensor_axes))
     check_fsdp_axes(fsdp_axes, split)
@@ -151,6 +160,8 @@ def _run(
     tokens: Tokens,
     experts: ExpertWeights,
 ) -> tuple[jax.Array, MoeStats]:
+    dims = experts.leaf_dims()
+
     def body(tokens: Tokens, experts: ExpertWeights) -> tuple[Tokens, MoeStats]:
         idx = tokens["topk_idx"]
         if "mask" in tokens:
@@ -160,7 +171,7 @@ def _run(
             split,
             axes,
             (tokens["x"], idx, tokens["topk_weights"]),
-            gather_experts(axes, experts),
+            gather_experts(axes, experts, dims),
             weigh=weigh,
         )
         return {"out": out}, stats
@@ -226,11 +237,16 @@ def _global_stats(group: EpGroup, split: TokenSplit, stats: MoeStats) -> MoeStat
     data_axes = tuple(name for name in split.axes if name not in group.axis_names)
     # Counts of no tokens are constants, which vary over no axis and could not be summed over any.
     tokens_per_expert, num_dropped = compat.as_varying(
-        frozenset((*split.axes, *split.gathered)), stats.tokens_per_expert, stats.num_dropped
+        frozenset(split.axes), stats.tokens_per_expert, stats.num_dropped
     )
-    if split.gathered:  # of the same tokens, which JAX cannot know
-        tokens_per_expert = jax.lax.pmax(tokens_per_expert, split.gathered)
-        num_dropped = jax.lax.pmax(num_dropped, split.gathered)
+    # Along other axes devices count the same tokens, which JAX cannot know.
+    seen = compat.varying_axes(tokens_per_expert, num_dropped) - frozenset(split.axes)
+    if copies := tuple(name for name in split.mesh.axis_names if name in seen):
+        is_first = jax.lax.axis_index(copies) == 0
+        counts = compat.as_varying(seen, tokens_per_expert, num_dropped)
+        tokens_per_expert, num_dropped = (
+            jax.lax.psum(jnp.where(is_first, count, 0), copies) for count in counts
+        )
     if data_axes:
         tokens_per_expert = jax.lax.psum(tokens_per_expert, data_axes)
     return MoeStats(
@@ -330,7 +346,8 @@ def _check_tokens(group: EpGroup, x: Any, topk_idx: Any, topk_weights: Any, mask
     config = group.config
     if not is_array(x) or x.ndim < 2 or x.shape[-1] != config.hidden or x.dtype != config.dtype:
         got = f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
-        raise ValueError(f"x is {got}; allowed: {config.dtype.name}[..., {config.hidden}]")
+        allowed = f"{config.dtype.name}[..., {config.hidden}], with at least two dimensions"
+        raise ValueError(f"x is {got}; allowed: {allowed}")
     lead = x.shape[:-1]
     check_array("topk_idx", topk_idx, (*lead, config.num_topk), np.dtype(np.int32))
     check_array("topk_weights", topk_weights, (*lead, config.num_topk), np.dtype(np.float32))
@@ -341,7 +358,7 @@ def _check_tokens(group: EpGroup, x: Any, topk_idx: Any, topk_weights: Any, mask
 def _padded(group: EpGroup, experts: ExpertWeights) -> ExpertWeights:
     """With weights of experts that nobody selects, where the config pads experts."""
     num, padded = group.config.num_experts, group.num_ranks * group.num_local_experts
-    if num == padded:
+    if num == padded or None in experts.weights.values():  # which is refused by name
         return experts
     leaves, tree = jax.tree.flatten(experts)
     dims = experts.leaf_dims()

@@ -153,9 +153,16 @@ def run_on_tokens(
 
 def reshard(mesh: Mesh, array: jax.Array, partition: PartitionSpec) -> jax.Array:
     """Moves an array where `shard_map` wants it; with automatic axes the compiler does that."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if AxisType.Explicit not in mesh.axis_types:
         return array
-    return jax.sharding.reshard(array, NamedSharding(mesh, partition))
+
+    def explicit(names: tuple[str, ...]) -> tuple[str, ...] | None:
+        return tuple(name for name in names if kinds[name] == AxisType.Explicit) or None
+
+    entries = partition_dims(partition, len(partition))
+    spec = PartitionSpec(*map(explicit, entries))
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
 
 
 def sharding_dims(array: jax.Array, ndim: int) -> tuple[tuple[str, ...], ...]:
@@ -208,7 +215,7 @@ def _cut(split: TokenSplit, array: jax.Array) -> jax.Array:
 
 def gather_tokens(split: TokenSplit, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Inside of `shard_map`: `[T, ...]`, tokens of all devices that work on them together."""
-    if not split.gathered:
+    if not split.gathered or not arrays[0].shape[0]:  # collectives of nothing are refused
         return arrays
     return tuple(jax.lax.all_gather(a, split.gathered, axis=0, tiled=True) for a in arrays)
 
@@ -222,6 +229,6 @@ def sum_of_parts(split: TokenSplit, out: jax.Array, tensor_axes: tuple[str, ...]
     (out,) = compat.as_varying(frozenset(tensor_axes), out)
     if whole:
         out = jax.lax.psum(out, whole)
-    if split.gathered:
+    if split.gathered and out.shape[0]:
         out = jax.lax.psum_scatter(out, split.gathered, scatter_dimension=0, tiled=True)
     return out

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_ep._src.experts.bound import ExpertWeights
+from jax_ep._src.experts.kinds import Experts
 from jax_ep._src.experts.matrices import Dim, Dims
 
 
@@ -78,26 +79,38 @@ class WeightAxes:
 
 def check_axes(mesh: Mesh, name: str, asked: Any, taken: Sequence[str]) -> tuple[str, ...]:
     """Names of axes as a tuple; raises unless they are distinct ones that may be taken."""
-    axes = (asked,) if isinstance(asked, str) else tuple(asked or ())
+    is_axes = asked is None or isinstance(asked, (str, tuple, list))
+    axes = (asked,) if isinstance(asked, str) else tuple((asked or ()) if is_axes else ())
     free = tuple(axis for axis in mesh.axis_names if axis not in taken)
-    if len(set(axes)) != len(axes) or not set(axes) <= set(free):
+    if not is_axes or len(set(axes)) != len(axes) or not set(axes) <= set(free):
         raise ValueError(f"{name} is {asked!r}; allowed: distinct axes of the mesh out of {free}")
     return axes
 
 
 def expert_specs(axes: WeightAxes, experts: ExpertWeights) -> ExpertWeights:
     """A `PartitionSpec` in the place of each array; raises where one does not divide."""
-    leaves, tree = jax.tree.flatten(experts)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(experts)
     dims = experts.leaf_dims()
-    for leaf, entries in zip(leaves, dims, strict=True):
-        axes.check("a weight of experts", leaf.shape, entries)
+    for (path, leaf), entries in zip(leaves, dims, strict=True):
+        axes.check(f"experts{jax.tree_util.keystr(path)}", leaf.shape, entries)
     return jax.tree.unflatten(tree, [axes.partition(entries) for entries in dims])
 
 
-def gather_experts(axes: WeightAxes, experts: ExpertWeights) -> ExpertWeights:
-    """Inside of `shard_map`: weights as the experts of this device use them."""
+def check_parts(kind: Experts, tensor_axes: tuple[str, ...]) -> None:
+    """Raises where devices along tensor axes would compute the same, which would be added up."""
+    if tensor_axes and not any("ffn" in dims for dims in kind.dims().values()):
+        raise ValueError(
+            f"tensor_axes is {tensor_axes}, and experts has no weight with a dimension 'ffn' to "
+            "split over them; allowed: (), or dims that say which dimension is the inner one"
+        )
+
+
+def gather_experts(axes: WeightAxes, experts: ExpertWeights, dims: Sequence[Dims]) -> ExpertWeights:
+    """Inside of `shard_map`: weights as the experts of this device use them.
+
+    `dims` are `leaf_dims()` of the global arrays: of a device's part they may look otherwise.
+    """
     leaves, tree = jax.tree.flatten(experts)
-    dims = experts.leaf_dims()
     whole = [axes.gather(leaf, d) for leaf, d in zip(leaves, dims, strict=True)]
     gathered: ExpertWeights = jax.tree.unflatten(tree, whole)
     biases = {

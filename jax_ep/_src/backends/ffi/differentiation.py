@@ -34,6 +34,7 @@ from jax_ep._src.backends.operands import (
 )
 from jax_ep._src.backends.tangents import (
     cotangents_of,
+    named,
     nonzero,
     present,
     products_of_rows,
@@ -85,7 +86,7 @@ def plan_dispatch_tangents(
     """The tangents of its results: they travel as a dispatch over the plan that it has made."""
     quantized = spec.fp8_rows or operands.x_scales is not None
     refuse_quantized((dots.x, dots.x_scales), quantized=quantized)
-    plan = operands.of_dispatch(results.plan).plan
+    plan = named(operands.of_dispatch(results.plan).plan)
     results_dot = dispatch_linear(
         spec, operands.program_rank, nonzero(dots.x), nonzero(dots.token_scalars), plan
     )

@@ -15,6 +15,7 @@ import jax
 from jax_ep._src import compat
 from jax_ep._src.backends.operands import DispatchResults, Rows
 from jax_ep._src.backends.plan import Counts, Plan
+from jax_ep._src.backends.tangents import named
 from jax_ep._src.backends.xla import (
     differentiation,
     primitives,
@@ -52,6 +53,7 @@ def plan_dispatch(
 ) -> tuple[Plan, Counts, DispatchResults]:
     """Both, one after the other."""
     made, counts = plan(spec, topk_idx)
+    made = named(made)  # by which gradients travel, too
     return made, counts, dispatch(spec, x, token_scalars, made)
 
 
