@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from jax_ep import reference as reference
     from jax_ep._src.api import combine as combine
     from jax_ep._src.api import dispatch as dispatch
+    from jax_ep._src.balancing.copies import expand_experts as expand_experts
+    from jax_ep._src.balancing.copies import move_experts as move_experts
+    from jax_ep._src.balancing.place import place as place
+    from jax_ep._src.balancing.placement import ExpertPlacement as ExpertPlacement
+    from jax_ep._src.balancing.placement import PlacementArrays as PlacementArrays
+    from jax_ep._src.balancing.planner import plan_placement as plan_placement
+    from jax_ep._src.balancing.rebalancer import Rebalancer as Rebalancer
     from jax_ep._src.config import EpConfig as EpConfig
     from jax_ep._src.errors import EpGroupClosed as EpGroupClosed
     from jax_ep._src.errors import EpUnavailable as EpUnavailable
@@ -44,6 +51,11 @@ __version__ = "0.1.0"
 # Module -> the public names that it defines. Type checkers need them above, too.
 _NAMES = {
     "api": ("combine", "dispatch"),
+    "balancing.copies": ("expand_experts", "move_experts"),
+    "balancing.place": ("place",),
+    "balancing.placement": ("ExpertPlacement", "PlacementArrays"),
+    "balancing.planner": ("plan_placement",),
+    "balancing.rebalancer": ("Rebalancer",),
     "config": ("EpConfig",),
     "errors": ("EpGroupClosed", "EpUnavailable"),
     "expert_choice": ("route_expert_choice",),

@@ -9,6 +9,7 @@ rounds: received rows, the FP8 wire, and `combine(..., exact_bits=True)`, which 
 sequence of float32 operations so that its result can be compared with a backend's bit by bit.
 """
 
+from jax_ep.reference._balancing import place
 from jax_ep.reference._exchange import (
     Dispatched,
     combine,
@@ -54,6 +55,7 @@ __all__ = [
     "load_balance_loss",
     "moe",
     "moe_dense",
+    "place",
     "plan",
     "quantize_fp8",
     "round_to",
