@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
@@ -149,7 +149,13 @@ def test_further_moves_compile_nothing_and_have_no_collective():
 
 
 ROOM = "allowed: up to EpConfig"
+WIRE = {"wire_dtype": jnp.float8_e4m3fn}
 BAD_MOVES = [
+    (WIRE, {}, "wire_dtype float8_e4m3fn and .*; allowed for move_experts: None and 1"),
+    ({"expert_alignment": 4}, {}, "expert_alignment 4; allowed for move_experts: None and 1"),
+    ({}, {"params": jnp.zeros((P_ALL, H, F), bool)}, "array of bool; allowed: EpConfig.dtype"),
+    ({}, {"params": jnp.zeros((P_ALL, H, F), jnp.int4)}, "array of int4; allowed: EpConfig.dtype"),
+    ({"dtype": jnp.bfloat16}, {}, "array of float32; allowed: EpConfig.dtype, bfloat16"),
     ({"tokens": SLOTS * ROWS - 1}, {}, f"a rank's weights are {SLOTS * ROWS} rows; {ROOM}.max_tok"),
     ({"capacity": ROWS - 1}, {}, f"a rank gets {ROWS} rows of weights; {ROOM}.recv_capacity"),
     ({"num_topk": 1}, {"new": placement([0, 1, 2, 3, 4, 5, 5, 6, 5, 7, 2, -1])},
@@ -157,8 +163,8 @@ BAD_MOVES = [
     ({}, {"new": placement([0, 1, 2, 3, 4, 0, 5, 6, 0, 7, 2, -1]), "old": placement([0] * 12, 12)},
      "new has expert 1 in slot 1, and old has it nowhere"),
     ({}, {"old": 3}, "old is a int; allowed: what ExpertPlacement.layer gives"),
-    ({}, {"params": jnp.zeros((P_ALL, 3))}, r"shape \[12, 3\]; allowed: \[12, ...\] with"),
-    ({}, {"params": jnp.zeros((E, H, F))}, r"shape \[8, 16, 24\]; allowed: \[12, ...\]"),
+    ({}, {"params": jnp.zeros((P_ALL, 3))}, r"float32\[12, 3\]; allowed: \[12, ...\] with"),
+    ({}, {"params": jnp.zeros((E, H, F))}, r"float32\[8, 16, 24\]; allowed: \[12, ...\]"),
 ]  # fmt: skip
 
 
@@ -169,7 +175,35 @@ def test_moves_that_do_not_fit(config, changed, message):
         jax_ep.move_experts(arguments.pop("params"), **arguments, group=group)
 
 
+def test_nothing_is_given_away_where_one_of_the_arrays_does_not_fit():
+    with make_group() as group:
+        sharding = NamedSharding(group.mesh, P("expert"))
+        good = jax.device_put(jnp.zeros((P_ALL, H, F)), sharding)
+        move = functools.partial(jax_ep.move_experts, old=OLD, new=NEW, group=group)
+        with pytest.raises(ValueError, match="allowed"):
+            move({"a": good, "b": jnp.zeros((P_ALL, 3))})
+        with pytest.raises(ValueError, match="params has an array twice"):
+            move({"a": good, "b": good})
+        assert not good.is_deleted()
+        move(good)
+        with pytest.raises(ValueError, match="that was donated before; allowed: what was returned"):
+            move(good)
+
+
+def test_moves_on_explicit_axes_beside_others():
+    kinds = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, RANKS), ("data", "expert"), axis_types=kinds)
+    sizes = {"num_experts": P_ALL, "num_topk": COPIES, "hidden": 8, "dtype": jnp.float32}
+    config = jax_ep.EpConfig(max_tokens_per_rank=SLOTS * ROWS, **sizes)
+    values = np.random.default_rng(0).standard_normal((E, H, F)).astype(np.float32)
+    with jax_ep.EpGroup(mesh, "expert", config, backend="ffi") as group:
+        params = jax.device_put(in_slots(values, OLD), NamedSharding(mesh, P("expert")))
+        moved = jax_ep.move_experts(params, old=OLD, new=NEW, group=group)
+    np.testing.assert_array_equal(moved, in_slots(values, NEW))
+
+
 BAD_EXPANSIONS = [
+    (WIRE, {}, "allowed for expand_experts: None and 1"),
     ({"num_topk": 2}, {}, "up to 3 copies; allowed: .* EpConfig.num_topk copies, which is 2"),
     ({"capacity": SLOTS * ROWS - 1}, {}, f"a rank gets {SLOTS * ROWS} rows of weights; {ROOM}"),
     (
@@ -177,7 +211,7 @@ BAD_EXPANSIONS = [
         {"weights": jnp.zeros((E, H, F), jnp.bfloat16)},
         "an array of bfloat16; allowed",
     ),
-    ({}, {"weights": jnp.zeros((RANKS, H, F))}, r"shape \[1, 16, 24\]; allowed: \[2, ...\]"),
+    ({}, {"weights": jnp.zeros((RANKS, H, F))}, r"float32\[1, 16, 24\]; allowed: \[2, ...\]"),
 ]
 
 

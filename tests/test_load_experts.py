@@ -252,6 +252,14 @@ def test_a_layer_with_more_experts_gets_zeros_if_that_is_asked_for(group):
     assert not np.asarray(moe.w_up.get_value())[5:].any()
 
 
+def test_experts_that_can_be_selected_are_never_padding():
+    with make_group(num_experts=6, pad_experts=True) as group:  # of 8, on 4 ranks
+        moe = make_nnx(group)
+        few = {name: value[:5] for name, value in _separate("torch", GATED).items()}
+        with pytest.raises(ValueError, match="gate is 5 x .* allowed: 6 x"):
+            load_experts(moe, layout="torch", **few, pad_experts=True)
+
+
 def test_a_layer_that_pads_its_experts_gets_zeros_without_being_asked():
     with make_group(num_experts=6, pad_experts=True) as group:  # of 8, on 4 ranks
         moe = make_nnx(group)

@@ -87,7 +87,8 @@ def load_experts(
     expert is needed. An array is made shard by shard: a process reads the experts that its own
     devices hold (and the first one, whose shape is checked), and has no copy of all of them.
 
-    What is not passed is left alone, so that a layer may be filled by several calls.
+    After an error some arrays may have been written, and others not. What is not passed is left
+    alone, so that a layer may be filled by several calls.
 
     Args:
         layer: where the weights go. An `jax_ep.flax.nnx.MoE`: they are written into it, with the
@@ -229,8 +230,13 @@ def _sizes(
         sizes["L"] = pad_experts
         return sizes, counts[0]
     of_config = getattr(getattr(getattr(layer, "spec", None), "group", None), "config", None)
-    may_pad = pad_experts or getattr(of_config, "num_experts", None) == counts[0]
-    return sizes, counts[0] if may_pad and counts[0] < sizes["L"] else sizes["L"]
+    of_router = getattr(of_config, "num_experts", None if params is None else sizes.get("E"))
+    may_pad = pad_experts or of_router == counts[0]
+    # What is not padding can be selected, and has to be in the checkpoint.
+    is_padding = of_router in (None, sizes["L"], counts[0])
+    if may_pad and is_padding and counts[0] < sizes["L"]:
+        return sizes, counts[0]
+    return sizes, sizes["L"] if is_padding else of_router
 
 
 def _size(sizes: Mapping[str, int], dim: str | int) -> int:

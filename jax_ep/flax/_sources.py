@@ -124,13 +124,14 @@ class Source:
         want = f"{allowed[0]} x " if self.per_expert else ""
         raise ValueError(
             f"{self.argument} is {count}{self.dtype}{list(self.item_shape)}{reads}; allowed: "
-            f"{want}[{names}] = {list(allowed[first:])}, as {of} has{self._what_fits(allowed)}"
+            f"{want}[{names}] = {list(allowed[first:])}, as {of} has{self._what_fits(allowed, of)}"
         )
 
-    def _what_fits(self, allowed: tuple[int, ...]) -> str:
+    def _what_fits(self, allowed: tuple[int, ...], of: str) -> str:
         first = 1 if self.per_expert else 0
         if self.shape[first:] == allowed[first:]:
-            return ". pad_experts=True adds experts of zeros" if self.shape < allowed else ""
+            is_padded = of == "the layer" and self.shape < allowed
+            return ". pad_experts=True adds experts of zeros" if is_padded else ""
         fused = next((f for f, parts in _FUSED.items() if self.argument in parts), None)
         as_others = [(self.argument, self.part)]
         if fused is not None:
@@ -267,15 +268,13 @@ def _source(argument: str, value: Any, *, ndim: int, per_expert: bool, **options
 def _item(value: Any, expert: int | None, *, whole_shape: bool = False) -> Any:
     """One expert's array in NumPy, or all of it; with `whole_shape` what has shape and dtype."""
     value = value() if callable(value) else value
-    if not isinstance(value, Sequence) and hasattr(value, "detach"):
+    if expert is not None:  # before it is converted, which may take a copy
+        value = value[expert]
+        value = value() if callable(value) else value
+    if hasattr(value, "detach"):
         value = _of_torch(value)
     if whole_shape and hasattr(value, "shape") and hasattr(value, "dtype"):
         return value
-    if expert is not None:
-        value = value[expert]
-        value = value() if callable(value) else value
-        if hasattr(value, "detach"):
-            value = _of_torch(value)
     return np.asarray(value)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._src.api import dispatch
 from jax_ep._src.balancing.placement import PlacementArrays
@@ -21,13 +21,15 @@ from jax_ep._src.checks import check_array, check_call, check_group, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.groups.group import EpGroup, kept
 
+_NO_BYTES = ("bool", "int2", "int4", "uint2", "uint4", "float4_e2m1fn")
+
 
 def expand_experts(weights: Any, arrays: PlacementArrays, *, group: EpGroup) -> Any:
     """The weights of this rank's slots, from those of the logical experts.
 
     For training: parameters and the optimizer's state stay those of the logical experts, which are
-    copied in each step, and the gradient of an expert is the sum of those of its copies, of a
-    rank's own first, then by rank, rounded once. Runs inside `jax.shard_map` over the group's axes.
+    copied in each step, and the gradient of an expert is the sum of those of its copies in the
+    order of combine, by rank, rounded once. Runs inside `jax.shard_map` over the group's axes.
 
     Args:
         weights: a pytree of arrays `[E / R, ...]` of `config.dtype`, this rank's logical experts.
@@ -36,7 +38,7 @@ def expand_experts(weights: Any, arrays: PlacementArrays, *, group: EpGroup) -> 
         arrays: of the layer, from `ExpertPlacement.layer`.
         group: an open `EpGroup` for the weights: `num_experts` is `P`, the slots of all ranks,
             `num_topk` is `J`, the most copies of an expert, and a rank has room for the rows of
-            all of its slots.
+            all of its slots. Without an FP8 wire and alignment.
 
     Returns:
         A pytree of arrays `[P / R, ...]`; zeros for a slot without an expert.
@@ -46,7 +48,7 @@ def expand_experts(weights: Any, arrays: PlacementArrays, *, group: EpGroup) -> 
             its axes.
         EpGroupClosed: the group has been closed.
     """
-    check_group(group, expert_layout_for="expand_experts")
+    _check_group(group, "expand_experts")
     check_call("expand_experts", group)
     num_experts, max_copies = _check_arrays("arrays", arrays, group)
     if num_experts % group.num_ranks or max_copies != group.config.num_topk:
@@ -65,7 +67,7 @@ def expand_experts(weights: Any, arrays: PlacementArrays, *, group: EpGroup) -> 
         if leaf.dtype != group.config.dtype:
             raise ValueError(
                 f"weights have an array of {leaf.dtype}; allowed: EpConfig.dtype, "
-                f"{group.config.dtype.name}"
+                f"{group.config.dtype.name}, in which they have gradients"
             )
         _check_room(group, num_own * rows, group.num_local_experts * rows)
         received, filled = _send_rows(group, leaf, wanted, rows)
@@ -79,44 +81,54 @@ def move_experts(params: Any, *, old: PlacementArrays, new: PlacementArrays, gro
     """Weights of slots as another placement has them; outside of `shard_map`, between steps.
 
     Slots that keep their expert keep its weights. Others get a copy from a slot that has had the
-    expert: of the same rank if there is one, else of the lowest. What is given is donated: there is
-    room for the rows that move, and never for a second copy of all weights. The bits are those of
-    the source, in any dtype.
+    expert: of the same rank if there is one, else of the lowest. The bits are those of the source.
+    Arrays that are split over the group's axes are donated: beside them there is room for the rows
+    that move, and, of an array of another dtype than `config.dtype`, for one more of its shards.
 
     Args:
-        params: a pytree of global arrays `[P, ...]`, split over the group's axes along the slots.
-            All but the first dimension have a multiple of the bytes of a row of the group.
+        params: a pytree of different global arrays `[P, ...]`, split over the group's axes along
+            the slots, of `config.dtype` or of numbers of fewer bytes, which travel as its bits. All
+            but the first dimension have a multiple of the bytes of a row of the group.
         old: the placement that they have.
         new: the one that they get.
         group: an open `EpGroup` for the weights: `num_experts` is `P`; a slot may be copied to up
             to `num_topk` others; a rank has room (`recv_capacity`) for the rows of the slots that
-            change on it.
+            change on it. Without an FP8 wire and alignment.
 
     Returns:
         The pytree of arrays.
 
     Raises:
         ValueError: an argument does not fit the group, more changes than it has room for, or an
-            expert of `new` is in no slot of `old`.
+            expert of `new` is in no slot of `old`. No array has been donated then.
         EpGroupClosed: the group has been closed.
     """
-    check_group(group, expert_layout_for="move_experts")
+    _check_group(group, "move_experts")
     group.check_open()
     for name, arrays in (("old", old), ("new", new)):
         _check_arrays(name, arrays, group)
     before, after = np.asarray(old.slot_expert), np.asarray(new.slot_expert)
     wanted = _wanted_slots(before, after, group)
     changed = ((before != after) & (after >= 0)).reshape(group.num_ranks, -1).sum(axis=1).max()
-
-    def move(leaf: Any) -> jax.Array:
-        leaf = as_array(leaf)
-        rows = _rows_of(_as_rows_dtype(leaf, group), group.config.num_experts, group)
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [as_array(leaf) for leaf in leaves]
+    # All of them before the first is given away.
+    all_rows = [_rows_of(leaf, group.config.num_experts, group) for leaf in leaves]
+    for rows in all_rows:
         _check_room(group, group.num_local_experts * rows, int(changed) * rows)
+    if len(set(map(id, leaves))) < len(leaves):
+        raise ValueError("params has an array twice; allowed: different ones, as each is donated")
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError("params has an array that was donated before; allowed: what was returned")
+    sharding = NamedSharding(group.mesh, PartitionSpec(group.axis_names))
+    wanted = jax.device_put(wanted, sharding)
+
+    def move(leaf: Any, rows: int) -> jax.Array:
         key = (move_experts, leaf.shape, leaf.dtype)
         run = functools.partial(_move_leaf, group, rows)
         return kept(group, key, lambda: jax.jit(run, donate_argnums=0))(leaf, wanted)
 
-    return jax.tree.map(move, params)
+    return jax.tree.unflatten(tree, list(map(move, leaves, all_rows)))
 
 
 def _move_leaf(group: EpGroup, rows: int, leaf: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -192,16 +204,38 @@ def _check_arrays(name: str, arrays: Any, group: EpGroup) -> tuple[int, int]:
     return arrays.copies.shape[0], arrays.copies.shape[1]
 
 
+def _check_group(group: Any, operation: str) -> None:
+    """Raises unless rows arrive as they were, and next to each other."""
+    check_group(group, expert_layout_for=operation)
+    config = group.config
+    if config.wire_dtype is not None or config.expert_alignment != 1:
+        raise ValueError(
+            f"group has EpConfig.wire_dtype {config.wire_dtype} and expert_alignment "
+            f"{config.expert_alignment}; allowed for {operation}: None and 1, so that weights "
+            "arrive as they are, in the room that they take"
+        )
+
+
 def _rows_of(leaf: Any, num: int, group: EpGroup) -> int:
     """Rows of each expert or slot; raises unless an array has `num` of them, in whole rows."""
-    shape = leaf.shape if is_array(leaf) else ()
-    elements, hidden = math.prod(shape[1:]), group.config.hidden
-    if not shape or shape[0] != num or elements % hidden or not elements:
+    config = group.config
+    if not is_array(leaf):
+        raise ValueError(f"weights have a {type(leaf).__name__}; allowed: arrays")
+    # Bits of what has no whole bytes are not where JAX says.
+    is_whole = leaf.dtype.itemsize <= config.dtype.itemsize and leaf.dtype.name not in _NO_BYTES
+    if not is_whole or config.dtype.itemsize % leaf.dtype.itemsize:
         raise ValueError(
-            f"weights have an array of shape {list(shape)}; allowed: [{num}, ...] with a multiple "
-            f"of EpConfig.hidden elements for each, which is {hidden}"
+            f"weights have an array of {leaf.dtype}; allowed: EpConfig.dtype, {config.dtype.name}, "
+            "or numbers of fewer whole bytes that fill it"
         )
-    return elements // hidden
+    num_bytes = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+    row_bytes = config.hidden * config.dtype.itemsize
+    if not leaf.ndim or leaf.shape[0] != num or num_bytes % row_bytes or not num_bytes:
+        raise ValueError(
+            f"weights have an array {leaf.dtype}{list(leaf.shape)}; allowed: [{num}, ...] with a "
+            f"multiple of {row_bytes} bytes for each, which is a row of the group"
+        )
+    return num_bytes // row_bytes
 
 
 def _check_room(group: EpGroup, sent: int, received: int) -> None:
@@ -225,12 +259,7 @@ def _as_rows_dtype(leaf: jax.Array, group: EpGroup) -> jax.Array:
     if leaf.dtype == dtype:
         return leaf
     flat = leaf.reshape(leaf.shape[0], -1)
-    factor, rest = divmod(dtype.itemsize, leaf.dtype.itemsize)
-    if rest or flat.shape[1] % factor:
-        raise ValueError(
-            f"weights have an array {leaf.dtype}{list(leaf.shape)}; allowed: EpConfig.dtype, "
-            f"{dtype.name}, or smaller numbers that fill it"
-        )
+    factor = dtype.itemsize // leaf.dtype.itemsize
     if factor == 1:
         return jax.lax.bitcast_convert_type(flat, dtype)
     return jax.lax.bitcast_convert_type(flat.reshape(*flat.shape[:1], -1, factor), dtype)

@@ -94,6 +94,8 @@ class Rebalancer:
         self._num_moved = 0
         self._imbalance = math.nan
         self.set_placement(placement)
+        # What planning refuses is refused now, and not at the end of a window.
+        self._planned(np.ones(placement.copies.shape[:2]), np.arange(placement.num_layers))
 
     def set_placement(self, placement: ExpertPlacement) -> None:
         """Takes a placement that was planned elsewhere, say after a rank was lost.
@@ -132,9 +134,9 @@ class Rebalancer:
         self.age_steps += int(steps)
         if self._window_steps < self.every:
             return None
-        load = self._window
+        answer = self._decide(self._window)
         self._begin_window()
-        return self._decide(load)
+        return answer
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a monitoring system, by their names there.
