@@ -256,7 +256,7 @@ def test_experts_that_can_be_selected_are_never_padding():
     with make_group(num_experts=6, pad_experts=True) as group:  # of 8, on 4 ranks
         moe = make_nnx(group)
         few = {name: value[:5] for name, value in _separate("torch", GATED).items()}
-        with pytest.raises(ValueError, match="gate is 5 x .* allowed: 6 x"):
+        with pytest.raises(ValueError, match=r"gate is 5 x .* allowed: 6 x"):
             load_experts(moe, layout="torch", **few, pad_experts=True)
 
 
