@@ -18,6 +18,9 @@ import jax_ep
 from ep_testing.problems import EpProblem
 from ep_testing.programs import make_group, make_mesh
 
+# Of meshes with axes that are not manual, along which devices repeat the work.
+pytestmark = pytest.mark.filterwarnings("ignore:dispatch is called in a jax.shard_map that leaves")
+
 HIDDEN, TOKENS, VISITS = 8, 3, 100
 
 
