@@ -233,10 +233,9 @@ def _sizes(
     of_router = getattr(of_config, "num_experts", None if params is None else sizes.get("E"))
     may_pad = pad_experts or of_router == counts[0]
     # What is not padding can be selected, and has to be in the checkpoint.
-    is_padding = of_router in (None, sizes["L"], counts[0])
-    if may_pad and is_padding and counts[0] < sizes["L"]:
-        return sizes, counts[0]
-    return sizes, sizes["L"] if is_padding else of_router
+    if of_router is not None and of_router not in (sizes["L"], counts[0]):
+        return sizes, of_router
+    return sizes, counts[0] if may_pad and counts[0] < sizes["L"] else sizes["L"]
 
 
 def _size(sizes: Mapping[str, int], dim: str | int) -> int:
