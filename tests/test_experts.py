@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from ep_testing import dense_experts as dense
-from ep_testing.dense_experts import E, F, H, K, assert_trees_close
-from ep_testing.programs import make_mesh
+from ep_testing.dense_experts import E, F, H, assert_trees_close
 from jax_ep import experts
 
 RANKS = 4
@@ -23,16 +22,8 @@ X, IDX, W = dense.random_tokens((RANKS * 6,))
 UP, DOWN = ("experts", "hidden", "ffn"), ("experts", "ffn", "hidden")
 
 
-def make_group(backend="ffi", **changes):
-    config = {
-        "num_experts": E,
-        "num_topk": K,
-        "hidden": H,
-        "max_tokens_per_rank": 8,
-        "dtype": jnp.float32,
-    }
-    mesh = make_mesh((RANKS,), ("expert",))
-    return jax_ep.EpGroup(mesh, "expert", jax_ep.EpConfig(**(config | changes)), backend=backend)
+def make_group(backend="ffi", **config):
+    return dense.make_group((RANKS,), ("expert",), backend=backend, **config)
 
 
 def over_ranks(group, make_experts, **kwargs):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
@@ -24,12 +23,8 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, H)), jnp.float32
 LOGITS = jnp.asarray(np.random.default_rng(1).standard_normal((4, 6, E)), jnp.float32)
 
 
-def make_group(shape=(2, 4), names=("data", "expert"), *, explicit=False, **changes):
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-    sizes = {"num_experts": E, "num_topk": K, "hidden": H, "max_tokens_per_rank": 32}
-    config = jax_ep.EpConfig(**{**sizes, "dtype": jnp.float32, **changes})
-    return jax_ep.EpGroup(mesh, "expert", config, backend="ffi")
+def make_group(shape=(2, 4), names=("data", "expert"), **options):
+    return dense.make_group(shape, names, **options)
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +198,7 @@ def test_arrays_are_spread_over_tensor_and_fsdp_axes(token_spec):
 def test_shared_experts_in_parts_where_an_exchange_is_not_in_halves(token_spec):
     results = []
     for axes in ({}, {"tensor_axes": ("tensor",), "token_spec": token_spec}):
-        mesh = jax.make_mesh(*FSDP, axis_types=(AxisType.Auto,) * 3)
-        sizes = {"num_experts": E, "num_topk": K, "hidden": H, "max_tokens_per_rank": 32}
-        config = jax_ep.EpConfig(**sizes, dtype=jnp.float32)
-        with jax_ep.EpGroup(mesh, "expert", config, backend="xla") as group:
+        with make_group(*FSDP, backend="xla") as group:
             layer = make_layer(group, shared_ffn=4, **axes)
             both = nnx.value_and_grad(lambda layer: (layer.with_stats(X[:, :4])[0] ** 2).sum())
             value, grads = both(layer)
@@ -267,6 +259,18 @@ def test_experts_that_do_not_divide_by_the_ranks(explicit):
         np.testing.assert_array_equal(
             stats.tokens_per_expert, np.bincount(np.ravel(idx), minlength=6)
         )
+
+
+def test_layers_are_stages_of_a_pipeline():
+    x = jnp.stack([X, X * 0.5])
+    with make_group((2, 4), ("stage", "expert")) as group:
+        layer = linen_layers.MoE(group, F, data_axes=())
+        stages = [nn.unbox(layer.init(jax.random.key(seed), X)) for seed in range(2)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stages)
+        mapped = jax.jit(jax.vmap(layer.apply, spmd_axis_name="stage"))
+        got = mapped(stacked, x)
+        want = jnp.stack([layer.apply(*of_stage) for of_stage in zip(stages, x, strict=True)])
+    assert_trees_close(got, want)
 
 
 def test_accumulated_loads_update_the_bias(group):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from ep_testing import dense_experts as dense
-from ep_testing.dense_experts import E, F, H, K, assert_trees_close
+from ep_testing.dense_experts import E, F, H, K, assert_trees_close, make_group
 from jax_ep import experts
 
 WEIGHTS = dense.random_weights()
@@ -21,20 +21,6 @@ DATA = ((2, 4), ("data", "expert"))
 SEQUENCE = ((2, 4), ("sequence", "expert"))
 FSDP = ((2, 2, 2), ("fsdp", "tensor", "expert"))
 SPLIT = {"tensor_axes": "tensor", "fsdp_axes": "fsdp"}
-
-
-def make_group(mesh, *, explicit=False, **changes):
-    shape, names = mesh
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-    config = {
-        "num_experts": E,
-        "num_topk": K,
-        "hidden": H,
-        "max_tokens_per_rank": 32,
-        "dtype": jnp.float32,
-    }
-    return jax_ep.EpGroup(mesh, "expert", jax_ep.EpConfig(**(config | changes)), backend="ffi")
 
 
 def value_and_grads(f, x, *args):
@@ -48,7 +34,7 @@ def value_and_grads(f, x, *args):
 
 def assert_equals_dense(mesh, lead, token_spec, *, mask=None, explicit=False, **axes):
     x, idx, w = dense.random_tokens(lead)
-    with make_group(mesh, explicit=explicit) as group, jax.set_mesh(group.mesh):
+    with make_group(*mesh, explicit=explicit) as group, jax.set_mesh(group.mesh):
 
         def moe(x, w, p):
             bound = experts.gated(**p)
@@ -136,7 +122,7 @@ def test_nothing_is_gathered_that_is_not_needed(
 ):
     weights = dense.random_weights(biases=False)
     lead = (16,)
-    with make_group(mesh) as group:
+    with make_group(*mesh) as group:
 
         def moe(x, idx, w, p):
             bound = experts.gated(**p)
@@ -172,7 +158,7 @@ def test_statistics_are_those_of_the_whole_mesh():
         (DATA, P("data"), {}),
     ]:
         x, idx, w = dense.random_tokens((4, 4))
-        with make_group(mesh) as group:
+        with make_group(*mesh) as group:
             _, stats = jax_ep.sharded_moe(
                 x, idx, w, experts.gated(**WEIGHTS), group=group, token_spec=token_spec,
                 with_stats=True, **axes,
@@ -191,7 +177,7 @@ def test_quantized_and_low_rank_weights_are_split_with_the_others():
     a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((E, F, 3), (E, 3, H)))
     rest = {n: v for n, v in WEIGHTS.items() if n not in ("w_up", "w_down")}
     bound = experts.gated(w_up=quantized, w_down=experts.LowRank(WEIGHTS["w_down"], a, b), **rest)
-    with make_group(FSDP) as group:
+    with make_group(*FSDP) as group:
         got = jax_ep.sharded_moe(
             x, idx, w, bound, group=group, token_spec=P(("fsdp", "expert")), **SPLIT
         )
@@ -217,7 +203,7 @@ def test_scales_of_blocks_are_gathered_with_their_values(blocks):
         "w_up": quantized((E, H, F), up),
         "w_down": quantized((E, F, H), down),
     }
-    with make_group(FSDP) as group:
+    with make_group(*FSDP) as group:
         got = jax_ep.sharded_moe(
             x, idx, w, experts.gated(**parts), group=group, token_spec=P("fsdp"), **SPLIT
         )
@@ -229,7 +215,7 @@ def test_tensor_axes_need_something_to_split():
     x, idx, w = dense.random_tokens((16,))
     square = {"w": jnp.ones((E, H, H))}
     custom = experts.custom(lambda recv, p: recv.x, square, {"w": ("experts", "hidden", None)})
-    with make_group(FSDP) as group, pytest.raises(ValueError, match=r"no weight with .* 'ffn'"):
+    with make_group(*FSDP) as group, pytest.raises(ValueError, match=r"no weight with .* 'ffn'"):
         jax_ep.sharded_moe(
             x, idx, w, custom, group=group, token_spec=P("fsdp"), tensor_axes="tensor"
         )
@@ -237,7 +223,7 @@ def test_tensor_axes_need_something_to_split():
 
 def test_no_tokens_where_tensor_axes_split_them():
     x, idx, w = dense.random_tokens((4, 0))
-    with make_group(FSDP) as group:
+    with make_group(*FSDP) as group:
         got = jax_ep.sharded_moe(
             x,
             idx,
@@ -253,7 +239,7 @@ def test_no_tokens_where_tensor_axes_split_them():
 def test_stages_of_a_pipeline_by_vmap():
     x, idx, w = dense.random_tokens((2, 8))
     stacked = jax.tree.map(lambda a: jnp.stack([a, a * 0.5]), WEIGHTS)
-    with make_group(((2, 4), ("stage", "expert"))) as group:
+    with make_group((2, 4), ("stage", "expert")) as group:
 
         def stage(x, idx, w, p):
             spec = P("expert")
@@ -273,7 +259,7 @@ def test_experts_are_padded():
     idx = jnp.asarray(
         np.argsort(np.random.default_rng(0).random((*lead, experts_)), -1)[:, :K], jnp.int32
     )
-    with make_group(DATA, num_experts=experts_, pad_experts=True) as group:
+    with make_group(*DATA, num_experts=experts_, pad_experts=True) as group:
 
         def moe(x, w, p):
             spec = P(("data", "expert"))
@@ -307,7 +293,7 @@ BAD = [
 @pytest.mark.parametrize(("changed", "message"), BAD)
 def test_errors_say_what_is_allowed(changed, message):
     x, idx, w = dense.random_tokens((16,))
-    with make_group(FSDP) as group:
+    with make_group(*FSDP) as group:
         arguments = {
             "x": x,
             "topk_idx": idx,
@@ -321,7 +307,7 @@ def test_errors_say_what_is_allowed(changed, message):
 
 def test_too_many_tokens_for_a_device():
     x, idx, w = dense.random_tokens((64,))
-    group = make_group(DATA, max_tokens_per_rank=7)
+    group = make_group(*DATA, max_tokens_per_rank=7)
     with (
         group,
         pytest.raises(ValueError, match=r"x has 64 tokens, 8 on each of 8 devices .* is 7"),
@@ -335,7 +321,10 @@ def test_axes_that_do_not_divide_the_weights():
     odd = {n: a for n, a in odd.items() if not n.startswith("bias")} | {
         "w_down": WEIGHTS["w_down"][:, :23]
     }
-    with make_group(FSDP) as group, pytest.raises(ValueError, match=r"tensor_axes has .*divide 23"):
+    with (
+        make_group(*FSDP) as group,
+        pytest.raises(ValueError, match=r"tensor_axes has .*divide 23"),
+    ):
         jax_ep.sharded_moe(
             x, idx, w, experts.gated(**odd), group=group, token_spec=P("fsdp"), tensor_axes="tensor"
         )
@@ -343,7 +332,7 @@ def test_axes_that_do_not_divide_the_weights():
 
 def test_inside_of_shard_map_it_says_what_to_call():
     x, idx, w = dense.random_tokens((16,))
-    with make_group(DATA) as group:
+    with make_group(*DATA) as group:
 
         def on_rank(x, idx, w):
             bound = experts.gated(**WEIGHTS)

@@ -124,8 +124,6 @@ def moe(
         EpGroupClosed: the group has been closed.
     """
     check_group(group, expert_layout_for="moe")
-    if topk_weights is None:
-        raise ValueError("topk_weights is None; allowed: float32[T, K]")
     experts = gated(w_gate, w_up, w_down, activation=activation)
     return _moe(x, topk_idx, topk_weights, experts, group, "output", overlap, with_stats)
 
@@ -208,8 +206,6 @@ def moe_with_experts(
         )
     if weigh not in get_args(Weigh):
         raise ValueError(f"weigh is {weigh!r}; allowed: 'output', 'input'")
-    if topk_weights is None:
-        raise ValueError("topk_weights is None; allowed: float32[T, K]")
     return _moe(x, topk_idx, topk_weights, experts, group, weigh, overlap, with_stats)
 
 
@@ -223,6 +219,8 @@ def _moe(
     overlap: Overlap | None,
     with_stats: bool,
 ) -> Any:
+    if topk_weights is None:
+        raise ValueError("topk_weights is None; allowed: float32[T, K]")
     if isinstance(experts, ExpertWeights):
         experts.check(group)
     if overlap is not None and not callable(overlap):

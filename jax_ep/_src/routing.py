@@ -120,7 +120,7 @@ def route(
     logits = as_logits(logits)
     _check_experts(logits.shape[1], num_topk, bias)
     _check_groups(logits.shape[1], num_topk, num_groups, num_topk_groups, group_score)
-    epsilon = _as_epsilon(epsilon)
+    _as_epsilon(epsilon)  # refused where it is not used, too
     num_topk = int(num_topk)  # NumPy's integers are taken as well
     if num_topk == 1 and normalize and logits.shape[1] > 1:
         # Python shows it once for each place that calls; that of all layers is one.
@@ -134,9 +134,17 @@ def route(
     # Stable: of equal values, top_k puts the lower index first.
     _, topk_idx = jax.lax.top_k(ranked, num_topk)
     topk_weights = jnp.take_along_axis(scores, topk_idx, axis=-1, mode="promise_in_bounds")
+    topk_weights = weights_of(topk_weights, normalize=normalize, epsilon=epsilon, scale=scale)
+    return topk_idx.astype(jnp.int32), topk_weights
+
+
+def weights_of(
+    topk_scores: jax.Array, *, normalize: bool, epsilon: float, scale: float
+) -> jax.Array:
+    """`[T, K]`: the weights of experts that were chosen, of their scores `[T, K]`; see `route`."""
     if normalize:
-        topk_weights = normalized(topk_weights, epsilon)
-    return topk_idx.astype(jnp.int32), topk_weights * jnp.asarray(scale, jnp.float32)
+        topk_scores = normalized(topk_scores, _as_epsilon(epsilon))
+    return topk_scores * jnp.asarray(scale, jnp.float32)
 
 
 def update_bias(bias: ArrayLike, tokens_per_expert: ArrayLike, *, rate: float) -> jax.Array:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src.losses import load_balance_loss, router_z_loss
-from jax_ep._src.scores import normalized, scores_of
+from jax_ep._src.routing import weights_of
+from jax_ep._src.scores import scores_of
 from jax_ep._src.sharded.token_split import Tokens
 from jax_ep.flax._layer import LayerSpec
 
@@ -60,9 +61,7 @@ def _weights_at(spec: LayerSpec, logits: jax.Array, topk_idx: jax.Array) -> jax.
     scores = scores_of(logits, spec.score)
     weights = jnp.take_along_axis(scores, jnp.maximum(topk_idx, 0), axis=-1)
     weights = jnp.where(topk_idx >= 0, weights, 0.0)
-    if spec.normalize:
-        weights = normalized(weights, spec.epsilon)
-    return weights * jnp.asarray(spec.scale, jnp.float32)
+    return weights_of(weights, normalize=spec.normalize, epsilon=spec.epsilon, scale=spec.scale)
 
 
 def losses_of(

@@ -7,8 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
+
+import jax_ep
 
 E, H, F, K = 8, 16, 24, 2
+
+
+def make_group(
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    *,
+    explicit: bool = False,
+    backend: str = "ffi",
+    **config: Any,
+) -> jax_ep.EpGroup:
+    """A group for such experts over the axis "expert" of a mesh."""
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+    sizes = {"num_experts": E, "num_topk": K, "hidden": H, "max_tokens_per_rank": 32}
+    made = jax_ep.EpConfig(**{**sizes, "dtype": jnp.float32, **config})
+    return jax_ep.EpGroup(mesh, "expert", made, backend=backend)
 
 
 def random_weights(seed: int = 0, *, biases: bool = True) -> dict[str, jax.Array]:

@@ -55,14 +55,11 @@ class ExpertWeights:
             if name not in self.weights:
                 continue
             weight = as_array(self.weights[name])
+            if sizes["ffn"] == "F" and "ffn" in dims:
+                sizes["ffn"] = _ffn_of(weight, dims, group.config.hidden)
             shape = tuple(
                 d if isinstance(d, int) else sizes.get(d, f"d{i}") for i, d in enumerate(dims)
             )
-            if sizes["ffn"] == "F" and "ffn" in dims:
-                sizes["ffn"] = _ffn_of(weight, dims, group.config.hidden)
-                shape = tuple(
-                    d if isinstance(d, int) else sizes.get(d, f"d{i}") for i, d in enumerate(dims)
-                )
             is_own = isinstance(self.kind, Custom) and is_array(weight)
             dtype = weight.dtype if is_own else group.config.dtype
             check = check_matrices if len(dims) == 3 else check_array

@@ -139,15 +139,15 @@ def run_on_tokens(
         out, stats = body(tokens, weights)
         return (out if split.others else _unflatten(split, out)), stats
 
-    out_specs = specs if split.others else PartitionSpec(*split.partition(len(split.dims)))
+    by_dims = split.partition(len(split.dims))
+    out_specs = specs if split.others else by_dims
     out, stats = jax.shard_map(
         on_device, mesh=mesh, in_specs=(specs, weight_specs), out_specs=(out_specs, stats_specs)
     )(tokens, weights)
     if split.others:
         out = {name: reshard(mesh, array, flat) for name, array in out.items()}
         unflatten = functools.partial(_unflatten, split)
-        where_out = PartitionSpec(*split.partition(len(split.dims)))
-        out = jax.shard_map(unflatten, mesh=mesh, in_specs=(flat,), out_specs=where_out)(out)
+        out = jax.shard_map(unflatten, mesh=mesh, in_specs=(flat,), out_specs=by_dims)(out)
     return {name: _cut(split, array) for name, array in out.items()}, stats
 
 
