@@ -11,6 +11,7 @@
 
 #include "csrc/device/rail.h"
 #include "csrc/kernels/high_throughput/plan_context.h"
+#include "csrc/kernels/internode/message.h"
 
 namespace jax_ep::dev {
 
@@ -28,14 +29,9 @@ class PlanRouting {
       const i32 domain = rail_.domain_at_turn(item % rail_.num_others());
       if (lane_id() == 0) rail_.wait_credit(domain, chunk);
       warp_sync();
-      const Ptr<i32> to = as<i32>(rail_.send_buffer(domain, chunk));
+      const Ptr<u32> to = as<u32>(rail_.send_buffer(domain, chunk));
       const auto from = Ptr<const i32>{c_.op.topk_idx} + rail_.first_token(chunk) * c_.num_topk;
-      for (i64 i = lane_id(); i < num_selections(chunk); i += kWarpSize) st(to + i, ld(from + i));
-      // What fills up the last 16 bytes is sent, too.
-      for (i64 i = num_selections(chunk) + lane_id(); i < 4 * num_vectors(chunk); i += kWarpSize) {
-        st(to + i, -1);
-      }
-      rail_.send(domain, chunk, 16 * num_vectors(chunk));
+      rail_.send(domain, chunk, put_words(to, as<const u32>(from), num_selections(chunk)));
     }
   }
 
@@ -57,7 +53,6 @@ class PlanRouting {
   JAX_EP_DEVICE i64 num_selections(i32 chunk) const {
     return (rail_.last_token(chunk) - rail_.first_token(chunk)) * c_.num_topk;
   }
-  JAX_EP_DEVICE i64 num_vectors(i32 chunk) const { return ceil_div(num_selections(chunk), 4); }
 
   // Its reads of the message come before a warp_sync.
   JAX_EP_DEVICE void hand_on(i32 domain, i32 chunk) const {
