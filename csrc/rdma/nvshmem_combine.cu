@@ -12,6 +12,7 @@ using Compiled = CompiledInternodeCombine<dev::NvshmemTransport>;
 
 cudaError_t load_nvshmem_combine() { return Compiled::load(); }
 
+template <>
 cudaError_t launch_over_nvshmem(const CombineParams& params,
                                 const RdmaNetwork& network,
                                 const LaunchShape& shape,

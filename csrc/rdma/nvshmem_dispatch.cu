@@ -12,6 +12,7 @@ using Compiled = CompiledInternodeDispatch<dev::NvshmemTransport>;
 
 cudaError_t load_nvshmem_dispatch() { return Compiled::load(); }
 
+template <>
 cudaError_t launch_over_nvshmem(const DispatchParams& params,
                                 const RdmaNetwork& network,
                                 const LaunchShape& shape,

@@ -13,19 +13,20 @@ namespace jax_ep {
 [[nodiscard]] cudaError_t load_nvshmem_plan();
 [[nodiscard]] cudaError_t load_nvshmem_dispatch();
 [[nodiscard]] cudaError_t load_nvshmem_combine();
+[[nodiscard]] cudaError_t load_nvshmem_low_latency_dispatch();
+[[nodiscard]] cudaError_t load_nvshmem_low_latency_combine();
 
-[[nodiscard]] cudaError_t launch_over_nvshmem(const PlanParams& params,
+// As those of csrc/launch/launch.h over loopback.
+template <typename Op>
+[[nodiscard]] cudaError_t launch_over_nvshmem(const KernelParams<Op>& params,
                                               const RdmaNetwork& network,
                                               const LaunchShape& shape,
                                               cudaStream_t stream);
-[[nodiscard]] cudaError_t launch_over_nvshmem(const DispatchParams& params,
-                                              const RdmaNetwork& network,
-                                              const LaunchShape& shape,
-                                              cudaStream_t stream);
-[[nodiscard]] cudaError_t launch_over_nvshmem(const CombineParams& params,
-                                              const RdmaNetwork& network,
-                                              const LaunchShape& shape,
-                                              cudaStream_t stream);
+template <typename Op>
+[[nodiscard]] cudaError_t launch_low_latency_over_nvshmem(const KernelParams<Op>& params,
+                                                          const RdmaNetwork& network,
+                                                          const LaunchShape& shape,
+                                                          cudaStream_t stream);
 
 }  // namespace jax_ep
 

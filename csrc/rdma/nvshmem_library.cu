@@ -65,7 +65,9 @@ void* map(void* memory, int32_t pe) { return nvshmem_ptr(memory, pe); }
 cudaError_t load_kernels() {
   if (cudaError_t e = load_nvshmem_plan(); e != cudaSuccess) return e;
   if (cudaError_t e = load_nvshmem_dispatch(); e != cudaSuccess) return e;
-  return load_nvshmem_combine();
+  if (cudaError_t e = load_nvshmem_combine(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_nvshmem_low_latency_dispatch(); e != cudaSuccess) return e;
+  return load_nvshmem_low_latency_combine();
 }
 
 constexpr RdmaLibrary kLibrary = {
@@ -88,6 +90,8 @@ constexpr RdmaLibrary kLibrary = {
     .launch_plan = launch_over_nvshmem,
     .launch_dispatch = launch_over_nvshmem,
     .launch_combine = launch_over_nvshmem,
+    .launch_low_latency_dispatch = launch_low_latency_over_nvshmem,
+    .launch_low_latency_combine = launch_low_latency_over_nvshmem,
 };
 
 }  // namespace

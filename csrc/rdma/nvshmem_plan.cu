@@ -12,6 +12,7 @@ using Compiled = CompiledInternodePlan<dev::NvshmemTransport>;
 
 cudaError_t load_nvshmem_plan() { return Compiled::load(); }
 
+template <>
 cudaError_t launch_over_nvshmem(const PlanParams& params,
                                 const RdmaNetwork& network,
                                 const LaunchShape& shape,

@@ -5,17 +5,27 @@
 
 namespace jax_ep {
 
+namespace {
+
+constexpr uint64_t kPhasesBytes = 256;  // of which few are used: what follows stays aligned
+static_assert(8 * kNumChannels <= kPhasesBytes);
+
+}  // namespace
+
 uint64_t SimulatedRails::memory_bytes(const NetworkShape& shape) {
-  return static_cast<uint64_t>(make_network_layout(shape).total_bytes);
+  return static_cast<uint64_t>(make_network_layout(shape).total_bytes) + kPhasesBytes;
 }
 
 uint32_t SimulatedRails::max_shared_bytes() {
   SimulatedInternodeParams<DispatchOp> products{};
   products.op.weighted = true;
-  return std::max({simulated_internode_kernel(SimulatedInternodeParams<PlanOp>{}).shared_bytes,
-                   simulated_internode_kernel(SimulatedInternodeParams<DispatchOp>{}).shared_bytes,
-                   simulated_internode_kernel(products).shared_bytes,
-                   simulated_internode_kernel(SimulatedInternodeParams<CombineOp>{}).shared_bytes});
+  return std::max(
+      {simulated_internode_kernel(SimulatedInternodeParams<PlanOp>{}).shared_bytes,
+       simulated_internode_kernel(SimulatedInternodeParams<DispatchOp>{}).shared_bytes,
+       simulated_internode_kernel(products).shared_bytes,
+       simulated_internode_kernel(SimulatedInternodeParams<CombineOp>{}).shared_bytes,
+       simulated_internode_kernel(SimulatedLowLatencyParams<PlanDispatchOp>{}).shared_bytes,
+       simulated_internode_kernel(SimulatedLowLatencyParams<CombineOp>{}).shared_bytes});
 }
 
 SimulatedRails::SimulatedRails(sim::Machine& machine,
@@ -23,19 +33,15 @@ SimulatedRails::SimulatedRails(sim::Machine& machine,
                                uint64_t offset,
                                const std::string& name)
     : machine_(machine), shape_(shape), layout_(make_network_layout(shape)), offset_(offset) {
-  constexpr const char* kNames[kNumNetworkRegions] = {"delivered",
-                                                      "credits",
-                                                      "send_ring",
-                                                      "receive_ring",
-                                                      "relayed",
-                                                      "pulled",
-                                                      "gathered",
-                                                      "freed",
-                                                      "gather_ring",
-                                                      "sequences",
-                                                      "delivered_sent",
-                                                      "credits_sent",
-                                                      "parts_received"};
+  constexpr const char* kNames[kNumNetworkRegions] = {
+      "delivered",        "credits",      "send_ring",
+      "receive_ring",     "far_arrived",  "far_send",
+      "far_receive",      "relayed",      "pulled",
+      "gathered",         "freed",        "gather_ring",
+      "rank_counts",      "runs",         "sequences",
+      "delivered_sent",   "credits_sent", "parts_received",
+      "far_arrived_sent", "tile_counts",  "all_counts",
+      "run_places",       "run_starts"};
   for (int32_t rank = 0; rank < shape.topology.num_ranks(); ++rank) {
     const auto r = static_cast<uint32_t>(rank);
     for (int32_t i = 0; i < kNumNetworkRegions; ++i) {
@@ -43,12 +49,19 @@ SimulatedRails::SimulatedRails(sim::Machine& machine,
       std::byte* const at = heap(rank) + layout_.offset[i];
       const auto bytes = static_cast<uint64_t>(layout_.bytes[i]);
       machine_.name_region(r, at, bytes, name + "." + kNames[i]);
-      const bool is_ring = region == NetworkRegion::kSendRing ||
-                           region == NetworkRegion::kReceiveRing ||
-                           region == NetworkRegion::kGatherRing;
-      // Rings are written before they are read: they start uninitialized.
-      if (!is_ring && bytes > 0) machine_.fill(r, at, 0, bytes);
+      const bool is_ring =
+          region == NetworkRegion::kSendRing || region == NetworkRegion::kReceiveRing ||
+          region == NetworkRegion::kFarSend || region == NetworkRegion::kFarReceive ||
+          region == NetworkRegion::kGatherRing;
+      const bool is_of_plan = region == NetworkRegion::kRankCounts ||
+                              region == NetworkRegion::kRuns ||
+                              region >= NetworkRegion::kTileCounts;
+      // Rings, and what a plan counts, are written before they are read: they start uninitialized.
+      if (!is_ring && !is_of_plan && bytes > 0) machine_.fill(r, at, 0, bytes);
     }
+    machine_.name_region(
+        r, reinterpret_cast<std::byte*>(phases(rank)), kPhasesBytes, name + ".phases");
+    machine_.fill(r, reinterpret_cast<std::byte*>(phases(rank)), 0, kPhasesBytes);
     machine_.share(r, heap(rank), static_cast<uint64_t>(layout_.domain_bytes));
     machine_.register_for_network(r, heap(rank), static_cast<uint64_t>(layout_.network_bytes));
   }
@@ -96,8 +109,32 @@ void SimulatedRails::set_sequences(uint64_t messages, uint64_t units) {
   }
 }
 
+void SimulatedRails::fill_far_words(uint32_t epoch) {
+  const int64_t words = layout_.bytes[static_cast<int32_t>(NetworkRegion::kFarArrived)] / 8;
+  for (int32_t rank = 0; rank < shape_.topology.num_ranks(); ++rank) {
+    for (int64_t i = 0; i < words; ++i) {
+      const uint64_t flag = arrival_flag(epoch, OpKind::kCombine, 0);
+      write_word(rank, NetworkRegion::kFarArrived, i, flag);
+      write_word(rank, NetworkRegion::kFarArrivedSent, i, flag);
+    }
+  }
+}
+
 std::byte* SimulatedRails::heap(int32_t rank) const {
   return machine_.memory(static_cast<uint32_t>(rank)) + offset_;
+}
+
+uint64_t* SimulatedRails::phases(int32_t rank) const {
+  return reinterpret_cast<uint64_t*>(heap(rank) + layout_.total_bytes);
+}
+
+KernelPhase SimulatedRails::phase(int32_t rank, Channel channel) const {
+  uint64_t word = 0;
+  machine_.read(static_cast<uint32_t>(rank),
+                phases(rank) + static_cast<int32_t>(channel),
+                &word,
+                sizeof word);
+  return unpack_kernel_phase(word);
 }
 
 NetworkView SimulatedRails::network(int32_t rank) const {
@@ -108,7 +145,17 @@ NetworkView SimulatedRails::network(int32_t rank) const {
   for (int32_t index = 0; index < shape_.topology.num_scaleup_ranks; ++index) {
     view.heap[index] = heap(shape_.topology.rank_at(domain, index));
   }
+  view.phases = phases(rank);
   return view;
+}
+
+dev::SimulatedTransport SimulatedRails::transport(int32_t rank) const {
+  dev::SimulatedTransport transport{};
+  for (int32_t peer = 0; peer < shape_.topology.num_ranks(); ++peer) {
+    transport.heap[peer] = heap(peer);
+  }
+  transport.rank = rank;
+  return transport;
 }
 
 }  // namespace jax_ep

@@ -20,6 +20,13 @@ SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<PlanOp
 SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<DispatchOp>& params);
 SimulatedKernel simulated_internode_kernel(const SimulatedInternodeParams<CombineOp>& params);
 
+// The low-latency ones.
+template <typename Op>
+using SimulatedLowLatencyParams = InternodeLowLatencyParams<Op, dev::SimulatedTransport>;
+
+SimulatedKernel simulated_internode_kernel(const SimulatedLowLatencyParams<PlanDispatchOp>& params);
+SimulatedKernel simulated_internode_kernel(const SimulatedLowLatencyParams<CombineOp>& params);
+
 // The network heaps of a group's ranks.
 class SimulatedRails {
  public:
@@ -38,20 +45,31 @@ class SimulatedRails {
   // As after so many messages to each domain, and so many units of sums.
   void set_sequences(uint64_t messages, uint64_t units);
 
+  // As after a low-latency exchange that has used all words of both banks.
+  void fill_far_words(uint32_t epoch);
+
+  // What a rank's kernel of a channel told its host last.
+  [[nodiscard]] KernelPhase phase(int32_t rank, Channel channel) const;
+
   // The parameters of a rank's kernel, but for what they have with one domain, too.
   template <typename Op>
   [[nodiscard]] SimulatedInternodeParams<Op> params(const KernelParams<Op>& of_rank) const {
-    SimulatedInternodeParams<Op> params{of_rank, network(of_rank.view.rank), {}};
-    for (int32_t rank = 0; rank < shape_.topology.num_ranks(); ++rank) {
-      params.transport.heap[rank] = heap(rank);
-    }
-    params.transport.rank = of_rank.view.rank;
-    return params;
+    const int32_t rank = of_rank.view.rank;
+    return {of_rank, network(rank), transport(rank)};
+  }
+  template <typename Op>
+  [[nodiscard]] SimulatedLowLatencyParams<Op> low_latency_params(
+      const KernelParams<Op>& of_rank) const {
+    const int32_t rank = of_rank.view.rank;
+    return {of_rank, network(rank), transport(rank)};
   }
 
  private:
   [[nodiscard]] std::byte* heap(int32_t rank) const;
+  // Behind the heap.
+  [[nodiscard]] uint64_t* phases(int32_t rank) const;
   [[nodiscard]] NetworkView network(int32_t rank) const;
+  [[nodiscard]] dev::SimulatedTransport transport(int32_t rank) const;
   void write_word(int32_t rank, NetworkRegion region, int64_t index, uint64_t value);
 
   sim::Machine& machine_;

@@ -35,17 +35,18 @@ class RailArrivals {
   }
   JAX_EP_DEVICE Ptr<const std::byte> row(i32 source, i64 token) const {
     if (rail_.domain_of(source) == rail_.domain()) return staged_.row(source, token);
-    const i32 place = tokens_from(source, token).place(index_of(token));
-    return message_from(source, token) + message_.row(place);
+    const i32 position = tokens_from(source, token).position(index_of(token));
+    return message_from(source, token) + message_.row(position);
   }
   JAX_EP_DEVICE float scalar(i32 source, i64 token, u32 position) const {
     if (rail_.domain_of(source) == rail_.domain()) return staged_.scalar(source, token, position);
     const TokenSet tokens = tokens_from(source, token);
     // A handle from elsewhere.
     if (!tokens.has(index_of(token))) return 0.0F;
-    const TokenScalars scalars(message_from(source, token) +
-                                   message_.scalars(tokens.count(), tokens.place(index_of(token))),
-                               c_.num_topk);
+    const TokenScalars scalars(
+        message_from(source, token) +
+            message_.scalars(tokens.count(), tokens.position(index_of(token))),
+        c_.num_topk);
     const u32 holders = scalars.holders();
     if ((holders >> rail_.index_of(source) & 1) == 0) return 0.0F;
     return ld(scalars.of(holders, rail_.index_of(source)) + position);
@@ -116,8 +117,8 @@ class InternodeCombineKernel {
 
   JAX_EP_DEVICE void take_role() {
     const u32 blocks = c_.exchange.num_main();
-    // Of warps [first, first + count) of each block, this one's place among all.
-    const auto place = [blocks](u32 first) {
+    // Of warps [first, first + count) of each block, this one's position among all.
+    const auto position = [blocks](u32 first) {
       return static_cast<i32>((warp_id() - first) * blocks + block_id());
     };
     const u32 first_pusher = c_.num_senders;
@@ -126,10 +127,10 @@ class InternodeCombineKernel {
       CombineSender<RowLayout>(c_).send();
     } else if (warp_id() < first_reducer) {
       CombinePusher<RowLayout, Transport>(c_, rail_, layouts_)
-          .push(place(first_pusher), static_cast<i32>(num_pushers_ * blocks));
+          .push(position(first_pusher), static_cast<i32>(num_pushers_ * blocks));
     } else if (warp_id() < first_reducer + num_reducers_) {
       CombineReducer<Context, Transport>(c_, rail_, layouts_)
-          .reduce(place(first_reducer), static_cast<i32>(num_reducers_ * blocks));
+          .reduce(position(first_reducer), static_cast<i32>(num_reducers_ * blocks));
     }
   }
 
@@ -148,9 +149,9 @@ class InternodeCombineKernel {
     }
   }
 
-  JAX_EP_DEVICE ChunkPart part_of(i32 chunk, i32 number) const {
+  JAX_EP_DEVICE ChunkPart part_of(i32 chunk, i32 part_idx) const {
     ChunkPart part = part_of_rail_chunk(c_, rail_, chunk);
-    const typename Rail<Transport>::TokenRange range = rail_.part(chunk, number);
+    const typename Rail<Transport>::TokenRange range = rail_.part(chunk, part_idx);
     part.first_token = range.first;
     part.last_token = range.last;
     return part;

@@ -75,9 +75,9 @@ class InternodeDispatchKernel {
     if (warp < c_.num_senders) {
       DispatchSender<RowLayout, SelectionsInDomain>(c_).send_chunks();
     } else if (warp < c_.num_senders + num_rail_senders_) {
-      const u32 place = (warp - c_.num_senders) * blocks + block_id();
+      const u32 position = (warp - c_.num_senders) * blocks + block_id();
       RailSender<RowLayout, Transport>(c_, rail_, message_)
-          .send(static_cast<i32>(place), static_cast<i32>(num_rail_senders_ * blocks));
+          .send(static_cast<i32>(position), static_cast<i32>(num_rail_senders_ * blocks));
     } else if (block_id() == 0 && warp == kLast) {
       relay_messages(rail_);
     } else if (block_id() + 1 == blocks && warp == (blocks > 1 ? kLast : kLast - 1)) {

@@ -11,6 +11,7 @@ using Compiled = CompiledInternodeCombine<dev::LoopbackTransport>;
 
 cudaError_t load_loopback_combine() { return Compiled::load(); }
 
+template <>
 cudaError_t launch_over_loopback(const CombineParams& params,
                                  const LoopbackNetwork& network,
                                  const LaunchShape& shape,

@@ -11,6 +11,7 @@ using Compiled = CompiledInternodeDispatch<dev::LoopbackTransport>;
 
 cudaError_t load_loopback_dispatch() { return Compiled::load(); }
 
+template <>
 cudaError_t launch_over_loopback(const DispatchParams& params,
                                  const LoopbackNetwork& network,
                                  const LaunchShape& shape,

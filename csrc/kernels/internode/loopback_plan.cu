@@ -11,6 +11,7 @@ using Compiled = CompiledInternodePlan<dev::LoopbackTransport>;
 
 cudaError_t load_loopback_plan() { return Compiled::load(); }
 
+template <>
 cudaError_t launch_over_loopback(const PlanParams& params,
                                  const LoopbackNetwork& network,
                                  const LaunchShape& shape,
@@ -22,7 +23,9 @@ cudaError_t launch_over_loopback(const PlanParams& params,
 cudaError_t load_loopback_kernels() {
   if (cudaError_t e = load_loopback_plan(); e != cudaSuccess) return e;
   if (cudaError_t e = load_loopback_dispatch(); e != cudaSuccess) return e;
-  return load_loopback_combine();
+  if (cudaError_t e = load_loopback_combine(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_loopback_low_latency_dispatch(); e != cudaSuccess) return e;
+  return load_loopback_low_latency_combine();
 }
 
 }  // namespace jax_ep

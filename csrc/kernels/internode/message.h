@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a message of rows between domains holds (one of a plan: plan_routing.h), and a unit of sums:
-// which tokens of the rail chunk it has, a row of each, and if scalars travel what there is of
-// these. Rows and scalars are packed: the i-th is of the i-th token that the message has.
+// What messages between domains hold. Those of a plan: words (plan_routing.h, counts_exchange.h).
+// Those of rows, and units of sums: which tokens of the rail chunk they have, a row of each, and if
+// scalars travel what there is of these. Rows and scalars are packed: the i-th is of the i-th token
+// that the message has.
 #ifndef JAX_EP_CSRC_KERNELS_INTERNODE_MESSAGE_H_
 #define JAX_EP_CSRC_KERNELS_INTERNODE_MESSAGE_H_
 
@@ -10,13 +11,41 @@
 
 namespace jax_ep::dev {
 
+// All lanes of a warp. Several loads of a lane are in flight at once.
+JAX_EP_DEVICE void copy_words(Ptr<u32> to, Ptr<const u32> from, i64 count) {
+  constexpr u32 kAtOnce = 4;
+  const auto num_words = static_cast<u32>(count);
+  JAX_EP_NO_UNROLL
+  for (u32 first = lane_id(); first < num_words; first += kAtOnce * kWarpSize) {
+    u32 words[kAtOnce];
+    JAX_EP_UNROLL
+    for (u32 i = 0; i < kAtOnce; ++i) {
+      if (first + i * kWarpSize < num_words) words[i] = ld(from + (first + i * kWarpSize));
+    }
+    JAX_EP_UNROLL
+    for (u32 i = 0; i < kAtOnce; ++i) {
+      if (first + i * kWarpSize < num_words) st(to + (first + i * kWarpSize), words[i]);
+    }
+  }
+}
+
+// The same into a message. Returns the bytes that travel, which are whole vectors.
+JAX_EP_DEVICE i64 put_words(Ptr<u32> to, Ptr<const u32> from, i64 count) {
+  constexpr i64 kVectorWords = 4;
+  copy_words(to, from, count);
+  const i64 words = align_up(count, kVectorWords);
+  // What fills up the last one is sent, too.
+  for (i64 i = count + lane_id(); i < words; i += kWarpSize) st(to + i, 0U);
+  return 4 * words;
+}
+
 // Tokens of a rail chunk, counted from its first.
 struct TokenSet {
   u64 bits;
 
   JAX_EP_DEVICE bool has(i32 token) const { return (bits >> token & 1) != 0; }
   // How many come before.
-  JAX_EP_DEVICE i32 place(i32 token) const {
+  JAX_EP_DEVICE i32 position(i32 token) const {
     return TokenSet{bits & ((u64{1} << token) - 1)}.count();
   }
   JAX_EP_DEVICE i32 count() const {
@@ -42,9 +71,9 @@ struct MessageLayout {
   i64 row_bytes;      // of each row, a multiple of 16
   i64 scalar_stride;  // of each token's scalars, likewise; 0: none travel
 
-  JAX_EP_DEVICE i64 row(i32 place) const { return kMessageHeaderBytes + place * row_bytes; }
-  JAX_EP_DEVICE i64 scalars(i32 count, i32 place) const {
-    return row(count) + place * scalar_stride;
+  JAX_EP_DEVICE i64 row(i32 position) const { return kMessageHeaderBytes + position * row_bytes; }
+  JAX_EP_DEVICE i64 scalars(i32 count, i32 position) const {
+    return row(count) + position * scalar_stride;
   }
   JAX_EP_DEVICE i64 bytes(i32 count) const { return scalars(count, count); }
 };

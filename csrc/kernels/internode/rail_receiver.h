@@ -85,8 +85,8 @@ class RailReceiver {
           if (!tokens.has(i)) return -1;
           const i32 row = receiver_.held_row(source, token);
           if (c_.op.num_scalars > 0 && warp_ballot(row >= 0) != 0) {
-            const TokenScalars scalars(message + message_.scalars(tokens.count(), tokens.place(i)),
-                                       c_.num_topk);
+            const TokenScalars scalars(
+                message + message_.scalars(tokens.count(), tokens.position(i)), c_.num_topk);
             const u32 holders = scalars.holders();
             // A handle from elsewhere may claim a row that nobody has sent for.
             if ((holders >> rail_.index() & 1) != 0) {
@@ -96,7 +96,7 @@ class RailReceiver {
           return row;
         },
         [&](i64 token) {
-          return message + message_.row(tokens.place(static_cast<i32>(token - first)));
+          return message + message_.row(tokens.position(static_cast<i32>(token - first)));
         });
   }
 

@@ -70,7 +70,7 @@ class RailSender {
       const auto i = static_cast<i32>(token - first);
       if (!tokens.has(i)) continue;
       const u32 holders = ranks_of(token, domain);
-      const Ptr<std::byte> at = message + message_.scalars(tokens.count(), tokens.place(i));
+      const Ptr<std::byte> at = message + message_.scalars(tokens.count(), tokens.position(i));
       clear_part(at, message_.scalar_stride);
       const TokenScalars scalars(at, c_.num_topk);
       if (lane_id() == 0) scalars.write_holders(holders);
@@ -92,7 +92,7 @@ class RailSender {
       for (i64 token = first; token < last; ++token) {
         const auto i = static_cast<i32>(token - first);
         if (!tokens.has(i)) continue;
-        const Ptr<std::byte> at = message + message_.row(tokens.place(i));
+        const Ptr<std::byte> at = message + message_.row(tokens.position(i));
         clear_part(at, message_.row_bytes);
         packing.pack_elements(token, at);
       }
@@ -107,13 +107,13 @@ class RailSender {
         // The first lane stores.
         [&](i64 token) {
           const auto i = static_cast<i32>(token - first);
-          return tokens.has(i) && lane_id() == 0 ? tokens.place(i) : -1;
+          return tokens.has(i) && lane_id() == 0 ? tokens.position(i) : -1;
         },
         [&packing](i64 token, i32 segment) { return packing.source(token, segment); },
-        [&](i64 token, i32 place, i32 segment, Ptr<u32> stage) {
+        [&](i64 token, i32 position, i32 segment, Ptr<u32> stage) {
           packing.pack_segment(token, segment, stage);
-          if (place < 0) return;
-          bulk_store(message + (message_.row(place) + c_.staged_at(c_.segments.first(segment))),
+          if (position < 0) return;
+          bulk_store(message + (message_.row(position) + c_.staged_at(c_.segments.first(segment))),
                      stage,
                      c_.staged_bytes(c_.segments.size(segment, c_.hidden)));
         });

@@ -67,8 +67,8 @@ class CombinePusher {
                                          part.last_token,
                                          [this, owner](i64 token) { return holds(owner, token); });
     write_header(sums, tokens);
-    const auto place_of = [&tokens, &part](i64 token) {
-      return tokens.place(static_cast<i32>(token - part.first_token));
+    const auto position_of = [&tokens, &part](i64 token) {
+      return tokens.position(static_cast<i32>(token - part.first_token));
     };
     sum_rows<false>(
         c_,
@@ -76,11 +76,11 @@ class CombinePusher {
         [&](i64 token) {
           const i32 row = row_held_for<RowLayout>(c_, owner, token);
           if (c_.params.op.num_scalars > 0 && warp_ballot(row >= 0) != 0) {
-            push_scalars(as<float>(sums + unit_.scalars(tokens.count(), place_of(token))), row);
+            push_scalars(as<float>(sums + unit_.scalars(tokens.count(), position_of(token))), row);
           }
           return RowLayout(c_).held_terms(row);
         },
-        [&](i64 token) { return sums + unit_.row(place_of(token)); });
+        [&](i64 token) { return sums + unit_.row(position_of(token)); });
     rail_.put_gathered(rail, unit);
   }
 
@@ -137,8 +137,8 @@ class CombineReducer {
     const bool is_rank = static_cast<i32>(lane_id()) < rail_.num_ranks();
     const Ptr<const std::byte> gathered{
         rail_.gather_buffer(rail_.index(), is_rank ? static_cast<i32>(lane_id()) : 0, unit).raw};
-    const TokenSet held = is_rank ? read_header(gathered) : TokenSet{0};
-    const TokenSet tokens = any_of(held);
+    const TokenSet tokens_of_lane = is_rank ? read_header(gathered) : TokenSet{0};
+    const TokenSet tokens = any_of(tokens_of_lane);
     const Ptr<std::byte> message = rail_.send_buffer(domain, chunk);
     write_header(message, tokens);
     const ChunkPart part = part_of_rail_chunk(c_, rail_, chunk);
@@ -148,14 +148,15 @@ class CombineReducer {
         part,
         [&](i64 token) {
           const i32 i = index_of(token);
-          const u32 holders = possible_holders(warp_ballot(held.has(i)));
+          const u32 holders = possible_holders(warp_ballot(tokens_of_lane.has(i)));
           if (c_.params.op.num_scalars > 0 && holders != 0) {
-            merge_scalars(message, tokens, i, gathered, held, holders);
+            merge_scalars(message, tokens, i, gathered, tokens_of_lane, holders);
           }
-          return terms_of(gathered + layouts_.unit.row(held.place(i)), holders);
+          return terms_of(gathered + layouts_.unit.row(tokens_of_lane.position(i)), holders);
         },
         [&](i64 token) {
-          const Ptr<std::byte> at = message + layouts_.message.row(tokens.place(index_of(token)));
+          const Ptr<std::byte> at =
+              message + layouts_.message.row(tokens.position(index_of(token)));
           if (!c_.bulk) clear_part(at, layouts_.message.row_bytes);
           return at;
         });
@@ -171,12 +172,12 @@ class CombineReducer {
   }
 
   // All lanes: the tokens that any has.
-  JAX_EP_DEVICE TokenSet any_of(const TokenSet& held) const {
+  JAX_EP_DEVICE TokenSet any_of(const TokenSet& tokens_of_lane) const {
     u64 bits = 0;
     for (i32 rank = 0; rank < rail_.num_ranks(); ++rank) {
       const auto lane = static_cast<u32>(rank);
-      bits |= u64{warp_shfl(static_cast<u32>(held.bits), lane)} |
-              u64{warp_shfl(static_cast<u32>(held.bits >> 32), lane)} << 32;
+      bits |= u64{warp_shfl(static_cast<u32>(tokens_of_lane.bits), lane)} |
+              u64{warp_shfl(static_cast<u32>(tokens_of_lane.bits >> 32), lane)} << 32;
     }
     return {bits};
   }
@@ -184,8 +185,8 @@ class CombineReducer {
   // All lanes, each with its rank's row: those of the ranks that hold the token, ascending.
   JAX_EP_DEVICE SumTerms terms_of(Ptr<const std::byte> row, u32 holders) const {
     const bool holds = (holders >> lane_id() & 1) != 0;
-    const auto place = static_cast<i32>(count_bits(holders & lanes_below(lane_id())));
-    const i32 from = lane_with_place(holds ? place : -1, rail_.num_ranks());
+    const auto position = static_cast<i32>(count_bits(holders & lanes_below(lane_id())));
+    const i32 from = lane_with_position(holds ? position : -1, rail_.num_ranks());
     SumTerms terms{};
     terms.set(static_cast<i32>(count_bits(holders)), 1);
     terms.row = shfl_pointer(row, from < 0 ? 0 : from);
@@ -198,14 +199,15 @@ class CombineReducer {
                                    const TokenSet& tokens,
                                    i32 i,
                                    Ptr<const std::byte> gathered,
-                                   const TokenSet& held,
+                                   const TokenSet& tokens_of_lane,
                                    u32 holders) const {
-    const Ptr<std::byte> at = message + layouts_.message.scalars(tokens.count(), tokens.place(i));
+    const Ptr<std::byte> at =
+        message + layouts_.message.scalars(tokens.count(), tokens.position(i));
     clear_part(at, layouts_.message.scalar_stride);
     const TokenScalars merged(at, c_.num_topk);
     if (lane_id() == 0) merged.write_holders(holders);
     const Ptr<const std::byte> of_lane =
-        gathered + layouts_.unit.scalars(held.count(), held.place(i));
+        gathered + layouts_.unit.scalars(tokens_of_lane.count(), tokens_of_lane.position(i));
     for (u32 left = holders; left != 0; left &= left - 1) {
       const auto rank = static_cast<i32>(lowest_bit(left));
       const Ptr<const float> from = as<const float>(shfl_pointer(of_lane, rank));

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "csrc/core/counts_plan.h"
 #include "csrc/kernels/tests/expect_scenarios.h"
 
 namespace jax_ep {
@@ -24,21 +25,10 @@ TEST(Internode, TwoGroupsAtOnce) {
   expect_internode(2001, 2012, {.max_tokens = 8, .steps = 2, .groups = 2});
 }
 
-struct Domains {
-  int32_t count;
-  int32_t ranks;  // of each
-};
-
-Scenario scenario_of(const Domains& domains, EpShape shape, int64_t hidden, DType dtype) {
+Scenario scenario_of(const Domains& domains, const EpShape& shape, int64_t hidden, DType dtype) {
   using enum OpKind;
-  shape.num_ranks = domains.count * domains.ranks;
-  ScenarioStep step;
-  step.ops = {kPlan, kDispatch, kCombine, kDispatch, kCombine};
-  step.options.shape = shape;
-  step.options.shape.recv_capacity = std::max<int64_t>(worst_case_capacity(shape), 1);
-  step.options.hidden = hidden;
-  step.options.dtype = dtype;
-  step.options.domain_size = domains.ranks;
+  const ScenarioStep step = step_between(
+      domains, shape, hidden, dtype, {kPlan, kDispatch, kCombine, kDispatch, kCombine});
   return {.groups = {{.max_tokens = std::max<int64_t>(shape.num_tokens, 1),
                       .num_domains = domains.count,
                       .rail_chunk_tokens = 4,
@@ -110,6 +100,103 @@ TEST(Internode, CountsWrapAround) {
   }
 }
 
+// --- plans by counts -----------------------------------------------------------------------------
+
+void expect_by_counts(uint64_t first, uint64_t last, ScenarioLimits limits, bool races = true) {
+  limits.plans_by_counts = true;
+  expect_internode(first, last, limits, races);
+}
+
+TEST(CountsPlan, ScenariosAgreeWithTheCpuBackend) { expect_by_counts(1, 30, {}); }
+TEST(CountsPlan, MoreScenariosAgreeWithTheCpuBackend) { expect_by_counts(31, 60, {}); }
+
+TEST(CountsPlan, ScenariosAgreeWithoutTheRaceDetector) {
+  expect_by_counts(1001, 1012, {}, /*races=*/false);
+}
+
+TEST(CountsPlan, TwoGroupsAtOnce) {
+  expect_by_counts(2001, 2006, {.max_tokens = 8, .steps = 2, .groups = 2});
+}
+
+// All arrays of both kinds of plan are the CPU backend's: so each has those of the other.
+void expect_ok_by_both(Scenario scenario, uint64_t seed = 1) {
+  for (const bool by_counts : {false, true}) {
+    for (GroupScenario& group : scenario.groups) group.plans_by_counts = by_counts;
+    expect_ok(scenario, seed);
+  }
+}
+
+TEST(CountsPlan, ManyDomainsAndManyRanks) {
+  for (const Domains domains : {Domains{8, 2}, Domains{2, 8}, Domains{3, 5}, Domains{16, 1}}) {
+    for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+      const EpShape shape{.num_experts = 2 * domains.count * domains.ranks,
+                          .num_topk = 8,
+                          .num_tokens = 5,
+                          .layout = layout};
+      Scenario scenario = scenario_of(domains, shape, 0, DType::kFloat32);
+      ScenarioStep& step = scenario.groups[0].steps[0];
+      step.ops = {OpKind::kPlan};
+      step.options.scalars = false;
+      scenario.blocks = 1;
+      expect_ok_by_both(scenario);
+    }
+  }
+}
+
+// Buffers of 128 bytes, and one of them in a ring: counts and runs go in several messages, of which
+// each waits for the credit of the one before. Of several tiles, with all kinds of drops.
+TEST(CountsPlan, ManyMessagesThroughOneBuffer) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    for (const int64_t capacity : {0, 1, 37, 300}) {
+      const EpShape shape{.num_experts = 36, .num_topk = 2, .num_tokens = 70, .layout = layout};
+      Scenario scenario = scenario_of({2, 2}, shape, 0, DType::kFloat32);
+      GroupScenario& group = scenario.groups[0];
+      group.window = group.gather_units = group.rail_chunk_tokens = 1;
+      EpShape& of_step = group.steps[0].options.shape;
+      if (capacity > 0) of_step.recv_capacity = capacity;
+      if (layout == Layout::kExpert) of_step.expert_alignment = 4;
+      const NetworkShape network = network_shape(group);
+      NetworkShape by_counts = network;
+      by_counts.plans_by_counts = true;
+      const CountsPlanMessages messages =
+          counts_plan_messages(make_network_layout(by_counts), network.topology, of_step);
+      EXPECT_GT(messages.counts, 1);
+      EXPECT_GT(messages.runs, 2);
+      expect_ok_by_both(scenario);
+    }
+  }
+}
+
+// More tiles of a rank's tokens than a warp has lanes.
+TEST(CountsPlan, ManyTokens) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    const EpShape shape{.num_experts = 6, .num_topk = 3, .num_tokens = 301, .layout = layout};
+    Scenario scenario = scenario_of({2, 1}, shape, 0, DType::kFloat32);
+    scenario.groups[0].steps[0].ops = {OpKind::kPlan};
+    expect_ok_by_both(scenario);
+  }
+}
+
+// Calls with more tokens, fewer and none, and what their plans are for between them.
+TEST(CountsPlan, NumbersOfTokensFollowEachOther) {
+  for (const Layout layout : {Layout::kExpert, Layout::kRank}) {
+    const EpShape shape{.num_experts = 12, .num_topk = 3, .num_tokens = 40, .layout = layout};
+    Scenario scenario = scenario_of({3, 2}, shape, 0, DType::kFloat32);
+    ScenarioStep step = scenario.groups[0].steps[0];
+    step.options.scalars = false;
+    std::vector<ScenarioStep>& steps = scenario.groups[0].steps;
+    steps.clear();
+    for (const int64_t tokens : {40, 0, 1, 9, 0, 33}) {
+      step.options.shape.num_tokens = tokens;
+      step.options.shape.recv_capacity =
+          std::max<int64_t>(worst_case_capacity(step.options.shape), 1);
+      step.ops = {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine, OpKind::kPlan};
+      steps.push_back(step);
+    }
+    expect_ok_by_both(scenario);
+  }
+}
+
 // --- what goes wrong -----------------------------------------------------------------------------
 
 Scenario with_mishap(Mishap mishap, OpKind op, int32_t rank) {
@@ -135,6 +222,20 @@ TEST(Internode, WhoIsOnTheRailOfAMissingRankNamesIt) {
     const auto blamed = tag == WaitTag::kPeerGaveUp ? unpack_aborted(record.detail).blamed
                                                     : static_cast<uint32_t>(record.peer);
     EXPECT_EQ(blamed, static_cast<uint32_t>(kMissingRank)) << name(op) << ", tag " << record.tag;
+  }
+}
+
+// The host would see it: all that is known of a kernel that does not come back from the network.
+TEST(Internode, AKernelThatDoesNotEndHasToldThatItRuns) {
+  for (const OpKind op : {OpKind::kPlan, OpKind::kDispatch, OpKind::kCombine}) {
+    const Outcome outcome = run_scenario(with_mishap(Mishap::kMissing, op, 3), 1);
+    for (size_t rank = 0; rank < 4; ++rank) {
+      const KernelPhase phase = outcome.phases[rank][static_cast<size_t>(Channel::kHighThroughput)];
+      const bool runs = rank != 3;
+      EXPECT_EQ(phase.running, runs) << name(op) << ", rank " << rank;
+      EXPECT_EQ(phase.epoch, runs ? 4U : 3U) << name(op) << ", rank " << rank;
+      EXPECT_EQ(phase.op, static_cast<uint32_t>(runs ? op : OpKind::kCombine)) << name(op);
+    }
   }
 }
 

@@ -9,6 +9,7 @@ KERNELS = "csrc/kernels/internode/"
 RAIL = DEVICE + "rail.h"
 PEERS = DEVICE + "peers.h"
 LAYOUT = "csrc/core/network_layout.h"
+KERNEL_PHASE = DEVICE + "kernel_phase.h"
 MESSAGE = KERNELS + "message.h"
 SENDER = KERNELS + "rail_sender.h"
 RECEIVER = KERNELS + "rail_receiver.h"
@@ -17,13 +18,19 @@ SUMS = KERNELS + "rail_sums.h"
 COMBINE = KERNELS + "combine_kernel.h"
 ROUTING = KERNELS + "plan_routing.h"
 PLAN = KERNELS + "plan_kernel.h"
+PLAN_CONTEXT = "csrc/kernels/high_throughput/plan_context.h"
+COUNTS_EXCHANGE = KERNELS + "counts_exchange.h"
+COUNTS_CONTENTS = KERNELS + "counts_contents.h"
+COUNTS_OWN = KERNELS + "counts_own_tokens.h"
+COUNTS_SCAN = KERNELS + "counts_scan.h"
+COUNTS_PLAN = KERNELS + "counts_plan_kernel.h"
 
 _mutant = functools.partial(Mutant, internode=True)
 
 
 def internode_operation(mutant: Mutant) -> str:
     """The operation that sees a mutant: what all three use is seen in combine, or in dispatch."""
-    if mutant.path in {ROUTING, PLAN, PEERS}:
+    if mutant.by_counts or mutant.path in {ROUTING, PLAN, PEERS}:
         return "plan"
     of_pull = any(word in mutant.name for word in ("relay", "pull", "told of a message", "half"))
     if mutant.path in {SENDER, RECEIVER, DISPATCH} or of_pull:
@@ -43,12 +50,101 @@ def _relaxed(name: str, after: str) -> list[Mutant]:
     ]  # fmt: skip
 
 
+def _of_counts(
+    name: str, path: str, old: str, new: str = "", after: str = "", **more: int
+) -> Mutant:
+    return _mutant(f"counts: {name}", path, old, new, after, by_counts=True, **more)
+
+
+_NO_WAIT = "if (lane_id() == 0) "
+
+COUNTS_MUTANTS = [
+    # --- words ---
+    _of_counts("no credit waited for", COUNTS_EXCHANGE,
+               f"{_NO_WAIT}rail_.wait_credit(domain, message);"),
+    _of_counts("no message waited for", COUNTS_EXCHANGE,
+               f"{_NO_WAIT}rail_.wait_delivered(domain, message);"),
+    _of_counts("no relay waited for", COUNTS_EXCHANGE,
+               "rail_.wait_relayed(rail, domain, message);", "{}"),
+    _of_counts("no reader waited for", COUNTS_EXCHANGE, "rail_.wait_pulled(domain, message);"),
+    _of_counts("no rank of the domain waited for", COUNTS_EXCHANGE,
+               "c_.exchange.wait_arrived(source, phase.flag);", "{}"),
+    _of_counts("runs of the domain with the flag of its counts", COUNTS_PLAN,
+               "kRunsFlag = 1", "kRunsFlag = 0"),
+    _of_counts("no acknowledgment waited for", COUNTS_OWN, "c_.exchange.wait_until_writable();",
+               seeds=100),
+    _of_counts("messages are counted anew", COUNTS_PLAN,
+               "if (lane_id() == 0) rail_.advance(/*with_units=*/false);"),
+    # --- barriers ---
+    _of_counts("no warp_sync after the credit", COUNTS_EXCHANGE, "warp_sync();", "",
+               "wait_credit"),
+    _of_counts("no warp_sync after what is there", COUNTS_EXCHANGE, "warp_sync();", "",
+               "wait_relayed"),
+    _of_counts("no warp_sync before pulled", COUNTS_EXCHANGE, "warp_sync();", "",
+               "content.read(source, from, range.part(part));"),
+    _of_counts("no barrier after tiles are counted", COUNTS_PLAN, "barrier();", "",
+               "own.count();"),
+    _of_counts("no barrier before counts are sent", COUNTS_PLAN, "barrier();", "", "own.scan();"),
+    _of_counts("no barrier after counts have come", COUNTS_PLAN, "barrier();", "",
+               "clear_tokens(); });"),
+    _of_counts("no barrier before rows are handed out", COUNTS_PLAN, "barrier();", "",
+               "scan.find_runs();"),
+    _of_counts("no barrier before runs are sent", COUNTS_PLAN, "barrier();", "", "own.assign();"),
+    _of_counts("no warp_sync before cursors move", COUNTS_OWN, "warp_sync();", "",
+               "st(Ptr<i32>{c_.op.slot}"),
+    _of_counts("no warp_sync before a tile's cursors are read", COUNTS_OWN, "warp_sync();", "",
+               "JAX_EP_DEVICE void assign() {"),
+    # --- counts and places ---
+    _of_counts("what fills up a message is not written", MESSAGE, "st(to + i, 0U);"),
+    _of_counts("the last word does not travel", MESSAGE,
+               "return 4 * words;", "return words > 0 ? 4 * words - 16 : 0;"),
+    _of_counts("every message has the first words", COUNTS_EXCHANGE,
+               "all.within(all.first + begin, all.first + begin + words_)",
+               "all.within(all.first, all.first + words_)"),
+    _of_counts("one part is not read", COUNTS_EXCHANGE, "(part_idx + 1) * words);",
+               "(part_idx + (part_idx < kRailChunkParts - 1)) * words);"),
+    _of_counts("parts leave the rest", COUNTS_EXCHANGE, "ceil_div(count(), kRailChunkParts)",
+               "count() / kRailChunkParts"),
+    _of_counts("tokens are not cleared", COUNTS_PLAN, "[this] { clear_tokens(); }", "[] {}"),
+    _of_counts("a source's own selections come before it", COUNTS_SCAN,
+               "st(c_.count_of(bin, source), total);",
+               "st(c_.count_of(bin, source), total + count_here[i]);"),
+    _of_counts("what is before own tokens is not known", COUNTS_SCAN,
+               "owner == c_.rank || source == c_.rank", "owner == c_.rank"),
+    _of_counts("runs of other domains begin as those of the own", COUNTS_SCAN,
+               "is_neighbor(view, i) ? 0 : view.first_neighbor * c_.num_local", "0"),
+    _of_counts("runs of the own domain begin as those of others", COUNTS_SCAN,
+               "is_neighbor(view, i) ? 0 : view.first_neighbor * c_.num_local",
+               "view.first_neighbor * c_.num_local"),
+    _of_counts("the next domain's runs", COUNTS_CONTENTS,
+               "domain * experts_of_domain_, experts_of_domain_)",
+               "(domain > 0 ? domain - 1 : 0) * experts_of_domain_, experts_of_domain_)"),
+    _of_counts("a token's experts of other ranks count", COUNTS_OWN,
+               "owner_of(other, c_.num_local) == owner", "owner >= 0"),
+    _of_counts("every selection stands for its token's row", COUNTS_CONTENTS,
+               "if (leads_run_entry(entry.word[1])) put_row", "put_row"),
+    _of_counts("tiles begin where they end", PLAN_CONTEXT, "total + sum - count_here[i]);",
+               "total + sum);"),
+    # --- harmless ---
+    _of_counts("ranks of the domain are read in their order", COUNTS_EXCHANGE,
+               "(item / kRailChunkParts + rail_.index())", "(item / kRailChunkParts)",
+               harmless=True, seeds=15),
+    _of_counts("all steps begin with the same warp", COUNTS_EXCHANGE,
+               "c_.warp - first_warp;", "c_.warp - 0 * first_warp;", harmless=True, seeds=15),
+]  # fmt: skip
+
 INTERNODE_MUTANTS = [
+    *COUNTS_MUTANTS,
     # --- words ---
     *_relaxed("relayed", "RELEASE(relayed)"),
     *_relaxed("pulled", "RELEASE(pulled)"),
     *_relaxed("gathered", "RELEASE(gathered)"),
     *_relaxed("freed", "RELEASE(freed)"),
+    _removed("end that the host is told of", RAIL, "put_end(exchange_, network_);"),
+    _mutant("rail: the host is told of the exchange before", KERNEL_PHASE, "exchange.epoch()",
+            "exchange.epoch() - 1"),
+    _mutant("rail: the host is told of another channel", KERNEL_PHASE,
+            "static_cast<i32>(exchange.channel())", "1"),
     _removed("acquired (credit)", RAIL, "transport_.acquired(word);", "ACQUIRE(credit)"),
     _removed("acquired (delivered)", RAIL, "transport_.acquired(word);", "ACQUIRE(delivered)"),
     _mutant("rail: waits of gpu scope", RAIL, "wait_until<Scope::kSys>", "wait_until<Scope::kGpu>",
@@ -62,9 +158,9 @@ INTERNODE_MUTANTS = [
     _mutant("rail: what is there before the first use counts", RAIL, "seen != 0 && ", ""),
     _mutant("rail: any unit will do", RAIL, "return seen == count;", "return seen != 0;"),
     _mutant("rail: a buffer's first use waits for a credit", RAIL,
-            "if (number(chunk) < window) return;", ""),
-    _mutant("rail: the credit of a message too early", RAIL, "number(chunk) - window)",
-            "number(chunk) - 2 * window)"),
+            "if (sequence_number(chunk) < window) return;", ""),
+    _mutant("rail: the credit of a message too early", RAIL, "sequence_number(chunk) - window)",
+            "sequence_number(chunk) - 2 * window)"),
     _mutant("rail: a unit is freed too early", RAIL, "unit - units + 1,", "unit - 2 * units + 1,"),
     _removed("credit waited for (dispatch)", SENDER,
              "if (lane_id() == 0) rail_.wait_credit(domain, chunk);"),
@@ -128,8 +224,8 @@ INTERNODE_MUTANTS = [
     _mutant("rail: parts: acq_rel -> relaxed", COMBINE, "fetch_add_acq_rel<Scope::kGpu>(word, 1)",
             "fetch_add_relaxed<Scope::kGpu>(word, 1)"),
     # --- counts and places ---
-    _mutant("rail: one buffer", RAIL, "number(chunk) % static_cast<u64>(layout().window)",
-            "number(chunk) % u64{1}"),
+    _mutant("rail: one buffer", RAIL, "sequence_number(chunk) % static_cast<u64>(layout().window)",
+            "sequence_number(chunk) % u64{1}"),
     _mutant("rail: messages are counted anew", RAIL,
             "st(sequence(0), sequence_ + static_cast<u64>(num_chunks_));",
             "st(sequence(0), sequence_);"),
@@ -155,7 +251,7 @@ INTERNODE_MUTANTS = [
     _mutant("rail: a header of the chunk before", SENDER, "write_header(message, tokens);",
             "write_header(message, TokenSet{tokens.bits >> 1});"),
     _mutant("rail: rows lie where the header is", MESSAGE,
-            "kMessageHeaderBytes + place * row_bytes", "place * row_bytes"),
+            "kMessageHeaderBytes + position * row_bytes", "position * row_bytes"),
     _mutant("rail: the last row does not travel", SENDER, "message_.bytes(tokens.count())",
             "message_.row(tokens.count() > 0 ? tokens.count() - 1 : 0)"),
     _mutant("rail: tokens of the second half are left out", MESSAGE,

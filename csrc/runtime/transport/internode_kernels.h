@@ -33,6 +33,14 @@ class InternodeKernels {
   [[nodiscard]] virtual cudaError_t launch(const CombineParams& params,
                                            const LaunchShape& shape,
                                            cudaStream_t stream) const = 0;
+
+  // The low-latency ones.
+  [[nodiscard]] virtual cudaError_t launch_low_latency(const PlanDispatchParams& params,
+                                                       const LaunchShape& shape,
+                                                       cudaStream_t stream) const = 0;
+  [[nodiscard]] virtual cudaError_t launch_low_latency(const CombineParams& params,
+                                                       const LaunchShape& shape,
+                                                       cudaStream_t stream) const = 0;
 };
 
 // Where the network is memory that all ranks of the group map.
@@ -54,6 +62,16 @@ class LoopbackKernels final : public InternodeKernels {
                                    const LaunchShape& shape,
                                    cudaStream_t stream) const override {
     return launch_over_loopback(params, network_, shape, stream);
+  }
+  [[nodiscard]] cudaError_t launch_low_latency(const PlanDispatchParams& params,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream) const override {
+    return launch_low_latency_over_loopback(params, network_, shape, stream);
+  }
+  [[nodiscard]] cudaError_t launch_low_latency(const CombineParams& params,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream) const override {
+    return launch_low_latency_over_loopback(params, network_, shape, stream);
   }
 
  private:

@@ -57,6 +57,16 @@ class RdmaKernels final : public InternodeKernels {
                                    cudaStream_t stream) const override {
     return rdma_library()->launch_combine(params, network_, shape, stream);
   }
+  [[nodiscard]] cudaError_t launch_low_latency(const PlanDispatchParams& params,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream) const override {
+    return rdma_library()->launch_low_latency_dispatch(params, network_, shape, stream);
+  }
+  [[nodiscard]] cudaError_t launch_low_latency(const CombineParams& params,
+                                               const LaunchShape& shape,
+                                               cudaStream_t stream) const override {
+    return rdma_library()->launch_low_latency_combine(params, network_, shape, stream);
+  }
 
  private:
   RdmaNetwork network_;
