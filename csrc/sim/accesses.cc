@@ -125,6 +125,7 @@ void store(
   Thread& thread = e.step(at);
   check_granule(e, bytes);
   const uint64_t address = e.resolve(to, bytes, bytes, Reach::kAny);
+  e.kill_before_store(address);
   const Access access{&thread.view, stamp_of(thread, order, scope)};
   // The view must be the one that the store is checked with: publish() ends its epoch.
   uint32_t published = 0;
@@ -158,6 +159,22 @@ uint32_t fetch_add(void* to, uint32_t value, Order order, MemoryScope scope, Loc
   }
   Published own = publish(thread, scope);
   replace(e, address, old + value, by, replaced, &own);
+  return old;
+}
+
+uint32_t compare_exchange(
+    void* to, uint32_t expected, uint32_t desired, MemoryScope scope, Location at) {
+  Engine& e = *engine;
+  Thread& thread = e.step(at);
+  const uint64_t address = e.resolve(to, 4, 4, Reach::kAny);
+  const Stamp by = stamp_of(thread, Order::kAcquireRelease, scope);
+  uint32_t old = 0;
+  const uint32_t replaced = e.memory.load_newest(address, &old, e.time);
+  e.report_memory(by);
+  if (replaced) take_in(e, thread, address, replaced, Order::kAcquireRelease, scope);
+  if (old != expected) return old;
+  Published own = publish(thread, scope);
+  replace(e, address, desired, by, replaced, &own);
   return old;
 }
 

@@ -97,7 +97,7 @@ void Engine::reset(uint64_t new_seed) {
   report = {};
   time = horizon = strong_horizon = 1;
   time_offset = 0;
-  expiries = num_ready = favorite_picks = budget = 0;
+  num_ready = favorite_picks = budget = 0;
   picks = 0;
   favorite = nullptr;
   current = nullptr;

@@ -94,6 +94,15 @@ struct Engine {
   // A kernel of the running thread traps: the run ends, or if others are to go on, the rank does.
   [[noreturn]] void trap_here();
   void kill_rank(uint32_t rank);
+  // The running thread is about to store: ends the rank if it is time for that.
+  void kill_before_store(uint64_t address) {
+    const uint32_t by = current->id.rank;
+    uint64_t& left = ranks[by].stores_to_live;
+    if (left == ~uint64_t{0} || address >= shared_begin() || address >> rank_shift == by) return;
+    if (left-- > 0) return;
+    kill_rank(by);
+    throw Ended{};
+  }
   void report_memory(Stamp by) {
     if (memory.problem.kind) fail_memory(by);
   }
@@ -131,7 +140,6 @@ struct Engine {
   ScheduleProfile profile;
   uint32_t time = 1;                         // primitives, and what is skipped
   uint64_t time_offset = 0;                  // of now_ns(): deadlines that were made to expire
-  uint32_t expiries = 0;                     // how often they were
   uint32_t horizon = 1, strong_horizon = 1;  // when all stores, and all flags, are visible
   uint64_t picks = 0;
   uint32_t num_ready = 0;

@@ -145,6 +145,12 @@ void Machine::host_call(uint32_t rank, uint32_t stream, std::function<void()> ca
   });
 }
 
+void Machine::kill_before(uint32_t rank, uint64_t stores) {
+  engine_->ranks[rank].stores_to_live = stores;
+}
+
+bool Machine::was_killed(uint32_t rank) const { return engine_->ranks[rank].trapped; }
+
 Report Machine::run() { return engine_->run(); }
 
 }  // namespace jax_ep::sim

@@ -30,6 +30,7 @@ struct Config {
   bool stale_reads = true;       // let unordered loads return old values
   bool survive_traps = false;    // a trap ends its rank alone; the run still ends as "trap"
   bool expire_deadlines = true;  // where only time can help, let it pass: kernels' deadlines expire
+  uint32_t max_leaps = 2;        // of time, of about 18 minutes each, before it is a deadlock
   uint64_t clock_skew_ns = 0;    // kernels' clocks differ, and step back, by less than this
   uint64_t max_steps = 200'000'000;  // primitives before it is called a livelock; below 2^31
 };
@@ -50,6 +51,7 @@ struct Report {
   std::string profile;    // how this seed misbehaves
   uint64_t steps = 0;     // primitives
   uint64_t switches = 0;  // of fibers
+  uint32_t leaps = 0;     // of time
 
   bool ok() const { return kind.empty(); }
   // All of it, for a test's failure message.
@@ -98,6 +100,12 @@ class Machine {
   void launch(uint32_t rank, uint32_t stream, LaunchShape shape, std::function<void()> kernel);
   void check(uint32_t rank, uint32_t stream, std::function<std::string()> check);
   void host_call(uint32_t rank, uint32_t stream, std::function<void()> call);
+
+  // The rank is about to be killed, as a process is: all that it runs ends just before it stores to
+  // another rank's memory for the `stores`-th time from now on, counted from 0.
+  void kill_before(uint32_t rank, uint64_t stores);
+  // Whether it has been.
+  bool was_killed(uint32_t rank) const;
 
   // Runs until all streams are empty, or something is wrong. It can be called again after more
   // work is appended, if all went well; after an error only read() and reset() may follow.

@@ -8,7 +8,6 @@ namespace jax_ep::sim {
 namespace {
 
 constexpr uint32_t kFullSpeed = 256;
-constexpr uint32_t kMaxExpiries = 2;
 constexpr uint64_t kExpiryNs = uint64_t{1} << 40;  // longer than any timeout
 
 Thread* take(std::vector<Thread*>& from, uint32_t i) {
@@ -193,8 +192,8 @@ Thread* Engine::last_hope() {
   time = std::max(time, horizon);
   if (Thread* thread = pick()) return thread;
   if (wake_all()) return pick();
-  if (!config.expire_deadlines || expiries == kMaxExpiries) return nullptr;
-  ++expiries;
+  if (!config.expire_deadlines || report.leaps == config.max_leaps) return nullptr;
+  ++report.leaps;
   time_offset += kExpiryNs;
   poke(++time);
   return wake_all() ? pick() : nullptr;

@@ -177,7 +177,8 @@ struct NamedRegion {
 struct Rank {
   std::vector<Stream> streams;
   uint32_t blocks_resident = 0;
-  bool trapped = false;
+  bool trapped = false;                    // or killed
+  uint64_t stores_to_live = ~uint64_t{0};  // to other ranks' memory, before it is killed
   // Each [begin, end): what peers of the node may access, and what the network may.
   std::vector<std::pair<uint64_t, uint64_t>> shared, registered;
 };

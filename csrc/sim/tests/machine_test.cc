@@ -228,5 +228,68 @@ TEST(Atomics, AddReturnsWhatWasThere) {
   EXPECT_EQ(*sums.rbegin(), 2 * (3 * 2 * 64 - 1));
 }
 
+// One thread of each block wins, and who loses can read what the winner had stored before.
+TEST(Atomics, CompareAndExchangeHasOneWinner) {
+  Litmus litmus(litmus_config());
+  for (uint64_t seed = 1; seed <= 50; ++seed) {
+    litmus.prepare(seed);
+    u32 wins = 0;
+    u32 losses = 0;
+    for (u32 r = 0; r < 2; ++r) {
+      litmus.machine().launch(r, 0, {.blocks = 2, .threads = 32}, [&] {
+        if (lane_id() != 0) return;
+        const u32 own = 1 + 2 * Who().rank + block_id();
+        st(litmus.word(0, own), own);
+        const u32 old = compare_exchange_acq_rel<Scope::kSys>(litmus.word(0, 8), 0, own);
+        if (old == 0) {
+          ++wins;
+        } else {
+          losses += ld(litmus.word(0, old)) == old ? 1 : 0;
+        }
+      });
+    }
+    const Report report = litmus.machine().run();
+    ASSERT_TRUE(report.ok()) << report.text();
+    EXPECT_EQ(wins, 1U);
+    EXPECT_EQ(losses, 3U);
+  }
+}
+
+// What it stored before can be seen, and the others go on.
+TEST(Killed, BeforeAStoreToAnotherRank) {
+  Litmus litmus(litmus_config());
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    for (u32 stores = 0; stores <= 5; ++stores) {
+      litmus.prepare(seed);
+      Machine& machine = litmus.machine();
+      machine.kill_before(1, stores);
+      bool ended = false;
+      machine.launch(1, 0, {.blocks = 1, .threads = 32}, [&] {
+        if (lane_id() != 0) return;
+        for (u32 i = 1; i <= 4; ++i) {
+          st_relaxed<Scope::kSys>(litmus.word(1, i), i);  // its own memory does not count
+          st_relaxed<Scope::kSys>(litmus.word(0, i), i);
+        }
+        ended = true;
+      });
+      machine.host_call(1, 0, [&] { ended = ended && !machine.was_killed(1); });
+      machine.launch(0, 0, {.blocks = 1, .threads = 32}, [&] {
+        if (lane_id() != 0 || stores == 0) return;
+        const Ptr<u32> last = litmus.word(0, stores < 4 ? stores : 4);
+        while (ld_relaxed<Scope::kSys>(last) == 0) spin_pause("the last store");
+      });
+      const Report report = machine.run();
+      ASSERT_TRUE(report.ok()) << report.text();
+      EXPECT_EQ(machine.was_killed(1), stores < 4);
+      EXPECT_EQ(ended, stores >= 4);
+      for (u32 i = 1; i <= 4; ++i) {
+        u32 seen = 0;
+        machine.read(0, litmus.word(0, i).raw, &seen, sizeof seen);
+        EXPECT_EQ(seen, i <= stores ? i : 0U);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace jax_ep::sim
