@@ -32,11 +32,13 @@ constexpr int64_t kBinsPerBlock = 16;
 // (docs/measurements/performance.md). Before a tail more of them send, for the others need not keep
 // up; but among more than two ranks the link is the limit, as the event model there says.
 int32_t num_senders(OpKind op, const EpShape& shape, Wire wire, bool small, bool has_tail) {
-  const bool by_rank = shape.layout == Layout::kRank;
-  if (op == OpKind::kCombine) return small ? kCompiledCombine.num_warps / 2 : by_rank ? 8 : 10;
+  const bool is_rank_major = shape.layout == Layout::kRank;
+  if (op == OpKind::kCombine) {
+    return small ? kCompiledCombine.num_warps / 2 : is_rank_major ? 8 : 10;
+  }
   if (has_tail && shape.num_ranks <= 2) return wire == Wire::kSame ? 8 : 12;
   if (wire == Wire::kSame) return 5;
-  return by_rank ? 8 : 6;
+  return is_rank_major ? 8 : 6;
 }
 
 // About the least part of a row that the kernels give to a warp.
@@ -52,6 +54,11 @@ const CompiledPlan& plan_config(int32_t bins) {
   return *std::find_if(std::begin(kCompiledPlans), last, [&](const CompiledPlan& config) {
     return bins <= config.max_bins;
   });
+}
+
+const CompiledTransfer& low_latency_config(bool combines, bool spans_domains) {
+  if (combines) return spans_domains ? kCompiledFarLowLatencyCombine : kCompiledLowLatencyCombine;
+  return spans_domains ? kCompiledFarLowLatencyDispatch : kCompiledLowLatencyDispatch;
 }
 
 // Parts of chunks, over all ranks: what the warps of a transfer do one by one.
@@ -102,23 +109,40 @@ int32_t num_tail_blocks(const EpShape& shape,
                         int64_t row_bytes,
                         Wire wire,
                         const SmBudget& budget,
+                        Tail tail,
                         int32_t num_blocks) {
-  if (!tells_all_sent(shape.num_tokens)) return 0;
-  if (bytes_left(shape, row_bytes, wire, num_blocks) < kMinTailBytes) return 0;
+  if (!tells_all_sent(shape.num_tokens) || tail == Tail::kOff) return 0;
+  const bool is_worth_it = bytes_left(shape, row_bytes, wire, num_blocks) >= kMinTailBytes;
+  if (tail != Tail::kOn && !is_worth_it) return 0;
   const int32_t idle = std::max(budget.available - num_blocks, 0);
   return budget.tail < 0 ? idle : std::min(budget.tail, idle);
 }
 
+// The most blocks, by what was asked for, what was measured to be best, and by default.
+int32_t requested_blocks(const SmBudget& budget, const LaunchChoice& choice, int32_t by_default) {
+  const int32_t chosen = choice.num_sms > 0 ? choice.num_sms : by_default;
+  if (budget.requested <= 0) return chosen;
+  return choice.num_sms > 0 ? std::min(budget.requested, chosen) : budget.requested;
+}
+
 }  // namespace
+
+int32_t default_num_sms(bool low_latency) {
+  return low_latency ? kLowLatencyBlocks : kTransferBlocks;
+}
 
 bool plan_fits_in_dispatch(const EpShape& shape) {
   return num_plan_bins(shape) <= kMaxPlanDispatchBins;
 }
 
-LaunchShape launch_shape(
-    OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire) {
+LaunchShape launch_shape(OpKind op,
+                         const EpShape& shape,
+                         int64_t row_bytes,
+                         SmBudget budget,
+                         Wire wire,
+                         const LaunchChoice& choice) {
   const int32_t by_default = op == OpKind::kPlan ? kPlanBlocks : kTransferBlocks;
-  const int32_t requested = budget.requested > 0 ? budget.requested : by_default;
+  const int32_t requested = requested_blocks(budget, choice, by_default);
   const int64_t blocks =
       std::min<int64_t>({requested, budget.available, useful_blocks(op, shape, row_bytes)});
   LaunchShape launch{.num_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1)),
@@ -135,23 +159,26 @@ LaunchShape launch_shape(
     const int64_t num_warps = int64_t{launch.num_blocks} * config.num_warps;
     const bool small = num_items(transfer, shape, row_bytes) <= 2 * num_warps;
     if (transfer == OpKind::kDispatch) {
-      launch.num_tail_blocks = num_tail_blocks(shape, row_bytes, wire, budget, launch.num_blocks);
+      launch.num_tail_blocks =
+          num_tail_blocks(shape, row_bytes, wire, budget, choice.tail, launch.num_blocks);
     }
-    launch.num_senders = num_senders(transfer, shape, wire, small, launch.num_tail_blocks > 0);
+    launch.num_senders =
+        choice.num_senders > 0
+            ? std::min(choice.num_senders, config.num_warps - 1)
+            : num_senders(transfer, shape, wire, small, launch.num_tail_blocks > 0);
   }
   return launch;
 }
 
-LaunchShape internode_launch_shape(OpKind op,
-                                   const EpShape& shape,
-                                   int64_t row_bytes,
-                                   SmBudget budget) {
+LaunchShape internode_launch_shape(
+    OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, bool plans_by_counts) {
   // So many of a block's warps have each role; not measured between nodes yet.
   const int32_t of_role = op == OpKind::kDispatch ? 3 : 2;
   LaunchShape launch = launch_shape(op, shape, row_bytes, budget);
   launch.num_tail_blocks = 0;
   if (op == OpKind::kPlan) {
-    launch.num_warps = std::end(kCompiledPlans)[-1].num_warps;
+    const CompiledPlan& plan = plans_by_counts ? kCompiledCountsPlan : std::end(kCompiledPlans)[-1];
+    launch.num_warps = plan.num_warps;
     return launch;
   }
   const CompiledTransfer& config =
@@ -167,10 +194,11 @@ LaunchShape internode_launch_shape(OpKind op,
 LaunchShape low_latency_launch_shape(OpKind op,
                                      const EpShape& shape,
                                      int64_t row_bytes,
-                                     SmBudget budget) {
+                                     SmBudget budget,
+                                     bool spans_domains,
+                                     const LaunchChoice& choice) {
   const bool combines = op == OpKind::kCombine;
-  const CompiledTransfer& config =
-      combines ? kCompiledLowLatencyCombine : kCompiledLowLatencyDispatch;
+  const CompiledTransfer& config = low_latency_config(combines, spans_domains);
   const int64_t segments = ceil_div(
       row_bytes, combines ? kLowLatencyCombineSegmentBytes : kLowLatencyDispatchSegmentBytes);
   // A dispatch also clears rows: at most all.
@@ -179,7 +207,7 @@ LaunchShape low_latency_launch_shape(OpKind op,
   const int64_t units = rows * segments;
   // Half of the SMs are left to others, such as XLA's collectives.
   const int32_t by_default = std::min(kLowLatencyBlocks, std::max(budget.available / 2, 1));
-  const int32_t requested = budget.requested > 0 ? budget.requested : by_default;
+  const int32_t requested = requested_blocks(budget, choice, by_default);
   const int64_t blocks =
       std::min<int64_t>({requested, budget.available, ceil_div(units, kLowLatencyUnitsPerBlock)});
   // All warps send.

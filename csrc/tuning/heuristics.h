@@ -9,6 +9,7 @@
 #include "csrc/core/ep_shape.h"
 #include "csrc/core/error_record.h"
 #include "csrc/tuning/launch_shape.h"
+#include "csrc/tuning/tuned_launches.h"
 
 namespace jax_ep {
 
@@ -22,22 +23,31 @@ struct SmBudget {
 // Blocks, warps and stages for an operation on rows of `row_bytes` bytes (0: none travel), which
 // dispatch sends as `wire` says. As many blocks as the budget allows, fewer where there is little
 // to do, at least 1. Dispatch gets a tail on idle SMs where much is left to expand when all has
-// been sent. Depends on nothing else, so that every rank of a group, and every run, does the same.
-LaunchShape launch_shape(
-    OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, Wire wire = Wire::kSame);
+// been sent. A choice counts as far as budget and work allow it. Depends on nothing else, so that
+// every run does the same.
+LaunchShape launch_shape(OpKind op,
+                         const EpShape& shape,
+                         int64_t row_bytes,
+                         SmBudget budget,
+                         Wire wire = Wire::kSame,
+                         const LaunchChoice& choice = {});
 
 // The same of a call that fits_low_latency (csrc/core/low_latency_fit.h): kPlanDispatch or
-// kCombine.
+// kCombine. `spans_domains`: of the group, whose kernels have fewer warps then.
 LaunchShape low_latency_launch_shape(OpKind op,
                                      const EpShape& shape,
                                      int64_t row_bytes,
-                                     SmBudget budget);
+                                     SmBudget budget,
+                                     bool spans_domains,
+                                     const LaunchChoice& choice = {});
 
 // The same of a kernel between domains: kPlan, kDispatch or kCombine. A block has all roles.
-LaunchShape internode_launch_shape(OpKind op,
-                                   const EpShape& shape,
-                                   int64_t row_bytes,
-                                   SmBudget budget);
+// `plans_by_counts`: of the network heap, which has room for one kind of plan.
+LaunchShape internode_launch_shape(
+    OpKind op, const EpShape& shape, int64_t row_bytes, SmBudget budget, bool plans_by_counts);
+
+// SMs that a high-throughput or a low-latency kernel takes at most where nobody asks for a number.
+int32_t default_num_sms(bool low_latency);
 
 // Whether a plan and its dispatch are launched as one kernel; else one after the other. A function
 // of the shape alone, because all ranks must do the same.

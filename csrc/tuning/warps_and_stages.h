@@ -20,6 +20,11 @@ inline constexpr CompiledPlan kCompiledPlans[] = {
     {.num_warps = 12, .max_bins = kMaxExperts + kMaxRanks},
 };
 
+// Of a plan by counts: fewer, because it needs more registers than a quarter of an SM has for three
+// warps.
+inline constexpr CompiledPlan kCompiledCountsPlan{.num_warps = 8,
+                                                  .max_bins = kMaxExperts + kMaxRanks};
+
 struct CompiledTransfer {
   int32_t num_warps;
   int32_t num_stages;  // of each warp's pipeline through shared memory
@@ -34,6 +39,9 @@ inline constexpr CompiledTransfer kCompiledInternodeDispatch{.num_warps = 12, .n
 inline constexpr CompiledTransfer kCompiledInternodeCombine{.num_warps = 8, .num_stages = 4};
 inline constexpr CompiledTransfer kCompiledLowLatencyDispatch{.num_warps = 16, .num_stages = 2};
 inline constexpr CompiledTransfer kCompiledLowLatencyCombine{.num_warps = 16, .num_stages = 1};
+// The same between domains, where they need more registers.
+inline constexpr CompiledTransfer kCompiledFarLowLatencyDispatch{.num_warps = 12, .num_stages = 2};
+inline constexpr CompiledTransfer kCompiledFarLowLatencyCombine{.num_warps = 8, .num_stages = 1};
 
 }  // namespace jax_ep
 

@@ -156,13 +156,28 @@ TEST(Tuning, ScalarsAloneAreLittleWork) {
   EXPECT_EQ(blocks(OpKind::kDispatch, 32, h200, 0), 4);
 }
 
+TEST(Tuning, LowLatencyKernelsBetweenDomainsHaveFewerWarps) {
+  const EpShape shape{.num_ranks = 16, .num_experts = 256, .num_topk = 8, .num_tokens = 64};
+  const SmBudget budget{.available = 132, .requested = 0};
+  for (const OpKind op : {OpKind::kPlanDispatch, OpKind::kCombine}) {
+    const CompiledTransfer& compiled =
+        op == OpKind::kCombine ? kCompiledFarLowLatencyCombine : kCompiledFarLowLatencyDispatch;
+    const LaunchShape launch = low_latency_launch_shape(op, shape, kRowBytes, budget, true);
+    EXPECT_EQ(launch.num_warps, compiled.num_warps);
+    EXPECT_EQ(launch.num_stages, compiled.num_stages);
+    EXPECT_EQ(launch.num_senders, compiled.num_warps);
+    EXPECT_EQ(launch.num_blocks,
+              low_latency_launch_shape(op, shape, kRowBytes, budget, false).num_blocks);
+  }
+}
+
 TEST(Tuning, LowLatencyCallsSpreadOverManySms) {
   EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 128};
   for (const OpKind op : {OpKind::kPlanDispatch, OpKind::kCombine}) {
     const CompiledTransfer& compiled =
         op == OpKind::kCombine ? kCompiledLowLatencyCombine : kCompiledLowLatencyDispatch;
     const auto launch = [&](SmBudget budget) {
-      const LaunchShape launched = low_latency_launch_shape(op, shape, kRowBytes, budget);
+      const LaunchShape launched = low_latency_launch_shape(op, shape, kRowBytes, budget, false);
       EXPECT_EQ(launched.num_warps, compiled.num_warps);
       EXPECT_EQ(launched.num_stages, compiled.num_stages);
       EXPECT_EQ(launched.num_senders, compiled.num_warps);
@@ -192,7 +207,7 @@ TEST(Tuning, ABlockBetweenDomainsHasAllRoles) {
   const EpShape shape{.num_ranks = 16, .num_experts = 256, .num_topk = 8, .num_tokens = 4096};
   const SmBudget budget{.available = 132, .requested = 0};
   for (const OpKind op : {OpKind::kDispatch, OpKind::kCombine}) {
-    const LaunchShape launch = internode_launch_shape(op, shape, 14336, budget);
+    const LaunchShape launch = internode_launch_shape(op, shape, 14336, budget, false);
     const bool dispatches = op == OpKind::kDispatch;
     EXPECT_GE(launch.num_senders, 1);
     EXPECT_GE(launch.num_rail_senders, 1);
@@ -202,9 +217,13 @@ TEST(Tuning, ABlockBetweenDomainsHasAllRoles) {
         launch.num_senders + launch.num_rail_senders + launch.num_reducers + (dispatches ? 2 : 0);
     EXPECT_LT(roles, launch.num_warps);
   }
-  const LaunchShape plan = internode_launch_shape(OpKind::kPlan, shape, 0, budget);
-  EXPECT_GE(plan.num_warps, 2);
-  EXPECT_EQ(plan.num_stages, 0);
+  for (const bool by_counts : {false, true}) {
+    const LaunchShape plan = internode_launch_shape(OpKind::kPlan, shape, 0, budget, by_counts);
+    EXPECT_EQ(plan.num_warps,
+              by_counts ? kCompiledCountsPlan.num_warps : kCompiledPlans[1].num_warps);
+    EXPECT_GE(plan.num_warps, 2);
+    EXPECT_EQ(plan.num_stages, 0);
+  }
 }
 
 }  // namespace
