@@ -94,11 +94,19 @@ Buffer BufferReader::operand(std::string_view name) {
   return i < operands_.size() ? Buffer(name, operands_[i]) : Buffer(name);
 }
 
+Buffer BufferReader::last_operand(std::string_view name) {
+  return num_operands_ < operands_.size() ? operand(name) : Buffer(name);
+}
+
 Buffer BufferReader::result(std::string_view name) {
   const size_t i = num_results_++;
   if (i >= results_.size()) return Buffer(name);
   auto buffer = results_.get<xla::ffi::AnyBuffer>(i);
   return buffer.has_value() ? Buffer(name, **buffer) : Buffer(name);
+}
+
+Buffer BufferReader::last_result(std::string_view name) {
+  return num_results_ < results_.size() ? result(name) : Buffer(name);
 }
 
 Status BufferReader::finish() const {

@@ -82,7 +82,10 @@ class BufferReader {
       : operands_(operands), results_(results) {}
 
   [[nodiscard]] Buffer operand(std::string_view name);
+  // One more, if the call has one more; of results likewise.
+  [[nodiscard]] Buffer last_operand(std::string_view name);
   [[nodiscard]] Buffer result(std::string_view name);
+  [[nodiscard]] Buffer last_result(std::string_view name);
   // InvalidArgument if there are more or fewer operands or results than were read.
   [[nodiscard]] Status finish() const;
 

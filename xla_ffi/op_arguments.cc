@@ -41,6 +41,17 @@ Status check_source_slot(const Buffer& buffer, const EpShape& shape) {
   return buffer.check(S32, {shape.num_tokens * shape.num_ranks, rows});
 }
 
+// The ranks that take part; a call in which all do may have no such operand.
+Status check_rank_mask(const Buffer& buffer, const EpShape& shape) {
+  return buffer.absent() ? Status() : buffer.check(PRED, {shape.num_ranks});
+}
+
+// Where the call says who was missing; one of a group in which that is an error has no such result.
+Status set_missing_ranks(const Buffer& buffer, const EpShape& shape, uint8_t*& missing_ranks) {
+  missing_ranks = buffer.data<uint8_t>();
+  return missing_ranks == nullptr ? Status() : buffer.check(PRED, {shape.num_ranks});
+}
+
 // All rows of a call that are not quantized have one dtype.
 Status check_same_dtype(std::string_view buffer,
                         DType dtype,
@@ -120,9 +131,14 @@ struct PlanResults {
 };
 
 // Of an op that has its shape: checks the routing and the results, and sets the pointers to them.
-Status set_plan(const Buffer& topk_idx, const PlanResults& results, Platform platform, PlanOp& op) {
+Status set_plan(const Buffer& topk_idx,
+                const Buffer& rank_mask,
+                const PlanResults& results,
+                Platform platform,
+                PlanOp& op) {
   const EpShape& shape = op.shape;
   JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
+  JAX_EP_RETURN_IF_ERROR(check_rank_mask(rank_mask, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(results.slot, shape));
   if (shape.layout == Layout::kRank) {
     JAX_EP_RETURN_IF_ERROR(results.row_topk_idx.check(S32, {shape.recv_capacity, shape.num_topk}));
@@ -137,6 +153,7 @@ Status set_plan(const Buffer& topk_idx, const PlanResults& results, Platform pla
   JAX_EP_RETURN_IF_ERROR(results.group_sizes.check(S32, {shape.num_row_groups()}));
   JAX_EP_RETURN_IF_ERROR(results.tokens_per_expert.check(S32, {shape.num_local_experts()}));
   op.topk_idx = topk_idx.data<const int32_t>();
+  op.rank_mask = rank_mask.data<const uint8_t>();
   op.slot = results.slot.data<int32_t>();
   op.row_source = results.row_source.data<int32_t>();
   op.row_topk_idx = results.row_topk_idx.data<int32_t>();
@@ -220,7 +237,8 @@ struct CombineOperands {
         topk_idx(reader.operand("topk_idx")),
         slot(reader.operand("slot")),
         row_topk_idx(on_gpu ? reader.operand("row_topk_idx") : Buffer("row_topk_idx")),
-        source_slot(on_gpu ? reader.operand("source_slot") : Buffer("source_slot")) {}
+        source_slot(on_gpu ? reader.operand("source_slot") : Buffer("source_slot")),
+        rank_mask(reader.last_operand("rank_mask")) {}
 
   const Buffer y;
   const Buffer weights;
@@ -229,6 +247,7 @@ struct CombineOperands {
   const Buffer slot;
   const Buffer row_topk_idx;
   const Buffer source_slot;
+  const Buffer rank_mask;
 };
 
 // Checks these, and sets of the op all that they say.
@@ -245,6 +264,7 @@ Status set_sent(const CombineOperands& operands,
   JAX_EP_RETURN_IF_ERROR(check_domains(op));
   JAX_EP_RETURN_IF_ERROR(check_selections(operands.topk_idx, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(operands.slot, shape));
+  JAX_EP_RETURN_IF_ERROR(check_rank_mask(operands.rank_mask, shape));
   if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(operands.source_slot, shape));
   op.weighted = !operands.weights.absent();
   if (op.weighted) JAX_EP_RETURN_IF_ERROR(check_row_scalars(operands.weights, shape));
@@ -261,6 +281,7 @@ Status set_sent(const CombineOperands& operands,
   op.slot = operands.slot.data<const int32_t>();
   op.row_topk_idx = operands.row_topk_idx.data<const int32_t>();
   op.source_slot = operands.source_slot.data<const int32_t>();
+  op.rank_mask = operands.rank_mask.data<const uint8_t>();
   return {};
 }
 
@@ -274,12 +295,13 @@ Status read_plan(const Operands& operands,
   BufferReader reader(operands, results);
   const Buffer program_rank = reader.operand("program_rank");
   const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer rank_mask = reader.last_operand("rank_mask");
   const PlanResults given(reader);
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   JAX_EP_RETURN_IF_ERROR(given.row_source.check(S32, {kAny}));
   PlanOp& op = arguments.op;
   JAX_EP_RETURN_IF_ERROR(make_shape(attrs, topk_idx.dim(0), given.row_source.dim(0), op.shape));
-  JAX_EP_RETURN_IF_ERROR(set_plan(topk_idx, given, platform, op));
+  JAX_EP_RETURN_IF_ERROR(set_plan(topk_idx, rank_mask, given, platform, op));
   arguments.program_rank = program_rank.data<const int32_t>();
   return program_rank.check(S32, {1});
 }
@@ -300,6 +322,7 @@ Status read_dispatch(const Operands& operands,
   const Buffer slot = reader.operand("slot");
   const Buffer row_source = reader.operand("row_source");
   const Buffer source_slot = on_gpu ? reader.operand("source_slot") : Buffer("source_slot");
+  const Buffer rank_mask = reader.last_operand("rank_mask");
   const DispatchResults given(reader);
   const Buffer row_dots = reader.result("row_dots");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
@@ -309,6 +332,7 @@ Status read_dispatch(const Operands& operands,
   JAX_EP_RETURN_IF_ERROR(set_dispatch(taken, given, attrs, own, row_source.dim(0), op));
   JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, shape));
   JAX_EP_RETURN_IF_ERROR(check_selections(slot, shape));
+  JAX_EP_RETURN_IF_ERROR(check_rank_mask(rank_mask, shape));
   if (on_gpu) JAX_EP_RETURN_IF_ERROR(check_source_slot(source_slot, shape));
   JAX_EP_RETURN_IF_ERROR(check_product_buffers(row_weights, y, row_dots, op));
   arguments.program_rank = program_rank.data<const int32_t>();
@@ -318,6 +342,7 @@ Status read_dispatch(const Operands& operands,
   op.slot = slot.data<const int32_t>();
   op.row_source = row_source.data<const int32_t>();
   op.source_slot = source_slot.data<const int32_t>();
+  op.rank_mask = rank_mask.data<const uint8_t>();
   op.row_dots = row_dots.data<float>();
   return program_rank.check(S32, {1});
 }
@@ -332,8 +357,10 @@ Status read_plan_dispatch(const Operands& operands,
   const Buffer program_rank = reader.operand("program_rank");
   const DispatchOperands taken(reader);
   const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer rank_mask = reader.last_operand("rank_mask");
   const PlanResults plan_given(reader);
   const DispatchResults given(reader);
+  const Buffer missing_ranks = reader.last_result("missing_ranks");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   JAX_EP_RETURN_IF_ERROR(plan_given.row_source.check(S32, {kAny}));
   PlanOp plan;
@@ -341,7 +368,8 @@ Status read_plan_dispatch(const Operands& operands,
   const int64_t capacity = plan_given.row_source.dim(0);
   JAX_EP_RETURN_IF_ERROR(set_dispatch(taken, given, attrs, own, capacity, dispatch));
   plan.shape = dispatch.shape;
-  JAX_EP_RETURN_IF_ERROR(set_plan(topk_idx, plan_given, platform, plan));
+  JAX_EP_RETURN_IF_ERROR(set_plan(topk_idx, rank_mask, plan_given, platform, plan));
+  JAX_EP_RETURN_IF_ERROR(set_missing_ranks(missing_ranks, plan.shape, dispatch.missing_ranks));
   arguments.program_rank = program_rank.data<const int32_t>();
   arguments.op = plan_dispatch_op(plan, dispatch);
   return program_rank.check(S32, {1});
@@ -359,6 +387,7 @@ Status read_combine(const Operands& operands,
   const CombineOperands taken(reader, on_gpu);
   const Buffer out = reader.result("out");
   const Buffer token_scalars = reader.result("token_scalars");
+  const Buffer missing_ranks = reader.last_result("missing_ranks");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   CombineOp& op = arguments.op;
   const EpShape& shape = op.shape;
@@ -367,6 +396,7 @@ Status read_combine(const Operands& operands,
   JAX_EP_RETURN_IF_ERROR(out.check_rows({shape.num_tokens, op.hidden}, out_dtype));
   JAX_EP_RETURN_IF_ERROR(check_same_dtype("out", out_dtype, "y", op.dtype));
   JAX_EP_RETURN_IF_ERROR(check_token_scalars(token_scalars, op.num_scalars > 0, shape));
+  JAX_EP_RETURN_IF_ERROR(set_missing_ranks(missing_ranks, shape, op.missing_ranks));
   arguments.program_rank = program_rank.data<const int32_t>();
   op.out = out.data<void>();
   op.token_scalars = token_scalars.data<float>();
@@ -384,6 +414,7 @@ Status read_dispatch_start(const Operands& operands,
   const Buffer program_rank = reader.operand("program_rank");
   const DispatchOperands taken(reader);
   const Buffer topk_idx = reader.operand("topk_idx");
+  const Buffer rank_mask = reader.last_operand("rank_mask");
   const Buffer given = reader.result("ticket");
   JAX_EP_RETURN_IF_ERROR(reader.finish());
   PlanOp plan;
@@ -391,8 +422,10 @@ Status read_dispatch_start(const Operands& operands,
   JAX_EP_RETURN_IF_ERROR(set_sent(taken, attrs, own, recv_capacity, dispatch));
   plan.shape = dispatch.shape;
   JAX_EP_RETURN_IF_ERROR(check_selections(topk_idx, plan.shape));
+  JAX_EP_RETURN_IF_ERROR(check_rank_mask(rank_mask, plan.shape));
   JAX_EP_RETURN_IF_ERROR(given.check(U32, {kTicketWords}));
   plan.topk_idx = topk_idx.data<const int32_t>();
+  plan.rank_mask = rank_mask.data<const uint8_t>();
   arguments.program_rank = program_rank.data<const int32_t>();
   arguments.op = plan_dispatch_op(plan, dispatch);
   ticket = given.data<uint32_t>();

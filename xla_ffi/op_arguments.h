@@ -62,8 +62,9 @@ struct OpArguments {
 
 // Each decodes a call's operands and results, whose order and shapes are those of the op's pointers
 // in csrc/core/ops.h, after `program_rank`; on CPU without those that are for GPUs only, but for
-// the result `source_slot`, which is absent there. InvalidArgument that names the first bad buffer
-// or attribute.
+// the result `source_slot`, which is absent there. `rank_mask` is the last operand, where there is
+// one: a call without it has fewer. So is `missing_ranks` the last result of a dispatch that makes
+// its plan, and of a combine. InvalidArgument that names the first bad buffer or attribute.
 Status read_plan(const Operands& operands,
                  const ffi::RemainingRets& results,
                  const EpAttrs& attrs,

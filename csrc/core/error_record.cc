@@ -66,7 +66,7 @@ std::string deadline_text(const ErrorRecord& record, double timeout_s) {
 
 std::string wrong_call_text(const ErrorRecord& record) {
   constexpr std::string_view kParts[kNumCallParts] = {
-      "the number of tokens", "hidden, dtype or capacity", "the place in the program (the layer)"};
+      "the number of tokens", "hidden, dtype or capacity", "the call site (the layer)"};
   std::string differs;
   for (uint32_t part = 0; part < kNumCallParts; ++part) {
     if ((record.detail >> part & 1) == 0) continue;
@@ -111,6 +111,7 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
     case WaitTag::kPulled: return rank + " to have read a message from the network";
     case WaitTag::kGathered: return "the sums of " + rank;
     case WaitTag::kFreed: return rank + " to have read the sums of a chunk before";
+    case WaitTag::kInTransport: return "NVSHMEM, which sends to " + rank;
     case WaitTag::kWrongOp:
     case WaitTag::kWrongCall: return rank + ", which runs something else";
     case WaitTag::kWrongRank:
@@ -119,6 +120,13 @@ std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer) {
     default:
       return "an unknown event (tag " + std::to_string(static_cast<uint32_t>(tag)) + ") of " + rank;
   }
+}
+
+std::optional<Aborted> aborted_of(const ErrorRecord& record) {
+  const auto tag = static_cast<WaitTag>(record.tag);
+  if (tag == WaitTag::kPeerGaveUp) return unpack_aborted(record.detail);
+  if (tag == WaitTag::kClosed && record.detail != kClosedInAWait) return std::nullopt;
+  return Aborted{.by = record.rank, .blamed = record.peer, .tag = record.tag, .op = record.op};
 }
 
 std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t rank) {

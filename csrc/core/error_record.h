@@ -4,6 +4,7 @@
 #define JAX_EP_CSRC_CORE_ERROR_RECORD_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -34,6 +35,10 @@ std::string wrong_rank_text(std::string_view op, int64_t program_rank, int64_t r
 
 // "rank 2 waited 60 s in dispatch for rank 5 ..."; see error_record.cc.
 std::string describe(const ErrorRecord& record, double timeout_s);
+
+// What a rank that has left this record has told its peers, or was told by one; nothing if no peer
+// is to give up because of it.
+std::optional<Aborted> aborted_of(const ErrorRecord& record);
 
 // "rank 5", or what else a wait with this tag is for: "the rows of rank 5".
 std::string awaited_text(WaitTag tag, uint32_t op, uint32_t peer);

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "csrc/core/network_layout.h"
+#include "csrc/core/shape_check.h"
 
 namespace jax_ep {
 namespace {
@@ -25,7 +26,7 @@ constexpr Words kWords[kNumRegions] = {
     {"arrived",
      "u64 [channels, R, flags]",
      "by source and chunk, arrival_flag of what has arrived"},
-    {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank"},
+    {"routing", "i32 [R, max_tokens, K]", "topk_idx of every rank, unless plans are by counts"},
     {"scalars", "f32 [R, max_tokens, K]", "scalars that travel with rows"},
     {"rows", "bytes [R, max_tokens, row_stride]", "rows on their way, FP8 rows with their scales"},
     {"expert_packets", "packets [banks, R, expert_packets]", "topk_idx, of low-latency exchanges"},
@@ -39,31 +40,33 @@ constexpr Words kWords[kNumRegions] = {
 static_assert(kWords[static_cast<int32_t>(Region::kRows)].name == std::string_view("rows"));
 static_assert(kWords[static_cast<int32_t>(Region::kTotals)].name == std::string_view("totals"));
 
-Status out_of_range(std::string_view name, int64_t value, const std::string& allowed) {
+Status not_on_cuda(std::string_view name, int64_t value, const std::string& allowed) {
   return Status::invalid_argument(std::string(name) + " is " + std::to_string(value) +
                                   "; allowed on CUDA: " + allowed);
 }
 
 Status check_range(std::string_view name, int64_t value, int64_t largest) {
   if (value >= 1 && value <= largest) return {};
-  return out_of_range(name, value, "1 to " + std::to_string(largest));
+  return not_on_cuda(name, value, "1 to " + std::to_string(largest));
 }
 
 // Between domains: ranks of a domain have a bit each, and a buffer of a ring an offset of 32 bits.
 Status check_domains(const HeapShape& shape) {
   const int32_t num_neighbors = shape.num_neighbors;
   if (num_neighbors < 0 || (num_neighbors > 0 && shape.num_ranks % num_neighbors != 0)) {
-    return out_of_range("num_neighbors",
-                        num_neighbors,
-                        "0, or a divisor of the " + std::to_string(shape.num_ranks) + " ranks");
+    return not_on_cuda("num_neighbors",
+                       num_neighbors,
+                       "0, or a divisor of the " + std::to_string(shape.num_ranks) + " ranks");
+  }
+  if (shape.gathered_domains < 0) {
+    return not_on_cuda("gathered_domains", shape.gathered_domains, "0 or more");
   }
   if (!shape.spans_domains()) return {};
   JAX_EP_RETURN_IF_ERROR(check_range("num_neighbors", num_neighbors, kMaxDomainRanks));
-  if (shape.low_latency_tokens > 0) {
-    return out_of_range("low_latency_tokens", shape.low_latency_tokens, "0 between domains");
-  }
-  if (network_layout_of(shape).buffer_bytes > std::numeric_limits<uint32_t>::max()) {
-    return out_of_range("hidden", shape.hidden, "rail chunks of less than 4 GiB");
+  const NetworkLayout network = network_layout_of(shape);
+  if (std::max(network.buffer_bytes, network.far_chunk_bytes) >
+      std::numeric_limits<uint32_t>::max()) {
+    return not_on_cuda("hidden", shape.hidden, "messages of less than 4 GiB");
   }
   return {};
 }
@@ -84,19 +87,18 @@ std::array<RegionInfo, kNumRegions> heap_regions(const HeapShape& shape) {
 }
 
 Status check_heap_shape(const HeapShape& shape) {
+  JAX_EP_RETURN_IF_ERROR(check_shape({.num_ranks = shape.num_ranks,
+                                      .num_experts = shape.num_experts,
+                                      .num_topk = shape.num_topk,
+                                      .layout = shape.layout}));
   JAX_EP_RETURN_IF_ERROR(check_range("num_ranks", shape.num_ranks, kMaxRanks));
   JAX_EP_RETURN_IF_ERROR(check_range("num_experts", shape.num_experts, kMaxExperts));
-  if (shape.num_experts % shape.num_ranks != 0) {
-    return out_of_range("num_experts",
-                        shape.num_experts,
-                        "a multiple of the " + std::to_string(shape.num_ranks) + " ranks");
-  }
   JAX_EP_RETURN_IF_ERROR(check_range("num_topk", shape.num_topk, kMaxTopk));
   JAX_EP_RETURN_IF_ERROR(check_range("max_tokens_per_rank", shape.max_tokens, kMaxTokens));
-  const int64_t most = std::min(kMaxLowLatencyTokens, shape.max_tokens);
-  if (shape.low_latency_tokens < 0 || shape.low_latency_tokens > most) {
-    return out_of_range(
-        "low_latency_tokens", shape.low_latency_tokens, "0 to " + std::to_string(most));
+  const int64_t max_low_latency = std::min(kMaxLowLatencyTokens, shape.max_tokens);
+  if (shape.low_latency_tokens < 0 || shape.low_latency_tokens > max_low_latency) {
+    return not_on_cuda(
+        "low_latency_tokens", shape.low_latency_tokens, "0 to " + std::to_string(max_low_latency));
   }
   JAX_EP_RETURN_IF_ERROR(check_range("hidden", shape.hidden, std::numeric_limits<int32_t>::max()));
   return check_domains(shape);
@@ -133,7 +135,8 @@ std::string heap_needs(const HeapShape& shape) {
             regions[i].shape + ")";
   }
   if (shape.spans_domains()) {
-    text += ", the network's rings " + bytes_text(network_layout_of(shape).total_bytes);
+    text +=
+        ", the network's rings and messages " + bytes_text(network_layout_of(shape).total_bytes);
   }
   text += "; lower max_tokens_per_rank (" + std::to_string(shape.max_tokens) + ")";
   if (shape.low_latency_tokens > 0) {

@@ -15,8 +15,8 @@ namespace jax_ep {
 // Every region of a heap, in the order in which they lie in it.
 std::array<RegionInfo, kNumRegions> heap_regions(const HeapShape& shape);
 
-// InvalidArgument unless the kernels are written for these sizes, of its network heap too; names
-// the size and what is allowed.
+// InvalidArgument unless check_shape takes these sizes and the kernels are written for them, of its
+// network heap too; names the size and what is allowed.
 Status check_heap_shape(const HeapShape& shape);
 
 // "12.5 GiB", "3.0 MiB", "640 bytes".

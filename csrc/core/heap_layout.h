@@ -9,6 +9,7 @@
 #define JAX_EP_CSRC_CORE_HEAP_LAYOUT_H_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/ep_shape.h"
@@ -19,6 +20,10 @@
 #include "csrc/core/work_partition.h"
 
 namespace jax_ep {
+
+// Every rank scans what is gathered: R * T * K selections. By counts it scans its own, and what it
+// receives, but in two exchanges and with more barriers. Chosen by a model, not measured.
+inline constexpr int32_t kMaxGatheredDomains = 8;
 
 // What a heap's size depends on; from the group's config.
 struct HeapShape {
@@ -33,12 +38,19 @@ struct HeapShape {
   // T of any low-latency call is at most this, which is at most max_tokens; 0: there are none.
   int64_t low_latency_tokens = 0;
   int32_t num_neighbors = 0;  // ranks of a domain; 0: there is one domain
+  // Among more domains plans do not gather the routing of all ranks, but counts of it; see
+  // docs/design/internode.md. 0: kMaxGatheredDomains.
+  int32_t gathered_domains = 0;
 
   [[nodiscard]] constexpr Topology topology() const {
     const int32_t ranks = num_neighbors > 0 ? num_neighbors : num_ranks;
     return {.num_scaleup_ranks = ranks, .num_scaleout_ranks = num_ranks / ranks};
   }
   [[nodiscard]] constexpr bool spans_domains() const { return topology().num_scaleout_ranks > 1; }
+  [[nodiscard]] constexpr bool plans_by_counts() const {
+    const int32_t max_gathered = gathered_domains > 0 ? gathered_domains : kMaxGatheredDomains;
+    return spans_domains() && topology().num_scaleout_ranks > max_gathered;
+  }
 };
 
 // The regions, in the order in which they lie in the heap.
@@ -47,9 +59,10 @@ enum class Region : int32_t {
   kAborted,       // u32 [1]: an Aborted, once a peer has given up
   kSent,          // u32 [channels, R]: by source, the last epoch of which it has sent all
   kArrived,  // u64 [channels, R, kMaxFlags]: by source and chunk, arrival_flag of what has arrived
-  kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank
+  kRouting,  // i32 [R, max_tokens, K]: topk_idx of every rank, unless plans are by counts
   kScalars,  // f32 [R, max_tokens, K]: scalars that travel with rows, of the domain's R
   kRows,     // bytes [R, max_tokens, row_stride]: rows on their way, FP8 rows with scales; likewise
+  // Packets, too, are of the domain's R: other domains' are in the network heap.
   kExpertPackets,  // packets [banks, R, expert_packets]: topk_idx, of low-latency exchanges
   kScalarPackets,  // packets [banks, R, scalar_packets]: scalars that travel with rows, likewise
   kRowPackets,     // packets [banks, R, ll_tokens, row_packets]: rows on their way, likewise
@@ -83,12 +96,15 @@ struct HeapLayout {
 
   constexpr int64_t at(Region region) const { return offset[static_cast<int32_t>(region)]; }
 };
+// No byte without a value: those of processes are compared as bytes.
+static_assert(std::has_unique_object_representations_v<HeapLayout>);
 
 constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
   constexpr int64_t kRegionAlignment = 256;
   constexpr int64_t channels = kNumChannels;
   const int64_t ranks = shape.num_ranks;
   const int64_t neighbors = shape.topology().num_scaleup_ranks;
+  const int64_t gathered = shape.plans_by_counts() ? 0 : ranks;
   const int64_t tokens = shape.max_tokens;
   const int64_t topk = shape.num_topk;
   const int64_t bins = num_bins(shape.layout, shape.num_experts, shape.num_ranks);
@@ -106,12 +122,12 @@ constexpr HeapLayout make_heap_layout(const HeapShape& shape) {
       4,
       4 * channels * ranks,
       8 * channels * ranks * kMaxFlags,
-      4 * ranks * tokens * topk,
+      4 * gathered * tokens * topk,
       4 * neighbors * tokens * topk,
       neighbors * tokens * layout.row_stride,
-      16 * kLowLatencyBanks * ranks * layout.expert_packets,
-      16 * kLowLatencyBanks * ranks * layout.scalar_packets,
-      16 * kLowLatencyBanks * ranks * ll_tokens * layout.row_packets,
+      16 * kLowLatencyBanks * neighbors * layout.expert_packets,
+      16 * kLowLatencyBanks * neighbors * layout.scalar_packets,
+      16 * kLowLatencyBanks * neighbors * ll_tokens * layout.row_packets,
       4 * ranks * max_num_tiles(tokens, shape.num_ranks) * bins,
       4 * bins,
   };

@@ -14,9 +14,6 @@
 
 namespace jax_ep {
 
-inline constexpr uint64_t kAllRanks = ~uint64_t{0};
-static_assert(kMaxRanks <= 64, "a mask of ranks has 64 bits");
-
 // A rank of a group, as its kernels see it. Constant while the group lives.
 struct RankView {
   HeapLayout layout;
@@ -32,10 +29,14 @@ struct RankView {
   // there is one domain.
   int32_t first_neighbor;
   int32_t num_neighbors;
-  // Bit r: rank r takes part. Of the others nothing is expected, and nothing is sent to them: a
-  // selection of one of their experts counts as none. The same on all ranks that take part.
-  uint64_t active_ranks = kAllRanks;
+  // [R] in device memory, of the op: which ranks take part; null: all do. Of the others nothing is
+  // expected, and nothing is sent to them: a selection of one of their experts counts as none. The
+  // same on all ranks that take part; a rank that does not leaves empty results.
+  const uint8_t* rank_mask = nullptr;
   int32_t chunk_target = kChunkTarget;  // see chunk_tokens; the same on all ranks
+  // In host memory that the device reads: by rank, a bit where who may be missing is not to be
+  // waited for any longer. Null: there is none.
+  const uint64_t* given_up = nullptr;
 };
 
 // The blocks of a call. Those of its tail are a launch of their own, behind the main one: they join
@@ -68,6 +69,7 @@ struct NetworkView {
   NetworkLayout layout;
   Topology topology;
   std::byte* heap[kMaxDomainRanks];  // by index in the domain, as mapped by this rank
+  uint64_t* phases;  // [kNumChannels] in host memory that the device writes: see KernelPhase
 };
 
 // The network heaps of all ranks, where this one maps them: what a transport over mapped memory
@@ -94,6 +96,15 @@ struct InternodeParams : KernelParams<OpOfCall> {
   Transport transport;
   int32_t num_rail_senders = 1;  // of a block's warps, behind the senders
   int32_t num_reducers = 1;      // likewise, behind these; combine alone
+};
+
+// The same of a low-latency kernel, whose warps all do the same.
+template <typename OpOfCall, typename Transport>
+struct InternodeLowLatencyParams : KernelParams<OpOfCall> {
+  using Op = OpOfCall;
+
+  NetworkView network;
+  Transport transport;
 };
 
 using PlanParams = KernelParams<PlanOp>;

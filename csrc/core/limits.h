@@ -7,7 +7,7 @@
 
 namespace jax_ep {
 
-// Ranks of one scale-up domain, and the largest sizes that the kernels are written for.
+// Ranks of a group, of all its domains, and the largest sizes that the kernels are written for.
 inline constexpr int32_t kMaxRanks = 64;
 inline constexpr int32_t kMaxTopk = 32;  // a warp's lanes hold the selections of a token
 inline constexpr int32_t kMaxExperts = 4096;

@@ -21,8 +21,10 @@ constexpr int64_t element_bytes(DType dtype, RowFormat format) {
 }
 
 // Rows that are no multiple of 16 bytes, wherever they lie, are left to the other kernels, as are
-// the products and the scalars of gradients, and sums over domains.
-constexpr bool fits_low_latency(const HeapLayout& heap, const PlanDispatchOp& op) {
+// the products and the scalars of gradients, and within one domain sums over several.
+constexpr bool fits_low_latency(const HeapLayout& heap,
+                                const PlanDispatchOp& op,
+                                bool /*spans_domains*/ = false) {
   const DispatchOp& rows = op.dispatch;
   const int64_t on_wire = rows.wire == Wire::kSame ? size_bytes(rows.dtype) : 1;
   return fits_low_latency(heap, rows.shape) && rows.hidden > 0 && !rows.weighted &&
@@ -30,9 +32,11 @@ constexpr bool fits_low_latency(const HeapLayout& heap, const PlanDispatchOp& op
          rows.hidden * element_bytes(rows.dtype, rows.x_format) % 16 == 0 &&
          rows.hidden * element_bytes(rows.dtype, rows.rows_format) % 16 == 0;
 }
-constexpr bool fits_low_latency(const HeapLayout& heap, const CombineOp& op) {
+constexpr bool fits_low_latency(const HeapLayout& heap,
+                                const CombineOp& op,
+                                bool spans_domains = false) {
   return fits_low_latency(heap, op.shape) && op.num_scalars == 0 && op.hidden > 0 &&
-         !sums_over_domains(op) && op.hidden * size_bytes(op.dtype) % 16 == 0;
+         (spans_domains || !sums_over_domains(op)) && op.hidden * size_bytes(op.dtype) % 16 == 0;
 }
 
 }  // namespace jax_ep

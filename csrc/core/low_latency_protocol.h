@@ -59,6 +59,62 @@ constexpr bool clears_bank(uint32_t epoch) {
   return epoch >= kClearBankEvery && epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};
 }
 
+// --- ranks that do not come ----------------------------------------------------------------------
+
+// Kernels that leave out who does not come (an operation's missing_ranks) have more words of
+// Region::kArrived in the channel, behind the flags of the banks. Of a source:
+inline constexpr int32_t kHeartbeatFlag = int32_t{kLowLatencyBanks};  // see heartbeat
+inline constexpr int32_t kMaskedFlag = kHeartbeatFlag + 1;            // see masked_in
+// And of the holder alone: by source, a verdict_word; and of itself, when it sent heartbeats last.
+inline constexpr int32_t kVerdictFlag = kHeartbeatFlag + 2;
+inline constexpr int32_t kBeatenFlag = kHeartbeatFlag + 3;
+
+// What a rank that waits tells its peers about once in 2^20 ns, so that nobody gives it up for whom
+// it waits for. Never 0.
+inline constexpr uint32_t kHeartbeatShift = 20;
+constexpr uint32_t heartbeat_tick(uint64_t now_ns) {
+  return static_cast<uint32_t>(now_ns >> kHeartbeatShift);
+}
+constexpr uint64_t heartbeat(uint32_t tick, uint32_t epoch, int32_t waits_for) {
+  return uint64_t{1} << 63 | uint64_t{tick & 0xFF'FFFF} << 39 |
+         uint64_t{static_cast<uint32_t>(waits_for) & 0x7F} << 32 | epoch;
+}
+constexpr uint32_t heartbeat_tick_of(uint64_t heartbeat) {
+  return static_cast<uint32_t>(heartbeat >> 39) & 0xFF'FFFF;
+}
+
+// By which a rank tells another one that it does without it, in this exchange.
+constexpr uint64_t masked_in(uint32_t epoch) { return uint64_t{1} << 32 | epoch; }
+
+// What a rank's blocks have agreed on of a source in an exchange.
+enum class Verdict : uint32_t {
+  kUnknown,  // nothing yet
+  kPresent,  // all of its routing is there, and counts
+  kMissing,  // it has been given up before
+  kTorn,     // its routing counts, but what else it sends does not: it has been given up later
+};
+constexpr uint32_t verdict_word(uint32_t epoch, Verdict verdict) {
+  return epoch << 2 | static_cast<uint32_t>(verdict);
+}
+constexpr Verdict verdict_of(uint32_t word, uint32_t epoch) {
+  return word >> 2 == (epoch & 0x3FFF'FFFF) ? static_cast<Verdict>(word & 3) : Verdict::kUnknown;
+}
+
+// Who sends heartbeats is waited for, but not without end: so many times the timeout. Behind it are
+// at most the waits of this exchange and of the one before, one behind the other.
+inline constexpr int32_t kMostTimeouts = 8;
+
+// --- other domains -------------------------------------------------------------------------------
+
+// A network tears packets apart. To each rank of another domain (a far rank) go messages, with a
+// word each: one with its routing as packets, and one for every few tokens, with the rows of those
+// that the rank wants. All messages of an exchange are sent, also empty ones, and all are waited
+// for. So who has the first message of exchange e from a rank knows that it has read all of e - 1,
+// and nobody says so: two banks do. There are no halves between domains.
+inline constexpr int64_t kFarBanks = 2;
+constexpr uint32_t far_bank_of_epoch(uint32_t epoch) { return epoch % uint32_t{kFarBanks}; }
+static_assert(kLowLatencyBanks % kFarBanks == 0, "both are cleared when all banks are");
+
 // --- rows ----------------------------------------------------------------------------------------
 
 // A row's segments, of at most so many bytes of its dtype, are worked on one by one. Packets do not

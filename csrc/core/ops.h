@@ -23,6 +23,8 @@ struct PlanOp {
   // [T, K] in: global expert, -1 = no selection. What is not in [-1, E) is an error on the CPU, and
   // counts as -1 on GPUs.
   const int32_t* topk_idx = nullptr;
+  // [R] in, bytes of 0 or 1: the ranks that take part, null: all. The same on all that do.
+  const uint8_t* rank_mask = nullptr;
   int32_t* slot = nullptr;          // [T, K] out: row at the destination rank, -1 = none or dropped
   int32_t* row_source = nullptr;    // [C] out: source rank * T + source token, -1 = no token
   int32_t* row_topk_idx = nullptr;  // [C, K] out, kRank only: local expert or -1
@@ -69,11 +71,18 @@ struct DispatchOp {
   const int32_t* slot = nullptr;         // [T, K] in, from the plan
   const int32_t* row_source = nullptr;   // [C] in, from the plan
   const int32_t* source_slot = nullptr;  // [R * T, J] in, from the plan; GPUs only
+  const uint8_t* rank_mask = nullptr;    // as of a plan
   void* rows = nullptr;                  // [C, H] out
   float* rows_scales = nullptr;          // [C, ceil(H / 128)] out, rows_format kFloat8E4M3 only
   float* row_scalars = nullptr;  // [C] (kExpert) or [C, K] (kRank) out if num_scalars > 0; zeros
                                  // where there is no selection
   float* row_dots = nullptr;     // [C] out if with_dots; zeros where there is no token
+  // [R] out, bytes of 0 or 1; only of a dispatch that makes its plan too. 1: this rank did not get
+  // all of that rank's data in this exchange, and all other results are as if that rank's
+  // selections, and those of its experts, had been -1. 0 of this rank itself, and of ranks that
+  // rank_mask leaves out. Null: a rank that does not come is an error. On GPUs a rank may go
+  // missing when all of its routing has come: then that counts, and its rows hold no token.
+  uint8_t* missing_ranks = nullptr;
 };
 
 // How a dot product is summed, in float32. Of each block of elements, element i goes to sum
@@ -102,8 +111,11 @@ struct CombineOp {
   const int32_t* slot = nullptr;          // [T, K] in
   const int32_t* row_topk_idx = nullptr;  // [C, K] in, GPUs only, if kRank and weighted
   const int32_t* source_slot = nullptr;   // [R * T, J] in, GPUs only
+  const uint8_t* rank_mask = nullptr;     // as of a plan
   void* out = nullptr;                    // [T, H] out
   float* token_scalars = nullptr;         // [T, K] out if num_scalars > 0; 0 where slot < 0
+  // As of a dispatch: where it is 1, the sums have nothing of that rank's rows.
+  uint8_t* missing_ranks = nullptr;
 };
 
 constexpr bool sums_over_domains(const CombineOp& op) {
@@ -125,6 +137,7 @@ constexpr PlanDispatchOp plan_dispatch_op(const PlanOp& plan, DispatchOp dispatc
   dispatch.slot = plan.slot;
   dispatch.row_source = plan.row_source;
   dispatch.source_slot = plan.source_slot;
+  dispatch.rank_mask = plan.rank_mask;
   return {plan, dispatch};
 }
 
@@ -135,6 +148,17 @@ constexpr const EpShape& shape_of(const PlanOp& op) { return op.shape; }
 constexpr const EpShape& shape_of(const DispatchOp& op) { return op.shape; }
 constexpr const EpShape& shape_of(const CombineOp& op) { return op.shape; }
 constexpr const EpShape& shape_of(const PlanDispatchOp& op) { return op.dispatch.shape; }
+
+constexpr const uint8_t* rank_mask_of(const PlanOp& op) { return op.rank_mask; }
+constexpr const uint8_t* rank_mask_of(const DispatchOp& op) { return op.rank_mask; }
+constexpr const uint8_t* rank_mask_of(const CombineOp& op) { return op.rank_mask; }
+constexpr const uint8_t* rank_mask_of(const PlanDispatchOp& op) { return op.plan.rank_mask; }
+
+// Where an operation says who was missing; null: it is an error if somebody is.
+constexpr uint8_t* missing_ranks_of(const PlanOp& /*op*/) { return nullptr; }
+constexpr uint8_t* missing_ranks_of(const DispatchOp& op) { return op.missing_ranks; }
+constexpr uint8_t* missing_ranks_of(const CombineOp& op) { return op.missing_ranks; }
+constexpr uint8_t* missing_ranks_of(const PlanDispatchOp& op) { return op.dispatch.missing_ranks; }
 
 // How the rows of an operation travel.
 constexpr Wire wire_of(const PlanOp& /*op*/) { return Wire::kSame; }
@@ -147,18 +171,20 @@ constexpr uint32_t products_of(const DispatchOp& op) {
   return static_cast<uint32_t>(op.weighted) | static_cast<uint32_t>(op.with_dots) << 1;
 }
 
-// The tag of an op's call (see csrc/core/protocol.h, which says what `place` is).
-constexpr uint32_t call_tag_of(const PlanOp& op, uint32_t place) {
-  return call_tag(op.shape, 0, DType::kFloat32, Wire::kSame, 0, 0, place);
+// The tag of an op's call (see csrc/core/protocol.h, which says what `call_site` is).
+constexpr uint32_t call_tag_of(const PlanOp& op, uint32_t call_site) {
+  return call_tag(op.shape, 0, DType::kFloat32, Wire::kSame, 0, 0, call_site);
 }
-constexpr uint32_t call_tag_of(const DispatchOp& op, uint32_t place) {
-  return call_tag(op.shape, op.hidden, op.dtype, op.wire, op.num_scalars, products_of(op), place);
+constexpr uint32_t call_tag_of(const DispatchOp& op, uint32_t call_site) {
+  return call_tag(
+      op.shape, op.hidden, op.dtype, op.wire, op.num_scalars, products_of(op), call_site);
 }
-constexpr uint32_t call_tag_of(const CombineOp& op, uint32_t place) {
-  return call_tag(op.shape, op.hidden, op.dtype, Wire::kSame, op.num_scalars, op.weighted, place);
+constexpr uint32_t call_tag_of(const CombineOp& op, uint32_t call_site) {
+  return call_tag(
+      op.shape, op.hidden, op.dtype, Wire::kSame, op.num_scalars, op.weighted, call_site);
 }
-constexpr uint32_t call_tag_of(const PlanDispatchOp& op, uint32_t place) {
-  return call_tag_of(op.dispatch, place);
+constexpr uint32_t call_tag_of(const PlanDispatchOp& op, uint32_t call_site) {
+  return call_tag_of(op.dispatch, call_site);
 }
 
 }  // namespace jax_ep

@@ -40,7 +40,7 @@ inline constexpr uint32_t kNumChannels = 2;
 // 24 bits by which a rank notices that a peer runs the same operation in another call: three hashes
 // of a byte each, so that a message can say which part differs. Different calls have equal hashes
 // by chance once in 256; equal calls always do.
-enum class CallPart : uint32_t { kTokens = 0, kSizes = 1, kPlace = 2 };
+enum class CallPart : uint32_t { kTokens = 0, kSizes = 1, kCallSite = 2 };
 inline constexpr uint32_t kNumCallParts = 3;
 
 constexpr uint32_t hash_byte(uint64_t value) {
@@ -49,15 +49,15 @@ constexpr uint32_t hash_byte(uint64_t value) {
   return static_cast<uint32_t>((value ^ (value >> 31)) & 0xFF);
 }
 
-// `products` is 0 for what is moved and summed as it is. `place` is a number of the call's place in
-// the program, the same on all ranks; 0: not known.
+// `products` is 0 for what is moved and summed as it is. `call_site` is a number of the call's
+// place in the program, the same on all ranks; the same for all calls: not known.
 constexpr uint32_t call_tag(const EpShape& shape,
                             int64_t hidden,
                             DType dtype,
                             Wire wire,
                             int32_t scalars,
                             uint32_t products,
-                            uint32_t place) {
+                            uint32_t call_site) {
   uint64_t sizes = static_cast<uint64_t>(hidden);
   const uint64_t more[] = {static_cast<uint64_t>(dtype),
                            static_cast<uint64_t>(wire),
@@ -67,7 +67,7 @@ constexpr uint32_t call_tag(const EpShape& shape,
                            static_cast<uint64_t>(shape.expert_alignment)};
   for (const uint64_t value : more) sizes = sizes * 0x9e3779b97f4a7c15 + value + 1;
   return hash_byte(static_cast<uint64_t>(shape.num_tokens) + 1) | hash_byte(sizes) << 8 |
-         hash_byte(uint64_t{place} + 1) << 16;
+         hash_byte(uint64_t{call_site} + 1) << 16;
 }
 
 // --- arrival flags -------------------------------------------------------------------------------
@@ -108,6 +108,8 @@ enum class WaitTag : uint32_t {
   kPulled,     // waited for a rank of the domain to have read a message
   kGathered,   // waited for the sums of a rank of the domain
   kFreed,      // waited for a rank of the domain to have read such sums
+  // No kernel says it: the host finds that one does not come back from its transport.
+  kInTransport,
 };
 
 // Whether it is of an exchange between domains.
@@ -175,6 +177,24 @@ constexpr LongWait unpack_long_wait(uint64_t word) {
           .ended = (word >> 56 & 1) != 0};
 }
 
+// What a kernel between domains stores for its host when it begins, and when it ends, one word for
+// each channel. Its transport may wait without a deadline: then nothing else tells that it runs.
+struct KernelPhase {
+  uint32_t epoch;
+  uint32_t op;
+  bool running;
+};
+// Never 0, which is there before the first kernel.
+constexpr uint64_t pack(const KernelPhase& phase) {
+  return uint64_t{phase.epoch} | uint64_t{phase.op & 0xFF} << 32 | uint64_t{phase.running} << 40 |
+         uint64_t{1} << 63;
+}
+constexpr KernelPhase unpack_kernel_phase(uint64_t word) {
+  return {.epoch = static_cast<uint32_t>(word),
+          .op = static_cast<uint32_t>(word >> 32 & 0xFF),
+          .running = (word >> 40 & 1) != 0};
+}
+
 // --- a rank's own words --------------------------------------------------------------------------
 
 // Words of a rank that its kernels alone read and write, but for the first. They lie apart from the
@@ -196,6 +216,7 @@ enum class ChannelControl : int32_t {
                        // 0 between them
   kBarrierGeneration,  // grid barriers so far
   kPlanned,            // 1 once the running kernel has made its plan; 0 between kernels
+  kUnacknowledged,     // 1 where the exchange before was not acknowledged to all ranks
   // Of low-latency exchanges alone.
   kPeersEnded,      // one that all peers have ended, and all before it, as kernels before have seen
   kPeersEndedSeen,  // the same as the running kernel has seen

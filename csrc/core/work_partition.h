@@ -45,8 +45,8 @@ constexpr int32_t max_chunk_tokens(OpKind op) {
 inline constexpr int32_t kChunkTarget = 256;  // chunks, for batches that are not large
 constexpr int32_t chunk_tokens(OpKind op, int64_t num_tokens, int32_t chunk_target = kChunkTarget) {
   const int64_t target = ceil_div(num_tokens, chunk_target);
-  const int64_t most = max_chunk_tokens(op);
-  const int64_t few = target < 1 ? 1 : target > most ? most : target;
+  const int64_t max_tokens = max_chunk_tokens(op);
+  const int64_t few = target < 1 ? 1 : target > max_tokens ? max_tokens : target;
   const int64_t min_tokens = ceil_div(num_tokens, kMaxChunks);
   return static_cast<int32_t>(few > min_tokens ? few : min_tokens);
 }

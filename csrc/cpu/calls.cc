@@ -20,7 +20,7 @@ struct Field {
 };
 
 struct Fields {
-  std::array<Field, 16> items;
+  std::array<Field, 20> items;
   size_t size = 0;
 
   void add(std::string_view name, int64_t value, std::string_view text = {}) {
@@ -45,6 +45,12 @@ void add_shape(Fields& fields, const EpShape& shape) {
   fields.add_enum("layout", shape.layout);
 }
 
+template <typename Op>
+void add_on_timeout(Fields& fields, const Op& call) {
+  const bool masks = missing_ranks_of(call) != nullptr;
+  fields.add("on_timeout", masks, masks ? "mask" : "error");
+}
+
 Fields fields_of(const PlanOp& call) {
   Fields fields;
   add_shape(fields, call.shape);
@@ -63,6 +69,7 @@ Fields fields_of(const DispatchOp& call) {
   fields.add_flag("zero_fill", call.zero_fill);
   fields.add_flag("weighted", call.weighted);
   fields.add_flag("with_dots", call.with_dots);
+  add_on_timeout(fields, call);
   return fields;
 }
 
@@ -74,6 +81,7 @@ Fields fields_of(const CombineOp& call) {
   fields.add("num_scalars", call.num_scalars);
   fields.add("domain_size", call.domain_size);
   fields.add_enum("dtype", call.dtype);
+  add_on_timeout(fields, call);
   return fields;
 }
 
@@ -137,16 +145,48 @@ Status run(std::span<const PlanDispatchOp> ops, WorkerPool& workers) {
   return run_plan_dispatch(ops, workers);
 }
 
+// Tells each rank that is there which of those that it waits for are not.
+template <typename Op>
+void set_missing_ranks(std::span<const Op> ops) {
+  for (const Op& op : ops) {
+    uint8_t* const missing = is_absent(op) ? nullptr : missing_ranks_of(op);
+    if (missing == nullptr) continue;
+    const uint8_t* const mask = rank_mask_of(op);
+    for (size_t rank = 0; rank < ops.size(); ++rank) {
+      missing[rank] = is_absent(ops[rank]) && (mask == nullptr || mask[rank] != 0) ? 1 : 0;
+    }
+  }
+}
+
+const EpShape& shape_of_call(const Call& call) {
+  return std::visit([](const auto& op) -> const EpShape& { return shape_of(op); }, call);
+}
+
+// The calls of all ranks, of which one alone is there.
+Status only_call(int32_t rank, const Call& call, std::vector<Call>& calls) {
+  const EpShape& shape = shape_of_call(call);
+  JAX_EP_RETURN_IF_ERROR(check_shape(shape));
+  if (rank >= shape.num_ranks) return out_of_range("rank", rank, "a rank of the group");
+  calls.assign(static_cast<size_t>(shape.num_ranks), absent_op<PlanOp>());
+  calls[static_cast<size_t>(rank)] = call;
+  return {};
+}
+
 }  // namespace
 
 std::string_view op_name(const Call& call) {
   return std::visit([](const auto& op) { return name(op.kKind); }, call);
 }
 
+bool is_absent(const Call& call) {
+  return std::visit([](const auto& op) { return is_absent(op); }, call);
+}
+
 Status disagreement(std::string_view name, std::span<const std::string> text_of_rank) {
   std::vector<std::string> values;
   std::vector<std::vector<int32_t>> ranks;  // of each value
   for (size_t rank = 0; rank < text_of_rank.size(); ++rank) {
+    if (text_of_rank[rank].empty()) continue;
     const auto it = std::find(values.begin(), values.end(), text_of_rank[rank]);
     if (it == values.end()) {
       values.push_back(text_of_rank[rank]);
@@ -174,16 +214,20 @@ Status check_agreement(std::span<const Call> calls) {
   if (calls.empty()) return {};
   const auto disagree = [&](std::string_view name, const auto& text_of_call) {
     std::vector<std::string> texts;
-    for (const Call& call : calls) texts.push_back(text_of_call(call));
+    for (const Call& call : calls) {
+      texts.push_back(is_absent(call) ? std::string() : text_of_call(call));
+    }
     return disagreement(name, texts);
   };
+  const Call& first_call = first_present(calls);
   for (const Call& call : calls) {
-    if (call.index() == calls[0].index()) continue;
+    if (is_absent(call) || call.index() == first_call.index()) continue;
     return disagree("op", [](const Call& other) { return std::string(op_name(other)); });
   }
-  const Fields expected = fields_of(calls[0]);
+  const Fields expected = fields_of(first_call);
   size_t first = expected.size;  // the first field in which some rank differs
-  for (const Call& call : calls.subspan(1)) {
+  for (const Call& call : calls) {
+    if (is_absent(call)) continue;
     const Fields fields = fields_of(call);
     for (size_t i = 0; i < first; ++i) {
       if (fields.items[i].value != expected.items[i].value) first = i;
@@ -204,10 +248,49 @@ Status execute(std::span<const Call> calls, WorkerPool& workers) {
         if (Status status = check_parameters(first, calls.size()); !status.ok()) return status;
         std::vector<Op> ops;
         ops.reserve(calls.size());
-        for (const Call& call : calls) ops.push_back(std::get<Op>(call));
-        return run(ops, workers);
+        for (const Call& call : calls) {
+          ops.push_back(is_absent(call) ? absent_op<Op>() : std::get<Op>(call));
+        }
+        if (Status status = run(ops, workers); !status.ok()) return status;
+        set_missing_ranks<Op>(ops);
+        return {};
       },
-      calls[0]);
+      first_present(calls));
+}
+
+Status execute_alone(int32_t rank, const Call& call, WorkerPool& workers) {
+  // Whatever its routing says: a rank that takes no part selects nothing.
+  std::vector<Call> calls;
+  JAX_EP_RETURN_IF_ERROR(only_call(rank, call, calls));
+  const EpShape& shape = shape_of_call(call);
+  const std::vector<int32_t> none(static_cast<size_t>(shape.num_tokens * shape.num_topk), -1);
+  const std::vector<int32_t> no_rows(static_cast<size_t>(shape.recv_capacity), -1);
+  // It waits for nobody, so it misses nobody.
+  const std::vector<uint8_t> nobody(static_cast<size_t>(shape.num_ranks), 0);
+  std::visit(
+      [&](auto& op) {
+        using Op = std::decay_t<decltype(op)>;
+        if constexpr (std::is_same_v<Op, PlanDispatchOp>) {
+          op.plan.topk_idx = op.dispatch.topk_idx = none.data();
+          op.plan.rank_mask = nobody.data();
+        } else {
+          op.topk_idx = none.data();
+          op.rank_mask = nobody.data();
+        }
+        if constexpr (std::is_same_v<Op, CombineOp>) op.slot = none.data();
+        if constexpr (std::is_same_v<Op, DispatchOp>) {
+          op.slot = none.data();
+          op.row_source = no_rows.data();
+        }
+      },
+      calls[static_cast<size_t>(rank)]);
+  return execute(calls, workers);
+}
+
+Status execute_late(int32_t rank, const Call& call, WorkerPool& workers) {
+  std::vector<Call> calls;
+  JAX_EP_RETURN_IF_ERROR(only_call(rank, call, calls));
+  return execute(calls, workers);
 }
 
 Status run_plan_dispatch(std::span<const PlanDispatchOp> ops, WorkerPool& workers) {

@@ -54,7 +54,7 @@ class Combiner {
   Combiner(std::span<const CombineOp> ops, WorkerPool& workers)
       : ops_(ops),
         workers_(workers),
-        first_(ops[0]),
+        first_(first_present(ops)),
         shape_(first_.shape),
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
@@ -64,7 +64,9 @@ class Combiner {
         arithmetic_(row_arithmetic(first_.dtype)) {}
 
   Status run() {
-    for (const CombineOp& op : ops_) advise_huge_pages(op.out, shape_.num_tokens * row_bytes_);
+    for (const CombineOp& op : ops_) {
+      if (!is_absent(op)) advise_huge_pages(op.out, shape_.num_tokens * row_bytes_);
+    }
     const int64_t token_bytes = (num_topk_ + 1) * row_bytes_ + num_topk_ * 64;
     workers_.parallel_for(shape_.num_ranks * shape_.num_tokens,
                           items_per_chunk(token_bytes),
@@ -90,6 +92,7 @@ class Combiner {
     TokenSum current{std::vector<Term>(num_topk)};
     TokenSum next{std::vector<Term>(num_topk)};
     for (int64_t token = begin; token < end; ++token) {
+      if (is_absent(op_of(token / shape_.num_tokens))) continue;
       if (!collect(token, keys, next)) return;
       sum(current, next);
       std::swap(current, next);
@@ -110,10 +113,11 @@ class Combiner {
         report(token, k, expert, slot);
         return false;
       }
-      if (slot >= 0) keys[num_keys++] = SortKey(expert, k);
+      const bool has_row = slot >= 0 && !is_absent(op_of(owner_of(expert, num_local_)));
+      if (has_row) keys[num_keys++] = SortKey(expert, k);
       if (first_.num_scalars > 0) {
         source.token_scalars[first + k] =
-            slot < 0 ? 0.0F : row_scalar(op_of(owner_of(expert, num_local_)).row_scalars, slot, k);
+            !has_row ? 0.0F : row_scalar(op_of(owner_of(expert, num_local_)).row_scalars, slot, k);
       }
     }
     if (row_bytes_ == 0) return true;

@@ -42,10 +42,12 @@ class Dispatcher {
   Dispatcher(std::span<const DispatchOp> ops, WorkerPool& workers)
       : ops_(ops),
         workers_(workers),
-        first_(ops[0]),
+        first_(first_present(ops)),
         shape_(first_.shape),
         num_topk_(shape_.num_topk),
         num_local_(shape_.num_local_experts()),
+        has_absent_(
+            std::any_of(ops.begin(), ops.end(), [](const auto& op) { return is_absent(op); })),
         quantized_in_(first_.x_format == RowFormat::kFloat8E4M3),
         quantized_out_(first_.rows_format == RowFormat::kFloat8E4M3),
         x_bytes_(first_.hidden * element_bytes(first_.x_format, first_.dtype)),
@@ -58,6 +60,7 @@ class Dispatcher {
 
   Status run() {
     for (const DispatchOp& op : ops_) {
+      if (is_absent(op)) continue;
       advise_huge_pages(op.rows, shape_.recv_capacity * row_bytes_);
     }
     // kRank copies a row less often than K times, but that is known only when it is done.
@@ -99,6 +102,7 @@ class Dispatcher {
         converts || first_.weighted ? static_cast<size_t>(scale_bytes_ + row_bytes_) : 0);
     for (int64_t token = begin; token < end; ++token) {
       const DispatchOp& source = op_of(token / shape_.num_tokens);
+      if (is_absent(source)) continue;
       const int64_t first = token % shape_.num_tokens * num_topk_;
       Traveler row;
       for (int32_t k = 0; k < num_topk_; ++k) {
@@ -107,6 +111,7 @@ class Dispatcher {
         if (!is_valid_selection(shape_, expert, slot)) return report(token, k, expert, slot);
         if (slot < 0) continue;
         const int32_t dest = owner_of(expert, num_local_);
+        if (is_absent(op_of(dest))) continue;
         if (row.values == nullptr) row = traveler(source, token, scratch.data());
         if (once_per_rank) {
           int64_t& last = copied[static_cast<size_t>(dest)];
@@ -179,6 +184,16 @@ class Dispatcher {
     scalars[k] = source.token_scalars[first + k];
   }
 
+  // Whether a row gets no token: it holds none, or that of a rank that takes no part, as in a
+  // handle that no dispatch made.
+  [[nodiscard]] bool is_empty(int32_t row_source) const {
+    if (row_source == -1) return true;
+    if (!has_absent_ || !in_range_or_none(row_source, shape_.num_ranks * shape_.num_tokens)) {
+      return false;
+    }
+    return is_absent(op_of(row_source / shape_.num_tokens));
+  }
+
   // Rows are numbered through all ranks.
   void clear_empty_rows(int64_t begin, int64_t end) {
     const RowWriter writer(streaming_);
@@ -189,13 +204,20 @@ class Dispatcher {
       const int32_t* const row_source = op_of(dest).row_source;
       const int64_t row = i % capacity;
       const int64_t last_row = std::min(capacity, row + end - i);
+      if (is_absent(op_of(dest))) {
+        i += last_row - row;
+        continue;
+      }
       int64_t next = row;
-      while (next < last_row && row_source[next] == -1) ++next;
+      while (next < last_row && is_empty(row_source[next])) ++next;
       clear_rows(op_of(dest), row, next, writer);
       if (next < last_row && !in_range_or_none(row_source[next], num_sources)) {
         return report_row_source(dest, next);
       }
-      while (next < last_row && row_source[next] >= 0 && row_source[next] < num_sources) ++next;
+      while (next < last_row && row_source[next] >= 0 && row_source[next] < num_sources &&
+             !is_empty(row_source[next])) {
+        ++next;
+      }
       i += next - row;
     }
   }
@@ -245,6 +267,7 @@ class Dispatcher {
   const EpShape& shape_;
   const int32_t num_topk_;
   const int32_t num_local_;
+  const bool has_absent_;  // ranks that take no part
   const bool quantized_in_;
   const bool quantized_out_;
   const int64_t x_bytes_;          // of a row of x, without its scales

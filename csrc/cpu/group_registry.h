@@ -13,6 +13,7 @@
 
 #include "csrc/core/group_errors.h"
 #include "csrc/core/status.h"
+#include "csrc/cpu/given_up_ranks.h"
 
 namespace jax_ep {
 
@@ -40,6 +41,8 @@ struct GroupInfo {
 
   // Set when the group is closed, for those who found it open just before.
   std::shared_ptr<std::atomic<bool>> closed = std::make_shared<std::atomic<bool>>(false);
+  // Of a group that goes on without ranks that do not come.
+  std::shared_ptr<GivenUpRanks> given_up = std::make_shared<GivenUpRanks>();
   // Exchanges of which the first half has begun. See csrc/cpu/flights/flights.h.
   std::shared_ptr<Flights> flights = make_flights();
 

@@ -28,7 +28,7 @@ class Planner {
   Planner(std::span<const PlanOp> ops, WorkerPool& workers)
       : ops_(ops),
         workers_(workers),
-        shape_(ops[0].shape),
+        shape_(first_present(ops).shape),
         num_ranks_(shape_.num_ranks),
         num_experts_(shape_.num_experts),
         num_topk_(shape_.num_topk),
@@ -82,7 +82,10 @@ class Planner {
                      static_cast<size_t>(dest)];
   }
 
+  [[nodiscard]] bool absent(int32_t rank) const { return is_absent(op_of(rank)); }
+
   void count(int32_t source) {
+    if (absent(source)) return;
     // The last token that named the expert, or went to the rank: finds repeats in O(K).
     std::vector<int32_t> expert_token(static_cast<size_t>(num_experts_), -1);
     std::vector<int32_t> rank_token(per_rank_.empty() ? 0 : static_cast<size_t>(num_ranks_), -1);
@@ -99,9 +102,10 @@ class Planner {
         int32_t& last = expert_token[static_cast<size_t>(expert)];
         if (last == token) return report(source, token, k, repeated(source, token, k));
         last = token;
+        const int32_t dest = owner_of(expert, num_local_);
+        if (absent(dest)) continue;
         ++experts[expert];
         if (rank_token.empty()) continue;
-        const int32_t dest = owner_of(expert, num_local_);
         if (rank_token[static_cast<size_t>(dest)] == token) continue;
         rank_token[static_cast<size_t>(dest)] = token;
         ++rank_cursor(source, dest);
@@ -135,6 +139,7 @@ class Planner {
   }
 
   void start_experts(int32_t dest) {
+    if (absent(dest)) return;
     int64_t start = 0;
     int64_t dropped = 0;
     for (int32_t local = 0; local < num_local_; ++local) {
@@ -159,6 +164,7 @@ class Planner {
   }
 
   void start_sources(int32_t dest) {
+    if (absent(dest)) return;
     for (int32_t local = 0; local < num_local_; ++local) {
       int64_t selections = 0;
       for (int32_t source = 0; source < num_ranks_; ++source) {
@@ -179,6 +185,7 @@ class Planner {
   }
 
   void assign_expert_major(int32_t source) {
+    if (absent(source)) return;
     int64_t* const cursors = &expert_cursor(source, 0);
     const int64_t num_tokens = shape_.num_tokens;
     const int32_t* topk_idx = op_of(source).topk_idx;
@@ -187,7 +194,7 @@ class Planner {
       for (int32_t k = 0; k < num_topk_; ++k, ++topk_idx, ++slot) {
         const int32_t expert = *topk_idx;
         *slot = -1;
-        if (expert < 0) continue;
+        if (expert < 0 || absent(owner_of(expert, num_local_))) continue;
         const int64_t row = cursors[expert]++;
         if (row >= capacity_) continue;
         *slot = static_cast<int32_t>(row);
@@ -198,6 +205,7 @@ class Planner {
   }
 
   void assign_rank_major(int32_t source) {
+    if (absent(source)) return;
     std::vector<int32_t> rank_token(static_cast<size_t>(num_ranks_), -1);
     const auto num_tokens = static_cast<int32_t>(shape_.num_tokens);
     const int32_t* topk_idx = op_of(source).topk_idx;
@@ -206,7 +214,7 @@ class Planner {
       for (int32_t k = 0; k < num_topk_; ++k, ++topk_idx, ++slot) {
         const int32_t expert = *topk_idx;
         *slot = -1;
-        if (expert < 0) continue;
+        if (expert < 0 || absent(owner_of(expert, num_local_))) continue;
         const int32_t dest = owner_of(expert, num_local_);
         int64_t& cursor = rank_cursor(source, dest);
         int32_t& last = rank_token[static_cast<size_t>(dest)];

@@ -129,6 +129,12 @@ JAX_EP_DEVICE u32 fetch_add_relaxed(Ptr<u32> to, u32 value) {
   return WordRef<kScope, u32>(*to.raw).fetch_add(value, cuda::memory_order_relaxed);
 }
 template <Scope kScope>
+JAX_EP_DEVICE u32 compare_exchange_acq_rel(Ptr<u32> to, u32 expected, u32 desired) {
+  WordRef<kScope, u32>(*to.raw).compare_exchange_strong(
+      expected, desired, cuda::memory_order_acq_rel, cuda::memory_order_acquire);
+  return expected;
+}
+template <Scope kScope>
 JAX_EP_DEVICE void fence_acq_rel() {
   cuda::atomic_thread_fence(
       cuda::memory_order_acq_rel,

@@ -39,9 +39,14 @@ class Exchange {
     // By every thread: none stores to a peer as another rank.
     const i32 rank = ld(Ptr<const i32>{program_rank});
     if (rank != view.rank) give_up(view, {WaitTag::kWrongRank, op, rank, epoch_, 0}, 0);
-    // By a thread that is not the first to send.
+    // Both by a warp that is not the first to send.
     if (block_of_call() == 0 && thread_id() + 1 == num_threads()) check_alone();
+    if (block_of_call() == 0 && warp_id() + 1 == num_threads() / kWarpSize) acknowledge_before();
   }
+
+  // Whether this rank takes part. If it does not, the kernel touches no peer's heap, and leaves
+  // empty results.
+  JAX_EP_DEVICE bool takes_part() const { return is_active(view_, view_.rank); }
 
   // Whether the group has been closed. Then the kernel must touch no heap, and leave no result that
   // could be taken for one: see `poison`.
@@ -81,26 +86,29 @@ class Exchange {
   // Whether this block is of the call's tail.
   JAX_EP_DEVICE bool in_tail() const { return block_of_call() >= num_main(); }
 
-  // The work of the first `num_senders` warps of a main block, which send; all have a place.
+  // The work of the first `num_senders` warps of a main block, which send; all have a position.
   JAX_EP_DEVICE WorkQueue sending(i32 num_items, u32 num_senders) const {
-    const auto place = static_cast<i32>(block_of_call() * num_senders + warp_id());
-    const auto num_places = static_cast<i32>(num_main() * num_senders);
-    return {control(view_, channel_, ChannelControl::kSendTickets), num_items, num_places, place};
+    const auto position = static_cast<i32>(block_of_call() * num_senders + warp_id());
+    const auto num_positions = static_cast<i32>(num_main() * num_senders);
+    return {
+        control(view_, channel_, ChannelControl::kSendTickets), num_items, num_positions, position};
   }
   // The work of all warps. Those that also send come when they have sent, those of the tail when
-  // all have; the others have a place, neighboring ones in different blocks.
+  // all have; the others have a position, neighboring ones in different blocks.
   JAX_EP_DEVICE WorkQueue receiving(i32 num_items, u32 num_senders) const {
     const u32 num_warps = num_threads() / kWarpSize;
     const bool comes_later = in_tail() || warp_id() < num_senders;
-    const i32 place =
+    const i32 position =
         comes_later ? -1
                     : static_cast<i32>((warp_id() - num_senders) * num_main() + block_of_call());
-    const auto num_places = static_cast<i32>((num_warps - num_senders) * num_main());
-    return {
-        control(view_, channel_, ChannelControl::kReceiveTickets), num_items, num_places, place};
+    const auto num_positions = static_cast<i32>((num_warps - num_senders) * num_main());
+    return {control(view_, channel_, ChannelControl::kReceiveTickets),
+            num_items,
+            num_positions,
+            position};
   }
 
-  // The same where roles differ from block to block: no warp has a place.
+  // The same where roles differ from block to block: no warp has a position.
   JAX_EP_DEVICE WorkQueue receiving_by_tickets(i32 num_items) const {
     return {control(view_, channel_, ChannelControl::kReceiveTickets), num_items, 0, -1};
   }
@@ -240,9 +248,11 @@ class Exchange {
   }
 
   // All threads of all blocks, last thing in the kernel; every thread has waited for its own
-  // copies.
+  // copies. The exchange counts also for a rank that takes no part, but it tells nobody.
   JAX_EP_DEVICE void finish() const {
-    finish([this] { acknowledge(); });
+    finish([this] {
+      if (takes_part()) acknowledge();
+    });
   }
   // All lanes of a warp, when all blocks have come: the peers may overwrite what they sent.
   JAX_EP_DEVICE void acknowledge() const {
@@ -252,8 +262,12 @@ class Exchange {
   // the one that began the exchange, and not its second half.
   template <typename CloseUp>
   JAX_EP_DEVICE void finish(const CloseUp& close_up, bool begins = true) const {
+    if (is_last_warp()) close(close_up, begins);
+  }
+  // The two parts of it. True in all lanes of the one warp that closes the exchange.
+  JAX_EP_DEVICE bool is_last_warp() const {
     block_sync();
-    if (warp_id() != 0) return;
+    if (warp_id() != 0) return false;
     u32 blocks_before = 0;
     if (lane_id() == 0) {
       // RELEASE(blocks_done): this block's reads of staged data, and of the epoch.
@@ -262,8 +276,12 @@ class Exchange {
           fetch_add_acq_rel<Scope::kGpu>(control(view_, channel_, ChannelControl::kBlocksDone), 1);
     }
     blocks_before = warp_shfl(blocks_before, 0);
-    if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return;
+    if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return false;
     warp_sync();
+    return true;
+  }
+  template <typename CloseUp>
+  JAX_EP_DEVICE void close(const CloseUp& close_up, bool begins = true) const {
     close_up();
     if (lane_id() != 0) return;
     // Two kernels that overlap by less than the first one's look at kRunning.
@@ -272,6 +290,7 @@ class Exchange {
     st(control(view_, channel_, ChannelControl::kSendersDone), 0);
     st(control(view_, channel_, ChannelControl::kSendTickets), 0);
     st(control(view_, channel_, ChannelControl::kReceiveTickets), 0);
+    st(control(view_, channel_, ChannelControl::kUnacknowledged), all_active(view_) ? 0 : 1);
     if (op_ == OpKind::kPlanDispatch) st(control(view_, channel_, ChannelControl::kPlanned), 0);
     if (begins) st(control(view_, channel_, ChannelControl::kEpoch), epoch_);
     st(control(view_, channel_, ChannelControl::kRunning), 0);
@@ -279,6 +298,16 @@ class Exchange {
 
  private:
   JAX_EP_DEVICE u32 block_of_call() const { return static_cast<u32>(blocks_.first) + block_id(); }
+
+  // All lanes of one warp. The exchange before was acknowledged to the ranks that took part in it,
+  // and by none that did not: those that do now wait for it. This rank has ended it, so that nobody
+  // waits for who waits.
+  JAX_EP_DEVICE void acknowledge_before() const {
+    if (channel_ != Channel::kHighThroughput || !takes_part()) return;
+    if (ld(control(view_, channel_, ChannelControl::kUnacknowledged)) == 0) return;
+    share_out_peers(view_,
+                    [this](i32 peer) { put_acknowledged(view_, channel_, peer, epoch_ - 1); });
+  }
 
   // One thread. kRunning holds kUnit + op for each kernel that runs: 0 before this one, or two
   // operations of the group run at the same time, in the same exchange.

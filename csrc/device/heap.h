@@ -50,6 +50,20 @@ JAX_EP_DEVICE Ptr<u64> arrived(
   return region<u64>(view, holder, Region::kArrived) + (source_of_channel * kMaxFlags + flag_idx);
 }
 
+// Words of kernels that leave out who does not come, see low_latency_protocol.h.
+JAX_EP_DEVICE Ptr<u64> heartbeat_of(const RankView& view, i32 holder, i32 source) {
+  return arrived(view, Channel::kLowLatency, holder, source, kHeartbeatFlag);
+}
+JAX_EP_DEVICE Ptr<u64> masked_by(const RankView& view, i32 holder, i32 source) {
+  return arrived(view, Channel::kLowLatency, holder, source, kMaskedFlag);
+}
+JAX_EP_DEVICE Ptr<u32> own_verdict(const RankView& view, i32 source) {
+  return as<u32>(arrived(view, Channel::kLowLatency, view.rank, source, kVerdictFlag));
+}
+JAX_EP_DEVICE Ptr<u32> last_beaten(const RankView& view) {
+  return as<u32>(arrived(view, Channel::kLowLatency, view.rank, view.rank, kBeatenFlag));
+}
+
 // What `holder` keeps of a token that `source` sent (dispatch, plan), or of a token of its own
 // that `source` sent back (combine).
 JAX_EP_DEVICE i64 staged(const RankView& view, i32 source, i64 token) {
@@ -73,10 +87,11 @@ JAX_EP_DEVICE Ptr<std::byte> staged_row(const RankView& view, i32 holder, i32 so
          staged_by_neighbor(view, source, token) * view.layout.row_stride;
 }
 
-// Packets of a low-latency exchange that `source` sent to `holder`: of its routing, its scalars,
-// and the row of a token (dispatch), or the sum of a token of the holder (combine).
+// Packets of a low-latency exchange that `source`, a rank of the domain, sent to `holder`: of its
+// routing, its scalars, and the row of a token (dispatch), or the sum of a token of the holder
+// (combine).
 JAX_EP_DEVICE i64 packet_source(const RankView& view, u32 epoch, i32 source) {
-  return i64{bank_of_epoch(epoch)} * view.num_ranks + source;
+  return i64{bank_of_epoch(epoch)} * view.num_neighbors + (source - view.first_neighbor);
 }
 JAX_EP_DEVICE Ptr<Packet> expert_packets(const RankView& view, i32 holder, u32 epoch, i32 source) {
   return region<Packet>(view, holder, Region::kExpertPackets) +

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The peers of a rank: every loop over them, and every place in a peer's heap that is stored to. A
-// rank that is not in the view's mask is not waited for, and nothing is announced to it; rows do
-// not go there because a plan with the same mask gives its experts none. Ranks of other domains
-// than this one are no peers: their heaps are not mapped (csrc/device/rail.h).
+// The peers of a rank: every loop over them, and every place in a peer's heap that is stored to;
+// csrc/device/rail.h has those in the network heaps of this domain. A rank that is not in the
+// view's mask is not waited for, and nothing is announced to it; rows do not go there because a
+// plan with the same mask gives its experts none. Ranks of other domains than this one are no
+// peers: their heaps are not mapped, and rail.h sends them messages.
 #ifndef JAX_EP_CSRC_DEVICE_PEERS_H_
 #define JAX_EP_CSRC_DEVICE_PEERS_H_
 
@@ -13,9 +14,18 @@ namespace jax_ep::dev {
 
 // --- who they are; a rank is its own peer too ----------------------------------------------------
 
-JAX_EP_DEVICE bool all_active(const RankView& view) { return view.active_ranks == kAllRanks; }
+JAX_EP_DEVICE bool all_active(const RankView& view) { return view.rank_mask == nullptr; }
+// Four entries of the mask are read at once: buffers are as far apart as XLA aligns them.
 JAX_EP_DEVICE bool is_active(const RankView& view, i32 peer) {
-  return (view.active_ranks >> peer & 1) != 0;
+  if (all_active(view)) return true;
+  const auto words = as<const u32>(Ptr<const u8>{view.rank_mask});
+  return (ld(words + peer / 4) >> (8 * (peer % 4)) & 0xFF) != 0;
+}
+
+// Whether a rank is of this one's domain.
+JAX_EP_DEVICE bool is_neighbor(const RankView& view, i32 rank) {
+  return static_cast<u32>(rank) - static_cast<u32>(view.first_neighbor) <
+         static_cast<u32>(view.num_neighbors);
 }
 
 // `use(peer)` for each, one after another, by the thread that calls.
@@ -106,6 +116,14 @@ JAX_EP_DEVICE void put_acknowledged(const RankView& view, Channel channel, i32 p
 JAX_EP_DEVICE void put_sent(const RankView& view, Channel channel, i32 peer, u32 epoch) {
   // A hint, which may come before the flags of the last chunks: nothing is published with it.
   st_relaxed<Scope::kSys>(sent(view, channel, peer, view.rank), epoch);
+}
+JAX_EP_DEVICE void put_heartbeat(const RankView& view, i32 peer, u64 word) {
+  // Its change says all: nothing is published with it.
+  st_relaxed<Scope::kSys>(heartbeat_of(view, peer, view.rank), word);
+}
+JAX_EP_DEVICE void put_masked(const RankView& view, i32 peer, u64 word) {
+  // RELEASE(masked): what this rank has sent to the peer before, of which it may miss nothing.
+  st_release<Scope::kSys>(masked_by(view, peer, view.rank), word);
 }
 JAX_EP_DEVICE void put_aborted(const RankView& view, i32 peer, u32 word) {
   // One word says all: nothing is published with it.

@@ -15,6 +15,7 @@
 //   strong    ld_acquire<Scope>(Ptr<T>)  ld_relaxed<Scope>  st_release<Scope>(Ptr<T>, value)
 //             st_relaxed<Scope>                          T of 4 or 8 bytes
 //             fetch_add_acq_rel<Scope>(Ptr<u32>, value) -> old  fetch_add_relaxed<Scope>
+//             compare_exchange_acq_rel<Scope>(Ptr<u32>, expected, desired) -> old
 //             fence_acq_rel<Scope>()
 //   bulk      mbar_init(Mbar*, arrivals)  mbar_init_fence()  mbar_arrive_expect(Mbar*, bytes)
 //             mbar_wait(Mbar*, parity)  bulk_load(Ptr shared, Ptr global, bytes, Mbar*)

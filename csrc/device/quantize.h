@@ -84,12 +84,12 @@ JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 num_elements) {
   load(0);
   JAX_EP_NO_UNROLL
   for (u32 first = 0; first < num_vectors; first += kBlocks * kVectorsPerBlock) {
-    Vec16 held[kVectors];
+    Vec16 vector[kVectors];
     u32 largest = 0;
     JAX_EP_UNROLL
     for (u32 i = 0; i < kVectors; ++i) {
-      held[i] = ahead[i];
-      for (int w = 0; w < 4; ++w) largest = RowType::larger_magnitudes(held[i].word[w], largest);
+      vector[i] = ahead[i];
+      for (int w = 0; w < 4; ++w) largest = RowType::larger_magnitudes(vector[i].word[w], largest);
     }
     load(first + kBlocks * kVectorsPerBlock);
     warp_sync();  // what is overwritten has been read, for it does not lie behind what is read
@@ -101,7 +101,9 @@ JAX_EP_DEVICE void quantize_segment(Ptr<u32> stage, i32 num_elements) {
     JAX_EP_UNROLL
     for (u32 i = 0; i < kVectors; ++i) {
       const u32 v = first + first_of_lane + i * kLanesPerBlock;
-      if (v < num_vectors) st(as<Fp8Vector<RowType>>(stage) + v, to_fp8<RowType>(held[i], scaled));
+      if (v < num_vectors) {
+        st(as<Fp8Vector<RowType>>(stage) + v, to_fp8<RowType>(vector[i], scaled));
+      }
     }
   }
   complete_segment(stage, num_elements, scale_of_lane);
@@ -123,14 +125,14 @@ JAX_EP_DEVICE void restore_segment(Ptr<u32> stage, i32 num_elements) {
   JAX_EP_NO_UNROLL
   for (; end > 0; end -= kWarpSize) {
     const u32 v = end - kWarpSize + lane;
-    const Fp8Vector<RowType> held = ahead;
+    const Fp8Vector<RowType> vector = ahead;
     if (end > kWarpSize) ahead = load(v - kWarpSize);
     const float scale = as_float(warp_shfl(as_bits(scale_of_lane), v / kLanesPerBlock % kWarpSize));
     warp_sync();  // what is overwritten has been read, for it does not lie before what is read
     if (v >= num_vectors) continue;
     float values[kPerVector<RowType>];
     for (int c = 0; c < kPerVector<RowType>; c += 2) {
-      from_fp8_pair(static_cast<u32>(held >> 8 * c) & 0xFFFF, values + c);
+      from_fp8_pair(static_cast<u32>(vector >> 8 * c) & 0xFFFF, values + c);
     }
     for (float& value : values) value *= scale;
     Vec16 out;

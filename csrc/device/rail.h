@@ -11,6 +11,7 @@
 #define JAX_EP_CSRC_DEVICE_RAIL_H_
 
 #include "csrc/device/exchange.h"
+#include "csrc/device/kernel_phase.h"
 #include "csrc/device/transport/transport.h"
 
 namespace jax_ep::dev {
@@ -19,6 +20,18 @@ namespace jax_ep::dev {
 template <typename T>
 JAX_EP_DEVICE Ptr<T> network_region(const NetworkView& network, i32 index, NetworkRegion which) {
   return as<T>(Ptr<std::byte>{network.heap[index] + network.layout.at(which)});
+}
+
+// All lanes: what the first one has.
+JAX_EP_DEVICE u64 from_first_lane(u64 value) {
+  const u64 low = warp_shfl(static_cast<u32>(value), 0);
+  const u64 high = warp_shfl(static_cast<u32>(value >> 32), 0);
+  return high << 32 | low;
+}
+JAX_EP_DEVICE NetworkSignal from_first_lane(const NetworkSignal& signal) {
+  return {static_cast<i64>(from_first_lane(static_cast<u64>(signal.word))),
+          from_first_lane(signal.before),
+          from_first_lane(signal.after)};
 }
 
 template <typename Transport>
@@ -39,6 +52,7 @@ class Rail {
         domain_(network.topology.domain_of(exchange.view().rank)),
         index_(network.topology.index_in_domain(exchange.view().rank)) {
     if (exchange.closed()) return;
+    put_begin(exchange, network);
     sequence_ = ld(sequence(0));
     first_unit_ = ld(sequence(1));
   }
@@ -73,10 +87,10 @@ class Rail {
     i64 last;
   };
   // One of the parts of a rail chunk, which may have no tokens.
-  JAX_EP_DEVICE TokenRange part(i32 chunk, i32 number) const {
+  JAX_EP_DEVICE TokenRange part(i32 chunk, i32 part_idx) const {
     const i64 tokens = ceil_div(tokens_per_chunk_, kRailChunkParts);
     const i64 end = last_token(chunk);
-    const i64 first = first_token(chunk) + number * tokens;
+    const i64 first = first_token(chunk) + part_idx * tokens;
     return {first < end ? first : end, first + tokens < end ? first + tokens : end};
   }
 
@@ -85,8 +99,8 @@ class Rail {
   // One lane, before it stores to the buffer; follow it with a warp_sync.
   JAX_EP_DEVICE void wait_credit(i32 domain, i32 chunk) const {
     const auto window = static_cast<u64>(layout().window);
-    if (number(chunk) < window) return;
-    const auto before = static_cast<u32>(number(chunk) - window);
+    if (sequence_number(chunk) < window) return;
+    const auto before = static_cast<u32>(sequence_number(chunk) - window);
     const Ptr<u64> word = own<u64>(NetworkRegion::kCredits) + buffer(domain, chunk);
     // ACQUIRE(credit): the message that had the buffer before has been sent and read. What it was
     // of, the credit alone lets this warp know.
@@ -105,9 +119,7 @@ class Rail {
     if (lane_id() == 0) {
       signal = next_signal(NetworkRegion::kDelivered, NetworkRegion::kDeliveredSent, domain, chunk);
     }
-    signal.word = shfl_u64(signal.word);
-    signal.before = shfl_u64(signal.before);
-    signal.after = shfl_u64(signal.after);
+    signal = from_first_lane(signal);
     const i64 to = layout().at(NetworkRegion::kReceiveRing) +
                    ring_buffer(ring_of(domain_, domain), chunk) * layout().buffer_bytes;
     const i64 from = layout().at(NetworkRegion::kSendRing) +
@@ -123,7 +135,7 @@ class Rail {
     const Ptr<u64> word = own<u64>(NetworkRegion::kDelivered) + buffer(domain, chunk);
     // ACQUIRE(delivered): the message can be read.
     const u64 seen = wait(word,
-                          static_cast<u32>(number(chunk)),
+                          static_cast<u32>(sequence_number(chunk)),
                           WaitTag::kDelivered,
                           rank_at(domain, index_),
                           chunk,
@@ -171,7 +183,7 @@ class Rail {
         own<u64>(NetworkRegion::kRelayed) + (i64{rail} * num_buffers() + buffer(domain, chunk));
     // ACQUIRE(relayed): the message can be read.
     wait(word,
-         static_cast<u32>(number(chunk)),
+         static_cast<u32>(sequence_number(chunk)),
          WaitTag::kRelayed,
          rank_at(domain_, rail),
          chunk,
@@ -188,7 +200,7 @@ class Rail {
       const i32 reader = i / kRailChunkParts;
       // ACQUIRE(pulled): the reads come before the next message in the buffer.
       wait(pulled(index_, reader, domain, chunk, i % kRailChunkParts),
-           static_cast<u32>(number(chunk)),
+           static_cast<u32>(sequence_number(chunk)),
            WaitTag::kPulled,
            rank_at(domain_, reader),
            chunk,
@@ -255,6 +267,7 @@ class Rail {
 
   // One lane, of the last block of the kernel: the next exchange's messages follow these.
   JAX_EP_DEVICE void advance(bool with_units) const {
+    put_end(exchange_, network_);
     st(sequence(0), sequence_ + static_cast<u64>(num_chunks_));
     if (!with_units) return;
     st(sequence(1), first_unit_ + static_cast<u64>(num_chunks_) * static_cast<u64>(num_others()));
@@ -265,13 +278,14 @@ class Rail {
   }
 
  private:
-  // Numbers of messages, of each domain.
-  JAX_EP_DEVICE u64 number(i32 chunk) const { return sequence_ + static_cast<u64>(chunk); }
+  // Of messages, of each domain.
+  JAX_EP_DEVICE u64 sequence_number(i32 chunk) const { return sequence_ + static_cast<u64>(chunk); }
   JAX_EP_DEVICE u64 flag(i32 chunk) const {
-    return arrival_flag(static_cast<u32>(number(chunk)), exchange_.op(), exchange_.call_tag());
+    return arrival_flag(
+        static_cast<u32>(sequence_number(chunk)), exchange_.op(), exchange_.call_tag());
   }
   JAX_EP_DEVICE i32 buffer_of(i32 chunk) const {
-    return static_cast<i32>(number(chunk) % static_cast<u64>(layout().window));
+    return static_cast<i32>(sequence_number(chunk) % static_cast<u64>(layout().window));
   }
   // Of words that have room for all domains.
   JAX_EP_DEVICE i64 num_buffers() const {
@@ -319,14 +333,6 @@ class Rail {
         layout().at(words) + 8 * buffer(domain_, chunk), ld(last), flag(chunk)};
     st(last, signal.after);
     return signal;
-  }
-  JAX_EP_DEVICE static u64 shfl_u64(u64 value) {
-    const u64 low = warp_shfl(static_cast<u32>(value), 0);
-    const u64 high = warp_shfl(static_cast<u32>(value >> 32), 0);
-    return high << 32 | low;
-  }
-  JAX_EP_DEVICE static i64 shfl_u64(i64 value) {
-    return static_cast<i64>(shfl_u64(static_cast<u64>(value)));
   }
 
   // One lane: until the word is of a message.

@@ -48,14 +48,14 @@ JAX_EP_DEVICE Ptr<T> shfl_pointer(Ptr<T> pointer, i32 lane) {
   return {reinterpret_cast<T*>(high << 32 | low)};
 }
 
-// The lane that `place` sends to each place: lane p gets the number of the lane with place p; -1 if
+// The lane that has each position: lane p gets the number of the lane whose `position` is p; -1 if
 // there is none. Only the first `num_lanes` lanes are asked.
-JAX_EP_DEVICE i32 lane_with_place(i32 place, i32 num_lanes) {
+JAX_EP_DEVICE i32 lane_with_position(i32 position, i32 num_lanes) {
   i32 found = -1;
   JAX_EP_NO_UNROLL
   for (i32 lane = 0; lane < num_lanes; ++lane) {
     const auto of_lane =
-        static_cast<i32>(warp_shfl(static_cast<u32>(place), static_cast<u32>(lane)));
+        static_cast<i32>(warp_shfl(static_cast<u32>(position), static_cast<u32>(lane)));
     if (of_lane == static_cast<i32>(lane_id())) found = lane;
   }
   return found;
@@ -67,7 +67,7 @@ struct TermStages {
   static constexpr int kStages = kStageCount;
   static constexpr int kSegmentBytes = kBytes;
   static constexpr int kVectors = kBytes / 16 / static_cast<int>(kWarpSize);  // of a lane
-  static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "places are remainders");
+  static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "stages are remainders");
   static_assert(kBytes % (16 * kWarpSize) == 0);
 
   alignas(128) Shared<u32> stage[kStages][kBytes / 4];
@@ -90,7 +90,7 @@ class TermRing {
   // Loads a segment of `num_vectors` vectors of 16 bytes. Lanes for which it has nothing load its
   // last vector.
   JAX_EP_DEVICE void load(Ptr<const Vec16> from, i32 num_vectors) {
-    const Ptr<Vec16> to = place(loads_++);
+    const Ptr<Vec16> to = stage_of(loads_++);
     const i32 spare = num_vectors - 1 - static_cast<i32>(lane_id());
     from = from + lane_id();
     JAX_EP_UNROLL
@@ -117,7 +117,7 @@ class TermRing {
   // segment of all its vectors in its place.
   JAX_EP_DEVICE void exchange(Ptr<const Vec16> from, bool loads, Vec16 (&row)[Stages::kVectors]) {
     async_wait<kStages - 1>();
-    const Ptr<Vec16> at = place(uses_++);
+    const Ptr<Vec16> at = stage_of(uses_++);
     ++loads_;
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) row[v] = ld(at + v * kLanes);
@@ -127,7 +127,7 @@ class TermRing {
   }
   // This lane's vectors of the oldest segment, which has been waited for.
   JAX_EP_DEVICE void read(Vec16 (&row)[Stages::kVectors]) const {
-    const Ptr<Vec16> from = place(uses_);
+    const Ptr<Vec16> from = stage_of(uses_);
     JAX_EP_UNROLL
     for (int v = 0; v < kVectors; ++v) row[v] = ld(from + v * kLanes);
   }
@@ -159,8 +159,8 @@ class TermRing {
                                          std::integer_sequence<int, kVector...>) {
     (async_load<kVector * kLanes>(to, from), ...);
   }
-  JAX_EP_DEVICE Ptr<Vec16> place(u32 at) const {
-    return as<Vec16>(address_of(stages_.stage[at % kStages][0])) + lane_id();
+  JAX_EP_DEVICE Ptr<Vec16> stage_of(u32 load) const {
+    return as<Vec16>(address_of(stages_.stage[load % kStages][0])) + lane_id();
   }
 
   Stages& stages_;

@@ -99,22 +99,22 @@ struct Segments {
 };
 
 // Streams segments [first_segment, last_segment) of the rows of tokens [first, last) through the
-// ring. `place_of(token)` is called once for each token, in order: where its row goes from each
+// ring. `target_of(token)` is called once for each token, in order: where its row goes from each
 // lane, -1 for nowhere; a row that goes nowhere does not travel. `source(token, segment)` is what
-// to load, and `use(token, place, segment, stage)` sends a loaded segment on. All lanes.
-template <typename Ring, typename PlaceOf, typename Source, typename Use>
+// to load, and `use(token, target, segment, stage)` sends a loaded segment on. All lanes.
+template <typename Ring, typename TargetOf, typename Source, typename Use>
 JAX_EP_DEVICE void stream_segments(Ring& ring,
                                    i64 first,
                                    i64 last,
                                    i32 first_segment,
                                    i32 last_segment,
-                                   const PlaceOf& place_of,
+                                   const TargetOf& target_of,
                                    const Source& source,
                                    const Use& use) {
   struct Position {
     i64 token;
     i32 segment;
-    i32 place;
+    i32 target;
   };
   Position at{first - 1, last_segment, -1};
   Position ahead = at;
@@ -126,8 +126,8 @@ JAX_EP_DEVICE void stream_segments(Ring& ring,
         if (ahead.token != at.token) break;
         do {
           if (++ahead.token == last) break;
-          ahead.place = place_of(ahead.token);
-        } while (warp_ballot(ahead.place >= 0) == 0);
+          ahead.target = target_of(ahead.token);
+        } while (warp_ballot(ahead.target >= 0) == 0);
         ahead.segment = first_segment;
         continue;
       }
@@ -136,9 +136,9 @@ JAX_EP_DEVICE void stream_segments(Ring& ring,
     }
     if (at.segment == last_segment) {
       if (ahead.token == last) return;
-      at = {ahead.token, first_segment, ahead.place};
+      at = {ahead.token, first_segment, ahead.target};
     }
-    use(at.token, at.place, at.segment, ring.wait());
+    use(at.token, at.target, at.segment, ring.wait());
     ring.used();
     ++at.segment;
   }

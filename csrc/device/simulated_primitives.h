@@ -146,6 +146,13 @@ u32 fetch_add_relaxed(Ptr<u32> to, u32 value, Location at = Location::current())
   return sim::ops::fetch_add(to.raw, value, sim::Order::kRelaxed, memory_scope(kScope), at);
 }
 template <Scope kScope>
+u32 compare_exchange_acq_rel(Ptr<u32> to,
+                             u32 expected,
+                             u32 desired,
+                             Location at = Location::current()) {
+  return sim::ops::compare_exchange(to.raw, expected, desired, memory_scope(kScope), at);
+}
+template <Scope kScope>
 void fence_acq_rel(Location at = Location::current()) {
   sim::ops::fence(memory_scope(kScope), at);
 }

@@ -32,6 +32,9 @@ void* shared_base(std::size_t bytes);
 void load(const void* from, void* to, uint32_t bytes, Order order, MemoryScope scope, Location at);
 void store(void* to, const void* from, uint32_t bytes, Order order, MemoryScope scope, Location at);
 uint32_t fetch_add(void* to, uint32_t value, Order order, MemoryScope scope, Location at);
+// With an acquire, and where it stores a release.
+uint32_t compare_exchange(
+    void* to, uint32_t expected, uint32_t desired, MemoryScope scope, Location at);
 void fence(MemoryScope scope, Location at);
 
 void barrier(uint32_t id, uint32_t threads, Location at);

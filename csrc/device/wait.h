@@ -100,11 +100,8 @@ JAX_EP_DEVICE void report_long_wait(const RankView& view,
                                         .ended = ended}));
 }
 
-// What a waiting thread looks at now and then: whether a peer has given up, or the group is closed,
-// and how long it has waited. Does not return if there is no more to wait for. Returns the level of
-// the last report, and kOverdue with it once the deadline has passed.
-inline constexpr u32 kOverdue = 1U << 31;
-JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 start, u32 level) {
+// Does not return if a peer has given up, or the group is closed: there is no more to wait for.
+JAX_EP_DEVICE void end_if_told(const RankView& view, const WaitContext& context) {
   const u32 word = ld_relaxed<Scope::kSys>(aborted(view, view.rank));
   if (word != 0) {
     const auto by = static_cast<i32>(unpack_aborted(word).by);
@@ -118,11 +115,19 @@ JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 sta
             0,
             kClosedInAWait);
   }
+}
+
+inline constexpr u32 kMaxLevel = 32;
+
+// What a waiting thread looks at now and then: whether it is told to end, and how long it has
+// waited. Returns the level of the last report, and kOverdue with it once the deadline has passed.
+inline constexpr u32 kOverdue = 1U << 31;
+JAX_EP_DEVICE u32 look(const RankView& view, const WaitContext& context, u64 start, u32 level) {
+  end_if_told(view, context);
   // Signed: the clocks of two SMs may differ by a little.
   const auto waited = static_cast<i64>(now_ns() - start);
   // Who waits for its own rank, which in turn waits for another one, must not give up first.
   const bool own = context.tag == WaitTag::kGridBarrier || context.peer == view.rank;
-  constexpr u32 kMaxLevel = 32;
   if (level < kMaxLevel && waited >= static_cast<i64>(view.report_ns << level)) {
     report_long_wait(view, context, ++level, false);
   }

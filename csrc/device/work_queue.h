@@ -10,33 +10,33 @@
 
 namespace jax_ep::dev {
 
-// Items [0, num_items), in their order. The first `num_places` go to the warps with a place, one to
-// each; all others by tickets of a counter of this rank, which is 0 when the kernel starts and is
-// set back by Exchange::finish. So a small call needs no ticket. Which warp has an item decides
-// nothing but when it is done. All lanes of a warp, alike.
+// Items [0, num_items), in their order. The first `num_positions` go to the warps with a position,
+// one to each; all others by tickets of a counter of this rank, which is 0 when the kernel starts
+// and is set back by Exchange::finish. So a small call needs no ticket. Which warp has an item
+// decides nothing but when it is done. All lanes of a warp, alike.
 class WorkQueue {
  public:
-  // place: of the warp; -1: it has none.
-  JAX_EP_DEVICE WorkQueue(Ptr<u32> tickets, i32 num_items, i32 num_places, i32 place)
-      : tickets_(tickets), num_items_(num_items), num_places_(num_places), item_(place) {
-    if (place < 0) next();
+  // position: of the warp; -1: it has none.
+  JAX_EP_DEVICE WorkQueue(Ptr<u32> tickets, i32 num_items, i32 num_positions, i32 position)
+      : tickets_(tickets), num_items_(num_items), num_positions_(num_positions), item_(position) {
+    if (position < 0) next();
   }
 
   JAX_EP_DEVICE bool has_item() const { return item_ < num_items_; }
   JAX_EP_DEVICE i32 item() const { return item_; }
   JAX_EP_DEVICE void next() {
     item_ = num_items_;
-    if (num_items_ <= num_places_) return;
+    if (num_items_ <= num_positions_) return;
     u32 ticket = 0;
     // Nothing is published with it.
     if (lane_id() == 0) ticket = fetch_add_relaxed<Scope::kGpu>(tickets_, 1);
-    item_ = num_places_ + static_cast<i32>(warp_shfl(ticket, 0));
+    item_ = num_positions_ + static_cast<i32>(warp_shfl(ticket, 0));
   }
 
  private:
   const Ptr<u32> tickets_;
   const i32 num_items_;
-  const i32 num_places_;
+  const i32 num_positions_;
   i32 item_;
 };
 

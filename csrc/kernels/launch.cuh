@@ -66,10 +66,11 @@ template <typename Params>
 bool fits_domains(const Params& params) {
   const Topology& topology = params.network.topology;
   const NetworkLayout& layout = params.network.layout;
-  if constexpr (requires { params.op.domain_size; }) {
+  // Low-latency kernels sum over any.
+  if constexpr (requires { params.op.domain_size + params.num_rail_senders; }) {
     if (params.op.domain_size != topology.num_scaleup_ranks) return false;
   }
-  return params.view.active_ranks == kAllRanks && topology.num_scaleout_ranks > 1 &&
+  return params.view.rank_mask == nullptr && topology.num_scaleout_ranks > 1 &&
          topology.num_ranks() == params.view.num_ranks &&
          topology.num_scaleup_ranks == params.view.num_neighbors &&
          topology.num_scaleup_ranks <= kMaxDomainRanks && layout.chunk_tokens >= 1 &&
@@ -92,9 +93,11 @@ template <typename Kernel, typename Config, typename Params>
   launched.num_senders = shape.num_senders;
   if constexpr (requires { launched.num_rail_senders; }) {
     if (!takes_roles<Config>(Params::Op::kKind, shape)) return cudaErrorInvalidConfiguration;
-    if (!fits_domains(params)) return cudaErrorInvalidValue;
     launched.num_rail_senders = shape.num_rail_senders;
     launched.num_reducers = shape.num_reducers;
+  }
+  if constexpr (requires { params.network; }) {
+    if (!fits_domains(params)) return cudaErrorInvalidValue;
   }
   launched.blocks = {.first = 0, .num_main = shape.num_blocks, .num_tail = shape.num_tail_blocks};
   cudaLaunchAttribute joins{};
@@ -168,9 +171,13 @@ struct CompiledKernels {
 [[nodiscard]] cudaError_t load_plan_dispatch();
 [[nodiscard]] cudaError_t load_low_latency_dispatch();
 [[nodiscard]] cudaError_t load_low_latency_combine();
+[[nodiscard]] cudaError_t load_masking_dispatch();
+[[nodiscard]] cudaError_t load_masking_combine();
 [[nodiscard]] cudaError_t load_loopback_plan();
 [[nodiscard]] cudaError_t load_loopback_dispatch();
 [[nodiscard]] cudaError_t load_loopback_combine();
+[[nodiscard]] cudaError_t load_loopback_low_latency_dispatch();
+[[nodiscard]] cudaError_t load_loopback_low_latency_combine();
 
 // What launch_dispatch launches where the op makes products.
 [[nodiscard]] cudaError_t launch_dispatch_products(const DispatchParams& params,
@@ -180,8 +187,16 @@ struct CompiledKernels {
 [[nodiscard]] cudaError_t launch_combine_domains(const CombineParams& params,
                                                  const LaunchShape& shape,
                                                  cudaStream_t stream);
+// What the launches of low-latency kernels launch where the op says which ranks were missing. Not
+// in halves: cudaErrorInvalidConfiguration.
+[[nodiscard]] cudaError_t launch_masking_dispatch(const PlanDispatchParams& params,
+                                                  const LaunchShape& shape,
+                                                  cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_masking_combine(const CombineParams& params,
+                                                 const LaunchShape& shape,
+                                                 cudaStream_t stream);
 
-// Bytes of shared memory that a block of each takes; those of the two above take as much.
+// Bytes of shared memory that a block of each takes; those of the four above take as much.
 [[nodiscard]] int32_t shared_bytes_of_plan();
 [[nodiscard]] int32_t shared_bytes_of_dispatch();
 [[nodiscard]] int32_t shared_bytes_of_combine();

@@ -13,7 +13,9 @@ cudaError_t load_kernels() {
   if (cudaError_t e = load_combine_domains(); e != cudaSuccess) return e;
   if (cudaError_t e = load_plan_dispatch(); e != cudaSuccess) return e;
   if (cudaError_t e = load_low_latency_dispatch(); e != cudaSuccess) return e;
-  return load_low_latency_combine();
+  if (cudaError_t e = load_low_latency_combine(); e != cudaSuccess) return e;
+  if (cudaError_t e = load_masking_dispatch(); e != cudaSuccess) return e;
+  return load_masking_combine();
 }
 
 int32_t shared_bytes_per_block() {

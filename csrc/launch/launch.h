@@ -37,7 +37,8 @@ namespace jax_ep {
                                                cudaStream_t stream);
 
 // The same, and a combine, by the low-latency kernels. cudaErrorInvalidConfiguration also where
-// fits_low_latency (csrc/core/low_latency_fit.h) is false.
+// fits_low_latency (csrc/core/low_latency_fit.h) is false. Where the op has missing_ranks, the
+// kernel leaves out who does not come; not in halves.
 [[nodiscard]] cudaError_t launch_low_latency_dispatch(const PlanDispatchParams& params,
                                                       const LaunchShape& shape,
                                                       cudaStream_t stream);
@@ -51,18 +52,19 @@ struct LoopbackNetwork {
   NetworkView network;
   MappedHeaps heaps;
 };
-[[nodiscard]] cudaError_t launch_over_loopback(const PlanParams& params,
+// Of PlanOp, DispatchOp and CombineOp.
+template <typename Op>
+[[nodiscard]] cudaError_t launch_over_loopback(const KernelParams<Op>& params,
                                                const LoopbackNetwork& network,
                                                const LaunchShape& shape,
                                                cudaStream_t stream);
-[[nodiscard]] cudaError_t launch_over_loopback(const DispatchParams& params,
-                                               const LoopbackNetwork& network,
-                                               const LaunchShape& shape,
-                                               cudaStream_t stream);
-[[nodiscard]] cudaError_t launch_over_loopback(const CombineParams& params,
-                                               const LoopbackNetwork& network,
-                                               const LaunchShape& shape,
-                                               cudaStream_t stream);
+// The same by the low-latency kernels, in one piece and with sums over any domains, of
+// PlanDispatchOp and CombineOp. cudaErrorInvalidConfiguration also where fits_low_latency is false.
+template <typename Op>
+[[nodiscard]] cudaError_t launch_low_latency_over_loopback(const KernelParams<Op>& params,
+                                                           const LoopbackNetwork& network,
+                                                           const LaunchShape& shape,
+                                                           cudaStream_t stream);
 // Loads them onto the current device.
 [[nodiscard]] cudaError_t load_loopback_kernels();
 

@@ -26,12 +26,18 @@ struct RdmaNetwork {
 };
 
 // Raise it with every change of the table, or of what is passed through it.
-inline constexpr uint32_t kRdmaAbi = 1;
+inline constexpr uint32_t kRdmaAbi = 5;
 inline constexpr int32_t kMaxRdmaIdBytes = 1024;
+
+template <typename Op>
+using RdmaLaunch = cudaError_t (*)(const KernelParams<Op>& params,
+                                   const RdmaNetwork& network,
+                                   const LaunchShape& shape,
+                                   cudaStream_t stream);
 
 struct RdmaLibrary {
   uint32_t abi;              // kRdmaAbi; the sizes catch what was forgotten
-  uint32_t params_bytes;     // of the parameters of all three launches, and of a LaunchShape
+  uint32_t params_bytes;     // of the parameters of all launches, and of a LaunchShape
   uint32_t network_bytes;    // sizeof(RdmaNetwork)
   int32_t id_bytes;          // of a job's id, at most kMaxRdmaIdBytes
   int32_t built_version[3];  // of what it was built with, NVSHMEM for one
@@ -55,22 +61,16 @@ struct RdmaLibrary {
 
   // As those of csrc/launch/launch.h.
   cudaError_t (*load_kernels)();
-  cudaError_t (*launch_plan)(const PlanParams& params,
-                             const RdmaNetwork& network,
-                             const LaunchShape& shape,
-                             cudaStream_t stream);
-  cudaError_t (*launch_dispatch)(const DispatchParams& params,
-                                 const RdmaNetwork& network,
-                                 const LaunchShape& shape,
-                                 cudaStream_t stream);
-  cudaError_t (*launch_combine)(const CombineParams& params,
-                                const RdmaNetwork& network,
-                                const LaunchShape& shape,
-                                cudaStream_t stream);
+  RdmaLaunch<PlanOp> launch_plan;
+  RdmaLaunch<DispatchOp> launch_dispatch;
+  RdmaLaunch<CombineOp> launch_combine;
+  RdmaLaunch<PlanDispatchOp> launch_low_latency_dispatch;
+  RdmaLaunch<CombineOp> launch_low_latency_combine;
 };
 
-inline constexpr uint32_t kRdmaParamsBytes =
-    sizeof(PlanParams) + sizeof(DispatchParams) + sizeof(CombineParams) + sizeof(LaunchShape);
+inline constexpr uint32_t kRdmaParamsBytes = sizeof(PlanParams) + sizeof(DispatchParams) +
+                                             sizeof(CombineParams) + sizeof(PlanDispatchParams) +
+                                             sizeof(LaunchShape);
 
 // What the shared library exports.
 inline constexpr char kRdmaLibraryFunction[] = "jax_ep_rdma_library";

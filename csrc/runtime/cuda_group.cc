@@ -161,6 +161,34 @@ Status CudaGroup::find(int32_t device, const RankContext*& context) const {
               "; run the program on the mesh that the group was made for"};
 }
 
+Status CudaGroup::set_launches(std::vector<TunedLaunch> tuned) {
+  JAX_EP_RETURN_IF_ERROR(check_tuned(tuned));
+  const std::lock_guard lock(tuned_mutex_);
+  tuned_ = std::move(tuned);
+  return {};
+}
+
+LaunchChoice CudaGroup::choice_of(OpKind op, bool low_latency, int64_t num_tokens) const {
+  const std::lock_guard lock(tuned_mutex_);
+  return find_choice(tuned_, op, low_latency, num_tokens);
+}
+
+Status CudaGroup::give_up_on(int32_t group_index, std::span<const int32_t> ranks) const {
+  uint64_t bits = 0;
+  for (const int32_t rank : ranks) {
+    if (rank < 0 || rank >= config_.group.heap.num_ranks) {
+      return Status::invalid_argument("give_up_on: ranks holds " + std::to_string(rank) +
+                                      "; allowed: 0 to " +
+                                      std::to_string(config_.group.heap.num_ranks - 1));
+    }
+    bits |= uint64_t{1} << rank;
+  }
+  for (const RankContext& context : ranks_) {
+    if (context.config().local.group_index == group_index) context.give_up_on(bits);
+  }
+  return {};
+}
+
 Status CudaGroup::error() const {
   for (const RankContext& context : ranks_) JAX_EP_RETURN_IF_ERROR(context.error());
   return {};

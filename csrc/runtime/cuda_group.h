@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -14,6 +15,7 @@
 #include "csrc/core/heap_layout.h"
 #include "csrc/core/status.h"
 #include "csrc/runtime/rank_context.h"
+#include "csrc/tuning/tuned_launches.h"
 
 namespace jax_ep {
 
@@ -52,6 +54,13 @@ class CudaGroup {
   [[nodiscard]] std::span<const RankContext> ranks() const { return ranks_; }
   // The rank on a device, ready for operations. FailedPrecondition if there is none.
   Status find(int32_t device, const RankContext*& context) const;
+  // What later launches are to be like, instead of what was said before: InvalidArgument, and no
+  // change, if that cannot be. Recorded graphs keep theirs. Safe from any thread, as choice_of is.
+  Status set_launches(std::vector<TunedLaunch> tuned);
+  [[nodiscard]] LaunchChoice choice_of(OpKind op, bool low_latency, int64_t num_tokens) const;
+  // Ends the waits for these ranks of those of the process that are in the EP group, in operations
+  // that say which ranks were missing: InvalidArgument if there is no such rank. From any thread.
+  Status give_up_on(int32_t group_index, std::span<const int32_t> ranks) const;
   // The error of the first rank that has one.
   [[nodiscard]] Status error() const;
 
@@ -62,6 +71,8 @@ class CudaGroup {
   std::vector<RankContext> ranks_;
   // Published with release when the last rank is connected: handlers run on other threads.
   std::atomic<bool> ready_ = false;
+  mutable std::mutex tuned_mutex_;
+  std::vector<TunedLaunch> tuned_;  // guarded by it
 };
 
 }  // namespace jax_ep

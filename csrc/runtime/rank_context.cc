@@ -16,6 +16,7 @@
 #include "csrc/core/wait_times.h"
 #include "csrc/launch/launch.h"
 #include "csrc/runtime/cuda_status.h"
+#include "csrc/runtime/own_stream.h"
 
 namespace jax_ep {
 namespace {
@@ -76,6 +77,7 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   made.view_.control = made.words_.control();
   made.view_.error = made.words_.error_on_device();
   made.view_.long_waits = made.words_.long_waits_on_device();
+  made.view_.given_up = made.words_.given_up_on_device();
   made.view_.report_ns = to_wait_ns(report_s);
   made.view_.timeout_ns = to_wait_ns(config.group.timeout_s);
   made.view_.rank = config.local.rank;
@@ -165,6 +167,7 @@ NetworkView RankContext::network_view() const {
   NetworkView view{};
   view.layout = heap_.network();
   view.topology = config_.group.heap.topology();
+  view.phases = words_.phases_on_device();
   return view;
 }
 
@@ -217,6 +220,55 @@ Status RankContext::wait_for_kernels(double limit_s) const {
   }
   return {StatusCode::kDeadlineExceeded,
           "kernels still run on CUDA device " + std::to_string(config_.local.device)};
+}
+
+Status RankContext::tell(const Aborted& aborted) const {
+  const DeviceGuard guard(config_.local.device);
+  JAX_EP_RETURN_IF_ERROR(guard.status());
+  std::byte* const word = heap_.base() + heap_.layout().at(Region::kAborted);
+  const uint32_t value = pack(aborted);
+  return on_own_stream([word, &value](cudaStream_t stream) {
+    return JAX_EP_CUDA_STATUS(
+        cudaMemcpyAsync(word, &value, sizeof value, cudaMemcpyHostToDevice, stream));
+  });
+}
+
+Status RankContext::find_unread(std::vector<int32_t>& ranks) const {
+  ranks.clear();
+  const NetworkLayout& layout = heap_.network();
+  const Topology topology = config_.group.heap.topology();
+  const bool uses_rdma = config_.group.uses_rdma();
+  if (!config_.group.heap.spans_domains() || (uses_rdma && rdma_heap_.base() == nullptr)) {
+    return {StatusCode::kFailedPrecondition, "the rank has no network heap"};
+  }
+  const DeviceGuard guard(config_.local.device);
+  JAX_EP_RETURN_IF_ERROR(guard.status());
+  const std::byte* const heap =
+      uses_rdma ? rdma_heap_.base() : heap_.base() + network_offset(heap_.layout());
+  const auto count =
+      static_cast<size_t>(topology.num_scaleout_ranks) * static_cast<size_t>(layout.window);
+  std::vector<uint64_t> sent(count);
+  std::vector<uint64_t> read(count);
+  JAX_EP_RETURN_IF_ERROR(on_own_stream([&](cudaStream_t stream) -> Status {
+    const auto copy = [&](std::vector<uint64_t>& to, NetworkRegion from) {
+      return JAX_EP_CUDA_STATUS(
+          cudaMemcpyAsync(to.data(), heap + layout.at(from), 8 * count, cudaMemcpyDefault, stream));
+    };
+    // In this order: what has been read was sent before.
+    JAX_EP_RETURN_IF_ERROR(copy(sent, NetworkRegion::kDeliveredSent));
+    return copy(read, NetworkRegion::kCredits);
+  }));
+  const int32_t index = topology.index_in_domain(config_.local.rank);
+  for (int32_t domain = 0; domain < topology.num_scaleout_ranks; ++domain) {
+    for (int32_t buffer = 0; buffer < layout.window; ++buffer) {
+      const auto at = static_cast<size_t>(domain * layout.window + buffer);
+      // Words are 0 before their first message, which has the number 0, too.
+      if (sent[at] == 0 || (read[at] != 0 && epoch_of(read[at]) == epoch_of(sent[at]))) continue;
+      ranks.push_back(topology.rank_at(domain, index));
+      break;
+    }
+  }
+  return {};
 }
 
 void RankContext::disconnect() { peers_.clear(); }

@@ -11,6 +11,7 @@
 #include "csrc/core/error_record.h"
 #include "csrc/core/heap_layout.h"
 #include "csrc/core/kernel_params.h"
+#include "csrc/core/protocol.h"
 #include "csrc/core/status.h"
 #include "csrc/runtime/rank_words.h"
 #include "csrc/runtime/transport/internode_kernels.h"
@@ -68,6 +69,15 @@ class RankContext {
   Status wait_for_kernels(double limit_s) const;
   // Tells kernels that start from now on, of recorded graphs, that the group is closed.
   Status close() { return words_.close(); }
+  // Tells the rank's kernels that a rank has given up, as one of its domain would by a store into
+  // the heap: they do so, too. While the group lives, from any thread.
+  [[nodiscard]] Status tell(const Aborted& aborted) const;
+  // The ranks on this one's rail, ascending, that have not read all that this one has sent to them,
+  // or is about to send: what is known of whom a kernel cannot reach. Reads device memory while
+  // kernels run. While the group lives, from any thread.
+  [[nodiscard]] Status find_unread(std::vector<int32_t>& ranks) const;
+  // As RankWords::give_up_on.
+  void give_up_on(uint64_t ranks) const { words_.give_up_on(ranks); }
   // Unmaps the peers' heaps. No kernel of the rank may be running.
   void disconnect();
   // Leaves the heap as it is, for good: a peer may still map it.

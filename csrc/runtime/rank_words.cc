@@ -114,6 +114,17 @@ ErrorRecord* RankWords::error_on_device() const { return &slot_->mailbox_on_devi
 
 uint64_t* RankWords::long_waits_on_device() const { return slot_->mailbox_on_device->long_waits; }
 
+uint64_t* RankWords::phases_on_device() const { return slot_->mailbox_on_device->phases; }
+
+const uint64_t* RankWords::given_up_on_device() const {
+  return &slot_->mailbox_on_device->given_up;
+}
+
+void RankWords::give_up_on(uint64_t ranks) const {
+  // It says when a wait ends, and nothing of what there is to read.
+  std::atomic_ref<uint64_t>(slot_->mailbox->given_up).fetch_or(ranks, std::memory_order_relaxed);
+}
+
 void RankWords::publish() {
   const std::lock_guard lock(RankWordsPool::instance().mutex);
   slot_->published = true;
@@ -159,6 +170,21 @@ std::vector<RankStatus> rank_statuses() {
     if (status.error.has_value() || !status.waits.empty()) statuses.push_back(std::move(status));
   }
   return statuses;
+}
+
+std::vector<RunningKernel> running_kernels() {
+  RankWordsPool& pool = RankWordsPool::instance();
+  const std::lock_guard lock(pool.mutex);
+  std::vector<RunningKernel> kernels;
+  for (const auto& slot : pool.slots) {
+    if (!slot->published) continue;
+    for (uint64_t& phase : slot->mailbox->phases) {
+      const std::atomic_ref<uint64_t> word(phase);
+      const KernelPhase seen = unpack_kernel_phase(word.load(std::memory_order_relaxed));
+      if (seen.running) kernels.push_back({.owner = slot->owner, .phase = seen});
+    }
+  }
+  return kernels;
 }
 
 }  // namespace jax_ep

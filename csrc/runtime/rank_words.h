@@ -17,11 +17,14 @@
 
 namespace jax_ep {
 
-// Pinned host memory of one rank, which its device writes.
+// Pinned host memory of one rank, which its device writes, but for the last word, which it reads.
 struct HostMailbox {
   ErrorRecord error;
   alignas(64) uint64_t long_waits[kMaxRanks];  // by peer, see LongWait
+  alignas(64) uint64_t phases[kNumChannels];   // by channel, see KernelPhase
+  alignas(64) uint64_t given_up;               // as RankView::given_up
 };
+static_assert(kMaxRanks <= 64, "given_up has a bit for each");
 
 // Whose words they are, for messages.
 struct WordsOwner {
@@ -61,11 +64,17 @@ class RankWords {
   [[nodiscard]] uint32_t* control() const;
   [[nodiscard]] ErrorRecord* error_on_device() const;
   [[nodiscard]] uint64_t* long_waits_on_device() const;
+  [[nodiscard]] uint64_t* phases_on_device() const;
+  [[nodiscard]] const uint64_t* given_up_on_device() const;
 
   // From now on kernels may run with them, so they are never used again.
   void publish();
   // Tells all kernels that start from now on that the group is closed.
   Status close();
+
+  // Kernels that leave out who does not come wait for these ranks, as bits, no longer: neither
+  // those that run nor later ones. From any thread.
+  void give_up_on(uint64_t ranks) const;
 
   // What a kernel wrote when it gave up, or found its group closed; if one has.
   [[nodiscard]] std::optional<ErrorRecord> error() const;
@@ -84,6 +93,14 @@ struct RankStatus {
 };
 // Of all ranks that a kernel has left words of. Reads host memory only. Thread-safe.
 std::vector<RankStatus> rank_statuses();
+
+// A kernel between domains that has begun and not ended: it runs, or it has trapped.
+struct RunningKernel {
+  WordsOwner owner;
+  KernelPhase phase;
+};
+// Of all ranks of this process, also of those whose group has been closed. Likewise.
+std::vector<RunningKernel> running_kernels();
 
 }  // namespace jax_ep
 

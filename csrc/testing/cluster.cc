@@ -28,6 +28,8 @@ std::string describe(const ClusterOptions& options) {
   if (options.wire == Wire::kFloat8E4M3) text += "_fp8";
   if (!options.zero_fill) text += "_nofill";
   if (!options.scalars) text += "_noscalars";
+  if (options.sitting_out != 0) text += "_without" + std::to_string(options.sitting_out);
+  if (options.masked) text += "_masked";
   if (options.absent_rank >= 0) text += "_absent" + std::to_string(options.absent_rank);
   if (!options.weighted) text += "_unweighted";
   if (options.row_weights) text += "_rowweights";
@@ -79,15 +81,14 @@ void Cluster::choose_experts(RankBuffers& rank) {
   std::vector<int32_t> experts(at(shape.num_experts));
   std::iota(experts.begin(), experts.end(), 0);
   std::uniform_int_distribution<int> percent(0, 99);
-  const RankBuffers* const absent =
-      options_.absent_rank < 0 ? nullptr : &ranks_[at(options_.absent_rank)];
+  const bool takes_part = options_.takes_part(static_cast<int32_t>(&rank - ranks_.data()));
   for (int64_t token = 0; token < shape.num_tokens; ++token) {
     std::shuffle(experts.begin(), experts.end(), random_);
     const bool none = percent(random_) < 10;
     for (int32_t k = 0; k < shape.num_topk; ++k) {
       const bool skipped =
-          none || percent(random_) < 15 || &rank == absent ||
-          owner_of(experts[at(k)], shape.num_local_experts()) == options_.absent_rank;
+          none || percent(random_) < 15 || !takes_part ||
+          !options_.takes_part(owner_of(experts[at(k)], shape.num_local_experts()));
       rank.topk_idx.push_back(skipped ? -1 : experts[at(k)]);
     }
   }

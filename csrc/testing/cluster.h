@@ -33,6 +33,14 @@ struct ClusterOptions {
   uint32_t seed = 1;
   // A rank without tokens, whose experts nobody selects; -1: none.
   int32_t absent_rank = -1;
+  // The same of several, as bits, that make the calls all the same and say so: their results are
+  // empty.
+  uint64_t sitting_out = 0;
+  bool masked = false;  // the call has a mask of ranks also if all take part
+
+  [[nodiscard]] bool takes_part(int32_t rank) const {
+    return rank != absent_rank && (sitting_out >> rank & 1) == 0;
+  }
 };
 
 // For test names and messages: "R3_E6_K2_T5_C40_a4_expert_H7_bfloat16".

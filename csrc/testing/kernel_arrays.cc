@@ -39,12 +39,15 @@ KernelArrays::KernelArrays(const ExchangeSizes& sizes, std::byte* memory)
   out = place<std::byte>(tokens * row_bytes);
   returned_scalars = place<float>(tokens * sizes.num_scalars);
   tickets = place<uint32_t>(kMaxFlights * kTicketWords);
+  // The last, so that the others lie alike with it and without.
+  rank_mask = place<uint8_t>(sizes.masked ? align_up(shape.num_ranks, 4) : 0);
 }
 
 PlanParams KernelArrays::plan(const RankView& view) const {
   return params<PlanOp>(view,
                         {.shape = sizes_.shape,
                          .topk_idx = topk_idx.data(),
+                         .rank_mask = sizes_.masked ? rank_mask.data() : nullptr,
                          .slot = slot.data(),
                          .row_source = row_source.data(),
                          .row_topk_idx = row_topk_idx.data(),
@@ -75,6 +78,7 @@ DispatchParams KernelArrays::dispatch(const RankView& view) const {
                              .slot = slot.data(),
                              .row_source = row_source.data(),
                              .source_slot = source_slot.data(),
+                             .rank_mask = sizes_.masked ? rank_mask.data() : nullptr,
                              .rows = rows.data(),
                              .rows_scales = rows_scales.data(),
                              .row_scalars = row_scalars.data(),
@@ -100,6 +104,7 @@ CombineParams KernelArrays::combine(const RankView& view) const {
                             .slot = slot.data(),
                             .row_topk_idx = row_topk_idx.data(),
                             .source_slot = source_slot.data(),
+                            .rank_mask = sizes_.masked ? rank_mask.data() : nullptr,
                             .out = out.data(),
                             .token_scalars = returned_scalars.data()});
 }

@@ -26,6 +26,7 @@ struct ExchangeSizes {
   bool weighted = true;
   bool row_weights = false;  // dispatch multiplies rows
   bool row_dots = false;     // dispatch takes dot products with y
+  bool masked = false;       // there is a rank_mask
   // Combine reads what dispatch has written.
   bool y_is_rows = false;
   bool weights_are_row_scalars = false;
@@ -55,6 +56,7 @@ class KernelArrays {
 
   std::span<int32_t> program_rank;  // [1]
   std::span<int32_t> topk_idx;
+  std::span<uint8_t> rank_mask;  // to whole words
   std::span<int32_t> slot;
   std::span<int32_t> row_source;
   std::span<int32_t> row_topk_idx;
@@ -83,7 +85,10 @@ class KernelArrays {
 
   template <typename Op>
   [[nodiscard]] KernelParams<Op> params(const RankView& view, const Op& op) const {
-    return {.view = view, .call_tag = 0, .program_rank = program_rank.data(), .op = op};
+    KernelParams<Op> params{
+        .view = view, .call_tag = 0, .program_rank = program_rank.data(), .op = op};
+    params.view.rank_mask = rank_mask_of(op);
+    return params;
   }
 
   ExchangeSizes sizes_;

@@ -87,7 +87,7 @@ std::string judge_late(const Scenario& scenario, const Outcome& outcome) {
 }
 
 std::string judge_other_call(const Scenario& scenario, const Outcome& outcome) {
-  const CallPart part = scenario.mishap == kOtherPlace ? CallPart::kPlace : CallPart::kTokens;
+  const CallPart part = scenario.mishap == kOtherCallSite ? CallPart::kCallSite : CallPart::kTokens;
   return expect_records(outcome, WaitTag::kWrongCall, [&](const ErrorRecord& record) {
     const auto odd = static_cast<uint32_t>(scenario.rank);
     return (record.peer == odd || record.rank == odd) &&
@@ -179,6 +179,8 @@ Scenario mishap_scenario(Mishap mishap, OpKind last, Layout layout, uint64_t see
   step.options.shape.recv_capacity = worst_case_capacity(step.options.shape);
   step.options.hidden = 64;
   step.options.seed = static_cast<uint32_t>(seed);
+  // As a closed group leaves these, too.
+  step.options.row_dots = mishap == kClosed && last == kDispatch;
   step.ops = {kPlan};
   if (last != kPlan) step.ops.push_back(kDispatch);
   if (last == kCombine) step.ops.push_back(kCombine);
@@ -212,7 +214,7 @@ void append_low_latency_mishaps(std::vector<Scenario>& scenarios, uint64_t seed)
                               kOneImpatient,
                               kLate,
                               kOtherOp,
-                              kOtherPlace,
+                              kOtherCallSite,
                               kOtherTokens,
                               kOverlap,
                               kHostileHandle,
@@ -283,7 +285,7 @@ std::vector<Scenario> all_mishaps(uint64_t seed) {
                               kOneImpatient,
                               kLate,
                               kOtherOp,
-                              kOtherPlace,
+                              kOtherCallSite,
                               kOtherTokens,
                               kOverlap,
                               kHostileHandle,
@@ -318,7 +320,7 @@ std::string verdict_on(const Scenario& scenario, const Outcome& outcome) {
     case kOneImpatient: return judge_one_impatient(scenario, outcome);
     case kLate: return judge_late(scenario, outcome);
     case kOtherOp: return judge_other_op(scenario, outcome);
-    case kOtherPlace:
+    case kOtherCallSite:
     case kOtherTokens: return judge_other_call(scenario, outcome);
     case kOverlap: return judge_overlap(scenario, outcome);
     case kClosed: return judge_closed(scenario, outcome);

@@ -29,9 +29,9 @@ Quantized quantize(const std::vector<float>& values, int64_t hidden) {
     for (int64_t first = 0; first < hidden; first += kScaleBlock) {
       const auto begin = values.begin() + static_cast<int64_t>(row) + first;
       const auto end = begin + std::min(kScaleBlock, hidden - first);
-      float amax = 1e-4F;
+      float amax = kMinAmax;
       std::for_each(begin, end, [&](float value) { amax = std::max(amax, std::fabs(value)); });
-      const float scale = amax / 448.0F;
+      const float scale = amax / kMaxFloat8;
       result.scales.push_back(scale);
       std::for_each(begin, end, [&](float value) {
         result.rows.push_back(std::byte{float_to_float8_e4m3fn(value / scale)});
@@ -81,8 +81,9 @@ std::string first_of(std::initializer_list<std::string> errors) {
 std::vector<int32_t> with_bad_experts(std::vector<int32_t> topk_idx,
                                       const ClusterOptions& options) {
   const EpShape& shape = options.shape;
-  const int32_t absent = options.absent_rank * shape.num_local_experts();
-  const int32_t bad[] = {options.absent_rank < 0 ? -1 : absent,
+  int32_t absent = 0;  // the first rank that takes no part, if there is one
+  while (absent < shape.num_ranks && options.takes_part(absent)) ++absent;
+  const int32_t bad[] = {absent == shape.num_ranks ? -1 : absent * shape.num_local_experts(),
                          shape.num_experts,
                          -7,
                          std::numeric_limits<int32_t>::max()};
@@ -109,7 +110,8 @@ ExchangeSizes sizes_of(const Problem& problem) {
           .zero_fill = options.zero_fill,
           .weighted = options.weighted,
           .row_weights = options.row_weights,
-          .row_dots = options.row_dots};
+          .row_dots = options.row_dots,
+          .masked = options.masked || options.absent_rank >= 0 || options.sitting_out != 0};
 }
 
 }  // namespace
@@ -164,6 +166,11 @@ void RankArrays::upload(DeviceMemory& memory) const {
   };
   put(arrays_.program_rank, std::vector{rank_});
   put(arrays_.topk_idx, with_bad_experts(mine.topk_idx, options()));
+  std::vector<uint8_t> mask;
+  for (size_t rank = 0; rank < arrays_.rank_mask.size(); ++rank) {
+    mask.push_back(options().takes_part(static_cast<int32_t>(rank)) ? 1 : 0);
+  }
+  put(arrays_.rank_mask, mask);
   put(arrays_.x, x_);
   put(arrays_.x_scales, x_scales_);
   put(arrays_.token_scalars, mine.token_scalars);
@@ -179,6 +186,7 @@ void RankArrays::mark_rows(DeviceMemory& memory) const {
 }
 
 bool RankArrays::has_halves(OpKind op, const RankView& view) const {
+  if (view.num_neighbors < view.num_ranks) return false;
   switch (op) {
     case OpKind::kPlan:
     case OpKind::kDispatch: return false;

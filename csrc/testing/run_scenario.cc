@@ -47,7 +47,10 @@ class GroupRun {
       }
     }
     if (scenario.first_epoch != 0) group_.set_epoch(scenario.first_epoch);
-    if (scenario.stale_packets != 0) group_.fill_packets(scenario.stale_packets);
+    if (scenario.stale_packets != 0) {
+      group_.fill_packets(scenario.stale_packets);
+      if (rails_) rails_->fill_far_words(scenario.stale_packets);
+    }
     const bool reads_anything = scenario.mishap == Mishap::kHostileHandle ||
                                 scenario.mishap == Mishap::kOverlap ||
                                 scenario.mishap == Mishap::kOtherTokens;
@@ -59,6 +62,33 @@ class GroupRun {
   }
 
   SimulatedGroup& group() { return group_; }
+
+  // What a rank's kernels told its host last.
+  [[nodiscard]] ChannelPhases phases(int32_t rank) const {
+    ChannelPhases phases{};
+    if (!rails_) return phases;
+    for (uint32_t i = 0; i < kNumChannels; ++i) {
+      phases[i] = rails_->phase(rank, static_cast<Channel>(i));
+    }
+    return phases;
+  }
+  // After a run without mishap: that the last exchange has ended.
+  std::string check_phases() {
+    const int32_t num_ranks = rails_ ? mine_.steps[0].options.shape.num_ranks : 0;
+    for (int32_t rank = 0; rank < num_ranks; ++rank) {
+      for (uint32_t i = 0; i < kNumChannels; ++i) {
+        const KernelPhase phase = phases(rank)[i];
+        const uint32_t epoch = group_.epoch(rank, static_cast<Channel>(i));
+        const uint32_t told = epoch == scenario_.first_epoch ? 0 : epoch;
+        if (phase.epoch == told && !phase.running) continue;
+        return "rank " + std::to_string(rank) + " told its host last that it " +
+               (phase.running ? "runs" : "has run") + " exchange " + std::to_string(phase.epoch) +
+               " of channel " + std::to_string(i) + ", not that it has run exchange " +
+               std::to_string(told);
+      }
+    }
+    return {};
+  }
 
   // After a run without mishap. The words are hints that nothing waits for, so no result tells.
   std::string check_sent() {
@@ -73,6 +103,9 @@ class GroupRun {
         const bool dispatches = op.kind == OpKind::kDispatch || op.kind == OpKind::kPlanDispatch;
         if (dispatches && tells) last_told = epoch;
       }
+    }
+    for (const ScenarioStep& step : mine_.steps) {
+      if (step.options.sitting_out != 0) return {};  // what was told differs from rank to rank
     }
     const int32_t absent = mine_.steps[0].options.absent_rank;
     const int32_t num_ranks = mine_.steps[0].options.shape.num_ranks;
@@ -107,19 +140,18 @@ class GroupRun {
 
  private:
   static uint64_t heap_bytes(const GroupScenario& scenario) {
-    const uint64_t bytes = SimulatedGroup::memory_bytes(heap_shape(scenario));
-    return (bytes + 255) / 256 * 256;
+    return SimulatedGroup::memory_bytes(heap_shape(scenario));
   }
   static uint64_t group_bytes(const GroupScenario& scenario) {
     if (scenario.num_domains == 1) return heap_bytes(scenario);
     return heap_bytes(scenario) + SimulatedRails::memory_bytes(network_shape(scenario));
   }
 
-  [[nodiscard]] SimulatedLaunch launch_on(uint32_t stream, uint32_t place) const {
+  [[nodiscard]] SimulatedLaunch launch_on(uint32_t stream, uint32_t call_site) const {
     return {.stream = stream,
             .blocks = scenario_.blocks,
             .tail_blocks = scenario_.tail_blocks,
-            .place = place};
+            .call_site = call_site};
   }
 
   void append(size_t step, int32_t rank) {
@@ -140,7 +172,7 @@ class GroupRun {
       const bool last = step + 1 == problems_.size() && i + 1 == ops.size();
       if (last && scenario_.mishap != Mishap::kNone) return append_mishap(ops[i], rank, *arrays);
       RankView view = group_.view(rank);
-      if (absent >= 0) leave_out(view, absent);
+      leave_out(view, mine_.steps[step].options);
       append_forgetting(ops[i], rank, view, *arrays);
       // The halves of a call are two places of the program.
       append_op(ops[i], view, *arrays, launch_on(stream_, ops[i].half == Half::kSecond ? 1 : 0));
@@ -168,10 +200,13 @@ class GroupRun {
     });
   }
 
-  // The rank takes no part: whoever reaches for its heap finds none.
-  static void leave_out(RankView& view, int32_t absent) {
-    view.active_ranks &= ~(uint64_t{1} << absent);
-    view.heap[absent] = nullptr;
+  // Some ranks take no part: whoever reaches for their heaps finds none, nor do they find others'.
+  static void leave_out(RankView& view, const ClusterOptions& options) {
+    const bool takes_part = options.takes_part(view.rank);
+    for (int32_t rank = 0; rank < view.num_ranks; ++rank) {
+      const bool own = rank == view.rank;  // a low-latency bank of its own is cleared all the same
+      if (!own && (!takes_part || !options.takes_part(rank))) view.heap[rank] = nullptr;
+    }
   }
 
   template <typename Check>
@@ -211,12 +246,12 @@ class GroupRun {
       case Mishap::kOtherOp:
         if (is_it) op.kind = scenario_.other_op;
         break;
-      case Mishap::kOtherPlace:
+      case Mishap::kOtherCallSite:
         return append_op(op, view, arrays, launch_on(stream_, is_it ? 2 : 1));
       case Mishap::kOtherTokens: return append_op(op, view, arrays, launch, is_it ? 1 : 0);
       case Mishap::kOverlap:
         host_call([this, op, view, &arrays, launch] {
-          append_op(op, view, arrays, launch_on(stream_ + 1, launch.place));
+          append_op(op, view, arrays, launch_on(stream_ + 1, launch.call_site));
         });
         break;
       case Mishap::kHostileHandle:
@@ -290,16 +325,24 @@ class GroupRun {
                  int64_t fewer_tokens = 0) {
     const auto run = [&](auto params) {
       for (EpShape* shape : shapes_of(params.op)) shape->num_tokens -= fewer_tokens;
-      if (SimulatedGroup::is_low_latency(params)) {
+      const bool is_low_latency = SimulatedGroup::is_low_latency(params);
+      if (is_low_latency && !rails_) {
         params.half = op.half;
         params.ticket = arrays.ticket(op.flight);
       } else if (op.half == Half::kSecond) {
         return;
       }
-      if constexpr (requires { rails_->params(params).network; }) {
-        if (rails_) return group_.launch(rails_->params(params), launch);
+      if (!rails_) return group_.launch(params, launch);
+      if constexpr (requires { group_.launch(rails_->low_latency_params(params), launch); }) {
+        if (is_low_latency) return group_.launch(rails_->low_latency_params(params), launch);
       }
-      group_.launch(params, launch);
+      // Between domains there is no kernel of a plan with its dispatch but the low-latency one.
+      if constexpr (requires { params.op.dispatch; }) {
+        append_op({OpKind::kPlan}, view, arrays, launch, fewer_tokens);
+        append_op({OpKind::kDispatch}, view, arrays, launch, fewer_tokens);
+      } else {
+        group_.launch(rails_->params(params), launch);
+      }
     };
     switch (op.kind) {
       case OpKind::kPlan: return run(arrays.plan(view));
@@ -371,10 +414,11 @@ Outcome run_scenario(const Scenario& scenario, uint64_t seed) {
     runs.push_back(std::make_unique<GroupRun>(machine, scenario, i, offsets[i]));
     runs.back()->append();
   }
-  Outcome outcome{machine.run(), {}, {}};
+  Outcome outcome{machine.run(), {}, {}, {}};
   if (outcome.report.ok() && scenario.mishap == Mishap::kNone) {
     for (const std::unique_ptr<GroupRun>& run : runs) {
-      const std::string error = run->check_sent();
+      std::string error = run->check_sent();
+      if (error.empty()) error = run->check_phases();
       if (error.empty()) continue;
       outcome.report.kind = "wrong result";
       outcome.report.what = error;
@@ -384,6 +428,7 @@ Outcome run_scenario(const Scenario& scenario, uint64_t seed) {
     SimulatedGroup& group = runs[0]->group();
     outcome.errors.push_back(group.error(static_cast<int32_t>(rank)));
     outcome.long_waits.push_back(group.long_wait(static_cast<int32_t>(rank), scenario.rank));
+    outcome.phases.push_back(runs[0]->phases(static_cast<int32_t>(rank)));
   }
   return outcome;
 }

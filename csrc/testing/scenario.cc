@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <random>
 
+#include "csrc/core/low_latency_fit.h"
+
 namespace jax_ep {
 namespace {
 
@@ -106,8 +108,9 @@ void make_plans_in_dispatches(std::vector<ScenarioOp>& ops, Draw& draw) {
 // with more tokens, with rows of odd sizes or with scalars to combine are none, and come between.
 void make_low_latency(Draw& draw, GroupScenario& scenario) {
   using enum OpKind;
-  const int64_t most = std::min<int64_t>(scenario.max_tokens, kMaxLowLatencyTokens);
-  scenario.low_latency_tokens = draw.one_of<int64_t>({most, most, most / 2 + 1});
+  const int64_t max_low_latency = std::min<int64_t>(scenario.max_tokens, kMaxLowLatencyTokens);
+  scenario.low_latency_tokens =
+      draw.one_of<int64_t>({max_low_latency, max_low_latency, max_low_latency / 2 + 1});
   for (ScenarioStep& step : scenario.steps) {
     if (step.options.row_weights || step.options.row_dots) continue;
     step.ops = draw.one_of<std::vector<ScenarioOp>>({{kPlanDispatch, kCombine},
@@ -146,13 +149,36 @@ void make_halves(Draw& draw, GroupScenario& scenario) {
   }
 }
 
+// Who takes part differs from step to step: most ranks, few, one or none. Some steps have no mask,
+// and some a mask of all.
+void draw_masks(Draw& draw, GroupScenario& scenario) {
+  for (ScenarioStep& step : scenario.steps) {
+    ClusterOptions& options = step.options;
+    if (options.absent_rank >= 0) continue;
+    const int64_t one_in = draw.one_of<int64_t>({2, 3, 4});
+    options.masked = draw.one_in(2);
+    if (draw.one_in(4)) continue;
+    for (int32_t rank = 0; rank < options.shape.num_ranks; ++rank) {
+      if (draw.one_in(one_in)) options.sitting_out |= uint64_t{1} << rank;
+    }
+  }
+}
+
+// The next exchanges clear the banks, one each.
+void clear_banks(Draw& draw, Scenario& scenario) {
+  scenario.first_epoch = kClearBankEvery - 1;
+  scenario.stale_packets =
+      kClearBankEvery + uint32_t{kLowLatencyBanks} + draw.one_of<uint32_t>({0, 1});
+}
+
 // Several domains: few and many, of one rank and of several; rings from one buffer on.
-void make_internode(Draw& draw, GroupScenario& scenario, const Topology& topology) {
+void make_internode(Draw& draw, GroupScenario& scenario, const Topology& topology, bool by_counts) {
   using enum OpKind;
   scenario.num_domains = topology.num_scaleout_ranks;
   scenario.rail_chunk_tokens = draw.one_of<int32_t>({1, 2, 3, 5, 8, 32, 50});
   scenario.window = draw.one_of<int32_t>({1, 2, 3, 3});
   scenario.gather_units = draw.one_of<int32_t>({1, 2, 3, 5, 8});
+  scenario.plans_by_counts = by_counts;
   for (ScenarioStep& step : scenario.steps) {
     step.options.domain_size = topology.num_scaleup_ranks;
     step.ops = draw.one_of<std::vector<ScenarioOp>>({{kPlan, kDispatch, kCombine},
@@ -161,6 +187,37 @@ void make_internode(Draw& draw, GroupScenario& scenario, const Topology& topolog
                                                      {kPlan, kCombine, kDispatch, kCombine},
                                                      {kPlan, kPlan}});
   }
+}
+
+// Most calls by the low-latency kernels, also of sums over other domains than those of the network,
+// which no other kernels have there. Halves are in one piece.
+void make_internode_low_latency(Draw& draw, GroupScenario& scenario, const Topology& topology) {
+  const int32_t domain_size = topology.num_scaleup_ranks;
+  make_low_latency(draw, scenario);
+  make_halves(draw, scenario);
+  scenario.low_latency_chunk = draw.one_of<int32_t>({1, 2, 3, 7, 64});
+  for (ScenarioStep& step : scenario.steps) {
+    const int32_t other = draw.one_of<int32_t>({0, 1, topology.num_ranks(), domain_size});
+    CombineOp combine{.shape = step.options.shape,
+                      .hidden = step.options.hidden,
+                      .num_scalars = step.options.scalars ? step.options.shape.num_topk : 0,
+                      .dtype = step.options.dtype};
+    const HeapLayout heap = make_heap_layout(heap_shape(scenario));
+    if (fits_low_latency(heap, combine)) step.options.domain_size = other;
+  }
+}
+
+// As many exchanges of one token as there are banks, and then the first of many.
+void take_few_tokens_and_then_many(GroupScenario& scenario) {
+  using enum OpKind;
+  for (size_t i = 0; i < 2; ++i) {
+    ClusterOptions& options = scenario.steps[i].options;
+    options.shape.num_tokens = i == 0 ? 1 : scenario.low_latency_tokens;
+    options.row_weights = options.row_dots = options.scalars = false;
+    scenario.steps[i].ops = {kPlanDispatch, kCombine};
+  }
+  std::vector<ScenarioOp>& few = scenario.steps[0].ops;
+  few.insert(few.end(), {kPlanDispatch, kCombine});
 }
 
 Scenario random_internode_scenario(uint64_t seed, const ScenarioLimits& limits) {
@@ -176,12 +233,21 @@ Scenario random_internode_scenario(uint64_t seed, const ScenarioLimits& limits) 
   for (int32_t i = 0; i < limits.groups; ++i) {
     scenario.groups.push_back(random_group(draw, topology.num_ranks(), sizes));
     draw_products(draw, scenario.groups.back());
-    make_internode(draw, scenario.groups.back(), topology);
+    make_internode(draw, scenario.groups.back(), topology, limits.plans_by_counts);
+  }
+  // Drawn apart, as below.
+  Draw others(seed ^ 0x94d049bb133111eb);
+  for (GroupScenario& group : scenario.groups) {
+    if (limits.low_latency) make_internode_low_latency(others, group, topology);
   }
   scenario.blocks = draw.one_of<uint32_t>({1, 2, 2});
   if (draw.one_in(6)) {
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
     scenario.first_message = draw.one_of<uint64_t>({0xFFFF'FFFE, 0xFFFF'FFF0, 0x1'0000'0001});
+  }
+  if (limits.low_latency && others.one_in(4)) {
+    clear_banks(others, scenario);
+    for (GroupScenario& group : scenario.groups) take_few_tokens_and_then_many(group);
   }
   return scenario;
 }
@@ -227,7 +293,8 @@ HeapShape heap_shape(const GroupScenario& scenario) {
           .wire = options.wire,
           .layout = options.shape.layout,
           .low_latency_tokens = scenario.low_latency_tokens,
-          .num_neighbors = options.shape.num_ranks / scenario.num_domains};
+          .num_neighbors = options.shape.num_ranks / scenario.num_domains,
+          .gathered_domains = scenario.plans_by_counts ? 1 : kMaxRanks};
 }
 
 NetworkShape network_shape(const GroupScenario& scenario) {
@@ -239,7 +306,12 @@ NetworkShape network_shape(const GroupScenario& scenario) {
           .num_topk = shape.num_topk,
           .chunk_tokens = scenario.rail_chunk_tokens,
           .window = scenario.window,
-          .gather_units = scenario.gather_units};
+          .gather_units = scenario.gather_units,
+          .low_latency_tokens = scenario.low_latency_tokens,
+          .low_latency_chunk = scenario.low_latency_chunk,
+          .plans_by_counts = scenario.plans_by_counts,
+          .num_experts = shape.num_experts,
+          .layout = shape.layout};
 }
 
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
@@ -278,16 +350,15 @@ Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits) {
   for (GroupScenario& group : scenario.groups) draw_domains(domains, group, limits.low_latency);
   if (draw.one_in(6))
     scenario.first_epoch = draw.one_of<uint32_t>({0x7FFF'FFFE, 0xFFFF'FFFE, 0xFFFF'FFFF});
+  Draw masks(seed ^ 0x2545f4914f6cdd1d);
+  for (GroupScenario& group : scenario.groups) {
+    if (limits.masks) draw_masks(masks, group);
+  }
   if (!limits.low_latency) return scenario;
   for (GroupScenario& group : scenario.groups) make_low_latency(others, group);
   Draw halves(seed ^ 0x94d049bb133111eb);
   for (GroupScenario& group : scenario.groups) make_halves(halves, group);
-  if (others.one_in(4)) {
-    // The next exchanges clear the banks, one each.
-    scenario.first_epoch = kClearBankEvery - 1;
-    scenario.stale_packets =
-        kClearBankEvery + uint32_t{kLowLatencyBanks} + others.one_of<uint32_t>({0, 1});
-  }
+  if (others.one_in(4)) clear_banks(others, scenario);
   return scenario;
 }
 
@@ -303,8 +374,10 @@ std::string describe(const Scenario& scenario) {
     if (group.num_domains > 1) {
       text += ", " + std::to_string(group.num_domains) + " domains, rail chunks of " +
               std::to_string(group.rail_chunk_tokens) + " tokens, rings of " +
-              std::to_string(group.window) + " and " + std::to_string(group.gather_units);
+              std::to_string(group.window) + " and " + std::to_string(group.gather_units) +
+              ", low-latency chunks of " + std::to_string(group.low_latency_chunk);
     }
+    if (group.plans_by_counts) text += ", plans by counts";
     text += ":";
     for (const ScenarioStep& step : group.steps) {
       text += "\n    " + describe(step.options);

@@ -44,6 +44,8 @@ struct GroupScenario {
   int32_t rail_chunk_tokens = 32;       // and the following: as in NetworkShape
   int32_t window = 3;
   int32_t gather_units = 32;
+  int32_t low_latency_chunk = 1;
+  bool plans_by_counts = false;     // of several domains
   std::vector<ScenarioStep> steps;  // all with the same rank absent, if one is
 };
 
@@ -54,7 +56,7 @@ enum class Mishap {
   kOneImpatient,     // likewise, and no rank but one gives up by itself: it must tell the others
   kLate,             // `rank` runs it after the others have waited for long: they must report it
   kOtherOp,          // it is `other_op` on `rank`
-  kOtherPlace,       // on `rank` it stands at another place of the program
+  kOtherCallSite,    // on `rank` it stands at another place of the program
   kOtherTokens,      // on `rank` it has one token less
   kOverlap,          // it runs twice at the same time, on two streams
   kHostileHandle,    // it gets a handle that no plan made: it may do anything but leave its buffers
@@ -71,7 +73,8 @@ struct Scenario {
   uint32_t tail_blocks = 0;           // of dispatch, more
   bool check_races = true;
   uint32_t first_epoch = 0;  // exchanges that the groups have behind them, all without tokens
-  // All packets are from the exchange that had this one's flag before; 0: there are none.
+  // All packets, and words of messages to far ranks, are from the exchange that had this one's flag
+  // before; 0: there are none.
   uint32_t stale_packets = 0;
   // Messages to each other domain that the groups have behind them.
   uint64_t first_message = 0;
@@ -86,8 +89,10 @@ struct ScenarioLimits {
   int64_t max_tokens = 20;
   int32_t steps = 3;
   int32_t groups = 1;
-  bool low_latency = false;  // most calls by the low-latency kernels
-  bool internode = false;    // several domains; num_ranks is not looked at
+  bool low_latency = false;      // most calls by the low-latency kernels
+  bool masks = false;            // most steps without some ranks, each without others
+  bool internode = false;        // several domains; num_ranks is not looked at. Both may be
+  bool plans_by_counts = false;  // where there are several domains
   std::vector<DType> dtypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 };
 Scenario random_scenario(uint64_t seed, const ScenarioLimits& limits);

@@ -13,21 +13,24 @@ namespace {
 // What a rank has behind its heap: its own words, its error record, its long waits.
 constexpr uint64_t kErrorAt = kControlBytes;
 constexpr uint64_t kLongWaitsAt = kErrorAt + 256;
-constexpr uint64_t kWordsBytes = kLongWaitsAt + 8 * kMaxRanks;
+constexpr uint64_t kGivenUpAt = kLongWaitsAt + 8 * kMaxRanks;
+constexpr uint64_t kWordsBytes = kGivenUpAt + 8;
+constexpr uint64_t kAlignment = 256;  // of what lies behind a group, as of what CUDA allocates
 
 template <typename Params>
 SimulatedKernel kernel_of(const Params& params) {
   if constexpr (requires { simulated_low_latency_kernel(params); }) {
-    if (SimulatedGroup::is_low_latency(params)) return simulated_low_latency_kernel(params);
+    if (SimulatedGroup::is_low_latency(params)) {
+      return missing_ranks_of(params.op) == nullptr ? simulated_low_latency_kernel(params)
+                                                    : simulated_masking_kernel(params);
+    }
   }
   return simulated_kernel(params);
 }
 
-template <typename Op>
-void append_internode(sim::Machine& machine,
-                      SimulatedInternodeParams<Op> params,
-                      const SimulatedLaunch& launch) {
-  params.call_tag = call_tag_of(params.op, launch.place);
+template <typename Params>
+void append_internode(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
+  params.call_tag = call_tag_of(params.op, launch.call_site);
   params.blocks = {.first = 0, .num_main = static_cast<int32_t>(launch.blocks), .num_tail = 0};
   SimulatedKernel kernel = simulated_internode_kernel(params);
   machine.launch(
@@ -39,7 +42,7 @@ void append_internode(sim::Machine& machine,
 
 template <typename Params>
 void append(sim::Machine& machine, Params params, const SimulatedLaunch& launch) {
-  params.call_tag = call_tag_of(params.op, launch.place);
+  params.call_tag = call_tag_of(params.op, launch.call_site);
   const bool dispatches =
       params.op.kKind == OpKind::kDispatch || params.op.kKind == OpKind::kPlanDispatch;
   const bool has_tail = dispatches && !SimulatedGroup::is_low_latency(params);
@@ -75,7 +78,8 @@ uint32_t SimulatedGroup::max_shared_bytes() {
 }
 
 uint64_t SimulatedGroup::memory_bytes(const HeapShape& shape) {
-  return static_cast<uint64_t>(make_heap_layout(shape).total_bytes) + kWordsBytes;
+  const uint64_t bytes = static_cast<uint64_t>(make_heap_layout(shape).total_bytes) + kWordsBytes;
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 SimulatedGroup::SimulatedGroup(sim::Machine& machine,
@@ -160,6 +164,10 @@ void SimulatedGroup::close(int32_t rank) {
                  sizeof closed);
 }
 
+void SimulatedGroup::give_up_on(int32_t rank, uint64_t ranks) {
+  machine_.write(static_cast<uint32_t>(rank), words(rank) + kGivenUpAt, &ranks, sizeof ranks);
+}
+
 void SimulatedGroup::fill_staging(int32_t rank) {
   for (const Region region : {Region::kRouting, Region::kScalars, Region::kRows, Region::kCounts}) {
     machine_.fill(static_cast<uint32_t>(rank),
@@ -196,6 +204,7 @@ RankView SimulatedGroup::view(int32_t rank) const {
   view.rank = rank;
   view.num_ranks = num_ranks_;
   view.chunk_target = chunk_target_;
+  view.given_up = reinterpret_cast<uint64_t*>(words(rank) + kGivenUpAt);
   return view;
 }
 
@@ -209,6 +218,15 @@ uint32_t SimulatedGroup::sent(int32_t rank, int32_t source) {
   uint32_t epoch = 0;
   const std::byte* const word = heap(rank) + layout_.at(Region::kSent) + 4 * source;
   machine_.read(static_cast<uint32_t>(rank), word, &epoch, sizeof epoch);
+  return epoch;
+}
+
+uint32_t SimulatedGroup::epoch(int32_t rank, Channel channel) {
+  uint32_t epoch = 0;
+  machine_.read(static_cast<uint32_t>(rank),
+                control(rank, control_index(channel, ChannelControl::kEpoch)),
+                &epoch,
+                sizeof epoch);
   return epoch;
 }
 
@@ -240,6 +258,15 @@ void SimulatedGroup::launch(SimulatedInternodeParams<DispatchOp> params,
   append_internode(machine_, params, launch);
 }
 void SimulatedGroup::launch(SimulatedInternodeParams<CombineOp> params,
+                            const SimulatedLaunch& launch) {
+  append_internode(machine_, params, launch);
+}
+
+void SimulatedGroup::launch(SimulatedLowLatencyParams<PlanDispatchOp> params,
+                            const SimulatedLaunch& launch) {
+  append_internode(machine_, params, launch);
+}
+void SimulatedGroup::launch(SimulatedLowLatencyParams<CombineOp> params,
                             const SimulatedLaunch& launch) {
   append_internode(machine_, params, launch);
 }

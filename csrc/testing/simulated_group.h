@@ -45,7 +45,7 @@ struct SimulatedLaunch {
   uint32_t stream = 0;
   uint32_t blocks = 1;
   uint32_t tail_blocks = 0;  // of a dispatch, also with its plan
-  uint32_t place = 0;        // of the call in the program
+  uint32_t call_site = 0;    // of the call in the program
 };
 
 class SimulatedGroup {
@@ -56,12 +56,15 @@ class SimulatedGroup {
   // Whether the call is a low-latency one.
   template <typename Params>
   static bool is_low_latency(const Params& params) {
-    if constexpr (requires { fits_low_latency(params.view.layout, params.op); }) {
-      return fits_low_latency(params.view.layout, params.op);
+    const RankView& view = params.view;
+    const bool spans_domains = view.num_neighbors < view.num_ranks;
+    if constexpr (requires { fits_low_latency(view.layout, params.op, spans_domains); }) {
+      return fits_low_latency(view.layout, params.op, spans_domains);
+    } else {
+      return false;
     }
-    return false;
   }
-  // Bytes that a group takes of every rank's memory.
+  // Bytes that a group takes of every rank's memory: a multiple of 256, so that arrays may follow.
   static uint64_t memory_bytes(const HeapShape& shape);
 
   // Lays the group's heaps at `offset` of every rank's memory, all zeros. `name` is for reports.
@@ -80,6 +83,8 @@ class SimulatedGroup {
 
   // As the host does when a group is closed.
   void close(int32_t rank);
+  // As the host does, for a rank that is not to wait for these others, as bits.
+  void give_up_on(int32_t rank, uint64_t ranks);
   // Zeros where rows, scalars and routing are staged, which kernels write before they read: for
   // programs that are wrong, and may read what nobody has sent.
   void fill_staging(int32_t rank);
@@ -88,6 +93,8 @@ class SimulatedGroup {
   [[nodiscard]] ErrorRecord error(int32_t rank);
   // Of which epoch the rank was told last that a source has sent all; 0: of none.
   [[nodiscard]] uint32_t sent(int32_t rank, int32_t source);
+  // Of a channel, as the rank counts its exchanges.
+  [[nodiscard]] uint32_t epoch(int32_t rank, Channel channel);
   // What the rank reported last of its waits for a peer; level 0: nothing.
   [[nodiscard]] LongWait long_wait(int32_t rank, int32_t peer);
 
@@ -99,6 +106,8 @@ class SimulatedGroup {
   void launch(SimulatedInternodeParams<PlanOp> params, const SimulatedLaunch& launch);
   void launch(SimulatedInternodeParams<DispatchOp> params, const SimulatedLaunch& launch);
   void launch(SimulatedInternodeParams<CombineOp> params, const SimulatedLaunch& launch);
+  void launch(SimulatedLowLatencyParams<PlanDispatchOp> params, const SimulatedLaunch& launch);
+  void launch(SimulatedLowLatencyParams<CombineOp> params, const SimulatedLaunch& launch);
   // The same of simulated_wait.
   void launch_wait(int32_t rank, int32_t peer, uint32_t stream);
 

@@ -29,6 +29,10 @@ SimulatedKernel simulated_kernel(const PlanDispatchParams& params);
 SimulatedKernel simulated_low_latency_kernel(const PlanDispatchParams& params);
 SimulatedKernel simulated_low_latency_kernel(const CombineParams& params);
 
+// The same of a call that leaves out who does not come: with missing_ranks.
+SimulatedKernel simulated_masking_kernel(const PlanDispatchParams& params);
+SimulatedKernel simulated_masking_kernel(const CombineParams& params);
+
 // Waits for a peer. After its first poll it stands still past the deadline; what it waits for comes
 // meanwhile.
 SimulatedKernel simulated_wait(const RankView& view, int32_t peer);

@@ -60,6 +60,14 @@ class StagedBuffers {
   std::vector<XLA_FFI_Buffer> buffers_;
 };
 
+// Those that take part in a call, of which the last operand may be a mask. What it should look like
+// is checked with the other operands, by the second half.
+RankSet ranks_of(const Operands& operands, int32_t num_ranks) {
+  const Buffer last("rank_mask", operands[operands.size() - 1]);
+  if (!last.check(ffi::DataType::PRED, {num_ranks}).ok()) return {};
+  return {last.data<const uint8_t>(), num_ranks};
+}
+
 ffi::Future start(FlightKind kind,
                   const RankCall& call,
                   const ffi::RemainingArgs& args,
@@ -80,8 +88,13 @@ ffi::Future start(FlightKind kind,
                        .run_id = call.run_id.run_id,
                        .site = call.site->number,
                        .place = rank.place,
+                       .ranks = ranks_of(operands, attrs.num_ranks),
                        .counts = counts,
                        .operands = {}};
+  if (!begun.ranks.has(rank.place.rank)) {  // nobody else is in its flight
+    begun.ranks = RankSet::only(rank.place.rank, attrs.num_ranks);
+    begun.counts = false;
+  }
   for (size_t i = 1; i < operands.size(); ++i) begun.operands.push_back(view_of(operands[i]));
   ffi::Promise promise;
   ffi::Future future(promise);

@@ -49,6 +49,16 @@ bool close_group(int64_t id) {
   return was_open;
 }
 
+void give_up_on(int64_t id,
+                const std::vector<int32_t>& group_indices,
+                const std::vector<int32_t>& ranks) {
+  const GroupInfoPtr group = GroupRegistry::instance().find(id);
+  if (group == nullptr) return;
+  for (const int32_t group_index : group_indices) group->given_up->add(group_index, ranks);
+  const nb::gil_scoped_release unlocked;
+  Rendezvous::end_waits(id);
+}
+
 std::vector<int32_t> numbers(const std::vector<RankOnDevice>& ranks) {
   std::vector<int32_t> result;
   for (const RankOnDevice& rank : ranks) result.push_back(rank.rank);
@@ -143,6 +153,13 @@ NB_MODULE(_ext, m) {
         nb::arg("group_id"),
         "Forgets a group; False if it was not there. Calls that name it fail from then on, and so\n"
         "do those of its operations that wait for a rank.");
+  m.def("give_up_on",
+        &give_up_on,
+        nb::arg("group_id"),
+        nb::arg("group_indices"),
+        nb::arg("ranks"),
+        "From now on nobody of a group that goes on without missing ranks waits for these; waits\n"
+        "that are for them alone end.");
   m.def("waits_of",
         &waits_of,
         nb::arg("group_id"),

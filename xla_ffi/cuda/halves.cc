@@ -8,6 +8,7 @@
 #include "csrc/launch/launch.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/rank_call.h"
+#include "xla_ffi/cuda/trace_range.h"
 #include "xla_ffi/op_arguments.h"
 
 namespace jax_ep {
@@ -17,12 +18,16 @@ namespace {
 constexpr size_t kDispatchOperands = 5;
 constexpr size_t kCombineOperands = 8;
 
-// The operands of the whole among a second half's, and the ticket, which follows them.
+// The operands of the whole among a second half's, which may be one more, a mask of ranks; and the
+// ticket, which follows them.
 Status split(const Operands& all, size_t num_whole, Operands& whole, RankCall& call) {
   if (all.size() <= num_whole) {
     return Status::invalid_argument("the call has " + std::to_string(all.size()) +
                                     " operands; expected at least " +
                                     std::to_string(num_whole + 1));
+  }
+  if (all.size() > num_whole + 1 && all[num_whole].element_type() == ffi::DataType::PRED) {
+    ++num_whole;
   }
   const Buffer ticket("ticket", all[num_whole]);
   std::vector<ffi::AnyBuffer> first;
@@ -44,7 +49,7 @@ ffi::Error launch_half(const EpAttrs& attrs,
   const Op& op = arguments.op;
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, shape_of(op), call));
   JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), rows_of(op)));
-  if (!fits_low_latency(call.rank->view().layout, op)) {
+  if (call.spans_domains() || !fits_low_latency(call.rank->view().layout, op)) {
     return Failure{
         {StatusCode::kFailedPrecondition,
          "half of a " + std::string(name(op.kKind)) +
@@ -53,8 +58,8 @@ ffi::Error launch_half(const EpAttrs& attrs,
   return launch_low_latency(call, arguments, launch_kernel);
 }
 
-RankCall call_of(cudaStream_t stream, int32_t device, int32_t place) {
-  return {.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
+RankCall call_of(cudaStream_t stream, int32_t device, int32_t call_site) {
+  return {.device = device, .stream = stream, .call_site = static_cast<uint32_t>(call_site)};
 }
 
 ffi::Error dispatch_start(cudaStream_t stream,
@@ -62,13 +67,14 @@ ffi::Error dispatch_start(cudaStream_t stream,
                           ffi::RemainingArgs operands,
                           ffi::RemainingRets results,
                           EpAttrs attrs,
-                          int32_t place,
+                          int32_t call_site,
                           int64_t recv_capacity,
                           int32_t dtype,
                           int32_t wire,
                           bool zero_fill) {
+  const TraceRange range("dispatch_start", attrs.group_id);
   const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
-  RankCall call = call_of(stream, device, place);
+  RankCall call = call_of(stream, device, call_site);
   call.half = Half::kFirst;
   OpArguments<PlanDispatchOp> arguments;
   JAX_EP_FAIL_IF_ERROR(
@@ -81,12 +87,13 @@ ffi::Error dispatch_done(cudaStream_t stream,
                          ffi::RemainingArgs operands,
                          ffi::RemainingRets results,
                          EpAttrs attrs,
-                         int32_t place,
+                         int32_t call_site,
                          int32_t dtype,
                          int32_t wire,
                          bool zero_fill) {
+  const TraceRange range("dispatch_done", attrs.group_id);
   const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
-  RankCall call = call_of(stream, device, place);
+  RankCall call = call_of(stream, device, call_site);
   Operands whole(std::vector<ffi::AnyBuffer>{});
   JAX_EP_FAIL_IF_ERROR(split(operands, kDispatchOperands, whole, call));
   OpArguments<PlanDispatchOp> arguments;
@@ -99,9 +106,10 @@ ffi::Error combine_start(cudaStream_t stream,
                          ffi::RemainingArgs operands,
                          ffi::RemainingRets results,
                          EpAttrs attrs,
-                         int32_t place,
+                         int32_t call_site,
                          int32_t domain_size) {
-  RankCall call = call_of(stream, device, place);
+  const TraceRange range("combine_start", attrs.group_id);
+  RankCall call = call_of(stream, device, call_site);
   call.half = Half::kFirst;
   OpArguments<CombineOp> arguments;
   JAX_EP_FAIL_IF_ERROR(
@@ -114,9 +122,10 @@ ffi::Error combine_done(cudaStream_t stream,
                         ffi::RemainingArgs operands,
                         ffi::RemainingRets results,
                         EpAttrs attrs,
-                        int32_t place,
+                        int32_t call_site,
                         int32_t domain_size) {
-  RankCall call = call_of(stream, device, place);
+  const TraceRange range("combine_done", attrs.group_id);
+  RankCall call = call_of(stream, device, call_site);
   Operands whole(std::vector<ffi::AnyBuffer>{});
   JAX_EP_FAIL_IF_ERROR(split(operands, kCombineOperands, whole, call));
   OpArguments<CombineOp> arguments;

@@ -32,6 +32,7 @@
 #include "xla_ffi/cuda/python_errors.h"
 #include "xla_ffi/cuda/python_group.h"
 #include "xla_ffi/cuda/rdma_module.h"
+#include "xla_ffi/cuda/tuning_module.h"
 
 namespace nb = nanobind;
 
@@ -189,7 +190,8 @@ void define_heap_shape(nb::module_& m) {
                      HeapSize{"wire", &HeapShape::wire},
                      HeapSize{"layout", &HeapShape::layout},
                      HeapSize{"low_latency_tokens", &HeapShape::low_latency_tokens},
-                     HeapSize{"num_neighbors", &HeapShape::num_neighbors});
+                     HeapSize{"num_neighbors", &HeapShape::num_neighbors},
+                     HeapSize{"gathered_domains", &HeapShape::gathered_domains});
   m.def("heap_bytes",
         &heap_bytes,
         nb::arg("shape"),
@@ -234,7 +236,7 @@ bool combine_is_low_latency(const HeapShape& shape, int64_t num_tokens, int32_t 
   op.hidden = shape.hidden;
   op.domain_size = domain_size;
   op.dtype = shape.dtype;
-  return fits_low_latency(make_heap_layout(shape), op);
+  return fits_low_latency(make_heap_layout(shape), op, shape.spans_domains());
 }
 
 void define_low_latency(nb::module_& m) {
@@ -247,7 +249,7 @@ void define_low_latency(nb::module_& m) {
       nb::arg("fp8_x"),
       nb::arg("fp8_rows"),
       "Whether a dispatch of so many tokens on each rank, quantized or not on the way in or out,\n"
-      "is done by the low-latency kernels, which can do it in halves. Needs no GPU.");
+      "is done by the low-latency kernels, which in one domain can do it in halves. Needs no GPU.");
   m.def("combine_is_low_latency",
         &combine_is_low_latency,
         nb::arg("shape"),
@@ -281,6 +283,15 @@ std::vector<nb::bytes> create_group(
     config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
   }
   return make_group(group_id, std::move(config));
+}
+
+void give_up_on(int64_t id,
+                const std::vector<int32_t>& group_indices,
+                const std::vector<int32_t>& ranks) {
+  const std::shared_ptr<CudaGroup> group = find_group(id);
+  for (const int32_t group_index : group_indices) {
+    raise_if_error(group->give_up_on(group_index, ranks));
+  }
 }
 
 void define_groups(nb::module_& m) {
@@ -332,6 +343,13 @@ void define_groups(nb::module_& m) {
       nb::arg("leave_heaps"),
       "Forgets a group; False if it was not there. Frees its heaps, which no process may map any\n"
       "more, unless they are to be left as they are.");
+  m.def("give_up_on",
+        &give_up_on,
+        nb::arg("group_id"),
+        nb::arg("group_indices"),
+        nb::arg("ranks"),
+        "From now on nobody of a group that goes on without missing ranks waits for these. Never\n"
+        "waits.");
   m.def(
       "statuses",
       &statuses,
@@ -376,6 +394,7 @@ NB_MODULE(_cuda, m) {
   define_low_latency(m);
   define_groups(m);
   define_rdma(m);
+  define_tuning(m);
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }
 

@@ -3,6 +3,7 @@
 #include "csrc/launch/launch.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/rank_call.h"
+#include "xla_ffi/cuda/trace_range.h"
 #include "xla_ffi/op_arguments.h"
 
 namespace jax_ep {
@@ -13,20 +14,24 @@ ffi::Error plan_dispatch(cudaStream_t stream,
                          ffi::RemainingArgs operands,
                          ffi::RemainingRets results,
                          EpAttrs attrs,
-                         int32_t place,
+                         int32_t call_site,
                          int32_t dtype,
                          int32_t wire,
                          bool zero_fill) {
+  const TraceRange range("plan_dispatch", attrs.group_id);
   const DispatchAttrs own{.dtype = dtype, .wire = wire, .zero_fill = zero_fill};
   OpArguments<PlanDispatchOp> arguments;
   JAX_EP_FAIL_IF_ERROR(
       read_plan_dispatch(operands, results, attrs, own, Platform::kCuda, arguments));
   const PlanDispatchOp& op = arguments.op;
-  RankCall call{.device = device, .stream = stream, .place = static_cast<uint32_t>(place)};
+  RankCall call{.device = device, .stream = stream, .call_site = static_cast<uint32_t>(call_site)};
   JAX_EP_FAIL_IF_ERROR(find_rank(attrs, op.kKind, shape_of(op), call));
   JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op.dispatch));
   const int64_t row_bytes = row_bytes_of(op);
-  if (fits_low_latency(call.rank->view().layout, op)) {
+  const bool is_low_latency = fits_low_latency(call.rank->view().layout, op);
+  JAX_EP_FAIL_IF_ERROR(
+      check_missing_ranks(op.dispatch.missing_ranks, is_low_latency, call.spans_domains()));
+  if (is_low_latency) {
     return launch_low_latency(call, arguments, launch_low_latency_dispatch);
   }
   const bool internode = call.spans_domains();

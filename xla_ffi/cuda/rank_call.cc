@@ -34,6 +34,15 @@ Status check_rows(const HeapShape& heap, const CombineOp& op) {
   return check_rows_aligned("out", op.out, op.shape.num_tokens, row_bytes);
 }
 
+Status check_missing_ranks(const uint8_t* missing_ranks, bool is_low_latency, bool spans_domains) {
+  if (missing_ranks == nullptr || (is_low_latency && !spans_domains)) return {};
+  return Status::invalid_argument(
+      std::string("on_timeout is \"mask\", and the call ") +
+      (spans_domains ? "spans several domains; allowed: one domain"
+                     : "is none of the low-latency kernels'; allowed: calls of at most "
+                       "low_latency_tokens tokens that they take"));
+}
+
 Status check_domain_size(const HeapShape& heap, const CombineOp& op) {
   const int32_t ranks = heap.topology().num_scaleup_ranks;
   if (!heap.spans_domains() || op.domain_size == ranks) return {};

@@ -23,7 +23,7 @@ namespace jax_ep {
 struct RankCall {
   int32_t device = 0;  // its ordinal
   cudaStream_t stream = nullptr;
-  uint32_t place = 0;  // see call_tag
+  uint32_t call_site = 0;  // see call_tag
   Half half = Half::kBoth;
   uint32_t* ticket = nullptr;  // of half an exchange
   std::shared_ptr<CudaGroup> group = nullptr;
@@ -41,7 +41,7 @@ inline auto bind_call() {
       .RemainingArgs()
       .RemainingRets()
       .Attr<EpAttrs>("ep")
-      .Attr<int32_t>("place");
+      .Attr<int32_t>("call_site");
 }
 
 // Finds the rank of a call on its device. FailedPrecondition if the group has been closed or has no
@@ -53,6 +53,10 @@ Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall
 // need. A first half has no results.
 Status check_rows(const HeapShape& heap, const DispatchOp& op);
 Status check_rows(const HeapShape& heap, const CombineOp& op);
+
+// InvalidArgument where a call says which ranks were missing, and is not one of the low-latency
+// kernels within one domain.
+Status check_missing_ranks(const uint8_t* missing_ranks, bool is_low_latency, bool spans_domains);
 
 // InvalidArgument unless a combine sums as a group that spans domains does.
 Status check_domain_size(const HeapShape& heap, const CombineOp& op);
@@ -73,12 +77,13 @@ ffi::Error launch_as(const char* kind,
                      const OpArguments<Op>& arguments,
                      const LaunchShape& shape,
                      const Launch& launch_kernel) {
-  const KernelParams<Op> params{.view = call.rank->view(),
-                                .call_tag = call_tag_of(arguments.op, call.place),
-                                .program_rank = arguments.program_rank,
-                                .half = call.half,
-                                .ticket = call.ticket,
-                                .op = arguments.op};
+  KernelParams<Op> params{.view = call.rank->view(),
+                          .call_tag = call_tag_of(arguments.op, call.call_site),
+                          .program_rank = arguments.program_rank,
+                          .half = call.half,
+                          .ticket = call.ticket,
+                          .op = arguments.op};
+  params.view.rank_mask = rank_mask_of(arguments.op);
   const DeviceGuard guard(call.device);
   JAX_EP_FAIL_IF_ERROR(guard.status());
   const cudaError_t error = launch_kernel(params, shape, call.stream);
@@ -92,8 +97,13 @@ ffi::Error launch(const RankCall& call,
                   const OpArguments<Op>& arguments,
                   int64_t row_bytes,
                   LaunchKernel<Op> launch_kernel) {
-  const LaunchShape shape = launch_shape(
-      Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget(), wire_of(arguments.op));
+  const EpShape& sizes = shape_of(arguments.op);
+  const LaunchShape shape = launch_shape(Op::kKind,
+                                         sizes,
+                                         row_bytes,
+                                         call.rank->sm_budget(),
+                                         wire_of(arguments.op),
+                                         call.group->choice_of(Op::kKind, false, sizes.num_tokens));
   return launch_as("", call, arguments, shape, launch_kernel);
 }
 
@@ -102,21 +112,35 @@ template <typename Op>
 ffi::Error launch_internode(const RankCall& call,
                             const OpArguments<Op>& arguments,
                             int64_t row_bytes) {
-  const LaunchShape shape =
-      internode_launch_shape(Op::kKind, shape_of(arguments.op), row_bytes, call.rank->sm_budget());
+  const LaunchShape shape = internode_launch_shape(Op::kKind,
+                                                   shape_of(arguments.op),
+                                                   row_bytes,
+                                                   call.rank->sm_budget(),
+                                                   call.heap().plans_by_counts());
   return launch_as("internode_", call, arguments, shape, [&call](const auto&... with) {
     return call.rank->internode_kernels()->launch(with...);
   });
 }
 
-// The low-latency one, of an op that fits_low_latency.
+// The low-latency one, of an op that fits_low_latency; within one domain `launch_kernel`'s.
 template <typename Op>
 ffi::Error launch_low_latency(const RankCall& call,
                               const OpArguments<Op>& arguments,
                               LaunchKernel<Op> launch_kernel) {
-  const LaunchShape shape = low_latency_launch_shape(
-      Op::kKind, shape_of(arguments.op), row_bytes_of(arguments.op), call.rank->sm_budget());
-  return launch_as("low_latency_", call, arguments, shape, launch_kernel);
+  const EpShape& sizes = shape_of(arguments.op);
+  const LaunchShape shape =
+      low_latency_launch_shape(Op::kKind,
+                               sizes,
+                               row_bytes_of(arguments.op),
+                               call.rank->sm_budget(),
+                               call.spans_domains(),
+                               call.group->choice_of(Op::kKind, true, sizes.num_tokens));
+  if (!call.spans_domains()) {
+    return launch_as("low_latency_", call, arguments, shape, launch_kernel);
+  }
+  return launch_as("internode_low_latency_", call, arguments, shape, [&call](const auto&... with) {
+    return call.rank->internode_kernels()->launch_low_latency(with...);
+  });
 }
 
 }  // namespace jax_ep

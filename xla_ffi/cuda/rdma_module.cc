@@ -4,14 +4,21 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "csrc/core/error_record.h"
+#include "csrc/core/protocol.h"
+#include "csrc/runtime/cuda_registry.h"
 #include "csrc/runtime/cuda_status.h"
+#include "csrc/runtime/rank_words.h"
 #include "csrc/runtime/transport/rdma.h"
 #include "xla_ffi/cuda/python_errors.h"
 #include "xla_ffi/cuda/python_group.h"
@@ -131,9 +138,106 @@ void release_network_heap(int64_t group_id) {
   group->release_network_heap();
 }
 
+// Group name, group index, rank, who gave up, for whom it waited, and all of that as a word.
+using GiveUp = std::tuple<std::string, int32_t, int32_t, uint32_t, uint32_t, uint32_t>;
+
+std::vector<GiveUp> give_ups() {
+  std::vector<GiveUp> result;
+  for (const RankStatus& status : rank_statuses()) {
+    if (!status.error.has_value()) continue;
+    const std::optional<Aborted> aborted = aborted_of(*status.error);
+    if (!aborted.has_value()) continue;
+    const WordsOwner& owner = status.owner;
+    result.emplace_back(owner.group_name,
+                        owner.group_index,
+                        owner.rank,
+                        aborted->by,
+                        aborted->blamed,
+                        pack(*aborted));
+  }
+  return result;
+}
+
+bool tell_give_up(int64_t group_id, int32_t group_index, int32_t rank, uint32_t word) {
+  const std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(group_id);
+  if (group == nullptr) return false;
+  const nb::gil_scoped_release unlocked;
+  for (const RankContext& context : group->ranks()) {
+    const LocalRank& local = context.config().local;
+    if (local.group_index != group_index || local.rank != rank) continue;
+    return context.tell(unpack_aborted(word)).ok();
+  }
+  return false;
+}
+
+// Group name, group index, rank, operation as a number and by name, exchange.
+using Running = std::tuple<std::string, int32_t, int32_t, uint32_t, std::string, uint32_t>;
+
+std::vector<Running> running() {
+  std::vector<Running> result;
+  for (const RunningKernel& kernel : running_kernels()) {
+    const WordsOwner& owner = kernel.owner;
+    const KernelPhase& phase = kernel.phase;
+    result.emplace_back(owner.group_name,
+                        owner.group_index,
+                        owner.rank,
+                        phase.op,
+                        std::string(name(static_cast<OpKind>(phase.op))),
+                        phase.epoch);
+  }
+  return result;
+}
+
+std::vector<int32_t> unread_by(int64_t group_id, int32_t group_index, int32_t rank) {
+  const std::shared_ptr<CudaGroup> group = CudaGroupRegistry::instance().find(group_id);
+  std::vector<int32_t> ranks;
+  if (group == nullptr) return ranks;
+  const nb::gil_scoped_release unlocked;
+  for (const RankContext& context : group->ranks()) {
+    const LocalRank& local = context.config().local;
+    if (local.group_index != group_index || local.rank != rank) continue;
+    if (!context.find_unread(ranks).ok()) ranks.clear();
+  }
+  return ranks;
+}
+
+uint32_t stuck_word(uint32_t by, uint32_t blamed, uint32_t op) {
+  const auto tag = static_cast<uint32_t>(WaitTag::kInTransport);
+  return pack(Aborted{.by = by, .blamed = blamed, .tag = tag, .op = op});
+}
+
 }  // namespace
 
 void define_rdma(nb::module_& m) {
+  m.def("running",
+        &running,
+        "(group name, group index, rank, operation's number, operation, exchange) of each kernel\n"
+        "between domains of this process that has begun and not ended. Never waits.");
+  m.def("unread_by",
+        &unread_by,
+        nb::arg("group_id"),
+        nb::arg("group_index"),
+        nb::arg("rank"),
+        "The ranks of other domains that have not read all that a rank of this process has sent\n"
+        "to them by its rail, ascending; none if the group is closed, or CUDA refuses. Asks CUDA.");
+  m.def("stuck_word",
+        &stuck_word,
+        nb::arg("by"),
+        nb::arg("blamed"),
+        nb::arg("op"),
+        "What `tell_give_up` takes for a rank whose kernel does not come back from the network.");
+  m.def("give_ups",
+        &give_ups,
+        "(group name, group index, rank, who gave up, whom it waited for, word) of each rank of\n"
+        "this process that has given up, or been told that another one has. Never waits.");
+  m.def("tell_give_up",
+        &tell_give_up,
+        nb::arg("group_id"),
+        nb::arg("group_index"),
+        nb::arg("rank"),
+        nb::arg("word"),
+        "Has the kernels of a rank of this process give up because another one has, as the word\n"
+        "of `give_ups` says. False if the group is closed, or CUDA refuses.");
   m.def("load_rdma",
         &load,
         nb::arg("path"),

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <optional>
+
 #include "csrc/core/work_partition.h"
 
 namespace jax_ep {
@@ -97,10 +99,10 @@ TEST(ErrorRecord, SaysWhichOperationsMet) {
 TEST(ErrorRecord, SaysWhatOfTwoCallsDiffers) {
   ErrorRecord wrong = record(WaitTag::kWrongCall, OpKind::kDispatch);
   wrong.detail = 1U << static_cast<uint32_t>(CallPart::kTokens) |
-                 1U << static_cast<uint32_t>(CallPart::kPlace);
+                 1U << static_cast<uint32_t>(CallPart::kCallSite);
   EXPECT_EQ(describe(wrong, 60),
             "ranks disagree: exchange 7 is one dispatch on rank 2 and another dispatch on rank 5; "
-            "they differ in the number of tokens and the place in the program (the layer); all "
+            "they differ in the number of tokens and the call site (the layer); all "
             "ranks must run the same operations in the same order");
 }
 
@@ -142,6 +144,33 @@ TEST(ErrorRecord, SaysWhoGaveUpFirst) {
   EXPECT_EQ(describe(told, 60),
             "rank 2 ended its dispatch because rank 5 gave up in plan, waiting for the routing of "
             "rank 3; look at the log of rank 5, and at rank 3");
+  // A process that ends because its kernel is stuck says so for it.
+  told.detail = pack(Aborted{.by = 5,
+                             .blamed = 3,
+                             .tag = static_cast<uint32_t>(WaitTag::kInTransport),
+                             .op = static_cast<uint32_t>(OpKind::kCombine)});
+  EXPECT_EQ(describe(told, 60),
+            "rank 2 ended its dispatch because rank 5 gave up in combine, waiting for NVSHMEM, "
+            "which sends to rank 3; look at the log of rank 5, and at rank 3");
+}
+
+TEST(ErrorRecord, KnowsWhatPeersAreToldOfIt) {
+  const std::optional<Aborted> own = aborted_of(record(WaitTag::kDelivered, OpKind::kCombine));
+  ASSERT_TRUE(own.has_value());
+  EXPECT_EQ(own->by, 2U);
+  EXPECT_EQ(own->blamed, 5U);
+  EXPECT_EQ(own->tag, static_cast<uint32_t>(WaitTag::kDelivered));
+  EXPECT_EQ(own->op, static_cast<uint32_t>(OpKind::kCombine));
+  // Who was told passes on what it was told.
+  ErrorRecord told = record(WaitTag::kPeerGaveUp, OpKind::kDispatch);
+  told.detail = pack(*own);
+  ASSERT_TRUE(aborted_of(told).has_value());
+  EXPECT_EQ(pack(*aborted_of(told)), pack(*own));
+  // A call of a closed group is nobody else's affair, unless it waited.
+  ErrorRecord closed = record(WaitTag::kClosed, OpKind::kDispatch);
+  EXPECT_FALSE(aborted_of(closed).has_value());
+  closed.detail = kClosedInAWait;
+  EXPECT_TRUE(aborted_of(closed).has_value());
 }
 
 TEST(ErrorRecord, SurvivesWhatItDoesNotKnow) {

@@ -20,8 +20,8 @@ std::vector<HeapShape> shapes() {
                            .dtype = DType::kBFloat16};
   HeapShape fp8 = training;
   fp8.wire = Wire::kFloat8E4M3;
-  HeapShape by_rank = training;
-  by_rank.layout = Layout::kRank;
+  HeapShape rank_major = training;
+  rank_major.layout = Layout::kRank;
   const HeapShape odd{.num_ranks = 3,
                       .num_experts = 9,
                       .num_topk = 5,
@@ -35,7 +35,7 @@ std::vector<HeapShape> shapes() {
                           .hidden = 16384,
                           .wire = Wire::kFloat8E4M3,
                           .layout = Layout::kRank};
-  return {HeapShape{}, training, fp8, by_rank, odd, largest};
+  return {HeapShape{}, training, fp8, rank_major, odd, largest};
 }
 
 TEST(HeapRegions, LieInOrderApartAlignedAndInsideTheHeap) {
@@ -124,13 +124,18 @@ TEST(HeapShapes, AreWithinWhatTheKernelsAreWrittenFor) {
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
     return status.message();
   };
-  EXPECT_EQ(message([](HeapShape& s) { s.num_ranks = 65; }),
+  EXPECT_EQ(message([](HeapShape& s) { s.num_ranks = s.num_experts = 65; }),
             "num_ranks is 65; allowed on CUDA: 1 to 64");
   EXPECT_EQ(message([](HeapShape& s) { s.num_experts = 4098; }),
             "num_experts is 4098; allowed on CUDA: 1 to 4096");
   EXPECT_EQ(message([](HeapShape& s) { s.num_experts = 5; }),
-            "num_experts is 5; allowed on CUDA: a multiple of the 2 ranks");
-  EXPECT_EQ(message([](HeapShape& s) { s.num_topk = 33; }),
+            "num_experts is 5; allowed: a positive multiple of num_ranks, 2");
+  EXPECT_EQ(message([](HeapShape& s) { s.num_topk = 5; }),
+            "num_topk is 5; allowed: 1 to num_experts, 4");
+  EXPECT_EQ(message([](HeapShape& s) {
+              s.num_topk = 33;
+              s.num_experts = 64;
+            }),
             "num_topk is 33; allowed on CUDA: 1 to 32");
   EXPECT_EQ(message([](HeapShape& s) { s.max_tokens = kMaxTokens + 1; }),
             "max_tokens_per_rank is 1048577; allowed on CUDA: 1 to 1048576");
@@ -150,10 +155,13 @@ TEST(HeapShapes, OfSeveralDomainsAreWithinWhatTheKernelsAreWrittenFor) {
             "num_neighbors is 3; allowed on CUDA: 0, or a divisor of the 4 ranks");
   EXPECT_EQ(message([](HeapShape& s) { s.num_neighbors = -2; }),
             "num_neighbors is -2; allowed on CUDA: 0, or a divisor of the 4 ranks");
-  EXPECT_EQ(message([](HeapShape& s) { s.low_latency_tokens = 1; }),
-            "low_latency_tokens is 1; allowed on CUDA: 0 between domains");
+  EXPECT_EQ(message([](HeapShape& s) { s.gathered_domains = -1; }),
+            "gathered_domains is -1; allowed on CUDA: 0 or more");
+  EXPECT_TRUE(message([](HeapShape& s) { s.low_latency_tokens = 64; }).empty());
+  EXPECT_EQ(message([](HeapShape& s) { s.low_latency_tokens = 65; }),
+            "low_latency_tokens is 65; allowed on CUDA: 0 to 64");
   EXPECT_EQ(message([](HeapShape& s) { s.hidden = 1 << 30; }),
-            "hidden is 1073741824; allowed on CUDA: rail chunks of less than 4 GiB");
+            "hidden is 1073741824; allowed on CUDA: messages of less than 4 GiB");
 }
 
 TEST(HeapShapes, NeedRoomForTheNetworksRings) {
@@ -166,7 +174,7 @@ TEST(HeapShapes, NeedRoomForTheNetworksRings) {
   // Rows of the domain alone.
   EXPECT_EQ(2 * make_heap_layout(shape).bytes[static_cast<size_t>(Region::kRows)],
             make_heap_layout(shapes()[1]).bytes[static_cast<size_t>(Region::kRows)]);
-  EXPECT_NE(heap_needs(shape).find("the network's rings "), std::string::npos);
+  EXPECT_NE(heap_needs(shape).find("the network's rings and messages "), std::string::npos);
 }
 
 TEST(Chunks, CoverAllTokensWithFewEnoughFlags) {

@@ -41,6 +41,19 @@ TEST(Packets, ARowInFp8TakesNoMoreThanOneOfTheDType) {
   }
 }
 
+// The same row as a far rank gets it, in words of 16 bytes.
+TEST(Packets, ARowInFp8ForAFarRankTakesNoMoreThanOneOfTheDType) {
+  for (int64_t hidden = 16; hidden <= 16384; hidden += 16) {
+    int64_t bytes = 0;
+    for (int64_t first = 0; first < hidden; first += 512) {
+      const int64_t n = std::min<int64_t>(512, hidden - first);
+      bytes += n + 4 * align_up(ceil_div(n, kScaleBlock), 4);
+    }
+    ASSERT_EQ(bytes % 16, 0);
+    ASSERT_LE(bytes, hidden * 2) << hidden;
+  }
+}
+
 TEST(Flags, TellExchangesApart) {
   constexpr uint32_t kLast = std::numeric_limits<uint32_t>::max();
   for (const uint32_t epoch : {0U, 1U, 0x7FFF'FFFFU, 0x8000'0000U, kLast}) {
@@ -87,6 +100,13 @@ TEST(Heap, HasRoomForLowLatencyExchangesIfItIsAsked) {
   const HeapLayout layout = make_heap_layout(shape);
   const int64_t packets = 128 * 1195 + ceil_div(128 * 8, 6) + ceil_div(128 * 8, 3);
   EXPECT_NEAR(layout.total_bytes - without, kLowLatencyBanks * 8 * 16 * packets, 3 * 256);
+  // Of ranks of other domains nothing comes as packets.
+  shape.num_neighbors = 2;
+  const int64_t of_domain = make_heap_layout(shape).total_bytes;
+  shape.low_latency_tokens = 0;
+  EXPECT_NEAR(of_domain - make_heap_layout(shape).total_bytes,
+              kLowLatencyBanks * 2 * 16 * packets,
+              3 * 256);
 }
 
 HeapLayout heap_for(int64_t low_latency_tokens) {
@@ -157,6 +177,7 @@ TEST(Fit, IsOfWholeVectorsAndOfNoGradient) {
   for (const int32_t domain_size : {1, 2, 8}) {
     combine.domain_size = domain_size;
     EXPECT_EQ(fits_low_latency(heap, combine), domain_size != 2);
+    EXPECT_TRUE(fits_low_latency(heap, combine, /*spans_domains=*/true));
   }
   combine.hidden = 12;
   EXPECT_FALSE(fits_low_latency(heap, combine));

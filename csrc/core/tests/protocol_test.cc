@@ -31,14 +31,14 @@ uint32_t byte_of(uint32_t tag, CallPart part) {
 
 TEST(CallTag, SaysWhichPartDiffers) {
   EpShape shape{.num_ranks = 8, .num_experts = 256, .num_topk = 8, .num_tokens = 128};
-  const auto tag = [&](int64_t hidden, uint32_t place) {
-    return call_tag(shape, hidden, DType::kBFloat16, Wire::kSame, 8, true, place);
+  const auto tag = [&](int64_t hidden, uint32_t call_site) {
+    return call_tag(shape, hidden, DType::kBFloat16, Wire::kSame, 8, true, call_site);
   };
   const uint32_t base = tag(7168, 17);
   EXPECT_EQ(base, tag(7168, 17));
   EXPECT_LT(base, 1U << 24);
   const uint32_t elsewhere = tag(7168, 18);
-  EXPECT_NE(byte_of(base, CallPart::kPlace), byte_of(elsewhere, CallPart::kPlace));
+  EXPECT_NE(byte_of(base, CallPart::kCallSite), byte_of(elsewhere, CallPart::kCallSite));
   EXPECT_EQ(base & 0xFFFF, elsewhere & 0xFFFF);
   const uint32_t narrow = tag(4096, 17);
   EXPECT_NE(byte_of(base, CallPart::kSizes), byte_of(narrow, CallPart::kSizes));
@@ -69,6 +69,9 @@ TEST(Aborted, SurvivesItsWord) {
   EXPECT_EQ(got.tag, 9U);
   EXPECT_EQ(got.op, 254U);
   EXPECT_NE(pack(Aborted{}), 0U);
+  // The last there is.
+  const auto last = static_cast<uint32_t>(WaitTag::kInTransport);
+  EXPECT_EQ(unpack_aborted(pack(Aborted{.by = 0, .blamed = 0, .tag = last, .op = 0})).tag, last);
 }
 
 // What a wait is behind comes first: rows, messages and credits, then who hands on or reduces, then
@@ -99,6 +102,18 @@ TEST(LongWait, SurvivesItsWord) {
   EXPECT_EQ(got.level, 32U);
   EXPECT_TRUE(got.ended);
   EXPECT_NE(pack(LongWait{}), 0U);
+}
+
+TEST(KernelPhase, SurvivesItsWord) {
+  for (const bool running : {true, false}) {
+    const KernelPhase got =
+        unpack_kernel_phase(pack(KernelPhase{.epoch = 0xFFFF'FFFF, .op = 254, .running = running}));
+    EXPECT_EQ(got.epoch, 0xFFFF'FFFFU);
+    EXPECT_EQ(got.op, 254U);
+    EXPECT_EQ(got.running, running);
+  }
+  EXPECT_NE(pack(KernelPhase{}), 0U);
+  EXPECT_FALSE(unpack_kernel_phase(0).running) << "before the first kernel";
 }
 
 TEST(WaitTimes, NoNumberOfSecondsOverflows) {

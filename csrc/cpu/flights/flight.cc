@@ -45,11 +45,13 @@ Flight::Flight(const Flights::Start& first)
       site_(first.site),
       group_index_(first.place.group_index),
       group_name_(first.group->name),
+      ranks_(first.ranks),
       counts_(first.counts),
       parts_(static_cast<size_t>(first.group->num_ranks)) {}
 
 bool Flight::is_of(const Flights::Start& start) const {
-  return site_ == start.site && run_id_ == start.run_id && group_index_ == start.place.group_index;
+  return site_ == start.site && run_id_ == start.run_id &&
+         group_index_ == start.place.group_index && ranks_ == start.ranks;
 }
 
 bool Flight::has(int32_t rank) const {
@@ -101,7 +103,8 @@ Flight::Clock::time_point Flight::next_alarm() const {
 std::vector<int32_t> Flight::ranks_not_done() const {
   std::vector<int32_t> ranks;
   for (size_t i = 0; i < parts_.size(); ++i) {
-    if (parts_[i].state != State::kDone) ranks.push_back(static_cast<int32_t>(i));
+    const bool takes_part = ranks_.has(static_cast<int32_t>(i));
+    if (takes_part && parts_[i].state != State::kDone) ranks.push_back(static_cast<int32_t>(i));
   }
   return ranks;
 }

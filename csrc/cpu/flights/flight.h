@@ -92,6 +92,7 @@ class Flight {
   int64_t site_;
   int32_t group_index_;
   std::string group_name_;
+  RankSet ranks_;
   bool counts_;
   bool is_open_ = false;
   std::vector<Part> parts_;  // by rank

@@ -13,6 +13,7 @@
 #include "csrc/core/status.h"
 #include "csrc/cpu/flights/staged_operands.h"
 #include "csrc/cpu/group_registry.h"
+#include "csrc/cpu/rendezvous/rank_set.h"
 #include "csrc/cpu/rendezvous/waits.h"
 
 namespace jax_ep {
@@ -34,7 +35,8 @@ using FlightNumber = uint64_t;
 // begun and whose second half has not ended: each rank's operands lie here meanwhile.
 //
 // The ranks' first halves belong to one flight as calls belong to one rendezvous: by call site, run
-// and group index, and in a loop by each rank's order. So all ranks get one number for it.
+// and group index, and in a loop by each rank's order among those of its mask. So all ranks that
+// take part get one number for it. A rank that takes no part has flights of its own.
 //
 // At most kMaxOpen flights of a run are open, of those that count. A flight is admitted for all
 // ranks when its first rank comes, else it waits: if each rank took what is free, ranks that run
@@ -54,6 +56,7 @@ class Flights {
     int64_t run_id = 0;
     int64_t site = 0;  // of the call; the same in all runs of a program, and no other call's
     RankPlace place;
+    RankSet ranks = {};                 // that take part; this one does
     bool counts = true;                 // among the open flights; the same on all ranks
     std::vector<OperandView> operands;  // there until the rank is told
   };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <functional>
 #include <utility>
+#include <variant>
 
 #include "csrc/cpu/flights/flight.h"
 #include "csrc/cpu/rendezvous/rank_list.h"
@@ -15,6 +16,16 @@ using std::chrono::milliseconds;
 
 }  // namespace
 
+RankSet ranks_of(const Rendezvous::Arrival& arrival) {
+  const uint8_t* const mask =
+      std::visit([](const auto& op) { return rank_mask_of(op); }, arrival.call);
+  return {mask, arrival.num_ranks};
+}
+
+bool masks_missing_ranks(const Rendezvous::Arrival& arrival) {
+  return std::visit([](const auto& op) { return missing_ranks_of(op) != nullptr; }, arrival.call);
+}
+
 PendingRendezvous::PendingRendezvous(const Rendezvous::Arrival& first)
     : group_(first.group),
       group_index_(first.place.group_index),
@@ -22,39 +33,66 @@ PendingRendezvous::PendingRendezvous(const Rendezvous::Arrival& first)
       deadline_(opened_ + group_->timeout),
       next_warning_(group_->warn_after),
       num_ranks_(first.num_ranks),
-      num_expected_(first.num_ranks),
-      here_(static_cast<size_t>(first.num_ranks)),
+      masks_missing_(masks_missing_ranks(first)),
+      mask_(ranks_of(first)),
+      num_expected_(mask_.count(first.num_ranks)),
+      arrived_(static_cast<size_t>(first.num_ranks)),
       devices_(static_cast<size_t>(first.num_ranks), -1),
-      calls_(static_cast<size_t>(first.num_ranks)),
+      calls_(static_cast<size_t>(first.num_ranks), absent_op<PlanOp>()),
       flights_(static_cast<size_t>(first.num_ranks)) {}
 
 bool PendingRendezvous::has(int32_t rank) const {
-  return static_cast<size_t>(rank) < here_.size() && here_[static_cast<size_t>(rank)];
+  return static_cast<size_t>(rank) < arrived_.size() && arrived_[static_cast<size_t>(rank)];
+}
+
+bool PendingRendezvous::lacks(const Rendezvous::Arrival& arrival) const {
+  if (has(arrival.place.rank)) return false;
+  if (ranks_of(arrival) == mask_) return true;
+  return (failure_.has_value() || !arrival.refusal.ok()) && expects(arrival.place.rank);
+}
+
+bool PendingRendezvous::waits_with(const PendingRendezvous& other) const {
+  const auto waits_for = [](const PendingRendezvous& a, const PendingRendezvous& b) {
+    const std::vector<int32_t> missing = a.ranks_where(false);
+    return std::any_of(missing.begin(), missing.end(), [&b](int32_t rank) { return b.has(rank); });
+  };
+  return waits_for(*this, other) && waits_for(other, *this);
 }
 
 void PendingRendezvous::add(Rendezvous::Arrival arrival, Rendezvous::Done done) {
   const auto index = static_cast<size_t>(arrival.place.rank);
-  here_[index] = true;
+  arrived_[index] = true;
   devices_[index] = arrival.device;
-  ++num_here_;
+  ++num_arrived_;
   calls_[index] = std::move(arrival.call);
   flights_[index] = std::move(arrival.flight);
   waiters_.push_back({arrival.place.rank, FloatEnv::current(), std::move(done)});
 }
 
 void PendingRendezvous::add_late(const Rendezvous::Arrival& arrival) {
-  num_expected_ = std::max(num_expected_, arrival.num_ranks);
-  here_.resize(static_cast<size_t>(num_expected_));
-  here_[static_cast<size_t>(arrival.place.rank)] = true;
-  ++num_here_;
+  if (arrival.num_ranks > num_ranks_) {
+    num_expected_ = std::max(num_expected_, arrival.num_ranks);
+    arrived_.resize(std::max(arrived_.size(), static_cast<size_t>(arrival.num_ranks)));
+  }
+  arrived_[static_cast<size_t>(arrival.place.rank)] = true;
+  ++num_arrived_;
 }
 
-std::vector<int32_t> PendingRendezvous::ranks_here(bool here) const {
+std::vector<int32_t> PendingRendezvous::ranks_where(bool arrived) const {
   std::vector<int32_t> ranks;
   for (int32_t rank = 0; rank < num_ranks_; ++rank) {
-    if (has(rank) == here) ranks.push_back(rank);
+    if (expects(rank) && has(rank) == arrived) ranks.push_back(rank);
   }
   return ranks;
+}
+
+bool PendingRendezvous::awaits_nobody() const {
+  return masks_missing_ && group_->given_up->has_all(group_index_, ranks_where(false));
+}
+
+std::vector<Waiter> PendingRendezvous::go_on() {
+  has_gone_on_ = true;
+  return take_waiters();
 }
 
 std::string PendingRendezvous::context() const {
@@ -69,10 +107,10 @@ Wait PendingRendezvous::wait() const {
             .since = opened_,
             .waiting = {},
             .missing = {}};
-  for (const int32_t rank : ranks_here(true)) {
+  for (const int32_t rank : ranks_where(true)) {
     wait.waiting.push_back({rank, devices_[static_cast<size_t>(rank)]});
   }
-  for (const int32_t rank : ranks_here(false)) {
+  for (const int32_t rank : ranks_where(false)) {
     wait.missing.push_back({rank, group_->device_of({group_index_, rank})});
   }
   return wait;
@@ -83,7 +121,7 @@ PendingRendezvous::Clock::time_point PendingRendezvous::next_alarm() const {
 }
 
 void PendingRendezvous::warned() {
-  missing_at_warning_ = ranks_here(false);
+  missing_at_warning_ = ranks_where(false);
   next_warning_ *= 2;
 }
 
@@ -92,9 +130,9 @@ std::string PendingRendezvous::seconds_waited() const {
 }
 
 std::string PendingRendezvous::warning(const std::string& root_cause) const {
-  return context() + "rank(s) " + format_ranks(ranks_here(true)) + " of " +
+  return context() + "rank(s) " + format_ranks(ranks_where(true)) + " of " +
          std::to_string(num_ranks_) + " have waited " + seconds_waited() + " for rank(s) " +
-         format_ranks(ranks_here(false)) + "; " + root_cause + ". Giving up after " +
+         format_ranks(ranks_where(false)) + "; " + root_cause + ". Giving up after " +
          format_seconds(group_->timeout);
 }
 
@@ -106,19 +144,37 @@ std::optional<std::string> PendingRendezvous::came_after_warning() const {
 
 Status PendingRendezvous::missing_ranks() const {
   return {StatusCode::kDeadlineExceeded,
-          context() + "rank(s) " + format_ranks(ranks_here(false)) + " of " +
+          context() + "rank(s) " + format_ranks(ranks_where(false)) + " of " +
               std::to_string(num_ranks_) + " did not reach this " + std::string(op_name_) +
               " within " + format_seconds(group_->timeout) +
               ": their program failed, or runs a different program; look for an earlier error of " +
-              "theirs (rank(s) " + format_ranks(ranks_here(true)) + " came)"};
+              "theirs (rank(s) " + format_ranks(ranks_where(true)) + " came)"};
+}
+
+std::string PendingRendezvous::gone_on() const {
+  return context() + "rank(s) " + format_ranks(ranks_where(false)) + " of " +
+         std::to_string(num_ranks_) + " did not reach this " + std::string(op_name_) + " within " +
+         format_seconds(group_->timeout) + ": rank(s) " + format_ranks(ranks_where(true)) +
+         " go on without (on_timeout is 'mask')";
 }
 
 Status PendingRendezvous::other_num_ranks(const Rendezvous::Arrival& arrival) const {
-  const std::vector<int32_t> here = ranks_here(true);
+  const std::vector<int32_t> arrived = ranks_where(true);
   return Status::invalid_argument(
       context() + "ranks disagree: num_ranks is " + std::to_string(num_ranks_) +
-      (here.size() == 1 ? " on rank " : " on ranks ") + format_ranks(here) + " and " +
+      (arrived.size() == 1 ? " on rank " : " on ranks ") + format_ranks(arrived) + " and " +
       std::to_string(arrival.num_ranks) + " on rank " + std::to_string(arrival.place.rank));
+}
+
+Status PendingRendezvous::other_mask(const PendingRendezvous& other) const {
+  std::vector<std::string> texts(static_cast<size_t>(std::max(num_ranks_, other.num_ranks_)));
+  for (const PendingRendezvous* of : {this, &other}) {
+    for (const int32_t rank : of->ranks_where(true)) {
+      texts[static_cast<size_t>(rank)] = of->mask_.text(of->num_ranks_);
+    }
+  }
+  const Status status = disagreement("rank_mask", texts);
+  return {status.code(), context() + status.message()};
 }
 
 Status PendingRendezvous::refused(const Rendezvous::Arrival& arrival) const {
@@ -127,8 +183,8 @@ Status PendingRendezvous::refused(const Rendezvous::Arrival& arrival) const {
 
 Status PendingRendezvous::abandoned(std::string_view what) const {
   return {StatusCode::kFailedPrecondition,
-          context() + std::string(what) + " while rank(s) " + format_ranks(ranks_here(true)) +
-              " waited for rank(s) " + format_ranks(ranks_here(false)) + " of " +
+          context() + std::string(what) + " while rank(s) " + format_ranks(ranks_where(true)) +
+              " waited for rank(s) " + format_ranks(ranks_where(false)) + " of " +
               std::to_string(num_ranks_)};
 }
 

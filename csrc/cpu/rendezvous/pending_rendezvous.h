@@ -12,6 +12,7 @@
 #include "csrc/cpu/calls.h"
 #include "csrc/cpu/float_env.h"
 #include "csrc/cpu/rendezvous/deadlines.h"
+#include "csrc/cpu/rendezvous/rank_set.h"
 #include "csrc/cpu/rendezvous/rendezvous.h"
 #include "csrc/cpu/rendezvous/waits.h"
 
@@ -34,7 +35,16 @@ class PendingRendezvous {
   explicit PendingRendezvous(const Rendezvous::Arrival& first);
 
   [[nodiscard]] bool has(int32_t rank) const;
-  [[nodiscard]] bool is_complete() const { return num_here_ >= num_expected_; }
+  // Whether it is for an arrival, which has not come: of its mask, or one of those have failed.
+  [[nodiscard]] bool lacks(const Rendezvous::Arrival& arrival) const;
+  // Whether each waits for a rank that is here in the other one.
+  [[nodiscard]] bool waits_with(const PendingRendezvous& other) const;
+  [[nodiscard]] bool is_complete() const { return num_arrived_ >= num_expected_; }
+  // Whether those that have come go on without the others at the deadline; else all fail.
+  [[nodiscard]] bool masks_missing() const { return masks_missing_; }
+  // Whether it goes on without all that have not come, because they are given up.
+  [[nodiscard]] bool awaits_nobody() const;
+  [[nodiscard]] bool has_gone_on() const { return has_gone_on_; }
   [[nodiscard]] int32_t num_ranks() const { return num_ranks_; }
   [[nodiscard]] const GroupInfo& group() const { return *group_; }
 
@@ -59,10 +69,20 @@ class PendingRendezvous {
   // What the log is told of an end that came after a warning; nothing if there was none.
   [[nodiscard]] std::optional<std::string> came_after_warning() const;
 
+  [[nodiscard]] const RankSet& mask() const { return mask_; }
+  // Of those that take part, who has not come.
+  [[nodiscard]] std::vector<int32_t> missing() const { return ranks_where(false); }
+  // It ends without them: the ranks that wait, to be told how.
+  std::vector<Waiter> go_on();
+  // What the log is told of an end without them at the deadline.
+  [[nodiscard]] std::string gone_on() const;
+
   // The error if ranks are missing at the deadline.
   [[nodiscard]] Status missing_ranks() const;
   // The error if `arrival` says another number of ranks.
   [[nodiscard]] Status other_num_ranks(const Rendezvous::Arrival& arrival) const;
+  // The error if this one `waits_with` the other.
+  [[nodiscard]] Status other_mask(const PendingRendezvous& other) const;
   // The error if `arrival` cannot take part.
   [[nodiscard]] Status refused(const Rendezvous::Arrival& arrival) const;
   // The error if the rendezvous goes away first, or the group is closed.
@@ -85,7 +105,9 @@ class PendingRendezvous {
   Deadlines::Ticket alarm;  // set while it is open
 
  private:
-  [[nodiscard]] std::vector<int32_t> ranks_here(bool here) const;
+  // Of those that take part: who has arrived, or who has not.
+  [[nodiscard]] std::vector<int32_t> ranks_where(bool arrived) const;
+  [[nodiscard]] bool expects(int32_t rank) const { return mask_.has(rank); }
   [[nodiscard]] std::string seconds_waited() const;
 
   GroupInfoPtr group_;
@@ -96,9 +118,12 @@ class PendingRendezvous {
   std::chrono::milliseconds next_warning_;  // since it was opened
   std::vector<int32_t> missing_at_warning_;
   int32_t num_ranks_;
-  int32_t num_here_ = 0;
+  int32_t num_arrived_ = 0;
+  bool masks_missing_;
+  bool has_gone_on_ = false;
+  RankSet mask_;
   int32_t num_expected_;
-  std::vector<bool> here_;
+  std::vector<bool> arrived_;
   std::vector<int32_t> devices_;  // of the ranks that are here
   std::vector<Call> calls_;
   std::vector<std::optional<TakenFlight>> flights_;

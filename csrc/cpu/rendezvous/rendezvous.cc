@@ -15,6 +15,7 @@
 #include "csrc/cpu/float_env.h"
 #include "csrc/cpu/rendezvous/completer.h"
 #include "csrc/cpu/rendezvous/deadlines.h"
+#include "csrc/cpu/rendezvous/missed_visits.h"
 #include "csrc/cpu/rendezvous/pending_rendezvous.h"
 #include "csrc/cpu/worker_pool.h"
 
@@ -89,6 +90,19 @@ Status execute_pending(const PendingRendezvous& pending) {
   return {status.code(), pending.context() + status.message()};
 }
 
+// Runs it, and tells those that wait, on another thread.
+void execute_later(const std::pair<int64_t, int32_t>& key,
+                   std::shared_ptr<PendingRendezvous> pending,
+                   std::vector<Waiter> waiters) {
+  Completer::shared().post(
+      [key, pending = std::move(pending), waiters = std::move(waiters)]() mutable {
+        const Status status = execute_pending(*pending);
+        end(key, *pending, status);
+        if (!status.ok()) post_failure(status);
+        tell(std::move(waiters), status);
+      });
+}
+
 }  // namespace
 
 // Outlives the Rendezvous while a deadline or a join() is still at work on it.
@@ -105,8 +119,12 @@ struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   std::map<Key, std::deque<PendingPtr>> pending_by_key;
   std::deque<std::pair<Key, PendingPtr>> failed;   // of `pending_by_key`, oldest failure first
   std::deque<std::pair<int64_t, Status>> refused;  // by run_id, oldest first
+  MissedVisits missed;
 
   void join(Arrival arrival, Done done);
+  // Of a rank that its own mask leaves out.
+  void run_alone(const Arrival& arrival, const Done& done);
+  void end_waits(int64_t group_id);
   void alarm(const Key& key, const PendingPtr& pending);
   void abandon();
   void refuse_run(int64_t run_id, const Status& error);
@@ -123,11 +141,18 @@ struct Rendezvous::Impl : std::enable_shared_from_this<Impl> {
   };
   // Those below are called with the mutex held.
   Outcome admit(const Key& key, Arrival arrival, Done& done);
+  // Whether the arrival is a visit that the others have made without it.
+  bool is_late(const Key& key, const Arrival& arrival);
+  std::vector<Waiter> go_on(const Key& key, const PendingPtr& pending);
   [[nodiscard]] const Status* refusal_of(int64_t run_id) const;
+  // What any rank of the run, or of the group, is told by now; whoever said it first has posted it.
+  [[nodiscard]] std::optional<Status> why_not_at_all(const Arrival& arrival) const;
   // Of the open rendezvous that `picks`: their waiting ranks, to be told.
   template <typename Picks, typename ErrorOf>
   std::vector<Failed> fail_open(const Picks& picks, const ErrorOf& error_of);
   PendingPtr find_or_open(const Key& key, const Arrival& arrival);
+  // Null if there is none.
+  [[nodiscard]] PendingPtr find_waiting_with(const Key& key, const PendingPtr& pending) const;
   void set_alarm(const Key& key, const PendingPtr& pending);
   std::vector<Waiter> fail(const Key& key, const PendingPtr& pending, const Status& error);
   void close(const PendingPtr& pending);
@@ -138,9 +163,16 @@ void Rendezvous::Impl::join(Arrival arrival, Done done) {
   const int32_t rank = arrival.place.rank;
   const Key key{arrival.run_id, arrival.place.group_index};
   Outcome outcome;
+  bool late = false;
   {
     const std::lock_guard lock(mutex);
-    outcome = admit(key, std::move(arrival), done);
+    late = is_late(key, arrival);
+    if (!late) outcome = admit(key, std::move(arrival), done);
+  }
+  if (late) {
+    const Status status = execute_late(rank, arrival.call, WorkerPool::shared());
+    if (!status.ok()) post_failure(status);
+    return done(status);
   }
   if (outcome.late) return done(*outcome.late);
   if (!outcome.failure && !outcome.complete) return;  // it waits
@@ -161,14 +193,9 @@ void Rendezvous::Impl::join(Arrival arrival, Done done) {
 
 Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arrival, Done& done) {
   Outcome outcome;
-  if (const Status* refusal = refusal_of(arrival.run_id)) {
-    outcome.late = *refusal;
-    end_flight(arrival, *refusal);
-    return outcome;
-  }
-  // Closed since the caller found it open: close_group() has been here already, or will come.
-  if (arrival.group->closed->load()) {
-    outcome.late = closed_group(arrival.group->name, op_name(arrival));
+  if (const std::optional<Status> why_not = why_not_at_all(arrival)) {
+    outcome.late = *why_not;
+    end_flight(arrival, *why_not);
     return outcome;
   }
   const PendingPtr pending = find_or_open(key, arrival);
@@ -186,7 +213,10 @@ Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arriva
     if (pending->is_complete()) forget(key, pending);
   } else {
     pending->add(std::move(arrival), std::move(done));
-    if (pending->is_complete()) {
+    if (!pending->is_complete() && pending->awaits_nobody()) {
+      outcome.waiters = go_on(key, pending);
+      outcome.complete = pending;
+    } else if (pending->is_complete()) {
       if (const auto text = pending->came_after_warning()) {
         Notices::shared().post(NoticeLevel::kInfo, *text);
       }
@@ -194,6 +224,12 @@ Rendezvous::Impl::Outcome Rendezvous::Impl::admit(const Key& key, Arrival arriva
       forget(key, pending);
       outcome.waiters = pending->take_waiters();
       outcome.complete = pending;
+    } else if (const PendingPtr other = find_waiting_with(key, pending)) {
+      outcome.failure = pending->other_mask(*other);
+      outcome.waiters = fail(key, pending, *outcome.failure);
+      for (Waiter& waiter : fail(key, other, *outcome.failure)) {
+        outcome.waiters.push_back(std::move(waiter));
+      }
     }
   }
   return outcome;
@@ -203,13 +239,78 @@ Rendezvous::Impl::PendingPtr Rendezvous::Impl::find_or_open(const Key& key,
                                                             const Arrival& arrival) {
   std::deque<PendingPtr>& queue = pending_by_key[key];
   for (const PendingPtr& pending : queue) {
-    if (!pending->has(arrival.place.rank)) return pending;
+    if (pending->lacks(arrival)) return pending;
   }
   auto pending = std::make_shared<PendingRendezvous>(arrival);
   queue.push_back(pending);
   ++pending_count;
   set_alarm(key, pending);
   return pending;
+}
+
+Rendezvous::Impl::PendingPtr Rendezvous::Impl::find_waiting_with(const Key& key,
+                                                                 const PendingPtr& pending) const {
+  for (const PendingPtr& other : pending_by_key.at(key)) {
+    if (other != pending && !other->failure() && pending->waits_with(*other)) return other;
+  }
+  return nullptr;
+}
+
+std::optional<Status> Rendezvous::Impl::why_not_at_all(const Arrival& arrival) const {
+  if (const Status* refusal = refusal_of(arrival.run_id)) return *refusal;
+  // Closed since the caller found it open: close_group() has been here already, or will come.
+  if (arrival.group->closed->load()) return closed_group(arrival.group->name, op_name(arrival));
+  return std::nullopt;
+}
+
+bool Rendezvous::Impl::is_late(const Key& key, const Arrival& arrival) {
+  return masks_missing_ranks(arrival) && arrival.refusal.ok() && !why_not_at_all(arrival) &&
+         missed.take(key, ranks_of(arrival), arrival.place.rank);
+}
+
+// Those that came end it without the others, whose visit it remains.
+std::vector<Waiter> Rendezvous::Impl::go_on(const Key& key, const PendingPtr& pending) {
+  close(pending);
+  forget(key, pending);
+  missed.add(key, pending->mask(), pending->missing());
+  return pending->go_on();
+}
+
+void Rendezvous::Impl::end_waits(int64_t group_id) {
+  struct Ended {
+    Key key;
+    PendingPtr pending;
+    std::vector<Waiter> waiters;
+  };
+  std::vector<Ended> ended;
+  {
+    const std::lock_guard lock(mutex);
+    for (const auto& [key, queue] : pending_by_key) {
+      for (const PendingPtr& pending : queue) {
+        if (pending->failure() || pending->group().id != group_id) continue;
+        if (pending->awaits_nobody()) ended.push_back({key, pending, {}});
+      }
+    }
+    for (auto& [key, pending, waiters] : ended) waiters = go_on(key, pending);
+  }
+  // Not under the lock: where no thread can be started they go on here, and come to the next call.
+  for (auto& [key, pending, waiters] : ended) execute_later(key, pending, std::move(waiters));
+}
+
+void Rendezvous::Impl::run_alone(const Arrival& arrival, const Done& done) {
+  std::optional<Status> status;
+  {
+    const std::lock_guard lock(mutex);
+    status = why_not_at_all(arrival);
+  }
+  if (!status) {  // what everybody is told has been posted
+    status = arrival.refusal.ok()
+                 ? execute_alone(arrival.place.rank, arrival.call, WorkerPool::shared())
+                 : arrival.refusal;
+    if (!status->ok()) post_failure(*status);
+  }
+  end_flight(arrival, *status);
+  done(*status);
 }
 
 void Rendezvous::Impl::set_alarm(const Key& key, const PendingPtr& pending) {
@@ -255,19 +356,27 @@ void Rendezvous::Impl::alarm(const Key& key, const PendingPtr& pending) {
   const std::vector<Wait> all = Rendezvous::waits();  // takes the mutex of each rendezvous in turn
   Status error;
   std::vector<Waiter> waiters;
+  bool goes_on = false;
   {
     const std::lock_guard lock(mutex);
     // The last rank, or another failure, may have come between the alarm and here.
-    if (pending->is_complete() || pending->failure()) return;
+    if (pending->is_complete() || pending->failure() || pending->has_gone_on()) return;
     if (!pending->is_past_deadline()) {
       const std::string cause = root_cause(pending->wait(), all);
       Notices::shared().post(NoticeLevel::kWarning, pending->warning(cause));
       pending->warned();
       return set_alarm(key, pending);
     }
-    error = pending->missing_ranks();
-    waiters = fail(key, pending, error);
+    goes_on = pending->masks_missing();
+    if (goes_on) {
+      Notices::shared().post(NoticeLevel::kWarning, pending->gone_on());
+      waiters = go_on(key, pending);
+    } else {
+      error = pending->missing_ranks();
+      waiters = fail(key, pending, error);
+    }
   }
+  if (goes_on) return execute_later(key, pending, std::move(waiters));
   post_and_tell({{std::move(waiters), error}});
 }
 
@@ -395,6 +504,7 @@ void Rendezvous::join(Arrival arrival, Done done) {
   }
   // A callback may destroy this object before join() returns.
   const std::shared_ptr<Impl> impl = impl_;
+  if (!ranks_of(arrival).has(arrival.place.rank)) return impl->run_alone(arrival, done);
   impl->join(std::move(arrival), std::move(done));
 }
 
@@ -405,6 +515,10 @@ void Rendezvous::refuse_run(int64_t run_id, const Status& error) {
 
 void Rendezvous::close_group(int64_t group_id) {
   for (const auto& impl : Everywhere::instance().all()) impl->close_group(group_id);
+}
+
+void Rendezvous::end_waits(int64_t group_id) {
+  for (const auto& impl : Everywhere::instance().all()) impl->end_waits(group_id);
 }
 
 std::vector<Wait> Rendezvous::waits() {

@@ -13,6 +13,7 @@
 #include "csrc/cpu/calls.h"
 #include "csrc/cpu/flights/flights.h"
 #include "csrc/cpu/group_registry.h"
+#include "csrc/cpu/rendezvous/rank_set.h"
 #include "csrc/cpu/rendezvous/waits.h"
 
 namespace jax_ep {
@@ -31,9 +32,12 @@ struct TakenFlight {
 //
 // Ranks of one execution (`run_id`) and one EP group (`group_index`: the position along the mesh's
 // other axes) meet; a site inside a loop is met repeatedly by each rank, in program order, so an
-// arrival joins the oldest open rendezvous that lacks its rank. That pairs arrivals of one visit
-// only because (group_index, rank) is one device's alone: it comes from the group's table of
-// devices, and not from what a program computes, which may say the same on devices that run apart.
+// arrival joins the oldest open rendezvous that lacks its rank. Ranks that are to meet have one
+// mask of ranks, and those of that mask come to every visit that has it: so it is the oldest one of
+// its mask, and a rank that its own mask leaves out meets nobody. Ranks that wait for each other
+// under different masks are told so. That pairs arrivals of one visit only because (group_index,
+// rank) is one device's alone: it comes from the group's table of devices, and not from what a
+// program computes, which may say the same on devices that run apart.
 class Rendezvous {
  public:
   struct Arrival {
@@ -64,6 +68,9 @@ class Rendezvous {
   // rendezvous's deadline (its first arrival + timeout) passes, those that did get DeadlineExceeded
   // naming the missing ranks, and so does a rank that comes later, at once. What fails, and what
   // takes longer than the group's warn_after, is also posted to Notices.
+  //
+  // Where the ops say which ranks are missing, those that came go on without the others instead, at
+  // the deadline or when all of these are given up; a rank that comes later runs alone, at once.
   void join(Arrival arrival, Done done);
 
   // A rank of this run cannot take part, nor say which rank it is: fails the run's rendezvous here,
@@ -73,6 +80,9 @@ class Rendezvous {
   // Fails the open rendezvous of a group that has been closed, in all rendezvous of the process:
   // those of its ranks that have not come will be refused.
   static void close_group(int64_t group_id);
+  // Ranks of a group have been given up (see GroupInfo): ends the waits, in all rendezvous of the
+  // process, that are for them alone.
+  static void end_waits(int64_t group_id);
   // Those that wait now, over all rendezvous of the process, and ranks that wait to begin a flight.
   static std::vector<Wait> waits();
 
@@ -87,6 +97,12 @@ class Rendezvous {
   struct Everywhere;
   std::shared_ptr<Impl> impl_;
 };
+
+// The ranks that take part in an arrival's call.
+RankSet ranks_of(const Rendezvous::Arrival& arrival);
+
+// Whether its op says which ranks were missing, where others fail.
+bool masks_missing_ranks(const Rendezvous::Arrival& arrival);
 
 // The operation's name in messages: of a second half its own.
 std::string_view op_name(const Rendezvous::Arrival& arrival);

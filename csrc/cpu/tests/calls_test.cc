@@ -48,13 +48,14 @@ TEST(Calls, HaveProperties) {
   EXPECT_EQ(texts(dispatch_call()),
             "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
             "expert_alignment=1 layout=expert hidden=512 num_scalars=2 dtype=float32 wire=same "
-            "x_format=dtype rows_format=dtype zero_fill=true weighted=false with_dots=false ");
+            "x_format=dtype rows_format=dtype zero_fill=true weighted=false with_dots=false "
+            "on_timeout=error ");
   EXPECT_EQ(texts(plan_dispatch_call()), texts(dispatch_call()));
   EXPECT_EQ(
       texts(combine_call()),
       "num_ranks=4 num_experts=8 num_topk=2 num_tokens=16 recv_capacity=64 "
       "expert_alignment=1 layout=expert hidden=512 weighted=false num_scalars=0 domain_size=0 "
-      "dtype=float32 ");
+      "dtype=float32 on_timeout=error ");
 }
 
 TEST(Calls, MakeProductsOfRowsThatTravelAsTheyAre) {

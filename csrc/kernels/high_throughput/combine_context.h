@@ -6,9 +6,9 @@
 
 #include "csrc/device/chunk_parts.h"
 #include "csrc/device/exchange.h"
+#include "csrc/device/piece_sum.h"
 #include "csrc/device/row_sum.h"
 #include "csrc/device/token_selections.h"
-#include "csrc/device/unit_sum.h"
 
 namespace jax_ep::dev {
 

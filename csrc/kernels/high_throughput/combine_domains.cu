@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The combine whose sums are rounded domain by domain, as a kernel of its own: it has two sums in
-// its registers, and the other one's are short. The sums are made in csrc/device/unit_sum.h.
+// its registers, and the other one's are short. The sums are made in csrc/device/piece_sum.h.
 #include "csrc/kernels/high_throughput/combine_kernel.h"
 #include "csrc/kernels/launch.cuh"
 #include "csrc/tuning/warps_and_stages.h"

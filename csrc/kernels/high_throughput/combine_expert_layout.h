@@ -25,7 +25,7 @@ class CombineExpertLayout {
     terms.set(static_cast<i32>(count_bits(holders)), 1);
     if (holders == 0) return terms;
     // The rows of a plan have no holes; those of a handle from elsewhere may.
-    const i32 place =
+    const i32 position =
         row >= 0 ? static_cast<i32>(count_bits(holders & lanes_below(lane_id()))) : -1;
     const float weight = row >= 0 && c_.params.op.weighted ? c_.weight(row) : 1.0F;
     if ((holders & (holders + 1)) == 0) {
@@ -33,7 +33,7 @@ class CombineExpertLayout {
       terms.weight = weight;
       return terms;
     }
-    const i32 from = lane_with_place(place, c_.num_topk);
+    const i32 from = lane_with_position(position, c_.num_topk);
     const i32 lane = from < 0 ? 0 : from;
     terms.row =
         c_.y_row(static_cast<i32>(warp_shfl(static_cast<u32>(row), static_cast<u32>(lane))));

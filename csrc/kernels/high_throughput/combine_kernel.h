@@ -10,6 +10,7 @@
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_KERNEL_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_KERNEL_H_
 
+#include "csrc/kernels/closed_results.h"
 #include "csrc/kernels/high_throughput/combine_expert_layout.h"
 #include "csrc/kernels/high_throughput/combine_rank_layout.h"
 #include "csrc/kernels/high_throughput/combine_receiver.h"
@@ -20,12 +21,7 @@ namespace jax_ep::dev {
 // All threads of a closed group's combine.
 template <typename Context>
 JAX_EP_DEVICE void poison_combined(const Context& c) {
-  const i64 num_tokens = c.shape.num_tokens;
-  c.exchange.poison(static_cast<typename Context::RowType::Element*>(c.params.op.out),
-                    num_tokens * c.hidden);
-  if (c.params.op.num_scalars > 0) {
-    c.exchange.poison(reinterpret_cast<u32*>(c.params.op.token_scalars), num_tokens * c.num_topk);
-  }
+  poison_sums<typename Context::RowType>(c.exchange, c.params.op);
   c.exchange.report_closed();
 }
 
@@ -39,8 +35,12 @@ class CombineKernel {
 
   JAX_EP_DEVICE void run() {
     if (c_.exchange.closed()) return poison_combined(c_);
-    if (warp_id() < c_.num_senders) CombineSender<RowLayout>(c_).send();
-    CombineReceiver<RowLayout>(c_).receive();
+    if (c_.exchange.takes_part()) {
+      if (warp_id() < c_.num_senders) CombineSender<RowLayout>(c_).send();
+      CombineReceiver<RowLayout>(c_).receive();
+    } else {
+      leave_empty_sums<typename RowLayout::Context::RowType>(c_.exchange, c_.params.op);
+    }
     c_.exchange.finish();
   }
 

@@ -57,16 +57,16 @@ class CombineRankLayout {
     const bool is_selection = static_cast<i32>(lane_id()) < c_.num_topk;
     const i32 local = is_selection ? ld(Ptr<const i32>{c_.params.op.row_topk_idx} + at) : -1;
     const float weight = local >= 0 ? c_.weight(at) : 0.0F;
-    i32 place = 0;
+    i32 position = 0;
     JAX_EP_NO_UNROLL
     for (i32 k = 0; k < c_.num_topk; ++k) {
       const auto other = static_cast<i32>(warp_shfl(static_cast<u32>(local), static_cast<u32>(k)));
       // A plan's are distinct. Those of a handle from elsewhere may be equal, and each must have a
-      // place of its own: the sum reads as many as there are.
+      // position of its own: the sum reads as many as there are.
       const bool earlier = other == local && k < static_cast<i32>(lane_id());
-      place += static_cast<i32>(other >= 0 && (other < local || earlier));
+      position += static_cast<i32>(other >= 0 && (other < local || earlier));
     }
-    const i32 from = lane_with_place(local >= 0 ? place : -1, c_.num_topk);
+    const i32 from = lane_with_position(local >= 0 ? position : -1, c_.num_topk);
     // A handle from elsewhere may have a row of no selections: it counts with a weight of 0.
     const float weight_of_lane = shfl_float(weight, from < 0 ? 0 : from);
     const auto count = static_cast<i32>(count_bits(warp_ballot(local >= 0)));

@@ -91,14 +91,14 @@ class CombineReceiver {
               terms.weights_per_row(),
               static_cast<i32>(count_bits(others)),
               static_cast<i32>(count_bits(warp_ballot(leads && selections.dest() < c_.rank))));
-    i32 place = terms.own();
+    i32 position = terms.own();
     JAX_EP_NO_UNROLL
     for (i32 k = 0; k < c_.num_topk; ++k) {
       const auto other =
           static_cast<i32>(warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(k)));
-      place += static_cast<i32>((others >> k & 1) != 0 && other < selections.dest());
+      position += static_cast<i32>((others >> k & 1) != 0 && other < selections.dest());
     }
-    const i32 from = lane_with_place(leads ? place : -1, c_.num_topk);
+    const i32 from = lane_with_position(leads ? position : -1, c_.num_topk);
     const auto source = static_cast<i32>(
         warp_shfl(static_cast<u32>(selections.dest()), static_cast<u32>(from < 0 ? 0 : from)));
     terms.domain = c_.domain_of(source);

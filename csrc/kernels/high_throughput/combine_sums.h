@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a warp of a combine sums the rows of some tokens: through a ring of loads where there is one
-// level of sums and rows are multiples of 16 bytes, else a unit of each lane at a time.
+// level of sums and rows are multiples of 16 bytes, else a piece of each lane at a time.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_SUMS_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_COMBINE_SUMS_H_
 
@@ -9,10 +9,10 @@
 namespace jax_ep::dev {
 
 // Of a row, in front of a segment.
-template <typename Unit, typename Context>
-JAX_EP_DEVICE i64 units_before(const Context& c, i32 segment) {
+template <typename Piece, typename Context>
+JAX_EP_DEVICE i64 pieces_before(const Context& c, i32 segment) {
   const i64 elements = segment < c.segments.count ? c.segments.first(segment) : c.hidden;
-  return elements * Context::kElementBytes / static_cast<i64>(sizeof(Unit));
+  return elements * Context::kElementBytes / static_cast<i64>(sizeof(Piece));
 }
 
 // Sums the rows of a part of a chunk; `terms_of(token)` also moves scalars, of the first part.
@@ -37,12 +37,12 @@ JAX_EP_DEVICE void sum_rows(Context& c,
   for (i64 token = part.first_token; token < part.last_token; ++token) {
     const SumTerms terms = terms_of(token);
     if (terms.count() == 0) continue;
-    const auto sum_in = [&]<typename Unit>(Unit /*a unit*/) {
-      sum_units<RowType, kHasOthers, Unit>(terms,
-                                           c.domain_of(c.rank),
-                                           units_before<Unit>(c, part.first_segment),
-                                           units_before<Unit>(c, part.last_segment),
-                                           out_of(token));
+    const auto sum_in = [&]<typename Piece>(Piece /*a piece*/) {
+      sum_pieces<RowType, kHasOthers, Piece>(terms,
+                                             c.domain_of(c.rank),
+                                             pieces_before<Piece>(c, part.first_segment),
+                                             pieces_before<Piece>(c, part.last_segment),
+                                             out_of(token));
     };
     if constexpr (kByDomain) {
       if (c.bulk) {

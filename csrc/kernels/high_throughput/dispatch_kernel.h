@@ -31,9 +31,13 @@ class DispatchKernel {
       if (!in_tail) leave_no_results();
       return;
     }
-    if (!in_tail && warp_id() < context_.num_senders) DispatchSender<RowLayout>(context_).send();
-    receiver.receive();
-    bulk_wait<0>();
+    if (context_.exchange.takes_part()) {
+      if (!in_tail && warp_id() < context_.num_senders) DispatchSender<RowLayout>(context_).send();
+      receiver.receive();
+      bulk_wait<0>();
+    } else if (!in_tail) {
+      leave_empty_rows<typename RowLayout::RowType>(context_.exchange, context_.op);
+    }
     context_.exchange.finish();
   }
 

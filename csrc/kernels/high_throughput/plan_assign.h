@@ -4,8 +4,8 @@
 //
 // The order of rows: tokens are walked by source rank, then by token, and in layout "expert" each
 // expert has its own rows; where those of an expert or a source start is in plan_expert_layout.h
-// and plan_rank_layout.h. What finds no room is dropped: `slot_of` here, where rows are clipped to
-// the capacity (`clip` of plan_context.h); the layouts' `write_counts` count it. The low-latency
+// and plan_rank_layout.h. What finds no room is dropped: rows are clipped to the capacity (`clip`
+// and `slot_of` of plan_context.h); the layouts' `write_counts` count it. The low-latency
 // kernels do the same in csrc/kernels/low_latency/routing_plan.h.
 #ifndef JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
 #define JAX_EP_CSRC_KERNELS_HIGH_THROUGHPUT_PLAN_ASSIGN_H_
@@ -23,9 +23,17 @@ class PlanAssigner {
 
   // 4. Every tile walks its tokens and hands out rows in their order.
   JAX_EP_DEVICE void assign() {
+    find_starts();
+    for (i32 item = c_.warp; item < c_.num_items; item += c_.num_warps) assign(item);
+    report();
+  }
+
+  // Its parts that a plan by counts has, too: before rows are handed out, and besides.
+  JAX_EP_DEVICE void find_starts() {
     layout_.find_starts();
     c_.warps.sync();
-    for (i32 item = c_.warp; item < c_.num_items; item += c_.num_warps) assign(item);
+  }
+  JAX_EP_DEVICE void report() {
     write_counts();
     clear_rows_without_token();
   }
@@ -42,14 +50,13 @@ class PlanAssigner {
       const CountedSelection counted = layout_.take(selection, own || is_local);
       u32 row = c_.capacity;
       if (counted.bin >= 0) {
-        const u32 before = count_bits(counted.lanes & lanes_below(c_.first_lane));
-        row = c_.clip(u64{c_.tables.cursor(counted.bin)} + before);
+        row = c_.clip(u64{c_.tables.cursor(counted.bin)} + c_.tokens_before(counted));
       }
       warp_sync();  // all rows are read before a cursor moves
       c_.advance(counted);
       const i32 token = first + c_.lane_token;
       if (own && c_.has_token(tile, first)) {
-        st(Ptr<i32>{c_.op.slot} + (i64{first} * c_.num_topk + lane_id()), slot_of(row));
+        st(Ptr<i32>{c_.op.slot} + (i64{first} * c_.num_topk + lane_id()), c_.slot_of(row));
       }
       const i64 global_token =
           c_.has_token(tile, first) ? i64{tile.source} * c_.num_tokens + token : -1;
@@ -79,10 +86,6 @@ class PlanAssigner {
         c_.tables.cursor(bin) = layout_.start_of(bin) + before[i];
       }
     }
-  }
-
-  JAX_EP_DEVICE i32 slot_of(u32 row) const {
-    return row < c_.capacity ? static_cast<i32>(row) : -1;
   }
 
   // --- what the rank reports -----------------------------------------------------------------

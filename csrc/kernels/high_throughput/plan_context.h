@@ -28,6 +28,32 @@ struct CountedSelection {
   u32 lanes;  // of each token in the bin, one
 };
 
+// All lanes. The counts of a bin, of which `count_of(item)` says where they are, become the sums of
+// those before. Returns the sum of all.
+template <typename CountOf>
+JAX_EP_DEVICE u32 scan_counts(i32 num_items, const CountOf& count_of) {
+  constexpr i32 kAtOnce = 4;  // loads in flight
+  constexpr i32 kLanes = static_cast<i32>(kWarpSize);
+  u32 total = 0;
+  for (i32 first = 0; first < num_items; first += kAtOnce * kLanes) {
+    const auto item_of = [first](i32 i) {
+      return first + i * kLanes + static_cast<i32>(lane_id());
+    };
+    u32 count_here[kAtOnce];
+    JAX_EP_UNROLL
+    for (i32 i = 0; i < kAtOnce; ++i) {
+      count_here[i] = item_of(i) < num_items ? ld(count_of(item_of(i))) : 0;
+    }
+    JAX_EP_UNROLL
+    for (i32 i = 0; i < kAtOnce; ++i) {
+      const u32 sum = inclusive_sum(count_here[i]);
+      if (item_of(i) < num_items) st(count_of(item_of(i)), total + sum - count_here[i]);
+      total += warp_shfl(sum, kWarpSize - 1);
+    }
+  }
+  return total;
+}
+
 template <typename Config>
 struct PlanContext {
   using Warps = typename Config::Warps;
@@ -38,6 +64,18 @@ struct PlanContext {
                             const Exchange& exchange,
                             const Warps& warps,
                             Layout layout)
+      : PlanContext(op,
+                    exchange,
+                    warps,
+                    layout,
+                    tile_tokens(op.shape.num_tokens, exchange.view().num_ranks)) {}
+
+  // With tiles of so many tokens of a source.
+  JAX_EP_DEVICE PlanContext(const PlanOp& op,
+                            const Exchange& exchange,
+                            const Warps& warps,
+                            Layout layout,
+                            i32 tokens_per_tile)
       : op(op),
         shape(op.shape),
         exchange(exchange),
@@ -51,8 +89,8 @@ struct PlanContext {
         max_rows(max_rows_per_token(layout, num_topk, num_local)),
         bins(num_bins(layout, shape.num_experts, num_ranks)),
         bin_bits(num_bits(static_cast<u32>(bins))),
-        tokens_per_tile(tile_tokens(shape.num_tokens, num_ranks)),
-        tiles(num_tiles(shape.num_tokens, num_ranks)),
+        tokens_per_tile(tokens_per_tile),
+        tiles(static_cast<i32>(ceil_div(shape.num_tokens, tokens_per_tile))),
         num_items(num_ranks * tiles),
         chunks(OpKind::kPlan, shape.num_tokens, exchange.view().chunk_target),
         capacity(static_cast<u32>(shape.recv_capacity)),
@@ -74,6 +112,8 @@ struct PlanContext {
   JAX_EP_DEVICE u32 clip(u64 row) const {
     return row < capacity ? static_cast<u32>(row) : capacity;
   }
+  // What a selection's slot says of its row.
+  JAX_EP_DEVICE i32 slot_of(u32 row) const { return row < capacity ? static_cast<i32>(row) : -1; }
 
   // --- a lane per selection --------------------------------------------------------------------
   // A warp takes as many consecutive tokens at once as have no more selections than it has lanes: a
@@ -102,9 +142,16 @@ struct PlanContext {
   // `use(first, expert)` for every run of a tile: its first token, and this lane's expert or -1.
   template <typename Use>
   JAX_EP_DEVICE void for_each_run(const TokenTile& tile, const Use& use) const {
-    const auto load = [this, &tile](i32 first) {
+    for_each_run(tile, as<const i32>(routing(tile.source, 0)), use);
+  }
+  // The same, where the routing of the source's tokens lies somewhere else.
+  template <typename Use>
+  JAX_EP_DEVICE void for_each_run(const TokenTile& tile,
+                                  Ptr<const i32> routing_of_source,
+                                  const Use& use) const {
+    const auto load = [this, &tile, routing_of_source](i32 first) {
       const bool has_selection = has_token(tile, first) && tile.active;
-      return has_selection ? ld(routing(tile.source, first) + lane_id()) : -1;
+      return has_selection ? ld(routing_of_source + (i64{first} * num_topk + lane_id())) : -1;
     };
     i32 ahead = load(tile.first);
     for (i32 first = tile.first; first < tile.last; first += run_tokens) {
@@ -133,6 +180,26 @@ struct PlanContext {
     return {bin, same_bin & warp_ballot(leads)};
   }
 
+  // Of the run, those of a lane's bin that come before its token.
+  JAX_EP_DEVICE u32 tokens_before(const CountedSelection& counted) const {
+    return count_bits(counted.lanes & lanes_below(first_lane));
+  }
+
+  // All lanes, and then a warp_sync.
+  JAX_EP_DEVICE void clear_cursors() const {
+    for (i32 bin = static_cast<i32>(lane_id()); bin < bins; bin += kWarpSize) {
+      tables.cursor(bin) = 0;
+    }
+  }
+  // The same; what they have counted goes where `count_of(bin)` says.
+  template <typename CountOf>
+  JAX_EP_DEVICE void take_cursors(const CountOf& count_of) const {
+    for (i32 bin = static_cast<i32>(lane_id()); bin < bins; bin += kWarpSize) {
+      auto& cursor = tables.cursor(bin);
+      st(count_of(bin), cursor);
+      cursor = 0;
+    }
+  }
   // All lanes: moves the cursors past the run.
   JAX_EP_DEVICE void advance(const CountedSelection& counted) {
     if (counted.bin >= 0 && lowest_bit(counted.lanes) == lane_id()) {

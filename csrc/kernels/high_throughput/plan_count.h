@@ -35,23 +35,20 @@ class PlanCounter {
 
   // 2. Selections per (source rank, tile, bin), as the chunks arrive.
   JAX_EP_DEVICE void count() {
-    clear_cursors();
+    c_.clear_cursors();
     for (i32 item = c_.warp; item < c_.num_items; item += c_.num_warps) count(item);
   }
 
   // 3. Per bin: counts become the number of earlier selections of the bin.
   JAX_EP_DEVICE void scan() {
-    for (i32 bin = c_.warp; bin < c_.bins; bin += c_.num_warps) scan(bin);
-  }
-
- private:
-  // `count` begins with a warp_sync.
-  JAX_EP_DEVICE void clear_cursors() {
-    for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
-      c_.tables.cursor(bin) = 0;
+    for (i32 bin = c_.warp; bin < c_.bins; bin += c_.num_warps) {
+      const u32 total =
+          scan_counts(c_.num_items, [this, bin](i32 item) { return c_.count_of(bin, item); });
+      if (lane_id() == 0) st(c_.totals() + bin, total);
     }
   }
 
+ private:
   JAX_EP_DEVICE void count(i32 item) {
     const typename Context::TokenTile tile = c_.tile_of(item);
     const i32 last_chunk = c_.chunks.chunk_of(tile.last - 1);
@@ -62,35 +59,7 @@ class PlanCounter {
     }
     warp_sync();
     c_.for_each_run(tile, [this](i32, i32 expert) { layout_.count(c_.selection_of(expert)); });
-    for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
-      auto& cursor = c_.tables.cursor(bin);
-      st(c_.count_of(bin, item), cursor);
-      cursor = 0;
-    }
-  }
-
-  JAX_EP_DEVICE void scan(i32 bin) {
-    constexpr i32 kAtOnce = 4;  // loads in flight
-    u32 total = 0;
-    for (i32 first = 0; first < c_.num_items; first += kAtOnce * static_cast<i32>(kWarpSize)) {
-      u32 count_here[kAtOnce];
-      JAX_EP_UNROLL
-      for (i32 i = 0; i < kAtOnce; ++i) {
-        const i32 item = item_of_lane(first, i);
-        count_here[i] = item < c_.num_items ? ld(c_.count_of(bin, item)) : 0;
-      }
-      JAX_EP_UNROLL
-      for (i32 i = 0; i < kAtOnce; ++i) {
-        const i32 item = item_of_lane(first, i);
-        const u32 sum = inclusive_sum(count_here[i]);
-        if (item < c_.num_items) st(c_.count_of(bin, item), total + sum - count_here[i]);
-        total += warp_shfl(sum, kWarpSize - 1);
-      }
-    }
-    if (lane_id() == 0) st(c_.totals() + bin, total);
-  }
-  JAX_EP_DEVICE static i32 item_of_lane(i32 first, i32 step) {
-    return first + step * static_cast<i32>(kWarpSize) + static_cast<i32>(lane_id());
+    c_.take_cursors([this, item](i32 bin) { return c_.count_of(bin, item); });
   }
 
   Context& c_;

@@ -39,6 +39,18 @@ class PlanDispatchKernel {
       if (!in_tail) leave_no_results();
       return;
     }
+    if (exchange_.takes_part()) {
+      take_part(receiver, in_tail);
+    } else if (!in_tail) {
+      leave_empty_results();
+    }
+    exchange_.finish();
+  }
+
+ private:
+  using Warps = typename PlanLayout::Config::Warps;
+
+  JAX_EP_DEVICE void take_part(DispatchReceiver<RowLayout>& receiver, bool in_tail) {
     if (!in_tail && warp_id() < dispatch_.num_senders) {
       DispatchSender<RowLayout, SelectionsToPlan>(dispatch_).send();
     } else if (!in_tail) {
@@ -47,11 +59,7 @@ class PlanDispatchKernel {
     exchange_.wait_planned();
     receiver.receive();
     bulk_wait<0>();
-    exchange_.finish();
   }
-
- private:
-  using Warps = typename PlanLayout::Config::Warps;
 
   JAX_EP_DEVICE void make_plan() {
     const Warps warps(dispatch_.num_senders);
@@ -67,6 +75,11 @@ class PlanDispatchKernel {
     poison_plan(exchange_, op_.plan);
     poison_rows<typename RowLayout::RowType>(exchange_, op_.dispatch);
     exchange_.report_closed();
+  }
+
+  JAX_EP_DEVICE void leave_empty_results() {
+    leave_empty_plan(exchange_, op_.plan);
+    leave_empty_rows<typename RowLayout::RowType>(exchange_, op_.dispatch);
   }
 
   const PlanDispatchOp& op_;

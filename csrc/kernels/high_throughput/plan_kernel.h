@@ -26,7 +26,11 @@ class PlanKernel {
 
   JAX_EP_DEVICE void run() {
     if (context_.exchange.closed()) return leave_no_results();
-    take_plan_steps<RowLayout>(context_);
+    if (context_.exchange.takes_part()) {
+      take_plan_steps<RowLayout>(context_);
+    } else {
+      leave_empty_plan(context_.exchange, context_.op);
+    }
     context_.exchange.finish();
   }
 

@@ -31,6 +31,9 @@ cudaError_t launch_low_latency_combine(const CombineParams& params,
                                        const LaunchShape& shape,
                                        cudaStream_t stream) {
   if (!fits_low_latency(params.view.layout, params.op)) return cudaErrorInvalidConfiguration;
+  if (missing_ranks_of(params.op) != nullptr) {
+    return launch_masking_combine(params, shape, stream);
+  }
   return Kernels::launch(params.op.dtype, params, shape, stream);
 }
 

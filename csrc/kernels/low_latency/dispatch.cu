@@ -29,6 +29,9 @@ cudaError_t launch_low_latency_dispatch(const PlanDispatchParams& params,
                                         const LaunchShape& shape,
                                         cudaStream_t stream) {
   if (!fits_low_latency(params.view.layout, params.op)) return cudaErrorInvalidConfiguration;
+  if (missing_ranks_of(params.op) != nullptr) {
+    return launch_masking_dispatch(params, shape, stream);
+  }
   return Kernels::launch(params.op.dispatch.dtype, params, shape, stream);
 }
 

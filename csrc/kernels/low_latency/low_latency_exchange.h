@@ -68,7 +68,7 @@ class ExchangeHalf {
   JAX_EP_DEVICE void wait_for_peers(const Exchange& exchange, i32 warp, i32 num_warps) const {
     const RankView& view = exchange.view();
     if (warp + 1 != num_warps) return;
-    if (!sends() && lane_id() == 0) check_ticket(exchange);  // what it says is waited for
+    if (!sends() && lane_id() == 0) check_is_open(exchange);  // what the ticket says is waited for
     warp_sync();
     // This rank's own count is ahead of all peers', who end nothing that it has not begun.
     const u32 begun = next_epoch(view, Channel::kLowLatency) - (sends() ? 0 : 1);
@@ -82,14 +82,23 @@ class ExchangeHalf {
     });
     behind =
         warp_shfl(inclusive_sum(behind, [](u32 a, u32 b) { return a > b ? a : b; }), kWarpSize - 1);
-    if (lane_id() != 0) return;
+    // Of those that take no part nothing is known.
+    if (lane_id() != 0 || !all_active(view)) return;
     st(control(view, Channel::kLowLatency, ChannelControl::kPeersEndedSeen), begun - behind);
   }
 
-  // All threads, last thing in the kernel.
-  JAX_EP_DEVICE void finish(const Exchange& exchange) const {
+  // All threads of a rank that takes no part: one of them asks of a ticket what the others ask.
+  JAX_EP_DEVICE void check_ticket(const Exchange& exchange) const {
+    if (!sends() && block_id() == 0 && thread_id() == 0) check_is_open(exchange);
+  }
+
+  // All threads, last thing in the kernel. Nobody is told before the next exchange in which this
+  // rank takes part.
+  template <typename Far>
+  JAX_EP_DEVICE void finish(const Exchange& exchange, const Far& far) const {
     exchange.finish(
         [&] {
+          if (lane_id() == 0) far.put_kernel_end();
           if (receives()) end(exchange);
           if (half_ == Half::kFirst && lane_id() == 0) leave_open(exchange);
         },
@@ -101,7 +110,7 @@ class ExchangeHalf {
     exchange.poison(ticket_, kTicketWords);
   }
 
- private:
+ protected:
   // Each bank has a flag: a peer may begin later exchanges before this rank has seen this one's.
   JAX_EP_DEVICE static i32 flag_idx(const Exchange& exchange) {
     return static_cast<i32>(bank_of_epoch(exchange.epoch()));
@@ -115,7 +124,7 @@ class ExchangeHalf {
   }
 
   // One thread: that the ticket is that of the flight which is open in its bank.
-  JAX_EP_DEVICE void check_ticket(const Exchange& exchange) const {
+  JAX_EP_DEVICE void check_is_open(const Exchange& exchange) const {
     const RankView& view = exchange.view();
     const u32 epoch = exchange.epoch();
     const bool is_open = ld(flight(view, epoch)) != 0;
@@ -159,14 +168,15 @@ class ExchangeHalf {
   JAX_EP_DEVICE static void clear_bank(const Exchange& exchange) {
     const RankView& view = exchange.view();
     const auto clear = [&view](Ptr<Packet> of_first_source, i64 packets_per_source) {
-      const i64 count = packets_per_source * view.num_ranks;
+      const i64 count = packets_per_source * view.num_neighbors;
       for (i64 i = lane_id(); i < count; i += kWarpSize) st_packet(of_first_source + i, Packet{});
     };
     const HeapLayout& layout = view.layout;
     const u32 epoch = exchange.epoch();
-    clear(expert_packets(view, view.rank, epoch, 0), layout.expert_packets);
-    clear(scalar_packets(view, view.rank, epoch, 0), layout.scalar_packets);
-    clear(row_packets(view, view.rank, epoch, 0, 0),
+    const i32 first = view.first_neighbor;
+    clear(expert_packets(view, view.rank, epoch, first), layout.expert_packets);
+    clear(scalar_packets(view, view.rank, epoch, first), layout.scalar_packets);
+    clear(row_packets(view, view.rank, epoch, first, 0),
           layout.low_latency_tokens * layout.row_packets);
   }
 

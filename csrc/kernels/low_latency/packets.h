@@ -71,8 +71,8 @@ JAX_EP_DEVICE u32 word_in_packet(const Packet& packet, u32 word) {
 
 // --- the routing: the experts of a source's selections, six to a packet --------------------------
 
-JAX_EP_DEVICE u32 expert_in_packet(const Packet& packet, u32 place) {
-  return word_in_packet(packet, place / 2) >> 16 * (place % 2) & 0xFFFF;
+JAX_EP_DEVICE u32 expert_in_packet(const Packet& packet, u32 position) {
+  return word_in_packet(packet, position / 2) >> 16 * (position % 2) & 0xFFFF;
 }
 
 // The packet of the selections from `first` on, of so many.
@@ -87,9 +87,19 @@ JAX_EP_DEVICE Packet pack_experts(Ptr<const i32> topk_idx, i64 first, i64 select
   return packet;
 }
 
-// All lanes of all warps: sends all selections to the other ranks.
-JAX_EP_DEVICE void send_experts(
-    const Exchange& exchange, Ptr<const i32> topk_idx, i64 selections, i32 warp, i32 num_warps) {
+// To whom is sent: to all peers.
+struct AllPeers {
+  JAX_EP_DEVICE bool operator()(i32 /*peer*/) const { return true; }
+};
+
+// All lanes of all warps: sends all selections to the other ranks that are `wanted(peer)`.
+template <typename Wanted = AllPeers>
+JAX_EP_DEVICE void send_experts(const Exchange& exchange,
+                                Ptr<const i32> topk_idx,
+                                i64 selections,
+                                i32 warp,
+                                i32 num_warps,
+                                const Wanted& wanted = {}) {
   const i64 packets = num_expert_packets(selections);
   for (i64 first = i64{warp} * kWarpSize; first < packets; first += i64{num_warps} * kWarpSize) {
     const i64 i = first + lane_id();
@@ -97,7 +107,7 @@ JAX_EP_DEVICE void send_experts(
     const Packet packet =
         pack_experts(topk_idx, i * kExpertsPerPacket, selections, packet_flag(exchange.epoch()));
     for_each_peer(exchange.view(), [&](i32 peer) {
-      if (peer != exchange.view().rank) {
+      if (peer != exchange.view().rank && wanted(peer)) {
         put_expert_packet(exchange.view(), peer, exchange.epoch(), i, packet);
       }
     });
@@ -106,20 +116,31 @@ JAX_EP_DEVICE void send_experts(
 
 // --- scalars: three to a packet ------------------------------------------------------------------
 
-JAX_EP_DEVICE void send_scalars(
-    const Exchange& exchange, Ptr<const float> scalars, i64 count, i32 warp, i32 num_warps) {
+// The packet of the scalars from `first` on, of so many.
+JAX_EP_DEVICE Packet pack_scalars(Ptr<const float> scalars, i64 first, i64 count, u32 flag) {
+  Packet packet{{0, 0, 0}, flag};
+  JAX_EP_UNROLL
+  for (int c = 0; c < kScalarsPerPacket; ++c) {
+    if (first + c < count) packet.data[c] = ld(as<const u32>(scalars) + (first + c));
+  }
+  return packet;
+}
+
+template <typename Wanted = AllPeers>
+JAX_EP_DEVICE void send_scalars(const Exchange& exchange,
+                                Ptr<const float> scalars,
+                                i64 count,
+                                i32 warp,
+                                i32 num_warps,
+                                const Wanted& wanted = {}) {
   const i64 packets = num_scalar_packets(count);
   for (i64 first = i64{warp} * kWarpSize; first < packets; first += i64{num_warps} * kWarpSize) {
     const i64 i = first + lane_id();
     if (i >= packets) continue;
-    Packet packet{{0, 0, 0}, packet_flag(exchange.epoch())};
-    JAX_EP_UNROLL
-    for (int c = 0; c < kScalarsPerPacket; ++c) {
-      const i64 at = i * kScalarsPerPacket + c;
-      if (at < count) packet.data[c] = ld(as<const u32>(scalars) + at);
-    }
+    const Packet packet =
+        pack_scalars(scalars, i * kScalarsPerPacket, count, packet_flag(exchange.epoch()));
     for_each_peer(exchange.view(), [&](i32 peer) {
-      if (peer != exchange.view().rank) {
+      if (peer != exchange.view().rank && wanted(peer)) {
         put_scalar_packet(exchange.view(), peer, exchange.epoch(), i, packet);
       }
     });
@@ -135,20 +156,28 @@ JAX_EP_DEVICE void send_words(u32 flag, Ptr<Packet> to, Ptr<u32> stage, i32 num_
   constexpr i32 kLanes = static_cast<i32>(kWarpSize);
   JAX_EP_NO_UNROLL
   for (i32 first = static_cast<i32>(lane_id()); first < packets; first += kAtOnce * kLanes) {
-    Packet held[kAtOnce];
+    Packet packet[kAtOnce];
     JAX_EP_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      held[i] = Packet{{0, 0, 0}, flag};
+      packet[i] = Packet{{0, 0, 0}, flag};
       JAX_EP_UNROLL
       for (int c = 0; c < 3; ++c) {
         const i32 word = 3 * (first + i * kLanes) + c;
-        if (word < num_words) held[i].data[c] = ld(stage + word);
+        if (word < num_words) packet[i].data[c] = ld(stage + word);
       }
     }
     JAX_EP_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * kLanes < packets) st_packet(to + (first + i * kLanes), held[i]);
+      if (first + i * kLanes < packets) st_packet(to + (first + i * kLanes), packet[i]);
     }
+  }
+}
+
+// A packet's words, from number `first` on of so many.
+JAX_EP_DEVICE void words_of_packet(const Packet& packet, i32 first, Ptr<u32> stage, i32 num_words) {
+  JAX_EP_UNROLL
+  for (int c = 0; c < 3; ++c) {
+    if (first + c < num_words) st(stage + (first + c), packet.data[c]);
   }
 }
 
@@ -165,21 +194,17 @@ JAX_EP_DEVICE void receive_words(const Exchange& exchange,
   constexpr i32 kLanes = static_cast<i32>(kWarpSize);
   for (i32 first = lane; first < packets; first += kAtOnce * kLanes) {
     const auto left = static_cast<i32>(ceil_div(packets - first, kLanes));
-    Packet held[kAtOnce];
+    Packet packet[kAtOnce];
     wait_packets<kAtOnce>(
         exchange,
         source,
         token,
         left < kAtOnce ? left : kAtOnce,
         [from, first](int i) { return from + (first + i * kLanes); },
-        held);
+        packet);
     JAX_EP_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      JAX_EP_UNROLL
-      for (int c = 0; c < 3; ++c) {
-        const i32 word = 3 * (first + i * kLanes) + c;
-        if (word < num_words) st(stage + word, held[i].data[c]);
-      }
+      words_of_packet(packet[i], 3 * (first + i * kLanes), stage, num_words);
     }
   }
 }

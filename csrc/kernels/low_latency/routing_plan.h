@@ -4,24 +4,29 @@
 // reported of the plan the blocks share out. The walk of the high-throughput kernels, over the same
 // layouts, is csrc/kernels/high_throughput/plan_assign.h.
 //
-// Reads topk_idx, token_scalars and the peers' packets of both. Writes slot, row_source,
+// Reads topk_idx, token_scalars and the peers' packets of both, also those in the first messages of
+// far ranks. Writes slot, row_source,
 // row_topk_idx, source_slot, group_sizes, tokens_per_expert, num_dropped and row_scalars.
 #ifndef JAX_EP_CSRC_KERNELS_LOW_LATENCY_ROUTING_PLAN_H_
 #define JAX_EP_CSRC_KERNELS_LOW_LATENCY_ROUTING_PLAN_H_
 
 #include "csrc/kernels/high_throughput/plan_context.h"
 #include "csrc/kernels/low_latency/dispatch_block.h"
+#include "csrc/kernels/low_latency/far_ranks.h"
+#include "csrc/kernels/low_latency/missing_ranks.h"
 #include "csrc/kernels/low_latency/packets.h"
 
 namespace jax_ep::dev {
 
-template <typename RowLayout>
+// `kMasks`: ranks may be missing.
+template <typename RowLayout, typename Far, bool kMasks = false>
 class RoutingPlan {
  public:
   using Context = typename RowLayout::Context;
 
-  JAX_EP_DEVICE RoutingPlan(Context& context, const DispatchOp& dispatch)
+  JAX_EP_DEVICE RoutingPlan(Context& context, const DispatchOp& dispatch, const Far& far)
       : c_(context),
+        far_(far),
         layout_(context),
         dispatch_(dispatch),
         tables_(context.tables),
@@ -35,8 +40,18 @@ class RoutingPlan {
 
   // All threads of a block.
   JAX_EP_DEVICE void make() {
+    if constexpr (Far::kAny) {
+      far_.wait_first(static_cast<i32>(c_.warps.warp()), static_cast<i32>(c_.warps.count()));
+      c_.warps.sync();
+    }
     receive_experts();
     c_.warps.sync();
+    if constexpr (kMasks) {
+      settle_sources();
+      c_.warps.sync();
+      leave_out_missing();
+      c_.warps.sync();
+    }
     count();
     c_.warps.sync();
     sum_up();
@@ -96,6 +111,26 @@ class RoutingPlan {
     }
   }
 
+  // All lanes of a warp, once the plan is made. The rows that hold the source's tokens hold none;
+  // `clear(row)` as above.
+  template <typename Clear>
+  JAX_EP_DEVICE void empty_rows_of(i32 source, const Clear& clear) const {
+    JAX_EP_NO_UNROLL
+    for (i32 token = 0; token < c_.num_tokens; ++token) {
+      const i64 global_token = i64{source} * c_.num_tokens + token;
+      const i32 row_of_lane = this->row_of_lane(global_token);
+      if (row_of_lane >= 0) {
+        st(Ptr<i32>{c_.op.source_slot} + (global_token * c_.max_rows + lane_id()), -1);
+      }
+      for (u32 holders = warp_ballot(row_of_lane >= 0); holders != 0; holders &= holders - 1) {
+        const auto row =
+            static_cast<i64>(warp_shfl(static_cast<u32>(row_of_lane), lowest_bit(holders)));
+        if (lane_id() == 0) layout_.clear_row(row);
+        clear(row);
+      }
+    }
+  }
+
  private:
   // ceil_div in 32 bits, which takes a fourth of the instructions.
   JAX_EP_DEVICE static i32 quotient_up(i32 a, i32 b) { return (a + b - 1) / b; }
@@ -135,24 +170,57 @@ class RoutingPlan {
     if (source == c_.rank) {
       return pack_experts(Ptr<const i32>{c_.op.topk_idx}, first, selections, 0);
     }
+    if constexpr (Far::kAny) {
+      if (far_.has(source)) {
+        return far_.packet(source, first / static_cast<i32>(kExpertsPerPacket));
+      }
+    }
     Packet packet[1];
-    wait_packets<1>(
-        c_.exchange,
-        source,
-        first / c_.num_topk,
-        1,
-        [&](int) {
-          return expert_packets(c_.exchange.view(), c_.rank, c_.exchange.epoch(), source) +
-                 first / static_cast<i32>(kExpertsPerPacket);
-        },
-        packet);
+    const auto from = [&](int) {
+      return expert_packets(c_.exchange.view(), c_.rank, c_.exchange.epoch(), source) +
+             first / static_cast<i32>(kExpertsPerPacket);
+    };
+    if constexpr (kMasks) {
+      const MissingRanks missing(c_.exchange);
+      while (!try_packets<1, true>(c_.exchange, source, first / c_.num_topk, 1, from, packet)) {
+        // If another block has found the source present, the packet is there too.
+        if (missing.settle(source, Verdict::kMissing) == Verdict::kMissing) break;
+      }
+      return packet[0];
+    }
+    wait_packets<1>(c_.exchange, source, first / c_.num_topk, 1, from, packet);
     return packet[0];
   }
 
-  JAX_EP_DEVICE void count() const {
-    for (i32 bin = static_cast<i32>(lane_id()); bin < c_.bins; bin += kWarpSize) {
-      c_.tables.cursor(bin) = 0;
+  // A thread for each source, when the block has waited for the routing of all: whether it counts,
+  // the same in all blocks, to where the plan has other things later.
+  JAX_EP_DEVICE void settle_sources() const {
+    const MissingRanks missing(c_.exchange);
+    const auto threads = static_cast<i32>(c_.warps.count() * kWarpSize);
+    for (i32 source = static_cast<i32>(c_.warps.thread()); source < c_.num_ranks;
+         source += threads) {
+      // Who has given up a source has said so: of one without verdict all is there.
+      const bool is_waited_for = source != c_.rank && is_active(c_.exchange.view(), source);
+      const bool is_missing =
+          is_waited_for && missing.settle(source, Verdict::kPresent) == Verdict::kMissing;
+      tables_.total_before(source) = is_missing ? 1 : 0;
     }
+  }
+  // All threads: selections of missing ranks, and of their experts, are none.
+  JAX_EP_DEVICE void leave_out_missing() const {
+    const i32 selections = num_tokens_ * c_.num_topk;
+    const auto threads = static_cast<i32>(c_.warps.count() * kWarpSize);
+    for (i32 i = static_cast<i32>(c_.warps.thread()); i < selections; i += threads) {
+      const i32 expert = tables_.expert(i);
+      if (expert < 0) continue;
+      const i32 source = i / (c_.num_tokens * c_.num_topk);
+      const i32 owner = owner_of(expert, c_.num_local);
+      if ((tables_.total_before(source) | tables_.total_before(owner)) != 0) tables_.expert(i) = -1;
+    }
+  }
+
+  JAX_EP_DEVICE void count() const {
+    c_.clear_cursors();
     warp_sync();
     for (i32 first = first_; first < last_; first += c_.run_tokens) {
       const Selected selected = selected_of(first);
@@ -181,9 +249,9 @@ class RoutingPlan {
       u32 total = 0;
       for (u32 warp = 0; warp < c_.warps.count(); ++warp) {
         auto& cursor = tables_.cursor(warp, bin);
-        const u32 here = cursor;
+        const u32 count = cursor;
         cursor = total;
-        total += here;
+        total += count;
       }
       st(c_.totals() + bin, total);
     }
@@ -206,16 +274,14 @@ class RoutingPlan {
     note_totals_before(selected, counted);
     u32 row = c_.capacity;
     if (counted.bin >= 0) {
-      const u32 before = count_bits(counted.lanes & lanes_below(c_.first_lane));
       const u32 start = layout_.start_of(counted.bin - layout_.first_row_bin());
-      row = c_.clip(u64{start} + c_.tables.cursor(counted.bin) + before);
+      row = c_.clip(u64{start} + c_.tables.cursor(counted.bin) + c_.tokens_before(counted));
     }
     warp_sync();  // all rows are read before a cursor moves
     c_.advance(counted);
     const bool has_token = selected.source >= 0;
-    const i32 slot = row < c_.capacity ? static_cast<i32>(row) : -1;
     if (reports && has_token && selected.source == c_.rank) {
-      st(Ptr<i32>{c_.op.slot} + this->selection(selected.token), slot);
+      st(Ptr<i32>{c_.op.slot} + this->selection(selected.token), c_.slot_of(row));
     }
     layout_.write_rows(tables_.source_slot(),
                        reports,
@@ -242,35 +308,47 @@ class RoutingPlan {
   // The scalar of a local selection, at its row; where a token has one row for all its selections,
   // zeros for the others. All lanes.
   JAX_EP_DEVICE void write_scalar(const Selected& selected, bool is_local, u32 row) const {
-    const bool by_rank = RowLayout::kLayout == Layout::kRank;
+    const bool is_rank_major = RowLayout::kLayout == Layout::kRank;
     const u32 holders = warp_ballot(is_local && row < c_.capacity) & c_.token_lanes;
     const u32 row_of_token = warp_shfl(row, holders != 0 ? lowest_bit(holders) : lane_id());
-    const bool has_row = by_rank ? holders != 0 : (holders >> lane_id() & 1) != 0;
+    const bool has_row = is_rank_major ? holders != 0 : (holders >> lane_id() & 1) != 0;
     if (selected.source < 0 || !has_row) return;
     const float scalar = is_local ? scalar_of(selected) : 0.0F;
     const auto k = static_cast<i64>(lane_id() - c_.first_lane);
     st(Ptr<float>{dispatch_.row_scalars} +
-           (by_rank ? i64{row_of_token} * c_.num_topk + k : i64{row}),
+           (is_rank_major ? i64{row_of_token} * c_.num_topk + k : i64{row}),
        scalar);
   }
   JAX_EP_DEVICE float scalar_of(const Selected& selected) const {
     const u32 i = selection(selected.token);
     if (selected.source == c_.rank) return ld(Ptr<const float>{dispatch_.token_scalars} + i);
+    const u32 position = i % static_cast<u32>(kScalarsPerPacket);
+    if constexpr (Far::kAny) {
+      if (far_.has(selected.source)) {
+        const i64 behind = num_expert_packets(i64{c_.num_tokens} * c_.num_topk);
+        const Packet packet =
+            far_.packet(selected.source, behind + i / static_cast<u32>(kScalarsPerPacket));
+        return as_float(word_in_packet(packet, position));
+      }
+    }
     Packet packet[1];
-    wait_packets<1>(
-        c_.exchange,
-        selected.source,
-        selected.token,
-        1,
-        [&](int) {
-          return scalar_packets(c_.exchange.view(), c_.rank, c_.exchange.epoch(), selected.source) +
-                 i / static_cast<u32>(kScalarsPerPacket);
-        },
-        packet);
-    return as_float(word_in_packet(packet[0], i % static_cast<u32>(kScalarsPerPacket)));
+    const auto from = [&](int) {
+      return scalar_packets(c_.exchange.view(), c_.rank, c_.exchange.epoch(), selected.source) +
+             i / static_cast<u32>(kScalarsPerPacket);
+    };
+    if constexpr (kMasks) {
+      if (!try_packets<1, true>(c_.exchange, selected.source, selected.token, 1, from, packet)) {
+        MissingRanks(c_.exchange).give_up_on(selected.source);
+        return 0;  // as the row will be
+      }
+      return as_float(word_in_packet(packet[0], position));
+    }
+    wait_packets<1>(c_.exchange, selected.source, selected.token, 1, from, packet);
+    return as_float(word_in_packet(packet[0], position));
   }
 
   Context& c_;
+  const Far& far_;
   const RowLayout layout_;
   const DispatchOp& dispatch_;
   const typename Context::Tables& tables_;

@@ -5,7 +5,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "csrc/sim/fiber.h"
 #include "csrc/testing/run_scenario.h"
@@ -26,6 +28,28 @@ constexpr uint64_t schedules(uint64_t count) {
 inline void expect_ok(const Scenario& scenario, uint64_t seed = 1) {
   const Outcome outcome = run_scenario(scenario, seed);
   ASSERT_TRUE(outcome.report.ok()) << describe(scenario) << "\n" << outcome.report.text();
+}
+
+struct Domains {
+  int32_t count;
+  int32_t ranks;  // of each
+};
+
+// Operations on the ranks of all domains, with room for all rows, and sums over the domains.
+inline ScenarioStep step_between(const Domains& domains,
+                                 EpShape shape,
+                                 int64_t hidden,
+                                 DType dtype,
+                                 const std::vector<ScenarioOp>& ops) {
+  shape.num_ranks = domains.count * domains.ranks;
+  shape.recv_capacity = std::max<int64_t>(worst_case_capacity(shape), 1);
+  ScenarioStep step;
+  step.ops = ops;
+  step.options.shape = shape;
+  step.options.hidden = hidden;
+  step.options.dtype = dtype;
+  step.options.domain_size = domains.ranks;
+  return step;
 }
 
 // Random scenarios of the seeds, each checked against the CPU backend after every operation.

@@ -15,7 +15,7 @@ PEERS = DEVICE + "peers.h"
 WAIT = DEVICE + "wait.h"
 RING = DEVICE + "segment_ring.h"
 SUM = DEVICE + "row_sum.h"
-UNIT_SUM = DEVICE + "unit_sum.h"
+PIECE_SUM = DEVICE + "piece_sum.h"
 QUEUE = DEVICE + "work_queue.h"
 QUANTIZE = DEVICE + "quantize.h"
 PARTS = DEVICE + "chunk_parts.h"
@@ -56,6 +56,7 @@ def high_throughput_operations(mutant: Mutant) -> list[str]:
         return ["plan_dispatch"]
     path = mutant.path
     of_dispatch = (
+        CLOSED,
         DISPATCH,
         CONTEXT,
         DISPATCH_EXPERT,
@@ -88,7 +89,7 @@ def high_throughput_operations(mutant: Mutant) -> list[str]:
         COMBINE_EXPERT,
         COMBINE_RANK,
         SUM,
-        UNIT_SUM,
+        PIECE_SUM,
     )
     only |= dict.fromkeys(of_combine, "combine")
     if path in only:
@@ -149,7 +150,7 @@ HIGH_THROUGHPUT_MUTANTS = [
     _removed("warp_sync before arrived at owner", EXCHANGE, "warp_sync();", "void signal_arrived_at("),
     _removed("block_sync before blocks_done", EXCHANGE, "block_sync();", "void finish()"),
     _removed("warp_sync before acknowledged", EXCHANGE, "warp_sync();",
-             "if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return;"),
+             "if (blocks_before + 1 != num_main() + static_cast<u32>(blocks_.num_tail)) return false;"),
     _removed("barrier before the grid barrier", EXCHANGE, "warps.sync();", "void grid_barrier("),
     _removed("barrier after the grid barrier", EXCHANGE, "warps.sync();", '"grid barrier");'),
     Mutant("grid barrier: release -> relaxed", EXCHANGE, "st_release<Scope::kGpu>(generation",
@@ -305,7 +306,7 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("dot products of rows that do not travel", RECEIVER,
            "c_.hidden == 0 && !c_.with_dots()", "c_.hidden == 0", seeds=120),
     _removed("a closed group's dot products", CLOSED,
-             "if (op.with_dots) exchange.poison(reinterpret_cast<u32*>(op.row_dots), capacity);",
+             "if (op.with_dots) set_floats(exchange, op.row_dots, capacity, word);",
              mishaps=True),
     # --- combine -----------------------------------------------------------------------------------
     _removed("wait to write (combine)", COMBINE_SENDER, "c_.exchange.wait_until_writable();"),
@@ -332,21 +333,21 @@ HIGH_THROUGHPUT_MUTANTS = [
            "v * kLanes < spare ? v * kLanes : spare", "v * kLanes"),
     Mutant("the last segment is loaded as if it were full", SUM,
            "last_segment_ - static_cast<i32>(has_last)", "last_segment_"),
-    Mutant("a rank's own sum is not rounded by itself", UNIT_SUM, "= sum.take();", "= sum.rounded();"),
-    Mutant("a rank's own sum is left out (units)", UNIT_SUM, "if (term == terms.own_sum_at())",
+    Mutant("a rank's own sum is not rounded by itself", PIECE_SUM, "= sum.take();", "= sum.rounded();"),
+    Mutant("a rank's own sum is left out (pieces)", PIECE_SUM, "if (term == terms.own_sum_at())",
            "if (false)"),
-    Mutant("domains are summed as one", UNIT_SUM, "if (of != domain)", "if (false)"),
-    Mutant("a domain's sum has those before in it", UNIT_SUM, "of_domain.take());",
+    Mutant("domains are summed as one", PIECE_SUM, "if (of != domain)", "if (false)"),
+    Mutant("a domain's sum has those before in it", PIECE_SUM, "of_domain.take());",
            "of_domain.rounded());"),
-    _removed("sum of the last domain", UNIT_SUM, "sum.add(1.0F, of_domain.take());",
+    _removed("sum of the last domain", PIECE_SUM, "sum.add(1.0F, of_domain.take());",
              "load(term));\n      }\n"),
-    Mutant("a rank's own sum is of the first domain", UNIT_SUM, "add(own_domain, own)", "add(0, own)"),
+    Mutant("a rank's own sum is of the first domain", PIECE_SUM, "add(own_domain, own)", "add(0, own)"),
     Mutant("ranks of a domain do not follow each other", COMBINE_CONTEXT,
            "of_rank / ranks_per_domain", "of_rank % ranks_per_domain"),
-    Mutant("a part of a row is summed from its first unit on", COMBINE_SUMS,
-           "units_before<Unit>(c, part.first_segment)", "i64{0}"),
-    Mutant("a part of a row is summed to its last unit", COMBINE_SUMS,
-           "units_before<Unit>(c, part.last_segment)", "units_before<Unit>(c, c.segments.count)"),
+    Mutant("a part of a row is summed from its first piece on", COMBINE_SUMS,
+           "pieces_before<Piece>(c, part.first_segment)", "i64{0}"),
+    Mutant("a part of a row is summed to its last piece", COMBINE_SUMS,
+           "pieces_before<Piece>(c, part.last_segment)", "pieces_before<Piece>(c, c.segments.count)"),
     Mutant("a rank's own sum comes first", SUM, "if (kHasOthers && term == terms.own_sum_at()) {",
            "if (kHasOthers && term == terms.own()) {", seeds=120, every_dtype=True),
     Mutant("waits for all ranks but one (combine)", COMBINE_RECEIVER, "c_.exchange.wait_arrived(source, flag_idx);",
@@ -369,7 +370,7 @@ HIGH_THROUGHPUT_MUTANTS = [
     Mutant("scalars go with no part", PARTS, ".has_scalars = part == 0", ".has_scalars = part == 1"),
     # --- tickets -------------------------------------------------------------------------------------
     Mutant("a ticket is left out", QUEUE, "(tickets_, 1);", "(tickets_, 2);"),
-    Mutant("two warps have one item", QUEUE, "item_ = num_places_ + ", "item_ = num_places_ - 1 + "),
+    Mutant("two warps have one item", QUEUE, "item_ = num_positions_ + ", "item_ = num_positions_ - 1 + "),
     Mutant("tickets not set back", EXCHANGE,
            "st(control(view_, channel_, ChannelControl::kSendTickets), 0);", ""),
     Mutant("receivers' tickets not set back", EXCHANGE,
@@ -399,8 +400,8 @@ HIGH_THROUGHPUT_MUTANTS = [
     _removed("warp_sync after advancing", PLAN_CONTEXT, "warp_sync();", "count_bits(counted.lanes);\n    }"),
     _removed("warp_sync after loading cursors", PLAN_ASSIGN, "warp_sync();", "load_cursors(item, own);"),
     _removed("warp_sync before advancing (assign)", PLAN_ASSIGN, "warp_sync();  // all rows are read before a cursor moves"),
-    Mutant("a token's own selections counted before it", PLAN_ASSIGN,
-           "counted.lanes & lanes_below(c_.first_lane)", "counted.lanes & lanes_below(lane_id() + 1)"),
+    Mutant("a token's own selections counted before it", PLAN_CONTEXT,
+           "counted.lanes & lanes_below(first_lane)", "counted.lanes & lanes_below(lane_id() + 1)"),
     Mutant("repeated experts take part", PLAN_CONTEXT, "expert < 0 || repeats ?", "expert < 0 ?"),
     Mutant("experts that do not exist take part", PLAN_CONTEXT, "is_expert(expert) ? expert : -1",
            "expert >= -1 ? expert : -1"),
@@ -437,7 +438,8 @@ HIGH_THROUGHPUT_MUTANTS = [
            "named_sync(kBarrier, count() * kWarpSize);", "block_sync();"),
     Mutant("the tail does not wait for the plan", PLAN_DISPATCH, "exchange_.wait_planned();",
            "if (!in_tail) exchange_.wait_planned();"),
-    Mutant("the tail makes a plan too", PLAN_DISPATCH, "} else if (!in_tail) {", "} else {"),
+    Mutant("the tail makes a plan too", PLAN_DISPATCH, "} else if (!in_tail) {", "} else {",
+           "void take_part("),
     Mutant("the tail sends (plan_dispatch)", PLAN_DISPATCH, "if (!in_tail && warp_id()",
            "if (warp_id()"),
     Mutant("rows have the flags of the routing", PLAN_DISPATCH, "with_flags_from(kRowFlags)",

@@ -21,6 +21,9 @@ class Mutant:
         mishaps: it is caught by scenarios in which something goes wrong, not by random ones.
         low_latency: it is one of the low-latency kernels.
         internode: it is one of the kernels between domains.
+        by_counts: of these, it is one of the plan by counts.
+        masks: it is caught by scenarios in which who takes part changes from step to step.
+        absences: it is caught by stories of ranks that do not come and are left out.
         every_dtype: it is not seen in bfloat16 alone.
         in_plan_dispatch: it is seen in the kernel of a plan with its dispatch alone.
     """
@@ -35,6 +38,9 @@ class Mutant:
     mishaps: bool = False
     low_latency: bool = False
     internode: bool = False
+    by_counts: bool = False
+    masks: bool = False
+    absences: bool = False
     every_dtype: bool = False
     in_plan_dispatch: bool = False
 

@@ -23,12 +23,22 @@ import tempfile
 import time
 
 from high_throughput_mutants import HIGH_THROUGHPUT_MUTANTS, high_throughput_operations
+from internode_low_latency_mutants import INTERNODE_LOW_LATENCY_MUTANTS
 from internode_mutants import INTERNODE_MUTANTS, internode_operation
 from low_latency_mutants import LOW_LATENCY_MUTANTS
+from missing_rank_mutants import MISSING_RANK_MUTANTS
 from mutant import Mutant
+from rank_mask_mutants import RANK_MASK_MUTANTS
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-MUTANTS = HIGH_THROUGHPUT_MUTANTS + LOW_LATENCY_MUTANTS + INTERNODE_MUTANTS
+MUTANTS = (
+    HIGH_THROUGHPUT_MUTANTS
+    + LOW_LATENCY_MUTANTS
+    + INTERNODE_MUTANTS
+    + INTERNODE_LOW_LATENCY_MUTANTS
+    + RANK_MASK_MUTANTS
+    + MISSING_RANK_MUTANTS
+)
 SOURCES = "csrc/testing/simulated_{}.cc"
 SEEDS = pathlib.Path(__file__).with_name("mutant_seeds.json")
 LATE = 5  # scenarios that are run in less than it takes to compile a mutant
@@ -36,8 +46,10 @@ LATE = 5  # scenarios that are run in less than it takes to compile a mutant
 
 def operations(mutant: Mutant) -> list[str]:
     """The `simulated_*.cc` that are compiled with a mutant."""
+    if mutant.absences:
+        return ["masking"]
     if mutant.low_latency:
-        return ["low_latency"]
+        return ["internode_low_latency" if mutant.internode else "low_latency"]
     if mutant.internode:
         return [f"internode_{internode_operation(mutant)}"]
     return high_throughput_operations(mutant)
@@ -112,9 +124,12 @@ def _simulate(
 ) -> subprocess.CompletedProcess[str]:
     """Runs scenarios until one fails: the likely one, then all from the first on."""
     scenarios = ["--low-latency"] * mutant.low_latency + ["--internode"] * mutant.internode
+    scenarios += ["--masks"] * mutant.masks + ["--by-counts"] * mutant.by_counts
     scenarios += ["--bfloat16"] * mutant.in_bfloat16
     if mutant.mishaps:
         scenarios = ["--mishaps"]
+    if mutant.absences:
+        scenarios = ["--absences"]
     ranges = [f"1:{mutant.seeds}"]
     if likely is not None and likely <= mutant.seeds:
         ranges.insert(0, f"{likely}:{likely}")
@@ -163,12 +178,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=pathlib.Path, required=True, help="build folder of csrc")
     parser.add_argument("--only", default="", help="run those whose names hold this")
+    parser.add_argument(
+        "--part", default="0/1", help="I/N: every N-th, from the I-th; N such parts are all"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--update", action="store_true", help=f"write {SEEDS.name}")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
     for mutant in chosen:
         mutate(mutant)  # all of them still fit
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = chosen[part % parts :: parts]
     start = time.monotonic()
     build = arguments.build.resolve()
     seeds = json.loads(SEEDS.read_text())

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs random scenarios on the simulator.
 //   simulate [--seeds FIRST:LAST] [--seconds S] [--ranks R] [--groups N] [--low-latency]
-//            [--internode] [--bfloat16] [--no-races] [--verbose]
+//            [--masks] [--internode | --by-counts] [--bfloat16] [--no-races] [--verbose]
 //   simulate --mishaps [--seeds FIRST:LAST]     scenarios in which something goes wrong
+//   simulate --absences [--seeds FIRST:LAST]    ranks that do not come, and are left out
 // Prints the first failure and exits with 1; the seed reproduces it.
 #include <chrono>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <string>
 
+#include "csrc/testing/absences.h"
 #include "csrc/testing/mishaps.h"
 #include "csrc/testing/run_scenario.h"
 
@@ -22,6 +24,7 @@ struct Arguments {
   bool races = true;
   bool verbose = false;
   bool mishaps = false;
+  bool absences = false;
   jax_ep::ScenarioLimits limits;
 };
 
@@ -43,20 +46,30 @@ Arguments parse(int argc, char** argv) {
       arguments.limits.groups = std::atoi(argv[++i]);
     } else if (flag == "--low-latency") {
       arguments.limits.low_latency = true;
+    } else if (flag == "--masks") {
+      arguments.limits.masks = true;
     } else if (flag == "--internode") {
       arguments.limits.internode = true;
+    } else if (flag == "--by-counts") {
+      arguments.limits.internode = arguments.limits.plans_by_counts = true;
     } else if (flag == "--bfloat16") {
       arguments.limits.dtypes = {jax_ep::DType::kBFloat16};
     } else if (flag == "--no-races") {
       arguments.races = false;
     } else if (flag == "--mishaps") {
       arguments.mishaps = true;
+    } else if (flag == "--absences") {
+      arguments.absences = true;
     } else if (flag == "--verbose") {
       arguments.verbose = true;
     } else {
       std::fprintf(stderr, "simulate: bad argument %s\n", argv[i]);
       std::exit(2);
     }
+  }
+  if (arguments.limits.masks && arguments.limits.internode) {
+    std::fprintf(stderr, "simulate: --masks goes with neither --internode nor --by-counts\n");
+    std::exit(2);
   }
   return arguments;
 }
@@ -73,11 +86,22 @@ int run_mishaps(const Arguments& arguments) {
   return 0;
 }
 
+int run_absences(const Arguments& arguments) {
+  for (uint64_t seed = arguments.first; seed <= arguments.last; ++seed) {
+    const std::string wrong = jax_ep::run_stories(seed);
+    if (wrong.empty()) continue;
+    std::printf("seed %lu failed:\n%s\n", seed, wrong.c_str());
+    return 1;
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Arguments arguments = parse(argc, argv);
   if (arguments.mishaps) return run_mishaps(arguments);
+  if (arguments.absences) return run_absences(arguments);
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [start] {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // All ranks of a group in one process, a heap and a stream each, on one GPU or shared out among
 // several. Runs the simulator's random scenarios on the hardware, and times the kernels.
-//   virtual_ranks scenarios [FIRST LAST [GPUS [low-latency | internode]]]
+//   virtual_ranks scenarios [FIRST LAST [GPUS [KIND]]]; KIND: low-latency,
+//                           internode, by-counts, or internode-low-latency
 //   virtual_ranks time RANKS TOKENS HIDDEN TOPK EXPERTS SMS [fp8] [rank] [products] [gpus=N]
 //                [senders=N] [tail=N] [domains=N]
 // Domains are joined by mapped memory.
@@ -148,6 +149,7 @@ class VirtualRanks {
     LoopbackNetwork found{};
     found.network.layout = network_;
     found.network.topology = topology_;
+    found.network.phases = words_[rank].phases;
     found.heaps.rank = rank;
     for (int32_t peer = 0; peer < num_ranks(); ++peer) {
       std::byte* const heap = network_heaps_[static_cast<size_t>(peer)].get();
@@ -182,12 +184,30 @@ class VirtualRanks {
       }
       check(error, "a kernel");
     }
+    check_phases();
   }
 
  private:
+  // That kernels between domains have told the host of their beginning and of their end.
+  void check_phases() const {
+    for (int32_t rank = 0; rank < num_ranks() && spans_domains(); ++rank) {
+      uint32_t epochs = 0;
+      for (const uint64_t word : words_[rank].phases) {
+        const KernelPhase phase = unpack_kernel_phase(word);
+        epochs += phase.epoch;
+        if (phase.running) std::printf("rank %d says that exchange %u runs\n", rank, phase.epoch);
+        if (phase.running) std::exit(1);
+      }
+      if (epochs > 0) continue;
+      std::printf("rank %d has not said that a kernel ran\n", rank);
+      std::exit(1);
+    }
+  }
+
   struct HostWords {
     ErrorRecord error;
     uint64_t long_waits[kMaxRanks];
+    uint64_t phases[kNumChannels];
   };
 
   HeapLayout layout_;
@@ -211,14 +231,21 @@ LaunchShape launch_of(OpKind op, const ClusterOptions& options, const SmBudget& 
   return shape;
 }
 
-LaunchShape low_latency_launch_of(OpKind op, const ClusterOptions& options, const SmBudget& sms) {
+LaunchShape low_latency_launch_of(OpKind op,
+                                  const ClusterOptions& options,
+                                  const SmBudget& sms,
+                                  bool spans_domains = false) {
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
-  return low_latency_launch_shape(op, options.shape, row_bytes, sms);
+  return low_latency_launch_shape(op, options.shape, row_bytes, sms, spans_domains);
 }
 
-LaunchShape internode_launch_of(OpKind op, const ClusterOptions& options, const SmBudget& sms) {
+LaunchShape internode_launch_of(OpKind op,
+                                const ClusterOptions& options,
+                                const SmBudget& sms,
+                                const LoopbackNetwork& network) {
   const int64_t row_bytes = options.hidden * size_bytes(options.dtype);
-  LaunchShape shape = internode_launch_shape(op, options.shape, row_bytes, sms);
+  LaunchShape shape = internode_launch_shape(
+      op, options.shape, row_bytes, sms, plans_by_counts(network.network.layout));
   shape.num_blocks = sms.requested;
   return shape;
 }
@@ -229,15 +256,34 @@ cudaError_t launch_internode(const ScenarioOp& op,
                              const RankArrays& arrays,
                              const RankView& view,
                              const LoopbackNetwork& network,
-                             const LaunchShape& shape,
+                             const ClusterOptions& options,
+                             const SmBudget& sms,
                              cudaStream_t stream) {
+  if (op.half == Half::kSecond) return cudaSuccess;  // its first half did all
+  const auto launch = [&](const auto& params) {
+    const OpKind kind = decltype(params.op)::kKind;
+    const LaunchShape shape = internode_launch_of(kind, options, sms, network);
+    return launch_over_loopback(params, network, shape, stream);
+  };
+  const auto launch_low_latency = [&](const auto& params) {
+    LaunchShape shape = low_latency_launch_of(op.kind, options, sms, /*spans_domains=*/true);
+    shape.num_blocks = sms.requested;
+    return launch_low_latency_over_loopback(params, network, shape, stream);
+  };
   switch (op.kind) {
-    case OpKind::kPlan: return launch_over_loopback(arrays.plan(view), network, shape, stream);
-    case OpKind::kDispatch:
-      return launch_over_loopback(arrays.dispatch(view), network, shape, stream);
-    case OpKind::kCombine:
-      return launch_over_loopback(arrays.combine(view), network, shape, stream);
-    case OpKind::kPlanDispatch: break;
+    case OpKind::kPlan: return launch(arrays.plan(view));
+    case OpKind::kDispatch: return launch(arrays.dispatch(view));
+    case OpKind::kCombine: {
+      const CombineParams params = arrays.combine(view);
+      if (fits_low_latency(view.layout, params.op, true)) return launch_low_latency(params);
+      return launch(params);
+    }
+    case OpKind::kPlanDispatch: {
+      const PlanDispatchParams params = arrays.plan_dispatch(view);
+      if (fits_low_latency(view.layout, params.op)) return launch_low_latency(params);
+      const cudaError_t error = launch(arrays.plan(view));
+      return error != cudaSuccess ? error : launch(arrays.dispatch(view));
+    }
   }
   return cudaErrorInvalidValue;
 }
@@ -311,8 +357,7 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
   const auto for_each_rank = [&](const auto& use) {
     for (int32_t rank = 0; rank < ranks.num_ranks(); ++rank) {
       if (rank == absent) continue;
-      RankView view = ranks.view(rank);
-      if (absent >= 0) view.active_ranks &= ~(uint64_t{1} << absent);
+      const RankView view = ranks.view(rank);
       ranks.use_gpu_of(rank);
       use(arrays[static_cast<size_t>(rank)], view, ranks.stream(rank));
     }
@@ -326,10 +371,10 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
     for_each_rank([&](const RankArrays& mine, const RankView& view, cudaStream_t stream) {
       if (ranks.spans_domains()) {
         const auto blocks = static_cast<int32_t>(scenario.blocks);
-        const LaunchShape shape =
-            internode_launch_of(op.kind, step.options, {.available = blocks, .requested = blocks});
+        const SmBudget sms{.available = blocks, .requested = blocks};
         const LoopbackNetwork network = ranks.network(view.rank);
-        check(launch_internode(op, mine, view, network, shape, stream), describe(op).c_str());
+        check(launch_internode(op, mine, view, network, step.options, sms, stream),
+              describe(op).c_str());
         return;
       }
       check(launch_op(op, mine, view, step, scenario, stream), describe(op).c_str());
@@ -355,11 +400,14 @@ std::string run_step(VirtualRanks& ranks, const ScenarioStep& step, const Scenar
 
 int run_scenarios(uint64_t first, uint64_t last, int num_gpus, const std::string& of) {
   for (uint64_t seed = first; seed <= last; ++seed) {
-    const Scenario scenario = random_scenario(seed,
-                                              {.max_tokens = seed % 4 == 0 ? 300 : 20,
-                                               .steps = 4,
-                                               .low_latency = of == "low-latency",
-                                               .internode = of == "internode"});
+    const bool by_counts = of == "by-counts";
+    const Scenario scenario =
+        random_scenario(seed,
+                        {.max_tokens = seed % 4 == 0 ? 300 : 20,
+                         .steps = 4,
+                         .low_latency = of.ends_with("low-latency"),
+                         .internode = by_counts || of.starts_with("internode"),
+                         .plans_by_counts = by_counts});
     const GroupScenario& group = scenario.groups[0];
     VirtualRanks ranks(group, num_gpus);
     for (const ScenarioStep& step : group.steps) {
@@ -464,8 +512,8 @@ class TimedRanks {
  private:
   void time_internode(int32_t sms) {
     const auto time_op = [&](const char* name, OpKind op, const auto& params) {
-      const LaunchShape shape =
-          internode_launch_of(op, options_, {.available = sms, .requested = sms});
+      const LaunchShape shape = internode_launch_of(
+          op, options_, {.available = sms, .requested = sms}, ranks_.network(0));
       time(name, [&](int32_t r) {
         return launch_over_loopback(
             params[static_cast<size_t>(r)], ranks_.network(r), shape, ranks_.stream(r));

@@ -120,6 +120,31 @@ TEST_F(CudaGroupTest, HasAnEpGroupForEachIndex) {
   EXPECT_EQ(ranks[2].view().heap[1], ranks[2].handle().base);
 }
 
+TEST_F(CudaGroupTest, TellsKernelsOfAnEpGroupWhomNotToWaitFor) {
+  CudaGroupConfig config = group_config(2);
+  config.ranks.push_back({.device = 2, .group_index = 1, .rank = 1});
+  config.ranks.push_back({.device = 3, .group_index = 1, .rank = 0});
+  const std::unique_ptr<CudaGroup> group = connected(config);
+  const auto told = [&](size_t i) {
+    return *static_cast<const uint64_t*>(
+        fake_cudart::on_host(const_cast<uint64_t*>(group->ranks()[i].view().given_up)));
+  };
+  EXPECT_EQ(told(2), 0U);
+  const int32_t ranks[] = {1};
+  ASSERT_TRUE(is_ok(group->give_up_on(1, ranks)));
+  const int32_t others[] = {0};
+  ASSERT_TRUE(is_ok(group->give_up_on(1, others)));
+  EXPECT_EQ(told(0), 0U);
+  EXPECT_EQ(told(1), 0U);
+  EXPECT_EQ(told(2), 3U);
+  EXPECT_EQ(told(3), 3U);
+  const int32_t unknown[] = {0, 2};
+  const Status status = group->give_up_on(0, unknown);
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), "give_up_on: ranks holds 2; allowed: 0 to 1");
+  EXPECT_EQ(told(0), 0U);
+}
+
 TEST_F(CudaGroupTest, AFailedConnectCanBeTriedAgain) {
   const std::unique_ptr<CudaGroup> group = create(group_config(2));
   std::vector<HeapHandle> wrong = handles_of(*group);

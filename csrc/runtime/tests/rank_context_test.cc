@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <utility>
@@ -44,7 +45,7 @@ TEST_F(RankContextTest, ShowsKernelsWhatTheyNeed) {
   EXPECT_EQ(rank.handle().owner.rank, 1);
   // Kernels are loaded now: later, while others wait for them, it would be a deadlock.
   const Texts calls = fake_cudart::calls();
-  EXPECT_EQ(std::count(calls.begin(), calls.end(), "cudaFuncSetAttribute"), 40);
+  EXPECT_EQ(std::count(calls.begin(), calls.end(), "cudaFuncSetAttribute"), 52);
 }
 
 TEST_F(RankContextTest, TimesOutNoEarlierThanAsked) {
@@ -113,6 +114,7 @@ TEST_F(RankContextTest, MapsTheHeapsOfItsDomainAndTheNetworkHeapsOfAll) {
     const LoopbackNetwork network = fake_cudart::launches().back().network.value();
     EXPECT_EQ(network.heaps.rank, view.rank);
     EXPECT_EQ(network.network.layout.window, 16);
+    EXPECT_NE(fake_cudart::on_host(network.network.phases), nullptr);
     for (int32_t peer = 0; peer < kRanks; ++peer) {
       std::byte* const heap = handles[static_cast<size_t>(peer)].base + network_offset(layout);
       EXPECT_EQ(network.heaps.heap[peer], heap);
@@ -211,6 +213,67 @@ TEST_F(RankContextTest, SaysWhyAKernelGaveUp) {
     EXPECT_EQ(rank.error().code(), code);
     EXPECT_TRUE(contains(rank.error().message(), "rank 0"));
   }
+}
+
+TEST_F(RankContextTest, TellsItsKernelsThatAnotherRankGaveUp) {
+  RankContext ranks[2] = {create(rank_config(0, 2, 0)), create(rank_config(0, 2, 1))};
+  const Aborted aborted{.by = 1,
+                        .blamed = 0,
+                        .tag = static_cast<uint32_t>(WaitTag::kDelivered),
+                        .op = static_cast<uint32_t>(OpKind::kDispatch)};
+  const auto word_of = [](const RankContext& rank) {
+    uint32_t word = 0;
+    const int64_t offset = rank.view().layout.at(Region::kAborted);
+    std::memcpy(&word, rank.handle().base + offset, sizeof word);
+    return word;
+  };
+  EXPECT_TRUE(is_ok(ranks[0].tell(aborted)));
+  EXPECT_EQ(word_of(ranks[0]), pack(aborted));
+  EXPECT_EQ(word_of(ranks[1]), 0U);
+  fake_cudart::trap();
+  EXPECT_FALSE(ranks[0].tell(aborted).ok());
+}
+
+// Rank 1 of domains {0, 1}, {2, 3} and {4, 5}: its rail is ranks 1, 3 and 5.
+TEST_F(RankContextTest, FindsWhoHasNotReadWhatItHasSent) {
+  RankConfig config = rank_config(1, 6, 1);
+  config.group.heap.num_neighbors = 2;
+  const RankContext rank = create(config);
+  const NetworkLayout network = network_layout_of(config.group.heap);
+  std::byte* const heap = rank.handle().base + network_offset(rank.view().layout);
+  const auto put = [&](NetworkRegion region, int32_t domain, int32_t buffer, uint32_t message) {
+    const uint64_t word = arrival_flag(message, OpKind::kDispatch, 0);
+    const int64_t at = network.at(region) + 8 * (domain * network.window + buffer);
+    std::memcpy(heap + at, &word, sizeof word);
+  };
+  const auto unread = [&] {
+    std::vector<int32_t> ranks = {99};
+    EXPECT_TRUE(is_ok(rank.find_unread(ranks)));
+    return ranks;
+  };
+  EXPECT_EQ(unread(), std::vector<int32_t>{}) << "nothing has been sent";
+  put(NetworkRegion::kDeliveredSent, 1, 0, 0);
+  EXPECT_EQ(unread(), std::vector<int32_t>{3}) << "the very first message";
+  put(NetworkRegion::kDeliveredSent, 2, 0, 0);
+  put(NetworkRegion::kDeliveredSent, 2, 1, 1);
+  EXPECT_EQ(unread(), (std::vector<int32_t>{3, 5}));
+  put(NetworkRegion::kCredits, 1, 0, 0);
+  put(NetworkRegion::kCredits, 2, 0, 0);
+  EXPECT_EQ(unread(), std::vector<int32_t>{5});
+  put(NetworkRegion::kCredits, 2, 1, 1);
+  EXPECT_EQ(unread(), std::vector<int32_t>{});
+  put(NetworkRegion::kDeliveredSent, 1, 0, static_cast<uint32_t>(network.window));
+  EXPECT_EQ(unread(), std::vector<int32_t>{3}) << "the credit is of the message before";
+  fake_cudart::trap();
+  std::vector<int32_t> ranks;
+  EXPECT_FALSE(rank.find_unread(ranks).ok());
+}
+
+TEST_F(RankContextTest, ARankOfOneDomainHasNoNetworkHeap) {
+  std::vector<int32_t> ranks = {99};
+  EXPECT_EQ(create(rank_config(0, 2, 0)).find_unread(ranks).code(),
+            StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ranks, std::vector<int32_t>{});
 }
 
 TEST_F(RankContextTest, TheRecordOutlivesTheTrap) {

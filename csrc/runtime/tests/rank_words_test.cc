@@ -59,6 +59,9 @@ TEST_F(RankWordsTest, BeginAsZeros) {
   EXPECT_FALSE(any_byte(words));
   EXPECT_FALSE(words.error().has_value());
   EXPECT_EQ(statuses_of("zeros").size(), 0U);
+  const auto* const phases =
+      static_cast<const uint64_t*>(fake_cudart::on_host(words.phases_on_device()));
+  for (uint32_t channel = 0; channel < kNumChannels; ++channel) EXPECT_EQ(phases[channel], 0U);
 }
 
 TEST_F(RankWordsTest, ThatNoKernelHasSeenAreUsedAgain) {
@@ -129,6 +132,38 @@ TEST_F(RankWordsTest, WhatAKernelSaysIsToldAlsoAfterItsGroup) {
   EXPECT_EQ(statuses[0].waits[0].peer, 0);
   EXPECT_EQ(statuses[0].waits[0].wait.epoch, 7U);
   EXPECT_EQ(statuses[0].waits[0].wait.level, 2U);
+}
+
+// As a kernel between domains does when it begins and when it ends; each channel has its own.
+TEST_F(RankWordsTest, WhatRunsIsKnownUntilItEnds) {
+  const auto of_name = [](const std::string& name) {
+    std::vector<KernelPhase> phases;
+    for (const RunningKernel& kernel : running_kernels()) {
+      if (kernel.owner.group_name == name) phases.push_back(kernel.phase);
+    }
+    return phases;
+  };
+  RankWords words = allocate(owner("runs"));
+  auto* const on_host = static_cast<uint64_t*>(fake_cudart::on_host(words.phases_on_device()));
+  ASSERT_NE(on_host, nullptr);
+  const auto put = [&](Channel channel, const KernelPhase& phase) {
+    std::atomic_ref<uint64_t>(on_host[static_cast<size_t>(channel)])
+        .store(pack(phase), std::memory_order_relaxed);
+  };
+  const auto op = static_cast<uint32_t>(OpKind::kCombine);
+  put(Channel::kHighThroughput, {.epoch = 7, .op = op, .running = true});
+  EXPECT_EQ(of_name("runs").size(), 0U) << "no kernel runs with them yet";
+  words.publish();
+  ASSERT_EQ(of_name("runs").size(), 1U);
+  EXPECT_EQ(of_name("runs")[0].epoch, 7U);
+  EXPECT_EQ(of_name("runs")[0].op, op);
+  put(Channel::kLowLatency, {.epoch = 2, .op = op, .running = true});
+  EXPECT_EQ(of_name("runs").size(), 2U);
+  put(Channel::kHighThroughput, {.epoch = 7, .op = op, .running = false});
+  ASSERT_EQ(of_name("runs").size(), 1U);
+  EXPECT_EQ(of_name("runs")[0].epoch, 2U);
+  EXPECT_TRUE(is_ok(words.close()));
+  EXPECT_EQ(of_name("runs").size(), 1U) << "it runs on when its group is closed";
 }
 
 TEST_F(RankWordsTest, TheWatchReadsWhileKernelsWriteAndGroupsComeAndGo) {

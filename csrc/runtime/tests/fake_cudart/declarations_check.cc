@@ -31,6 +31,8 @@ static_assert(declared<cudaError_t(void**, size_t, unsigned)>(cudaHostAlloc));
 static_assert(declared<cudaError_t(void**, void*, unsigned)>(cudaHostGetDevicePointer));
 static_assert(declared<cudaError_t(void*)>(cudaFreeHost));
 static_assert(declared<cudaError_t(void*, int, size_t, cudaStream_t)>(cudaMemsetAsync));
+static_assert(declared<cudaError_t(void*, const void*, size_t, cudaMemcpyKind, cudaStream_t)>(
+    cudaMemcpyAsync));
 static_assert(declared<cudaError_t(cudaIpcMemHandle_t*, void*)>(cudaIpcGetMemHandle));
 static_assert(declared<cudaError_t(void**, cudaIpcMemHandle_t, unsigned)>(cudaIpcOpenMemHandle));
 static_assert(declared<cudaError_t(void*)>(cudaIpcCloseMemHandle));

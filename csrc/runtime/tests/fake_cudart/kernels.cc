@@ -26,11 +26,11 @@ using fake_cudart::Thread;
 
 // As many as csrc/kernels compiles: four of plan, and six each, for three dtypes and two layouts,
 // of dispatch with and without products, of combine and of a plan with its dispatch, and of the
-// last two of low latency.
-constexpr int kNumKernels = 40;
-// And between domains: two of plan, and six each of dispatch with and without products, and
-// combine.
-constexpr int kNumLoopbackKernels = 20;
+// last two of low latency, which also come in a kind that leaves out missing ranks.
+constexpr int kNumKernels = 52;
+// And between domains: two of plan, and six each of dispatch with and without products, of combine,
+// and of the last two of low latency.
+constexpr int kNumLoopbackKernels = 32;
 constexpr char kKernels[kNumKernels + kNumLoopbackKernels] = {};
 constexpr int32_t kSharedBytes = 1024;
 
@@ -104,25 +104,40 @@ cudaError_t launch_low_latency_combine(const CombineParams& params,
   return launch("launch_low_latency_combine", params, shape, stream);
 }
 
-cudaError_t launch_over_loopback(const PlanParams& params,
+template <typename Op>
+cudaError_t launch_over_loopback(const KernelParams<Op>& params,
                                  const LoopbackNetwork& network,
                                  const LaunchShape& shape,
                                  cudaStream_t stream) {
   return launch("launch_over_loopback", params, shape, stream, &network);
 }
+template cudaError_t launch_over_loopback(const PlanParams&,
+                                          const LoopbackNetwork&,
+                                          const LaunchShape&,
+                                          cudaStream_t);
+template cudaError_t launch_over_loopback(const DispatchParams&,
+                                          const LoopbackNetwork&,
+                                          const LaunchShape&,
+                                          cudaStream_t);
+template cudaError_t launch_over_loopback(const CombineParams&,
+                                          const LoopbackNetwork&,
+                                          const LaunchShape&,
+                                          cudaStream_t);
 
-cudaError_t launch_over_loopback(const DispatchParams& params,
-                                 const LoopbackNetwork& network,
-                                 const LaunchShape& shape,
-                                 cudaStream_t stream) {
-  return launch("launch_over_loopback", params, shape, stream, &network);
+template <typename Op>
+cudaError_t launch_low_latency_over_loopback(const KernelParams<Op>& params,
+                                             const LoopbackNetwork& network,
+                                             const LaunchShape& shape,
+                                             cudaStream_t stream) {
+  return launch("launch_low_latency_over_loopback", params, shape, stream, &network);
 }
-
-cudaError_t launch_over_loopback(const CombineParams& params,
-                                 const LoopbackNetwork& network,
-                                 const LaunchShape& shape,
-                                 cudaStream_t stream) {
-  return launch("launch_over_loopback", params, shape, stream, &network);
-}
+template cudaError_t launch_low_latency_over_loopback(const PlanDispatchParams&,
+                                                      const LoopbackNetwork&,
+                                                      const LaunchShape&,
+                                                      cudaStream_t);
+template cudaError_t launch_low_latency_over_loopback(const CombineParams&,
+                                                      const LoopbackNetwork&,
+                                                      const LaunchShape&,
+                                                      cudaStream_t);
 
 }  // namespace jax_ep

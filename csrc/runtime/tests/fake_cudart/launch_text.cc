@@ -24,6 +24,7 @@ class Fields {
     add("control", view.control).add("error", view.error).add("long_waits", view.long_waits);
     add("heap_bytes", view.layout.total_bytes);
     add("first_neighbor", view.first_neighbor).add("num_neighbors", view.num_neighbors);
+    add("rank_mask", view.rank_mask).add("given_up", view.given_up);
     add_list("heap", view.heap, view.num_ranks);
     return *this;
   }
@@ -115,7 +116,8 @@ void add_dispatch(Fields& fields, const DispatchOp& op) {
       .add("rows", op.rows)
       .add("rows_scales", op.rows_scales)
       .add("row_scalars", op.row_scalars)
-      .add("row_dots", op.row_dots);
+      .add("row_dots", op.row_dots)
+      .add("missing_ranks", op.missing_ranks);
 }
 
 Fields fields_of(const PlanParams& params) {
@@ -152,7 +154,8 @@ Fields fields_of(const CombineParams& params) {
       .add("row_topk_idx", params.op.row_topk_idx)
       .add("source_slot", params.op.source_slot)
       .add("out", params.op.out)
-      .add("token_scalars", params.op.token_scalars);
+      .add("token_scalars", params.op.token_scalars)
+      .add("missing_ranks", params.op.missing_ranks);
 }
 
 }  // namespace
@@ -163,7 +166,9 @@ std::string text_of(const Launch& launch) {
       .add("stream", launch.stream)
       .add("blocks", launch.shape.num_blocks)
       .add("warps", launch.shape.num_warps)
-      .add("stages", launch.shape.num_stages);
+      .add("stages", launch.shape.num_stages)
+      .add("senders", launch.shape.num_senders)
+      .add("tail_blocks", launch.shape.num_tail_blocks);
   if (launch.network.has_value()) fields.add(*launch.network);
   return fields.text();
 }

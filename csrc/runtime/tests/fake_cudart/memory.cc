@@ -3,8 +3,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <functional>
 #include <utility>
+#include <vector>
 
 #include "csrc/runtime/tests/fake_cudart/process.h"
 
@@ -40,6 +43,27 @@ auto find_host_allocation(Process& process, const void* address) {
 void complete_all(Process& process) {
   for (Stream& stream : process.streams) complete(stream);
   for (Stream& stream : process.default_streams) complete(stream);
+}
+
+// What is to be written into a device's memory, or read of it, once the stream comes to it.
+cudaError_t enqueue_access(Call& call,
+                           const void* memory,
+                           size_t bytes,
+                           cudaStream_t stream,
+                           std::function<void()> access) {
+  Stream* const on = call->find_stream(stream);
+  if (on == nullptr) {
+    call.violation("the stream has been destroyed, or was never created");
+    return call.end(cudaErrorInvalidResourceHandle);
+  }
+  const Pages* const pages = find_pages(call.process(), memory);
+  const auto* const begin = static_cast<const std::byte*>(memory);
+  if (pages == nullptr || bytes > static_cast<size_t>(pages->data() + pages->bytes() - begin)) {
+    call.violation(text_of(memory) + " has no " + std::to_string(bytes) + " bytes");
+    return call.end(cudaErrorInvalidValue);
+  }
+  on->work.emplace_back(std::move(access));
+  return call.end();
 }
 
 }  // namespace
@@ -129,19 +153,26 @@ cudaError_t cudaFreeHost(void* memory) {
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
   Call call("cudaMemsetAsync");
   if (call.refused()) return call.end();
-  Stream* const on = call->find_stream(stream);
-  if (on == nullptr) {
-    call.violation("the stream has been destroyed, or was never created");
-    return call.end(cudaErrorInvalidResourceHandle);
+  return enqueue_access(
+      call, memory, bytes, stream, [memory, value, bytes] { std::memset(memory, value, bytes); });
+}
+
+// From the host's memory, which the call reads at once, as it does of memory that is not pinned; or
+// from a device's, by cudaMemcpyDefault, to memory that the host reads behind a synchronization.
+cudaError_t cudaMemcpyAsync(
+    void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  Call call("cudaMemcpyAsync");
+  if (call.refused()) return call.end();
+  if (kind == cudaMemcpyDefault) {
+    return enqueue_access(
+        call, from, bytes, stream, [to, from, bytes] { std::memcpy(to, from, bytes); });
   }
-  const Pages* const pages = find_pages(call.process(), memory);
-  const auto* const begin = static_cast<std::byte*>(memory);
-  if (pages == nullptr || bytes > static_cast<size_t>(pages->data() + pages->bytes() - begin)) {
-    call.violation(text_of(memory) + " has no " + std::to_string(bytes) + " bytes");
-    return call.end(cudaErrorInvalidValue);
-  }
-  on->work.emplace_back([memory, value, bytes] { std::memset(memory, value, bytes); });
-  return call.end();
+  if (kind != cudaMemcpyHostToDevice) return call.end(cudaErrorInvalidValue);
+  const auto* const begin = static_cast<const std::byte*>(from);
+  std::vector<std::byte> copy(begin, begin + bytes);
+  return enqueue_access(call, to, bytes, stream, [to, copy = std::move(copy)] {
+    std::memcpy(to, copy.data(), copy.size());
+  });
 }
 
 }  // extern "C"

@@ -3,7 +3,9 @@
 //   JAX_EP_FAKE_RDMA_LOG  file to which each call adds a line
 //   JAX_EP_FAKE_RDMA      what goes wrong, words: "abi", "no_id", "init_fails", "init_lies",
 //                         "init_hangs", "init_waits", "no_memory", "no_map", "asymmetric",
-//                         "version=3.9.1"
+//                         "finalize_hangs", "version=3.9.1"; "stuck": a kernel begins, and that is
+//                         all
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -99,6 +101,7 @@ int is_initialized() { return initialized ? 1 : 0; }
 
 int finalize() {
   log("finalize");
+  if (told("finalize_hangs")) std::this_thread::sleep_for(std::chrono::hours(1));
   meet("finalize", 0);
   initialized = false;
   return 0;
@@ -136,6 +139,12 @@ cudaError_t load_kernels() {
 
 template <typename Params>
 cudaError_t launch(const char* operation, const Params& params, const RdmaNetwork& network) {
+  if (told("stuck")) {
+    const auto op = static_cast<uint32_t>(Params().op.kKind);
+    // Where a device stores it, which is another mapping of the host's memory.
+    std::atomic_ref<uint64_t>(network.network.phases[0])
+        .store(pack(KernelPhase{.epoch = 1, .op = op, .running = true}), std::memory_order_relaxed);
+  }
   const Topology& topology = network.network.topology;
   std::string pes;
   std::string parts;  // of the domain's ranks, in multiples of what `map` adds
@@ -173,6 +182,18 @@ cudaError_t launch_combine(const CombineParams& params,
                            cudaStream_t /*stream*/) {
   return launch("combine", params, network);
 }
+cudaError_t launch_low_latency_dispatch(const PlanDispatchParams& params,
+                                        const RdmaNetwork& network,
+                                        const LaunchShape& /*shape*/,
+                                        cudaStream_t /*stream*/) {
+  return launch("low_latency_dispatch", params, network);
+}
+cudaError_t launch_low_latency_combine(const CombineParams& params,
+                                       const RdmaNetwork& network,
+                                       const LaunchShape& /*shape*/,
+                                       cudaStream_t /*stream*/) {
+  return launch("low_latency_combine", params, network);
+}
 
 }  // namespace
 }  // namespace jax_ep
@@ -195,6 +216,8 @@ extern "C" __attribute__((visibility("default"))) const jax_ep::RdmaLibrary* jax
                                       .load_kernels = load_kernels,
                                       .launch_plan = launch_plan,
                                       .launch_dispatch = launch_dispatch,
-                                      .launch_combine = launch_combine};
+                                      .launch_combine = launch_combine,
+                                      .launch_low_latency_dispatch = launch_low_latency_dispatch,
+                                      .launch_low_latency_combine = launch_low_latency_combine};
   return &library;
 }
