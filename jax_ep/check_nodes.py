@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_ep
 from jax_ep import reference
-from jax_ep._src import compat, info
+from jax_ep._src import compat, info, version
 from jax_ep._src.groups.cuda import host
 
 _AXES = ("host", "device")
@@ -67,7 +67,8 @@ class Processes:
 
     def __init__(self) -> None:
         """Sends nothing yet."""
-        self.count, self.index = jax.process_count(), jax.process_index()
+        self.count: int = jax.process_count()
+        self.index: int = jax.process_index()
         self._client: Any = compat.coordination_client() if self.count > 1 else None
 
     def gather(self, what: str, value: Any) -> list[Any]:
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     about = processes.gather("about", mine)
     mesh = make_mesh([one["host"] for one in about])
     report: dict[str, Any] = {
-        "jax_ep": jax_ep.__version__,
+        "jax_ep": version.full_version(),
         "jax": jax.__version__,
         "mesh": dict(mesh.shape),
         "processes": about,

@@ -13,6 +13,8 @@ import hypothesis
 import jax
 import pytest
 
+from ep_testing import parts
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -25,6 +27,25 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part",
+        default="0/1",
+        help="I/N: of tests with many cases every N-th, from the I-th; N such parts are all",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is of another part."""
+    try:
+        part = parts.parse(config.getoption("--part"))
+    except ValueError as e:
+        raise pytest.UsageError(str(e)) from None
+    others = parts.left_out((item.nodeid for item in items), *part)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in others])
+    items[:] = [item for item in items if item.nodeid not in others]
 
 
 @pytest.fixture(params=["ffi", "xla"])

@@ -146,12 +146,13 @@ def test_a_run_says_why_it_has_no_bounds(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_probe_compiles(tmp_path):
+@pytest.mark.parametrize("name", ["link_probe", "lost_owner"])
+def test_the_probes_compile(name, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc: `make gpu` and `make nvlink` compile it where there are GPUs")
     flags = ["-std=c++20", "-arch=sm_90a", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra"]
-    source = ROOT / "csrc" / "probe" / "link_probe.cu"
+    source = ROOT / "csrc" / "probe" / f"{name}.cu"
     command = [nvcc, *flags, "-Werror=all-warnings", f"-I{ROOT}", "-o", tmp_path / "probe", source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CI's compiler launcher compiles the same sources once, wherever they lie."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -28,8 +29,8 @@ def compile_in(tmp_path):
     compiler.write_text(COMPILER.format(log=log))
     compiler.chmod(0o755)
 
-    def run(folder, header="int a;", flags=()):
-        source = tmp_path / folder / "csrc" / "kernels" / "k.cu"
+    def run(folder, header="int a;", flags=(), top="csrc"):
+        source = tmp_path / folder / top / "kernels" / "k.cu"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text('#include "k.h"')
         source.with_suffix(".h").write_text(header)
@@ -66,6 +67,66 @@ def test_other_headers_or_flags_are_compiled(change, compile_in):
     assert compile_in("other", **change) == (0, 2)
 
 
+def test_kernels_that_are_not_of_the_sources_are_compiled(compile_in):
+    """CMake compiles a file of its own, to find out about the compiler."""
+    assert compile_in("one", top="CMakeFiles") == (0, 1)
+    assert compile_in("one", top="CMakeFiles") == (0, 2)
+
+
 def test_what_failed_is_compiled_again(compile_in):
     assert compile_in("one", flags=["-DBROKEN"]) == (3, 1)
     assert compile_in("other", flags=["-DBROKEN"]) == (3, 2)
+
+
+@pytest.fixture
+def compile_cpp_in(tmp_path):
+    """The same for C++, with the machine's compiler."""
+    log = tmp_path / "log"
+    log.touch()
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo >>{log} ;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+
+    def run(folder, text="int f() { return A; }", header="#define A 1", flags=()):
+        sources = tmp_path / folder
+        (sources / "include").mkdir(parents=True, exist_ok=True)
+        (sources / "include" / "a.h").write_text(header)
+        source = sources / "f.cc"
+        source.write_text(f'#include "a.h"\n{text}\n')
+        output = source.with_suffix(".o")
+        output.unlink(missing_ok=True)
+        command = [compiler, "-isystem", sources / "include", *flags, "-MD", "-MT", output]
+        command += ["-MF", sources / "f.o.d", "-o", output, "-c", source]
+        done = subprocess.run(
+            [sys.executable, LAUNCHER, *command],
+            env=os.environ | {"COMPILE_ONCE": str(tmp_path / "kept")},
+            timeout=60,
+            check=False,
+            capture_output=True,
+        )
+        assert output.exists() == (done.returncode == 0)
+        return done.returncode, len(log.read_text().splitlines())
+
+    return run
+
+
+def test_cpp_that_is_preprocessed_to_the_same_is_compiled_once(compile_cpp_in):
+    assert compile_cpp_in("one") == (0, 1)
+    assert compile_cpp_in("other") == (0, 1)
+    assert compile_cpp_in("one", header="#define A 1\n#define B 2  // of no use") == (0, 1)
+    assert compile_cpp_in("other", flags=["-DB", "-Wall", "-Werror"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"header": "#define A 2"}, {"text": "int g() { return A; }"}, {"flags": ["-O2"]}]
+)
+def test_other_cpp_is_compiled(change, compile_cpp_in):
+    assert compile_cpp_in("one") == (0, 1)
+    assert compile_cpp_in("other", **change) == (0, 2)
+    assert compile_cpp_in("other", **change) == (0, 2)
+
+
+@pytest.mark.parametrize("broken", ["int f() { return B; }", "#error no"])
+def test_cpp_that_does_not_compile_is_left_to_the_compiler(broken, compile_cpp_in):
+    assert compile_cpp_in("one", broken) == (1, 1)
+    assert compile_cpp_in("one", broken) == (1, 2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups on GPUs that span domains: what makes them, and how their calls are launched."""
 
+import dataclasses
 import logging
 import pathlib
 import re
@@ -14,6 +15,7 @@ from ep_testing import fake_cuda, fake_cudart
 from ep_testing.cuda_calls import Sizes, buffers, call, refusal
 from ep_testing.programs import make_mesh
 from jax_ep._src.groups import backend_choice, domains
+from jax_ep._src.groups.group import backend_group
 from jax_ep._src.groups.placements import Placement
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -51,13 +53,14 @@ def test_ranks_of_one_domain_have_no_network(ranks, mesh, fake, monkeypatch):
             assert fake.groups[made.group_id]["heap"].num_neighbors == 0
 
 
-def test_the_low_latency_kernels_do_not_serve_several_domains(mesh, fake, monkeypatch):
+def test_low_latency_calls_have_halves_within_one_domain_alone(mesh, fake, monkeypatch):
     config = _config(low_latency_tokens=4)
-    with jax_ep.EpGroup(mesh, "expert", config) as made:
-        assert fake.groups[made.group_id]["heap"].low_latency_tokens == 4
-    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
-    with jax_ep.EpGroup(mesh, "expert", config) as made:
-        assert fake.groups[made.group_id]["heap"].low_latency_tokens == 0
+    for of_domain, has_halves in (("", True), ("2", False)):
+        monkeypatch.setenv("JAX_EP_NODE_RANKS", of_domain)
+        with jax_ep.EpGroup(mesh, "expert", config) as made:
+            assert fake.groups[made.group_id]["heap"].low_latency_tokens == 4
+            assert backend_group(made).dispatches_in_halves(4, quantized=False) == has_halves
+            assert backend_group(made).combines_in_halves(4) == has_halves
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,41 @@ def test_a_variable_that_is_no_number_is_an_error(text, mesh, fake, monkeypatch)
     with pytest.raises(ValueError, match=f"JAX_EP_NODE_RANKS is '{re.escape(text)}'; allowed: "):
         jax_ep.EpGroup(mesh, "expert", _config())
     assert not fake.log
+
+
+def test_a_variable_that_does_not_say_whether_to_end_is_an_error(mesh, fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_ABORT", "always")
+    with pytest.raises(ValueError, match="JAX_EP_ABORT is 'always'; allowed: 0, 1"):
+        jax_ep.EpGroup(mesh, "expert", _config())
+    assert not fake.log
+
+
+@pytest.mark.parametrize(
+    ("plan", "gathered"), [("", 0), ("auto", 0), ("routing", 4), ("counts", 1)]
+)
+def test_a_variable_chooses_the_kind_of_plan(plan, gathered, mesh, fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    monkeypatch.setenv("JAX_EP_NODE_PLAN", plan)
+    with jax_ep.EpGroup(mesh, "expert", _config()) as made:
+        assert fake.groups[made.group_id]["heap"].gathered_domains == gathered
+
+
+def test_a_kind_of_plan_that_there_is_not_is_an_error(mesh, fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_PLAN", "rails")
+    message = "JAX_EP_NODE_PLAN is 'rails'; allowed: auto, routing, counts"
+    with pytest.raises(ValueError, match=message):
+        jax_ep.EpGroup(mesh, "expert", _config())
+    assert not fake.log
+
+
+def test_processes_tell_each_other_what_the_variables_say(monkeypatch):
+    assert domains.emulation() == ""
+    monkeypatch.setenv("JAX_EP_NODE_PLAN", "counts")
+    assert domains.emulation() == ", JAX_EP_NODE_PLAN=counts"
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    assert domains.emulation() == (
+        ", JAX_EP_NODE_PLAN=counts, JAX_EP_NODE_RANKS=2, JAX_EP_NODE_TRANSPORT=loopback"
+    )
 
 
 def test_large_domains_are_past_the_kernels_limits(fake):
@@ -160,6 +198,44 @@ def runtime(monkeypatch):
     fake.check_clean()
 
 
+@pytest.mark.parametrize("tokens", [0, R4.num_tokens - 1, R4.num_tokens])
+@pytest.mark.parametrize("operation", ["plan", "dispatch", "combine", "plan_dispatch"])
+def test_calls_of_few_tokens_are_low_latency_ones(operation, tokens, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    fake = fake_cudart.install(monkeypatch, devices=4)
+    config = _config(dtype="float32", low_latency_tokens=tokens)
+    attributes = OF_DOMAINS if operation == "combine" else {}
+    sizes = dataclasses.replace(R4, scalars=False)
+    with jax_ep.EpGroup(make_mesh((4,), ("expert",)), "expert", config) as group:
+        arrays = buffers(operation, sizes)
+        call(fake, operation, group.group_id, arrays, sizes, device=1, **attributes)
+        launched = [line for line in fake.lines("calls") if line.startswith("launch_")]
+        launch = fake.launches()[-1]
+    serves = tokens == R4.num_tokens and operation in {"combine", "plan_dispatch"}
+    assert launch["num_domains"] == 2
+    if serves:
+        assert launched == ["launch_low_latency_over_loopback"]
+        assert (
+            launch["warps"] == launch["senders"] == {"plan_dispatch": 12, "combine": 8}[operation]
+        )
+    else:
+        assert launched == ["launch_over_loopback"] * (1 + (operation == "plan_dispatch"))
+    fake.check_clean()
+
+
+@pytest.mark.parametrize("half", ["dispatch_start", "combine_start"])
+def test_halves_between_domains_are_refused(half, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    fake = fake_cudart.install(monkeypatch, devices=4)
+    config = _config(dtype="float32", low_latency_tokens=R4.num_tokens)
+    sizes = dataclasses.replace(R4, scalars=False)
+    attributes = OF_DOMAINS if half == "combine_start" else {}
+    with jax_ep.EpGroup(make_mesh((4,), ("expert",)), "expert", config) as group:
+        message = refusal(fake, half, group.group_id, buffers(half, sizes), sizes, **attributes)
+    assert "of a call that has none" in message
+    assert fake.launches() == []
+
+
 @pytest.mark.parametrize("operation", ["plan", "dispatch", "combine", "plan_dispatch"])
 def test_calls_are_launched_between_domains(operation, runtime):
     fake, group = runtime
@@ -178,6 +254,19 @@ def test_calls_are_launched_between_domains(operation, runtime):
         assert launch["network_heap"] == heaps
         assert launch["domain_heap"] == heaps[first : first + 2]
         assert [heap != 0 for heap in launch["heap"]] == [r // 2 == first // 2 for r in range(4)]
+
+
+@pytest.mark.parametrize(("plan", "warps"), [("routing", 12), ("counts", 8)])
+def test_each_kind_of_plan_has_its_warps(plan, warps, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    monkeypatch.setenv("JAX_EP_NODE_PLAN", plan)
+    fake = fake_cudart.install(monkeypatch, devices=4)
+    config = _config(dtype="float32")
+    with jax_ep.EpGroup(make_mesh((4,), ("expert",)), "expert", config) as group:
+        call(fake, "plan", group.group_id, buffers("plan", R4), R4, device=1)
+        launch = fake.launches()[-1]
+    assert launch["warps"] == warps
+    fake.check_clean()
 
 
 def test_a_combine_of_other_domains_is_refused(runtime):

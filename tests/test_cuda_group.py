@@ -14,7 +14,7 @@ import pytest
 import jax_ep
 from ep_testing import fake_cuda
 from ep_testing.programs import make_mesh
-from jax_ep._src import info, limits, ranges
+from jax_ep._src import info, limits, quantized, ranges
 from jax_ep._src.groups import backend_choice, group, native
 from jax_ep._src.groups.placements import placements
 
@@ -153,6 +153,18 @@ def test_limits_are_those_of_the_kernels():
 
 
 @needs_sources
+def test_fp8_scales_are_those_of_the_kernels():
+    text = (ROOT / "csrc" / "core" / "dtype.h").read_text()
+
+    def constant(name):
+        return float(re.search(rf"constexpr \w+ {name} = ([\d.e-]+)F?;", text)[1])
+
+    assert constant("kScaleBlock") == quantized.SCALE_BLOCK
+    assert constant("kMaxFloat8") == quantized._MAX
+    assert constant("kMinAmax") == quantized._MIN_AMAX
+
+
+@needs_sources
 def test_the_stand_in_takes_what_the_compiled_module_takes():
     text = (ROOT / "xla_ffi" / "cuda" / "module.cc").read_text()
 
@@ -181,7 +193,7 @@ def test_without_the_cuda_module_groups_on_gpus_fall_back_with_the_reason(
     ):
         assert (made.backend, made.heap_bytes) == ("xla", 0)
     assert "was built without CUDA" in caplog.text
-    with pytest.raises(jax_ep.EpUnavailable, match=r"cmake\.define\.JAX_EP_CUDA=ON"):
+    with pytest.raises(jax_ep.EpUnavailable, match="JAX_EP_CUDA=ON pip install"):
         jax_ep.EpGroup(mesh, "expert", CONFIG, backend="ffi")
 
 

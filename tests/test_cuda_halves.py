@@ -20,6 +20,7 @@ VARIANTS = {
     "rank": Sizes(layout="rank", recv_capacity=12, scalars=False),
     "bfloat16": Sizes(dtype="bfloat16", scalars=False),
     "unweighted": Sizes(scalars=False, weighted=False),
+    "masked": Sizes(scalars=False, masked=True),
     "no_tokens": Sizes(num_tokens=0, scalars=False),
     "fp8": Sizes(x_dtype=FP8, rows_dtype=FP8, dtype="bfloat16", scalars=False),
 }
@@ -77,9 +78,9 @@ def test_ranks_whose_first_halves_differ_are_told_apart(operation, fake, make_gr
     """As of calls in one piece, and the same from one run to the next."""
     half = f"{operation}_start"
     group = make_group()
-    for tokens, capacity, place in [(3, 10, 1), (3, 10, 1), (2, 10, 1), (3, 12, 1), (3, 10, 2)]:
+    for tokens, capacity, site in [(3, 10, 1), (3, 10, 1), (2, 10, 1), (3, 12, 1), (3, 10, 2)]:
         sizes = dataclasses.replace(SIZES, num_tokens=tokens, recv_capacity=capacity)
-        call(fake, half, group.group_id, buffers(half, sizes), sizes, place=np.int32(place))
+        call(fake, half, group.group_id, buffers(half, sizes), sizes, call_site=np.int32(site))
     first, again, *others = (launch["call_tag"] for launch in fake.launches())
     assert first == again
     assert len({first, *others}) == 4

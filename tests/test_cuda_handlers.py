@@ -32,6 +32,8 @@ VARIANTS = {
     "products": Sizes(products=True, dtype="float16"),
     "products_by_rank": Sizes(products=True, layout="rank", recv_capacity=12, scalars=False),
     "rank_unweighted": Sizes(layout="rank", weighted=False),
+    "masked": Sizes(masked=True),
+    "products_masked": Sizes(products=True, masked=True, layout="rank", recv_capacity=12),
     "fp8_in": Sizes(x_dtype=FP8),
     "fp8_out": Sizes(rows_dtype=FP8, layout="rank", recv_capacity=12, dtype="float16"),
     "fp8": Sizes(x_dtype=FP8, rows_dtype=FP8, dtype="bfloat16"),
@@ -182,15 +184,15 @@ def test_attributes_reach_the_kernel(fake, make_group):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_calls_are_told_apart(operation, fake, make_group):
-    """By sizes and place in the program: so kernels notice ranks that are not alike."""
+    """By sizes and call site: so kernels notice ranks that are not alike."""
     group = make_group()
-    for tokens, place in [(3, 1), (3, 1), (3, 2), (4, 1)]:
+    for tokens, site in [(3, 1), (3, 1), (3, 2), (4, 1)]:
         sizes = dataclasses.replace(SIZES, num_tokens=tokens)
         arrays = buffers(operation, sizes)
-        call(fake, operation, group.group_id, arrays, sizes, place=np.int32(place))
-    first, again, of_other_place, of_other_size = (launch["call_tag"] for launch in fake.launches())
+        call(fake, operation, group.group_id, arrays, sizes, call_site=np.int32(site))
+    first, again, of_other_site, of_other_size = (launch["call_tag"] for launch in fake.launches())
     assert first == again
-    assert len({first, of_other_place, of_other_size}) == 3
+    assert len({first, of_other_site, of_other_size}) == 3
 
 
 def test_every_rank_sees_every_heap(fake, make_group):

@@ -65,7 +65,7 @@ def test_a_group_holds_a_heap_on_each_device_until_it_is_closed(mesh, fake):
         assert group.heap_bytes == fake.module.heap_bytes(
             fake.module.HeapShape(
                 num_ranks=2, num_experts=8, num_topk=2, max_tokens=4, hidden=16, dtype=0, wire=0,
-                layout=0, low_latency_tokens=0, num_neighbors=0,
+                layout=0, low_latency_tokens=0, num_neighbors=0, gathered_domains=0,
             )
         )  # fmt: skip
         heaps = [leak for leak in fake.leaks() if leak.startswith("cudaMalloc")]
@@ -79,6 +79,7 @@ def test_the_low_latency_kernels_do_not_sum_over_domains(fake):
         num_ranks=8, num_experts=8, num_topk=2, max_tokens=4, hidden=16, dtype=0, wire=0, layout=0,
         low_latency_tokens=4,
         num_neighbors=0,
+        gathered_domains=0,
     )  # fmt: skip
     for domain_size in (0, 1, 2, 4, 8):
         served = fake.module.combine_is_low_latency(shape, num_tokens=4, domain_size=domain_size)

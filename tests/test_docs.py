@@ -15,8 +15,10 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,6 +71,24 @@ def test_code_runs_and_prints_what_the_page_shows(page):
             printed = None
 
 
+def test_the_notebook_runs():
+    """Its own process, as it says how many devices there are. The site shows what it prints."""
+    text = (ROOT / "docs" / "guide" / "start.md").read_text()
+    cells = re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(cells) > 5
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", "\n".join(cells)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("ffi 8 ranks with 2 experts each")
+
+
 def test_pages_show_what_their_code_prints():
     """A print that the page does not show says nothing to anybody, and is checked by nobody."""
     for page in WITH_CODE:
@@ -114,7 +134,23 @@ def test_the_readmes_quickstart_runs():
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 150
+    assert len(README.read_text().splitlines()) <= 170
+
+
+def test_the_readmes_times_are_those_of_the_measurements():
+    """Microseconds: in README's table and, of the same run, on the page on performance."""
+    page = (ROOT / "docs" / "measurements" / "performance.md").read_text()
+    table = README.read_text().partition("## Speed")[2]
+    ours = {wire: re.search(rf"\| there and back, {wire} .* (\d+) \|$", page, re.M)[1]
+            for wire in ("BF16", "FP8 wire")}  # fmt: skip
+    assert f"| {ours['BF16']}; {ours['FP8 wire']} | 1 |" in table
+    theirs = {
+        "capacity all_to_all": re.search(r"capacity all_to_all .* and (\d+)\)", page)[1],
+        "all-gather + reduce-scatter": re.search(r"scatter took .* and (\d+) µs", page)[1],
+    }
+    for name, time in theirs.items():
+        ratio = int(time) / int(ours["BF16"])
+        assert re.search(rf"{re.escape(name)}[^|]*\| {time} \| {ratio:.2f} \|", table), name
 
 
 def test_the_readmes_make_targets_exist():
@@ -154,6 +190,27 @@ def test_words_that_are_not_said_are_found():
     assert _said("Stories of PEs, internode.") == ["PEs", "internode"]
 
 
+# --- versions ----------------------------------------------------------------------------------
+
+
+def test_the_page_on_versions_has_those_of_the_project_and_of_ci():
+    page = (ROOT / "docs" / "guide" / "versions.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {"Python": project["requires-python"]}
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["flax"], *extras["rdma"]]:
+        name, oldest = re.match(r"([\w-]+)(>=[\d.]+)", requirement).groups()
+        required[name] = oldest
+    names = {"Python": "Python", "jax": "jax, jaxlib", "flax": "Flax (layers)", "numpy": "NumPy"}
+    for name, row in names.items():
+        assert f"| {row} | {required[name].removeprefix('>=')} or newer" in page, row
+    nvshmem = required["nvidia-nvshmem-cu13"].removeprefix(">=")
+    assert f"| NVSHMEM (several hosts) | {nvshmem} or a newer 3 |" in page
+    ci = (ROOT / ".ci" / "run").read_text()
+    tested = {"0.10.2", *re.findall(r"^(?:bazel|newest)_jax=(\d+\.\d+(?:\.[1-9])?)", ci, re.M)}
+    assert "0.10.2 or newer | " + ", ".join(sorted(tested)) in page
+
+
 # --- the API reference -------------------------------------------------------------------------
 
 
@@ -186,10 +243,10 @@ def _mesh_of(**device):
 
 
 def _parameters(mesh, config):
-    return types.SimpleNamespace(mesh=mesh, config=config, num_ranks=2)
+    return types.SimpleNamespace(mesh=mesh, config=config, num_ranks=2, on_timeout="error")
 
 
-def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
+def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch, tmp_path):
     page = _normal((ROOT / "docs" / "guide" / "errors.md").read_text())
     config = jax_ep.EpConfig(num_experts=2, num_topk=1, hidden=1, max_tokens_per_rank=1)
     on_tpu = _mesh_of(platform="tpu", process_index=0)
@@ -200,18 +257,34 @@ def test_the_errors_page_has_the_reasons_why_ffi_cannot_serve(monkeypatch):
     large = jax_ep.EpConfig(num_experts=64, num_topk=33, hidden=1, max_tokens_per_rank=1)
     assert ranges.why_not_on_gpus(large, 2) in page
 
+    too_new = types.SimpleNamespace(ffi_api_version=(0, 5))
+    monkeypatch.setattr(native, "_jaxlib_ffi_version", lambda: (0, 3))
+    why_not = native._unless_refused("_ext", too_new)[1]
+    assert why_not.replace(jax.lib.__version__, "0.10.2") in page
+
+    def import_cuda_not(name):
+        if name == "jax_ep._cuda":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return types.SimpleNamespace(ffi_api_version=(0, 3))
+
     def import_nothing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    broken = types.SimpleNamespace(import_module=import_nothing)
-    monkeypatch.setattr(native, "importlib", broken)
     for loader in ("_try_load", "_try_load_cuda"):  # not the cached ones
         monkeypatch.setattr(native, loader, getattr(native, loader).__wrapped__)
-    on_gpu = _mesh_of(platform="gpu", process_index=0)
-    assert cuda_group.why_not(_parameters(on_gpu, config)) in page
+    on_gpu = _parameters(_mesh_of(platform="gpu", process_index=0), config)
+    broken = types.SimpleNamespace(import_module=import_cuda_not)
+    monkeypatch.setattr(native, "importlib", broken)
+    without_cuda = cuda_group.why_not(on_gpu)
+    assert "without CUDA" in without_cuda
+    assert without_cuda in page
+    broken.import_module = import_nothing
+    (tmp_path / "CMakeLists.txt").touch()  # as in a source tree
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "jax_ep/_src/groups/native.py"))
     with pytest.raises(jax_ep.EpUnavailable) as caught:
         jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, backend="ffi")
     assert _normal(str(caught.value)) in page
+    assert cuda_group.why_not(on_gpu) in page, "nothing was built, with CUDA or without"
 
 
 def test_the_errors_page_has_the_message_that_the_c_tests_expect():

@@ -134,6 +134,8 @@ def test_the_page_has_the_warps_that_are_compiled():
     between_domains = (ROOT / "docs" / "design" / "internode.md").read_text()
     dispatch, combine = (transfers.pop(f"Internode{name}") for name in ("Dispatch", "Combine"))
     assert f"{dispatch} warps in dispatch, {combine} in combine" in between_domains
+    dispatch, combine = (transfers.pop(f"FarLowLatency{name}") for name in ("Dispatch", "Combine"))
+    assert f"{dispatch} warps in dispatch and {combine} in combine" in between_domains
     low_latency = (ROOT / "docs" / "design" / "low_latency.md").read_text()
     assert transfers.keys() == {"LowLatencyDispatch", "LowLatencyCombine"}
     (warps,) = set(transfers.values())

@@ -112,7 +112,14 @@ def test_the_pages_that_files_name_exist():
 def test_the_index_names_every_page():
     index = set(_LINK.findall((ROOT / "docs" / "README.md").read_text()))
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
-    assert pages - {"README.md"} <= index
+    assert pages - {"README.md", "index.md"} <= index  # the site's first page is the README
+
+
+def test_the_site_has_every_page():
+    contents = (ROOT / "docs" / "index.md").read_text()
+    named = set(re.findall(r"^((?:\w+/)*\w+)$", contents, re.MULTILINE))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert {f"{name}.md" for name in named} == pages - {"index.md"}
 
 
 # --- the checks find what they are for ---------------------------------------------------------

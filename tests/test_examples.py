@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of examples/ run, and the language model learns what it says it learns."""
 
+import importlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import time
 
 import numpy as np
 import pytest
+
+from ep_launch import slurm
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SMALL = [
@@ -166,6 +170,67 @@ def test_processes_train_as_one_does(tmp_path):
     assert "A sample that the model wrote" in stdout
     again, _ = _run(*args, "--steps", 4, "--processes", 2, "--resume", out=tmp_path / "two")
     assert _number_after("held-out loss", again) == _number_after("held-out loss", stdout)
+
+
+@pytest.mark.multiprocess
+def test_processes_of_a_cluster_train_as_one_does(tmp_path):
+    args = [*TINY, "--steps", "4", "--mesh", "2x2", "--backend", "xla"]
+    _run(*args, out=tmp_path / "one")
+    program = [sys.executable, str(EXAMPLES / "train_moe_lm.py")]
+    own = _environment(JAX_NUM_CPU_DEVICES="2")
+    logs = slurm.run(
+        [*program, *args, "--cluster", "--out", str(tmp_path / "two")], 2, lambda _: own,
+        folder=tmp_path, deadline=200,
+    )  # fmt: skip
+    np.testing.assert_allclose(_losses(tmp_path / "two"), _losses(tmp_path / "one"), rtol=1e-4)
+    assert "mesh data 2 x expert 2 of cpu" in logs[0]
+    assert "step 4/4 | loss" not in logs[1]
+
+
+def _run_script(script, tmp_path, **variables):
+    """What a SLURM script gives `srun`."""
+    fake = tmp_path / "srun"
+    fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    fake.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, **variables}
+    command = ["bash", script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("mesh", "shape"), [(None, (1, 16)), ("2x8", (2, 8))])
+def test_the_slurm_script_starts_a_task_for_each_device(mesh, shape, tmp_path, monkeypatch):
+    script = EXAMPLES / "slurm" / "train_moe_lm.sbatch"
+    python, program, *args = _run_script(script, tmp_path, **({"MESH": mesh} if mesh else {}))
+    assert (python, program) == ("python", "examples/train_moe_lm.py")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    options = importlib.import_module("moe_lm.options").parse(args)
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script.read_text(), re.MULTILINE))
+    assert options.cluster
+    assert options.mesh == shape
+    assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == options.num_devices
+    # Each process must see all GPUs of its machine.
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
+
+
+@pytest.mark.multiprocess
+def test_a_process_for_each_device_finds_the_others_by_slurms_variables(tmp_path):
+    program = [sys.executable, str(EXAMPLES / "one_process_per_gpu.py")]
+    own = _environment(JAX_NUM_CPU_DEVICES="1", JAX_PLATFORMS="cpu")
+    logs = slurm.run(program, 2, lambda _: own, folder=tmp_path, deadline=100)
+    assert "2 ranks in 2 processes, backend xla\n0 wrong elements" in logs[0]
+    assert "ranks in" not in logs[1]
+
+
+@pytest.mark.parametrize("program", [None, "train.py --batch 64"])
+def test_the_slurm_script_of_one_host_starts_a_task_for_each_gpu(program, tmp_path):
+    script = EXAMPLES / "slurm" / "one_process_per_gpu.sbatch"
+    args = _run_script(script, tmp_path, **({"PROGRAM": program} if program else {}))
+    assert args[:2] == ["--kill-on-bad-exit=1", "python"]
+    assert args[2:] == (program or "examples/one_process_per_gpu.py").split()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script.read_text(), re.MULTILINE))
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
 
 
 @pytest.mark.multiprocess

@@ -163,9 +163,9 @@ def test_the_model_has_the_kernels_constants():
 def test_senders_are_those_of_tuning():
     source = (ROOT / "csrc/tuning/heuristics.cc").read_text()
     body = re.search(r"int32_t num_senders\(.*?\n}", source, re.DOTALL)[0]
-    assert "small ? kCompiledCombine.num_warps / 2 : by_rank ? 8 : 10;" in body
+    assert "small ? kCompiledCombine.num_warps / 2 : is_rank_major ? 8 : 10;" in body
     assert "if (has_tail && shape.num_ranks <= 2) return wire == Wire::kSame ? 8 : 12;" in body
-    assert "if (wire == Wire::kSame) return 5;\n  return by_rank ? 8 : 6;" in body
+    assert "if (wire == Wire::kSame) return 5;\n  return is_rank_major ? 8 : 6;" in body
     case = GpuCase(num_tokens=4096, num_ranks=2, num_sms=24)
     by_rank = dataclasses.replace(case, layout="rank")
     found = [kernel_work.num_senders("combine", c) for c in (case, by_rank)]

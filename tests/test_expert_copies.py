@@ -14,7 +14,6 @@ import jax_ep
 from ep_testing import dense_experts as dense
 from ep_testing.dense_experts import F, H, K, assert_trees_close
 from ep_testing.programs import make_mesh
-from jax_ep._src.balancing.placement import PlacementArrays
 
 RANKS, SLOTS, E = 4, 3, 8
 P_ALL = RANKS * SLOTS
@@ -30,7 +29,7 @@ def placement(slot_expert, max_copies=COPIES):
         slots = np.flatnonzero(slot_expert == expert)
         copies[expert, : len(slots)] = slots
         upper[expert, : len(slots)] = 65536 * np.arange(1, len(slots) + 1) // len(slots)
-    return PlacementArrays(*map(jnp.asarray, (slot_expert, copies, upper)))
+    return jax_ep.PlacementArrays(*map(jnp.asarray, (slot_expert, copies, upper)))
 
 
 OLD = placement([0, 1, 2, 3, 4, 0, 5, 6, 0, 7, 2, -1])
@@ -220,3 +219,88 @@ def test_expansions_that_do_not_fit(config, changed, message):
     weights = changed.get("weights", jnp.zeros((E, H, F)))
     with make_group(**config) as group, pytest.raises(ValueError, match=message):
         jax.eval_shape(functools.partial(expander(group)), weights, OLD)
+
+
+# --- lost experts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_experts_of_a_lost_rank_come_from_copies_and_from_the_host(dtype):
+    load = np.arange(1, E + 1)
+    plan = jax_ep.plan_placement(load, num_ranks=RANKS, slots_per_rank=SLOTS)
+    alive = np.array([True, True, False, True])
+    left = plan.only_alive(alive)
+    lost = plan.lost(alive)[0]
+    assert 0 < lost.sum() < E
+    np.testing.assert_array_equal((left.copies[0] >= 0).any(axis=1), ~lost)
+    assert (left.slot_expert.reshape(RANKS, -1)[~alive] == -1).all()
+    new = jax_ep.plan_placement(
+        load, num_ranks=RANKS, slots_per_rank=SLOTS, alive=alive, previous=plan
+    )
+    rng = np.random.default_rng(0)
+    values = {n: (9 * rng.standard_normal((E, H, F))).astype(dtype) for n in ("up", "down")}
+    asked = []
+
+    def load_expert(layer, expert):
+        asked.append((layer, expert))
+        return {name: value[expert] for name, value in values.items()}
+
+    with make_group() as group:
+        sharding = NamedSharding(group.mesh, P("expert"))
+        params = {n: in_slots(v, plan.layer(0)) for n, v in values.items()}
+        for value in params.values():  # what the lost rank had is gone
+            value.reshape(RANKS, SLOTS, H, F)[~alive] = 0
+        params = {n: jax.device_put(v, sharding) for n, v in params.items()}
+        arrays = {"old": left.layer(0), "new": new.layer(0)}
+        with pytest.raises(ValueError, match=r"old has it nowhere; allowed: .* or keep_lost"):
+            jax_ep.move_experts(params, **arrays, group=group)
+        moved = jax_ep.move_experts(params, **arrays, group=group, keep_lost=True)
+        restored = jax_ep.restore_experts(
+            moved, arrays["new"], load_expert, old=arrays["old"], layer=7
+        )
+        assert asked == [(7, expert) for expert in np.flatnonzero(lost)]
+        for name, value in values.items():
+            slots = new.slot_expert[0] >= 0
+            got = np.asarray(restored[name])[slots]
+            np.testing.assert_array_equal(got, in_slots(value, arrays["new"])[slots])
+            assert restored[name].sharding == sharding
+            assert not moved[name].is_deleted()
+
+
+def test_all_experts_are_restored_on_any_sharding():
+    values = np.random.default_rng(0).standard_normal((E, H, F)).astype(np.float32)
+    mesh = make_mesh((2, 2, 2), ("expert", "data", "tensor"))
+    for spec in (P("expert", None, "tensor"), P(None, "expert"), P()):
+        empty = jax.device_put(jnp.zeros((P_ALL, H, F)), NamedSharding(mesh, spec))
+        got = jax_ep.restore_experts([empty], OLD, lambda layer, expert: [values[expert]])[0]
+        np.testing.assert_array_equal(got, in_slots(values, OLD))
+        assert got.sharding == empty.sharding
+    same = jax_ep.restore_experts([empty], OLD, lambda layer, expert: [], old=OLD)[0]
+    assert same is empty
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"new": 3}, "new is a int; allowed: what ExpertPlacement.layer gives"),
+        ({"old": 3}, "old is a int; allowed: what ExpertPlacement.layer gives"),
+        ({"load_expert": 3}, "load_expert is a int; allowed: a function of the layer and"),
+        ({"params": [np.zeros((P_ALL, 2), "f")]}, r"params have \[12, 2\]; allowed: JAX arrays"),
+        ({"params": [jnp.zeros((E, 2))]}, r"params have \[8, 2\]; allowed: JAX arrays \[12, ...\]"),
+        ({"load_expert": lambda *_: {}}, r"load_expert\(0, 0\) gave .*; allowed: a pytree like"),
+        (
+            {"load_expert": lambda *_: [np.zeros(2, "i")]},
+            r"load_expert\(0, 0\) gave int32\[2\]; allowed: float32\[2\], as params have",
+        ),
+        ({"load_expert": lambda *_: [2]}, "gave int; allowed: float32"),
+    ],
+)
+def test_what_cannot_be_restored(changed, message):
+    arguments = {
+        "params": [jnp.zeros((P_ALL, 2))],
+        "new": OLD,
+        "load_expert": lambda *_: [np.zeros(2, "f")],
+    } | changed
+    positional = [arguments.pop(name) for name in ("params", "new", "load_expert")]
+    with pytest.raises(ValueError, match=message):
+        jax_ep.restore_experts(*positional, **arguments)

@@ -22,6 +22,7 @@ from ep_testing.flax_layers import (
     make_nnx,
     routing_of,
 )
+from ep_testing.hlo import COLLECTIVE
 from jax_ep import reference
 from jax_ep.flax import linen as ep_linen
 
@@ -73,9 +74,8 @@ SPLITS = [
 
 def _gathered(text):
     """Elements of the largest array that a collective makes in a compiled program."""
-    names = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
-    made = re.findall(rf" = (.*) (?:{names})(?:-start)?\(", text)
-    shapes = [dims for arrays in made for dims in re.findall(r"\w\[([\d,]*)\]", arrays)]
+    made = COLLECTIVE.findall(text)
+    shapes = [dims for arrays, _ in made for dims in re.findall(r"\w\[([\d,]*)\]", arrays)]
     return max((math.prod(int(d) for d in dims.split(",") if d) for dims in shapes), default=0)
 
 

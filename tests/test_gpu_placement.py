@@ -22,6 +22,8 @@ from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.programs import make_mesh
 from ep_testing.rank_cases import case_of, check_cases, collective_cases
 from ep_testing.rank_halves import in_halves
+from ep_testing.rank_masks import masked_calls
+from ep_testing.rank_models import COPIED, copies
 from ep_testing.rank_programs import chosen, exchange, gradients, turns
 
 pytestmark = pytest.mark.multiprocess
@@ -77,6 +79,8 @@ def test_one_process_runs_the_cases_of_the_gpu_tests(run):
     cases += [case_of(gradients, p) for p in problems[:2]]
     cases += [case_of(chosen, problems[0], how=how) for how in ("cond", "switch")]
     cases += [case_of(in_halves, halves.PROBLEM.replace(low_latency_tokens=2))]
+    masks = np.array([[True] * 4, [False] * 4, [True, False, True, True]])
+    cases += [case_of(masked_calls, problems[0], masks=masks)]
     check_cases(functools.partial(run, placement=Placement.ONE_PROCESS), cases, 4)
 
 
@@ -121,6 +125,11 @@ def test_turns_of_one_process_are_checked_where_they_ran(run):
 def test_gradients_are_summed_beside_exchanges(placement, backend, run):
     cases = collective_cases(2, backend)[:1]
     check_cases(functools.partial(run, placement=placement), cases, 2)
+
+
+def test_copies_of_experts_in_several_processes(run):
+    case = case_of(copies, COPIED, backend="xla")
+    check_cases(functools.partial(run, placement=Placement.OWN), [case], 2)
 
 
 # --- reports of failures -----------------------------------------------------------------------
@@ -197,6 +206,8 @@ def test_every_placement_has_pieces_and_every_piece_a_placement():
     assert {piece for pieces in gpu_tests.PIECES_OF.values() for piece in pieces} == set(
         gpu_tests.PIECES
     )
+    files = {path.name for path in gpu_tests.HERE.glob("test_*.py")}
+    assert {file for file, *_ in gpu_tests.PIECES.values()} == files
 
 
 def test_pieces_are_those_of_the_placement(capsys):

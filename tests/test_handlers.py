@@ -124,15 +124,25 @@ TARGETS = {
 
 
 def _call(
-    target, group_id, *, buffers=None, attrs=None, ep=None, values=None, more=None, less=None
+    target,
+    group_id,
+    *,
+    buffers=None,
+    attrs=None,
+    ep=None,
+    values=None,
+    more=None,
+    more_results=None,
+    less=None,
 ):
     """Calls a target with some shapes, attributes or values replaced; returns its results.
 
-    `more` are further operands; `less` names a result that is left out.
+    `more` are further operands, and `more_results` results; `less` names one that is left out.
     """
     operands, results, others = TARGETS[target]
     buffers = buffers or {}
     operands, results = {**operands, **(more or {})}, {n: results[n] for n in results if n != less}
+    results |= more_results or {}
     unknown = set(buffers) - set(operands) - set(results)
     assert not unknown
     operands = {n: buffers.get(n, s) for n, s in operands.items()}
@@ -200,13 +210,42 @@ def test_a_buffer_of_another_dtype_is_named(target, name, group_id):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_call_with_other_numbers_of_buffers_is_refused(target, group_id):
     operands, results, _ = TARGETS[target]
-    expected = f"; expected {len(operands)} and {len(results)}"
-    message = _refusal(target, group_id, more={"other": ((3,), np.int32)})
-    got = f"the call has {len(operands) + 1} operands and {len(results)} results"
-    assert got + expected in message, message
     message = _refusal(target, group_id, less=list(results)[-1])
     got = f"the call has {len(operands)} operands and {len(results) - 1} results"
-    assert got + expected in message, message
+    assert f"{got}; expected {len(operands)} and {len(results)}" in message, message
+    message = _refusal(target, group_id, more={**RANK_MASK, "other": ((3,), np.int32)})
+    got = f"the call has {len(operands) + 2} operands and {len(results)} results"
+    assert f"{got}; expected {len(operands) + 1} and {len(results)}" in message, message
+
+
+# The operand that a call may have one more of.
+RANK_MASK = {"rank_mask": ((1,), np.bool_)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_rank_mask_is_the_last_operand(target, group_id):
+    _call(target, group_id, more=RANK_MASK, values={"rank_mask": np.ones(1, np.bool_)})
+    message = _refusal(target, group_id, more={"rank_mask": ((3,), np.int32)})
+    assert "buffer 'rank_mask' is int32[3]; expected bool[1]" in message, message
+    message = _refusal(target, group_id, more={"rank_mask": ((2,), np.bool_)})
+    assert "buffer 'rank_mask' is bool[2]; expected bool[1]" in message, message
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_missing_ranks_are_the_last_result(target, group_id):
+    def missing(*shape, dtype=np.bool_):
+        return {"more_results": {"missing_ranks": (shape, dtype)}}
+
+    if target not in ("jax_ep_plan_dispatch", "jax_ep_combine"):
+        message = _refusal(target, group_id, **missing(1))
+        results = len(TARGETS[target][1])
+        assert f"and {results + 1} results; expected" in message, message
+        return
+    out = _call(target, group_id, **missing(1))
+    assert np.asarray(out[-1]).tolist() == [False]
+    for wrong, text in ((missing(2), "bool[2]"), (missing(1, dtype=np.int32), "int32[1]")):
+        message = _refusal(target, group_id, **wrong)
+        assert f"buffer 'missing_ranks' is {text}; expected bool[1]" in message, message
 
 
 def test_rows_of_combine_go_in_and_out_in_one_dtype(group_id):

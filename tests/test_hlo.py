@@ -4,6 +4,7 @@
 import collections
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from ep_testing.hlo import collectives
 from ep_testing.problems import PROBLEMS
 from ep_testing.programs import make_group
+from jax_ep._src.backends.ffi import primitives
 
 PROBLEM = PROBLEMS["eight_ranks"]
-COLLECTIVES = (
-    "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter",
-    "ragged-all-to-all", "collective-broadcast",
-)  # fmt: skip
 
 
 def _compiled_text(f, group, *args) -> str:
@@ -29,10 +28,6 @@ def _compiled_text(f, group, *args) -> str:
 
 def _custom_calls(text: str) -> collections.Counter:
     return collections.Counter(re.findall(r'custom_call_target="(jax_ep_\w+)"', text))
-
-
-def _num_collectives(text: str) -> int:
-    return sum(len(re.findall(rf"= \S+ {name}(?:-start)?\(", text)) for name in COLLECTIVES)
 
 
 def _global(array):
@@ -56,7 +51,7 @@ def test_forward_is_one_call_of_each_kind():
     with make_group(PROBLEM, "ffi") as group:
         text = _compiled_text(functools.partial(_block, group=group), group, *_args())
     assert _custom_calls(text) == {"jax_ep_plan_dispatch": 1, "jax_ep_combine": 1}
-    assert _num_collectives(text) == 0
+    assert not collectives(text)
 
 
 @pytest.mark.parametrize("wire", [None, "float8_e4m3fn"])
@@ -108,7 +103,7 @@ def test_backward_is_one_dispatch_and_one_combine_and_no_plan(wire):
     assert _custom_calls(text) == {
         "jax_ep_plan_dispatch": 1, "jax_ep_dispatch": 1, "jax_ep_combine": 2,
     }  # fmt: skip
-    assert _num_collectives(text) == 0
+    assert not collectives(text)
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
@@ -151,7 +146,7 @@ def test_so_is_that_of_rows_received_in_fp8():
     assert _custom_calls(text) == {
         "jax_ep_plan_dispatch": 1, "jax_ep_dispatch": 1, "jax_ep_combine": 2,
     }  # fmt: skip
-    assert _num_collectives(text) == 0
+    assert not collectives(text)
 
 
 def test_remat_of_everything_repeats_the_forward_once():
@@ -164,7 +159,7 @@ def test_remat_of_everything_repeats_the_forward_once():
     counts = _custom_calls(text)
     assert counts["jax_ep_plan"] + counts["jax_ep_plan_dispatch"] <= 2
     assert counts["jax_ep_plan_dispatch"] + counts["jax_ep_dispatch"] <= 3
-    assert _num_collectives(text) == 0
+    assert not collectives(text)
 
 
 def test_a_scan_holds_the_calls_once():
@@ -178,7 +173,7 @@ def test_a_scan_holds_the_calls_once():
 
         text = _compiled_text(scanned, group, *_args())
     assert sum(_custom_calls(text).values()) == 2
-    assert _num_collectives(text) == 0
+    assert not collectives(text)
 
 
 def test_no_custom_call_has_a_side_effect():
@@ -196,7 +191,7 @@ def test_the_xla_backend_is_collectives_alone():
     with make_group(PROBLEM, "xla") as group:
         text = _compiled_text(functools.partial(_block, group=group), group, *_args())
     assert not _custom_calls(text)
-    assert _num_collectives(text) > 0
+    assert collectives(text)
 
 
 def test_other_routing_does_not_compile_again(backend):
@@ -250,3 +245,34 @@ def test_a_wider_result_of_dispatch_is_not_kept_for_the_backward():
             *_args()[:2],
         )
     assert all(s.size < PROBLEM.plan.capacity * PROBLEM.hidden for s in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("backend", ["ffi", "xla"])
+def test_profiles_name_the_operation_the_direction_and_the_group(backend):
+    """Two groups of one program look alike otherwise."""
+    with make_group(PROBLEM, backend) as first, make_group(PROBLEM, backend) as second:
+
+        def loss(x, idx, w):
+            y = _block(x, idx, w, group=first)
+            return jnp.sum(jnp.cos(_block(y, idx, w, group=second)))[None]
+
+        text = _compiled_text(jax.grad(lambda *a: loss(*a)[0]), first, *_args())
+    names = re.findall(r'op_name="([^"]*)"', text)
+    for group in (first, second):
+        number = group.name.split()[1]
+        for operation in ("dispatch", "combine"):
+            scope = rf"jax_ep\.{operation}/EpGroup_{number}\b"
+            of_it = [name for name in names if re.search(scope, name)]
+            assert any("transpose(" in name for name in of_it), scope
+            assert any("transpose(" not in name for name in of_it), scope
+
+
+def test_the_hash_of_a_call_site_knows_the_layer_and_not_the_number_of_the_group():
+    """Processes may have made other groups before: of the same call they are to have the same."""
+
+    def call_site(layer, number):
+        stack = f"jit(f)/{layer}/jvp(jax_ep.dispatch/EpGroup_{number})"
+        return primitives._call_site(types.SimpleNamespace(name_stack=stack))
+
+    assert call_site("layer_0", 1) == call_site("layer_0", 23)
+    assert call_site("layer_0", 1) != call_site("layer_1", 1)

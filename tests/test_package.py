@@ -2,8 +2,10 @@
 """Importing does no work and needs nothing that is not used; the command line works."""
 
 import os
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -113,7 +115,52 @@ def test_without_the_compiled_module_the_xla_backend_works_and_ffi_says_why_not(
 def test_the_binary_is_built_for_the_oldest_supported_jaxlib():
     from jax_ep._src.groups import native
 
-    assert native.load().ffi_api_version == (0, 3)
+    # Python 3.15 has no jaxlib older than 0.11.1.
+    oldest = (0, 3) if sys.version_info < (3, 15) else (0, 4)
+    assert native.load().ffi_api_version == oldest
+
+
+def test_the_version_of_the_ffi_is_read_from_the_installed_jaxlib():
+    from jax_ep._src.groups import native
+
+    assert native.load().ffi_api_version <= native._jaxlib_ffi_version() < (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("built_on", "found", "says"),
+    [
+        ((0, 3), (0, 3), None),
+        ((0, 3), (0, 9), None),
+        ((0, 3), None, None),  # a jaxlib without headers
+        ((0, 4), (0, 3), "built on version 0.4 .* it has 0.3, .* install a newer jax"),
+        ((0, 3), (1, 0), "built on version 0.3 .* it has 1.0, .* or an older jax"),
+        ((1, 0), (0, 9), "built on version 1.0 .* it has 0.9, .* or an older jax"),
+    ],
+)
+def test_a_module_that_xla_would_refuse_is_not_loaded(monkeypatch, built_on, found, says):
+    from jax_ep._src.groups import native
+
+    module = types.SimpleNamespace(ffi_api_version=built_on)
+    monkeypatch.setattr(
+        native, "importlib", types.SimpleNamespace(import_module=lambda name: module)
+    )
+    monkeypatch.setattr(native, "_jaxlib_ffi_version", lambda: found)
+    for loader, name in (("_try_load", "_ext"), ("_try_load_cuda", "_cuda")):
+        loaded, why_not = getattr(native, loader).__wrapped__()
+        if says is None:
+            assert (loaded, why_not) == (module, None)
+        else:
+            assert loaded is None
+            assert re.search(rf"the compiled module jax_ep\.{name}, .*{says}", why_not)
+
+
+def test_a_jaxlib_without_headers_has_no_known_version(monkeypatch, tmp_path):
+    import jax
+
+    from jax_ep._src.groups import native
+
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+    assert native._jaxlib_ffi_version() is None
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -233,6 +233,22 @@ def test_groups_stay_on_a_node():
         jax_ep.plan_placement(load, **sizes, previous=free)
 
 
+def test_groups_without_a_copy_left_go_where_there_is_room():
+    load, alive = lognormal((2, 8)), [True, False, True, True]
+    sizes = {"num_ranks": 4, "slots_per_rank": 4, "num_nodes": 2, "num_groups": 8}
+    plan = jax_ep.plan_placement(load, **sizes, max_copies=1)
+    left = plan.only_alive(alive)
+    assert left.lost(alive).any(axis=1).all()
+    again = jax_ep.plan_placement(load, **sizes, alive=alive, previous=left, max_moved=0)
+    check(again, load)
+    node = again.copies[..., 0] // 8
+    assert (np.sort(node, axis=1) == [0, 0, 0, 0, 1, 1, 1, 1]).all()
+    kept = ~left.lost(alive)
+    assert (again.copies == left.copies)[kept].all()
+    # All that is lost was of node 0, and only there is room.
+    assert (node[~kept] == 0).all()
+
+
 # --- quality -----------------------------------------------------------------------------------
 
 
@@ -330,6 +346,7 @@ def test_a_small_max_copies_is_reported_with_its_cost(caplog):
     [
         ({"load": [[1, 2], [np.nan, 1]]}, r"load\[1, 0\] is nan; allowed: finite numbers of at"),
         ({"load": [1, -1]}, r"load\[1\] is -1.0; allowed: finite numbers of at least 0"),
+        ({"load": [1, 1e308]}, r"load\[1\] is 1e\+308; allowed: finite numbers .* up to 1e\+300"),
         ({"load": [True]}, "load is of dtype bool; allowed: integers or floats"),
         ({"load": 3}, r"load has shape \(\); allowed: \[layers, E\] or \[E\]"),
         ({"num_ranks": 0}, "num_ranks is 0; allowed: an int from 1"),

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from ep_testing import assertions
 from ep_testing.problems import PROBLEMS, EpProblem
-from ep_testing.programs import make_group, over_ranks
+from ep_testing.programs import make_group, make_mesh, over_ranks
 from jax_ep import reference
 
 FP8 = "float8_e4m3fn"
@@ -416,3 +417,27 @@ def test_a_dispatch_that_receives_fp8_is_not_transposed_in_x(backend):
 
         with pytest.raises(ValueError, match="rows that go in or come out in FP8 have no"):
             over_ranks(group, on_rank)(problem.x, problem.topk_idx)
+
+
+@pytest.mark.parametrize("part", ["values", "scales"])
+@pytest.mark.parametrize("num_experts", [4, 3])
+def test_quantized_matrices_without_a_part_are_refused_by_name(part, num_experts):
+    """On global arrays, with and without experts that pad."""
+    parts = {"values": jnp.zeros((4, 8, 8), jnp.int8), "scales": jnp.ones((4, 1, 1)), part: None}
+    matrices = jax_ep.experts.QuantizedMatrices(**parts)
+    config = jax_ep.EpConfig(
+        num_experts=num_experts,
+        num_topk=1,
+        hidden=8,
+        max_tokens_per_rank=4,
+        dtype=jnp.float32,
+        pad_experts=True,
+    )
+    rows = jnp.zeros((4, 8)), jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1))
+    experts = jax_ep.experts.gated(matrices, matrices, matrices)
+    mesh = make_mesh((2,), ("expert",))
+    with (
+        jax_ep.EpGroup(mesh, "expert", config) as group,
+        pytest.raises(ValueError, match=rf"w_gate\.{part} is .*None.*; allowed"),
+    ):
+        jax_ep.sharded_moe(*rows, experts, group=group, token_spec=P("expert"))

@@ -143,6 +143,27 @@ def test_ranks_that_are_not_alive_get_nothing():
     assert (after.slot_expert.reshape(5, S)[4] == -1).all()
 
 
+@pytest.mark.parametrize("nodes", [{}, {"num_nodes": 2, "num_groups": 4}])
+def test_without_room_for_all_experts_shares_change_and_nothing_else(nodes):
+    load = lognormal(2, E)
+    whole = jax_ep.plan_placement(load, num_ranks=R, slots_per_rank=S, **nodes)
+    # Three ranks have 15 slots for 16 experts, and the one of a node has 5 for its 8.
+    left = whole.only_alive([False, True, True, True])
+    assert left.lost(left.alive).any()
+    rebalancer = jax_ep.Rebalancer(whole, every=1, move_above=1.03, **nodes)
+    rebalancer.set_placement(left)
+    uneven = load * np.where(left.copies[:, :, 0] // S == 3, 20, 1)
+    assert left.reshare(uneven).imbalance(uneven).min() > 1.5
+    for _ in range(2):
+        assert not isinstance(rebalancer.observe(uneven), jax_ep.ExpertPlacement)
+        assert rebalancer.placement.imbalance(uneven).tolist() == pytest.approx(
+            left.reshare(uneven).imbalance(uneven), rel=1e-3
+        )
+    # With room it moves again.
+    rebalancer.set_placement(whole)
+    assert isinstance(rebalancer.observe(uneven), jax_ep.ExpertPlacement)
+
+
 def test_groups_stay_on_their_node():
     nodes = {"num_nodes": 2, "num_groups": 4}
     load = lognormal(1, E)

@@ -22,6 +22,7 @@ PROGRAM = ROOT / "tools" / "run_nvlink.py"
 tool = program_files.load(PROGRAM)
 parse_tests = program_files.load(ROOT / "tests" / "gpu" / "run.py").parse_args
 parse_predict = program_files.load(ROOT / "benchmarks" / "predict.py").parse_args
+parse_benchmark = program_files.load(ROOT / "benchmarks" / "run.py").parse_args
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4, 5, 8])
@@ -29,6 +30,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
     """Which programs would refuse their options only shows once there are GPUs."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from moe_lm.options import parse as example_args
+    from moe_serve.options import parse as server_args
 
     ranks = {2: 2, 4: 4, 5: 4, 8: 8}[num_gpus]
     measured, tested = [], []
@@ -37,6 +39,10 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         if program.endswith("train_moe_lm.py"):
             options = example_args(args)
             assert (options.platform, options.num_devices) == ("cuda", ranks)
+        elif program.endswith("serve_moe_lm.py"):
+            _, options = server_args(args)
+            assert (options.platform, options.num_devices) == ("cuda", ranks)
+            assert options.processes == ranks
         elif program.startswith("tests"):
             options = parse_tests(args)
             tested += [(options.placement, piece) for piece in options.pieces]
@@ -45,10 +51,17 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
             assert options.ranks == ranks
             # Not where the report looks for what benchmarks/run.py has measured.
             assert options.json.parent != tmp_path
+        elif "--copies" in args:
+            options = parse_benchmark(args)
+            assert options.ranks == ranks
+            assert options.json.parent != tmp_path
         else:
             measured.append(dict(zip(args[::2], args[1::2], strict=True)))
     assert len(tested) == len(set(tested))
-    needed = ("problems", "halves", "nodes", "graphs", "closed", "collectives", "soak")
+    needed = (
+        *("problems", "halves", "masks", "models", "nodes", "graphs", "closed", "collectives"),
+        "soak",
+    )
     assert set(tested) == {("own", "failures")} | {
         (placement, piece) for placement in ("own", "one_process") for piece in needed
     }

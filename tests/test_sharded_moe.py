@@ -2,7 +2,6 @@
 """`sharded_moe` against a dense block: meshes, padding, what is gathered, errors."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from ep_testing import dense_experts as dense
 from ep_testing.dense_experts import E, F, H, K, assert_trees_close, make_group
+from ep_testing.hlo import collectives
 from jax_ep import experts
 
 WEIGHTS = dense.random_weights()
@@ -81,14 +81,6 @@ def test_explicit_axes():
     assert_equals_dense(FSDP, (4, 6), P("fsdp", "expert"), explicit=True, **SPLIT)
 
 
-def _collectives(f, *args):
-    """Kinds of collectives in a compiled function, with how often each is there."""
-    text = f.lower(*args).compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(rf"= .*?\b({kinds})(?:-start)?\(", text)
-    return {kind: found.count(kind) for kind in sorted(set(found))}
-
-
 def _placed(mesh, tree, spec):
     return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
 
@@ -133,16 +125,17 @@ def test_nothing_is_gathered_that_is_not_needed(
         if isinstance(weight_spec, dict):
             specs = {**weight_spec, "w_up": weight_spec["w_gate"]}
         placed = {n: _placed(group.mesh, weights[n], specs[n]) for n in weights}
-        assert _collectives(jax.jit(moe), x, idx, w, placed) == forward
+        text = jax.jit(moe).lower(x, idx, w, placed).compile().as_text()
+        assert collectives(text) == forward
 
         def loss(x, w, p):
             return (moe(x, idx, w, p) * x).sum()
 
         grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        found = _collectives(grads, x, w, placed)
+        found = collectives(grads.lower(x, w, placed).compile().as_text())
         for kind, count in (backward or {}).items():
-            assert found.get(kind, 0) == count, found
-        assert found.get("all-gather", 0) == forward.get("all-gather", 0), found
+            assert found[kind] == count, found
+        assert found["all-gather"] == forward.get("all-gather", 0), found
         assert "all-to-all" not in found
         assert "collective-permute" not in found
         out = jax.jit(moe)(x, idx, w, placed)

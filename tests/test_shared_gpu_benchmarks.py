@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from ep_bench import bytes_moved, kernel_times, on_shared_gpu, plot, report, shared_gpu_tables
 from ep_bench.cases import (
@@ -230,6 +231,20 @@ def test_a_report_is_made_of_a_json(tmp_path):
 def test_a_plot_is_drawn(suffix, tmp_path):
     plot.draw(_canned(), tmp_path / f"plot{suffix}")
     assert (tmp_path / f"plot{suffix}").stat().st_size > 1000
+
+
+def test_spread_is_drawn_in_percent_of_the_median():
+    case = _canned()["results"][0]["case"]
+    entries = [
+        {"case": case, "seconds": {"plan": {"median": 2.0, "p10": 1.8, "p90": 2.5}}},
+        {"case": case, "seconds": {"combine": {"median": 4.0, "p10": 3.9, "p90": 4.2}}},
+    ]
+    axes = Figure().subplots()
+    plot.draw_spread(axes, entries, {"plan": "a", "combine": "b"}, ["red", "blue"])
+    drawn = [segment for lines in axes.collections for segment in lines.get_segments()]
+    assert np.concatenate(drawn).tolist() == [
+        pytest.approx(point) for point in [(-0.2, -10), (-0.2, 25), (1.2, -2.5), (1.2, 5)]
+    ]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])

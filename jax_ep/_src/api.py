@@ -16,8 +16,11 @@ from jax_ep._src.compat import as_array
 from jax_ep._src.config import EpConfig
 from jax_ep._src.drops import routing_of
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.missing import check_nobody_is_overlooked, left_of, nobody, without_gradient
+from jax_ep._src.public import set_module
 from jax_ep._src.quantized import QuantizedRows, num_scales
-from jax_ep._src.spec import OpSpec
+from jax_ep._src.rank_mask import checked_rank_mask, left_by
+from jax_ep._src.spec import OpSpec, scope_name
 from jax_ep._src.types import Dispatched, DispatchHandle, Routing
 
 _BACKENDS: dict[str, ModuleType] = {"ffi": ffi, "xla": xla}
@@ -30,12 +33,14 @@ def backend_of(name: str) -> ModuleType:
     return _BACKENDS[name]
 
 
+@set_module("jax_ep")
 def dispatch(
     x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array | None = None,
     *,
     group: EpGroup,
+    rank_mask: jax.Array | None = None,
 ) -> Dispatched:
     """Sends every token to the ranks that host its experts.
 
@@ -57,6 +62,18 @@ def dispatch(
             expert that is there only to pad, and its range has those experts in it.
         topk_weights: `[T, K]` float32, sent along and returned as `Dispatched.weights`.
         group: an open `EpGroup`.
+        rank_mask: `[R]` bool, the ranks that take part, the same on all of those; None: all do.
+            Each of them gets what it would get if all ranks had called without a mask, and
+            selections of the others, and of the others' experts, had been -1. So rows, their order
+            and `C` stay, and weights are not changed. Nobody waits for a rank that is left out, and
+            that rank, where it makes the call, gets empty results at once; but with backend `xla`,
+            and to drop evenly, all ranks meet in collectives all the same. It has no gradient. What
+            is made of the handle, gradients too, has the same mask.
+
+    In a group with `on_timeout` "mask" it goes on without ranks that do not come: what arrives is
+    as if their selections, and those of their experts, had been -1, and
+    `Dispatched.missing_ranks` says which they are. What is made of the handle leaves them out. Then
+    it has no gradient.
 
     Returns:
         What this rank received, with the handle that `combine` takes. `Dispatched.x` is a
@@ -64,16 +81,21 @@ def dispatch(
 
     Raises:
         ValueError: an argument does not fit the group's config, the call is not inside `shard_map`
-            over the group's axes, or it is traced to be differentiated in quantized rows.
+            over the group's axes, it is traced to be differentiated in quantized rows or in a
+            group with `on_timeout` "mask", or the group cannot leave ranks out.
         EpGroupClosed: the group has been closed.
     """
     x, topk_idx, topk_weights = checked_tokens(x, topk_idx, topk_weights, group=group)
+    rank_mask = checked_rank_mask(rank_mask, group, "dispatch")
+    x, topk_weights = without_gradient("dispatch", group, (x, topk_weights))
     spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
     backend = _BACKENDS[group.backend]
-    with jax.named_scope("jax_ep.dispatch"):
+    with jax.named_scope(scope_name("dispatch", group)):
+        if rank_mask is not None:
+            topk_idx = left_by(group, topk_idx, rank_mask)
         routing = routing_of(group, spec, topk_idx)
         sent = topk_idx if routing is None else routing.topk_idx
-        results = backend.plan_dispatch(spec, x, sent, topk_weights)
+        results = backend.plan_dispatch(spec, x, sent, topk_weights, rank_mask)
     return dispatched_of(*results, topk_idx=topk_idx, routing=routing, group=group)
 
 
@@ -95,6 +117,11 @@ def dispatched_of(
         )
     rows, scales = received.rows, received.rows_scales
     assert rows is not None
+    missing_ranks = received.missing_ranks
+    if missing_ranks is not None:
+        plan = plan._replace(rank_mask=left_of(plan.rank_mask, missing_ranks))
+    elif group.on_timeout == "mask":
+        missing_ranks = nobody(group, plan.slot)
     return Dispatched(
         x=rows if scales is None else QuantizedRows(rows, scales),
         weights=received.row_scalars,
@@ -106,6 +133,7 @@ def dispatched_of(
             axis_names=group.axis_names,
         ),
         **counts._asdict(),
+        missing_ranks=missing_ranks,
     )
 
 
@@ -148,6 +176,7 @@ def _checked_rows(x: Any, config: EpConfig) -> tuple[jax.Array | QuantizedRows, 
     return QuantizedRows(values, scales), num_tokens
 
 
+@set_module("jax_ep")
 def combine(
     y: jax.Array,
     handle: DispatchHandle,
@@ -178,12 +207,52 @@ def combine(
 
     Raises:
         ValueError: an argument does not fit the group's config, the handle is of another kind of
-            group, or the call is not inside `shard_map` over the group's axes.
+            group, the call is not inside `shard_map` over the group's axes, or the group goes on
+            without ranks that do not come (`on_timeout` "mask"): `combine_with_status` says which.
         EpGroupClosed: the group has been closed.
     """
     y, weights, spec = checked_rows(y, handle, weights, group=group)
-    with jax.named_scope("jax_ep.combine"):
-        return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
+    check_nobody_is_overlooked("combine", group, instead="combine_with_status")
+    with jax.named_scope(scope_name("combine", group)):
+        return _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))[0]
+
+
+@set_module("jax_ep")
+def combine_with_status(
+    y: jax.Array,
+    handle: DispatchHandle,
+    weights: jax.Array | None = None,
+    *,
+    group: EpGroup,
+) -> tuple[jax.Array, jax.Array]:
+    """`combine`, and which ranks did not take part in it though they should have.
+
+    For groups with `on_timeout` "mask", in which it has no gradient. In others, and with backend
+    `xla`, nobody is ever missing, and the first result is that of `combine` in all respects.
+
+    Args:
+        y: as `combine` takes it.
+        handle: likewise. Ranks that were missing in its dispatch are left out: nobody waits for
+            them again.
+        weights: likewise.
+        group: an open `EpGroup`.
+
+    Returns:
+        `[T, H]` of `config.dtype`, without the rows of ranks that were missing in the dispatch or
+        here. And `[R]` bool: the ranks whose rows this rank did not all get in this exchange, those
+        that `Dispatched.missing_ranks` has not among them.
+
+    Raises:
+        ValueError: as `combine`; or it is traced to be differentiated in a group with `on_timeout`
+            "mask".
+        EpGroupClosed: the group has been closed.
+    """
+    operation = "combine_with_status"
+    y, weights, spec = checked_rows(y, handle, weights, group=group, operation=operation)
+    y, weights = without_gradient(operation, group, (y, weights))
+    with jax.named_scope(scope_name("combine", group)):
+        out, missing = _BACKENDS[group.backend].combine(spec, y, weights, Plan.of(handle))
+    return out, nobody(group, out) if missing is None else missing
 
 
 def checked_rows(

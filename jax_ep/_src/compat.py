@@ -2,18 +2,22 @@
 """What differs between the supported versions of JAX (0.10.2 to 0.12), and what is hard to say.
 
 A new release of JAX: CONTRIBUTING.md says in which files it goes. Each entry gives its reason.
-Everything here is public API of JAX but `coordination_client`.
+Everything here is public API of JAX but `coordination_client` and `coordination_service`.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 from jax._src import distributed
 from jax.extend.core import Primitive
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_ep._src.errors import EpUnavailable
 
 
 def coordination_client() -> Any:
@@ -23,6 +27,44 @@ def coordination_client() -> Any:
     it; the public `multihost_utils` would need a computation on all processes' devices.
     """
     return distributed.global_state.client
+
+
+def coordination_service(address: str, num_processes: int, heartbeat_timeout: int) -> Any:
+    """JAX's coordination service, run by this process, which need not be one of those it serves.
+
+    Publicly, `jax.distributed.initialize` alone makes one, in process 0, and all die with that
+    process. jaxlib has had the function here, with these arguments, from 0.10.2 to 0.12.
+
+    Returns:
+        What has a method `shutdown`.
+
+    Raises:
+        EpUnavailable: jaxlib has it no more, or with other arguments.
+    """
+    try:
+        make = importlib.import_module("jaxlib._jax").get_distributed_runtime_service
+        return make(
+            address,
+            num_processes,
+            heartbeat_timeout=heartbeat_timeout,
+            shutdown_timeout=heartbeat_timeout,
+            recoverable=True,
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise EpUnavailable(
+            f"jaxlib {jaxlib.__version__} has no get_distributed_runtime_service as those of "
+            f"0.10.2 to 0.12 have it: {error}"
+        ) from error
+
+
+def survive_others() -> None:
+    """This process is to outlive others of its `jax.distributed.initialize`; to be called before.
+
+    Also, SIGTERM is to end it: JAX's preemption service, on by default, catches that. Both are
+    JAX's options by their public names, and neither is documented.
+    """
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
 
 
 def as_array(value: Any) -> Any:

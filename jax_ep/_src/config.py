@@ -9,12 +9,33 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jax_ep._src import limits
+from jax_ep._src.public import set_module
+
+if TYPE_CHECKING:
+
+    class DType:
+        """Of fields that are made from whatever NumPy takes for a dtype, and are an `np.dtype`.
+
+        For checkers a descriptor, whose `__set__` says what the constructor takes.
+        """
+
+        def __get__(self, config: Any, of: Any = None) -> np.dtype: ...
+        def __set__(self, config: Any, value: DTypeLike) -> None: ...
+
+    class OptionalDType:
+        """The same, or None."""
+
+        def __get__(self, config: Any, of: Any = None) -> np.dtype | None: ...
+        def __set__(self, config: Any, value: DTypeLike | None) -> None: ...
+else:
+    DType, OptionalDType = DTypeLike, DTypeLike | None
 
 _Class = TypeVar("_Class", bound=type)
 # Fields that may be None, or an int.
@@ -46,6 +67,7 @@ def _refuse_old_names(**new_names: str) -> Callable[[_Class], _Class]:
     return decorate
 
 
+@set_module("jax_ep")
 @_refuse_old_names(num_sms="max_num_sms")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpConfig:
@@ -123,9 +145,9 @@ class EpConfig:
     num_topk: int
     hidden: int
     max_tokens_per_rank: int
-    dtype: Any = ml_dtypes.bfloat16
-    wire_dtype: Any = None
-    recv_dtype: Any = None
+    dtype: DType = ml_dtypes.bfloat16  # type: ignore[assignment]
+    wire_dtype: OptionalDType = None  # type: ignore[assignment]
+    recv_dtype: OptionalDType = None  # type: ignore[assignment]
     layout: Literal["expert", "rank"] = "expert"
     recv_capacity: int | None = None
     capacity_factor: float | None = None

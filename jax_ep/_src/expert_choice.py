@@ -11,9 +11,11 @@ from jax_ep._src.checks import check_call
 from jax_ep._src.compat import as_varying
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.limits import INT32_MAX, is_int
+from jax_ep._src.public import set_module
 from jax_ep._src.scores import as_logits, scores_of
 
 
+@set_module("jax_ep")
 def route_expert_choice(
     logits: ArrayLike, *, capacity: int, group: EpGroup
 ) -> tuple[jax.Array, jax.Array]:

@@ -19,19 +19,24 @@ from jax_ep._src.checks import check_call, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.drops import routing_of
 from jax_ep._src.groups.group import EpGroup, backend_group
+from jax_ep._src.missing import check_nobody_is_overlooked
+from jax_ep._src.public import set_module
 from jax_ep._src.quantized import QuantizedRows
-from jax_ep._src.spec import OpSpec
+from jax_ep._src.rank_mask import checked_rank_mask, left_by
+from jax_ep._src.spec import OpSpec, scope_name
 from jax_ep._src.types import CombineFlight, Dispatched, DispatchFlight, DispatchHandle
 
 _Results = TypeVar("_Results")
 
 
+@set_module("jax_ep")
 def dispatch_start(
     x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array | None = None,
     *,
     group: EpGroup,
+    rank_mask: jax.Array | None = None,
 ) -> DispatchFlight:
     """The first half of `dispatch`: sends, and waits for no other rank.
 
@@ -59,6 +64,7 @@ def dispatch_start(
         topk_idx: `[T, K]` int32, as `dispatch` takes it: global experts, or -1.
         topk_weights: `[T, K]` float32, or None.
         group: an open `EpGroup`.
+        rank_mask: `[R]` bool, as `dispatch` takes it, of both halves; or None.
 
     Returns:
         For `dispatch_done`. A pytree of arrays: a `scan` may carry it, so that a turn receives
@@ -66,41 +72,50 @@ def dispatch_start(
 
     Raises:
         ValueError: an argument does not fit the group's config, the call is not inside `shard_map`
-            over the group's axes, or it is traced to be differentiated in quantized rows.
+            over the group's axes, it is traced to be differentiated in quantized rows, the group
+            cannot leave ranks out, or it has `on_timeout` "mask".
         EpGroupClosed: the group has been closed.
     """
-    return begin_dispatch(x, topk_idx, topk_weights, group=group, counts=True)
+    return begin_dispatch(x, topk_idx, topk_weights, group=group, rank_mask=rank_mask, counts=True)
 
 
 def begin_dispatch(
-    x: Any, topk_idx: Any, topk_weights: Any, *, group: EpGroup, counts: bool
+    x: Any, topk_idx: Any, topk_weights: Any, *, group: EpGroup, rank_mask: Any, counts: bool
 ) -> DispatchFlight:
     """`dispatch_start`; the flight is among those of which two may be open, if it `counts`."""
     x, topk_idx, topk_weights = checked_tokens(
         x, topk_idx, topk_weights, group=group, operation="dispatch_start"
     )
+    check_nobody_is_overlooked(
+        "dispatch_start", group, instead="dispatch, and then combine_with_status"
+    )
+    rank_mask = checked_rank_mask(rank_mask, group, "dispatch_start")
     of_group = _of_group(group)
-    with jax.named_scope("jax_ep.dispatch_start"):
+    with jax.named_scope(scope_name("dispatch_start", group)):
         quantized = isinstance(x, QuantizedRows)
         possible = backend_group(group).dispatches_in_halves(topk_idx.shape[0], quantized=quantized)
         if not _in_two(group, possible):
-            whole = dispatch(x, topk_idx, topk_weights, group=group)
+            whole = dispatch(x, topk_idx, topk_weights, group=group, rank_mask=rank_mask)
             return DispatchFlight(dispatched=whole, **of_group)
+        if rank_mask is not None:
+            topk_idx = left_by(group, topk_idx, rank_mask)
         spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
         routing = routing_of(group, spec, topk_idx)
         sent = topk_idx if routing is None else routing.topk_idx
         start = backend_of(group.backend).plan_dispatch_start
-        ticket = start(spec, x, sent, topk_weights, counts)
+        ticket = start(spec, x, sent, topk_weights, rank_mask, counts)
     return DispatchFlight(
         ticket=ticket,
         x=x,
         topk_idx=topk_idx,
         routing=routing,
         topk_weights=topk_weights,
+        rank_mask=rank_mask,
         **of_group,
     )
 
 
+@set_module("jax_ep")
 def dispatch_done(flight: DispatchFlight, after: Any = None, *, group: EpGroup) -> Dispatched:
     """The second half of `dispatch`: receives.
 
@@ -124,7 +139,7 @@ def dispatch_done(flight: DispatchFlight, after: Any = None, *, group: EpGroup) 
     check_call("dispatch_done", group)
     _check_flight(flight, DispatchFlight, group)
     first = _arrays(after)
-    with jax.named_scope("jax_ep.dispatch_done"):
+    with jax.named_scope(scope_name("dispatch_done", group)):
         if flight.ticket is None:
             assert flight.dispatched is not None
             return _after(first, flight.dispatched)
@@ -133,11 +148,12 @@ def dispatch_done(flight: DispatchFlight, after: Any = None, *, group: EpGroup) 
         spec = OpSpec.of(group, num_tokens=topk_idx.shape[0])
         sent = topk_idx if routing is None else routing.topk_idx
         results = backend_of(group.backend).plan_dispatch_done(
-            spec, flight.ticket, first, flight.x, sent, flight.topk_weights
+            spec, flight.ticket, first, flight.x, sent, flight.topk_weights, flight.rank_mask
         )
     return dispatched_of(*results, topk_idx=topk_idx, routing=routing, group=group)
 
 
+@set_module("jax_ep")
 def combine_start(
     y: jax.Array,
     handle: DispatchHandle,
@@ -161,12 +177,14 @@ def combine_start(
 
     Raises:
         ValueError: an argument does not fit the group's config, the handle is of another kind of
-            group, or the call is not inside `shard_map` over the group's axes.
+            group, the call is not inside `shard_map` over the group's axes, or the group has
+            `on_timeout` "mask".
         EpGroupClosed: the group has been closed.
     """
     y, weights, spec = checked_rows(y, handle, weights, group=group, operation="combine_start")
+    check_nobody_is_overlooked("combine_start", group, instead="combine_with_status")
     of_group = _of_group(group)
-    with jax.named_scope("jax_ep.combine_start"):
+    with jax.named_scope(scope_name("combine_start", group)):
         possible = backend_group(group).combines_in_halves(handle.topk_idx.shape[0])
         if not _in_two(group, possible):
             return CombineFlight(out=combine(y, handle, weights, group=group), **of_group)
@@ -174,6 +192,7 @@ def combine_start(
     return CombineFlight(ticket=ticket, y=y, weights=weights, handle=handle, **of_group)
 
 
+@set_module("jax_ep")
 def combine_done(flight: CombineFlight, after: Any = None, *, group: EpGroup) -> jax.Array:
     """The second half of `combine`: receives, and sums.
 
@@ -194,7 +213,7 @@ def combine_done(flight: CombineFlight, after: Any = None, *, group: EpGroup) ->
     check_call("combine_done", group)
     _check_flight(flight, CombineFlight, group)
     first = _arrays(after)
-    with jax.named_scope("jax_ep.combine_done"):
+    with jax.named_scope(scope_name("combine_done", group)):
         if flight.ticket is None:
             assert flight.out is not None
             return _after(first, flight.out)

@@ -9,7 +9,7 @@ import numpy as np
 
 INT32_MAX = 2**31 - 1
 
-# What the CUDA kernels can serve, as in csrc/core/heap_layout.h.
+# What the CUDA kernels can serve, as in csrc/core/limits.h.
 MAX_RANKS = 64
 MAX_TOPK = 32
 MAX_EXPERTS = 4096

@@ -10,11 +10,13 @@ from jax.typing import ArrayLike
 
 from jax_ep._src.compat import as_varying, varying_axes
 from jax_ep._src.limits import is_int
+from jax_ep._src.public import set_module
 from jax_ep._src.scores import Score, as_logits, is_masked, shares_of, show
 
 AxisName = str | Sequence[str] | None
 
 
+@set_module("jax_ep")
 def load_balance_loss(
     logits: ArrayLike,
     topk_idx: ArrayLike,
@@ -99,6 +101,7 @@ def load_balance_loss(
     return logits.shape[-1] * (fractions * (share_sum / _at_least_one(num_used))).sum()
 
 
+@set_module("jax_ep")
 def router_z_loss(
     logits: ArrayLike, topk_idx: ArrayLike | None = None, *, axis_name: AxisName = None
 ) -> jax.Array:

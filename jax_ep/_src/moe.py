@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep._src.api import combine, dispatch
+from jax_ep._src.api import checked_tokens, combine, dispatch
 from jax_ep._src.backends.tangents import named
 from jax_ep._src.checks import check_array, check_group
 from jax_ep._src.compat import as_array
@@ -17,7 +17,10 @@ from jax_ep._src.experts.bound import ExpertWeights, gated
 from jax_ep._src.experts.kinds import Activation
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.halves import begin_dispatch, dispatch_done
+from jax_ep._src.missing import check_nobody_is_overlooked
+from jax_ep._src.public import set_module
 from jax_ep._src.quantized import QuantizedRows
+from jax_ep._src.rank_mask import checked_rank_mask, left_by, num_lost, renormalized
 from jax_ep._src.straight_through import Sent, dispatch_in_fp8, restore
 from jax_ep._src.types import Dispatched
 
@@ -26,6 +29,7 @@ ExpertFunction = Callable[[Dispatched], jax.Array]
 Weigh = Literal["output", "input"]
 
 
+@set_module("jax_ep")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeStats:
@@ -36,10 +40,13 @@ class MoeStats:
             of the group, before any drop.
         num_dropped: `[]` int32, of those the ones that found no room in this rank's receive
             buffer. The drop rate of a group is the sum of this over the sum of the other.
+        num_lost: `[]` int32, selections by this rank's own tokens that `rank_mask` has left out;
+            they are in neither of the others. None where there is no `rank_mask`.
     """
 
     tokens_per_expert: jax.Array
     num_dropped: jax.Array
+    num_lost: jax.Array | None = None
 
 
 @overload
@@ -47,13 +54,15 @@ def moe(
     x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w_gate: Any,
+    w_up: Any,
+    w_down: Any,
     *,
     group: EpGroup,
     activation: Activation = ...,
     overlap: Overlap | None = ...,
+    rank_mask: jax.Array | None = ...,
+    renormalize: bool = ...,
     with_stats: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -63,28 +72,33 @@ def moe(
     x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w_gate: Any,
+    w_up: Any,
+    w_down: Any,
     *,
     group: EpGroup,
     activation: Activation = ...,
     overlap: Overlap | None = ...,
+    rank_mask: jax.Array | None = ...,
+    renormalize: bool = ...,
     with_stats: Literal[True],
 ) -> tuple[jax.Array, MoeStats]: ...
 
 
+@set_module("jax_ep")
 def moe(
     x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w_gate: Any,
+    w_up: Any,
+    w_down: Any,
     *,
     group: EpGroup,
     activation: Activation = jax.nn.silu,
     overlap: Overlap | None = None,
+    rank_mask: jax.Array | None = None,
+    renormalize: bool = False,
     with_stats: bool = False,
 ) -> jax.Array | tuple[jax.Array, MoeStats]:
     """Sends every token through its experts and returns the weighted sum of their outputs.
@@ -110,6 +124,10 @@ def moe(
         activation: of the gate, elementwise.
         overlap: what to do between dispatch's halves, such as shared experts: a function of `x`,
             as it was given, to `[T, H]` of `config.dtype`. Its result is added to the experts'.
+        rank_mask: `[R]` bool, the ranks that take part, as `dispatch` takes it; or None. Tokens of
+            the others get 0 from experts.
+        renormalize: with a `rank_mask`, whether to multiply the weights of the selections that it
+            leaves of a token by the sum of all of the token's weights over the sum of theirs.
         with_stats: whether to return what this rank's experts were asked for, too.
 
     Returns:
@@ -119,13 +137,14 @@ def moe(
 
     Raises:
         ValueError: an argument, or what `overlap` returns, does not fit the group's config, the
-            layout is "rank", the call is not inside `shard_map` over the group's axes, or it is
-            traced to be differentiated in an `x` that is quantized.
+            layout is "rank", the call is not inside `shard_map` over the group's axes, it is traced
+            to be differentiated in an `x` that is quantized, or the group has `on_timeout` "mask".
         EpGroupClosed: the group has been closed.
     """
     check_group(group, expert_layout_for="moe")
     experts = gated(w_gate, w_up, w_down, activation=activation)
-    return _moe(x, topk_idx, topk_weights, experts, group, "output", overlap, with_stats)
+    exchange = _Exchange(x, overlap, rank_mask, renormalize=renormalize)
+    return _moe(exchange, topk_idx, topk_weights, experts, group, "output", with_stats)
 
 
 @overload
@@ -138,6 +157,8 @@ def moe_with_experts(
     group: EpGroup,
     weigh: Weigh = ...,
     overlap: Overlap | None = ...,
+    rank_mask: jax.Array | None = ...,
+    renormalize: bool = ...,
     with_stats: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -152,10 +173,13 @@ def moe_with_experts(
     group: EpGroup,
     weigh: Weigh = ...,
     overlap: Overlap | None = ...,
+    rank_mask: jax.Array | None = ...,
+    renormalize: bool = ...,
     with_stats: Literal[True],
 ) -> tuple[jax.Array, MoeStats]: ...
 
 
+@set_module("jax_ep")
 def moe_with_experts(
     x: jax.Array | QuantizedRows,
     topk_idx: jax.Array,
@@ -165,6 +189,8 @@ def moe_with_experts(
     group: EpGroup,
     weigh: Weigh = "output",
     overlap: Overlap | None = None,
+    rank_mask: jax.Array | None = None,
+    renormalize: bool = False,
     with_stats: bool = False,
 ) -> jax.Array | tuple[jax.Array, MoeStats]:
     """`moe` with experts of any kind.
@@ -189,6 +215,8 @@ def moe_with_experts(
         weigh: what a selection's weight multiplies: the expert's "output", or its "input", rounded
             to `config.dtype`, as in Llama 4; then outputs are added as they are.
         overlap: as `moe` takes it.
+        rank_mask: as `moe` takes it.
+        renormalize: as `moe` takes it.
         with_stats: as `moe` takes it.
 
     Returns:
@@ -206,28 +234,25 @@ def moe_with_experts(
         )
     if weigh not in get_args(Weigh):
         raise ValueError(f"weigh is {weigh!r}; allowed: 'output', 'input'")
-    return _moe(x, topk_idx, topk_weights, experts, group, weigh, overlap, with_stats)
+    exchange = _Exchange(x, overlap, rank_mask, renormalize=renormalize)
+    return _moe(exchange, topk_idx, topk_weights, experts, group, weigh, with_stats)
 
 
 def _moe(
-    x: Any,
+    exchange: "_Exchange",
     topk_idx: Any,
     topk_weights: Any,
     experts: ExpertFunction,
     group: EpGroup,
     weigh: Weigh,
-    overlap: Overlap | None,
     with_stats: bool,
 ) -> Any:
     if topk_weights is None:
         raise ValueError("topk_weights is None; allowed: float32[T, K]")
     if isinstance(experts, ExpertWeights):
         experts.check(group)
-    if overlap is not None and not callable(overlap):
-        raise ValueError(
-            f"overlap is a {type(overlap).__name__}; allowed: None, or a function of x"
-        )
-    exchange = _Exchange(x, overlap)
+    exchange.check(group)
+    x, topk_weights = exchange.x, exchange.weights_of(topk_idx, topk_weights, group)
     if group.config.recv_dtype is None:
         # All of it: with the rows alone saved, the exchange would be made again.
         recv = named(exchange(x, topk_idx, topk_weights, group=group))
@@ -250,26 +275,61 @@ def _moe(
     out = checkpoint_name(out, "jax_ep.out")
     if not with_stats:
         return out
-    stats = MoeStats(tokens_per_expert=recv.tokens_per_expert, num_dropped=recv.num_dropped)
+    stats = MoeStats(
+        tokens_per_expert=recv.tokens_per_expert,
+        num_dropped=recv.num_dropped,
+        num_lost=exchange.num_lost,
+    )
     return out, stats
 
 
 class _Exchange:
-    """A dispatch, with or without something between its halves."""
+    """A dispatch, with or without ranks that are left out, and something between its halves."""
 
-    def __init__(self, x: jax.Array | QuantizedRows, overlap: Overlap | None) -> None:
-        self._x, self._overlap = x, overlap
+    def __init__(
+        self,
+        x: jax.Array | QuantizedRows,
+        overlap: Overlap | None,
+        rank_mask: jax.Array | None,
+        *,
+        renormalize: bool,
+    ) -> None:
+        self.x, self._overlap = x, overlap
+        self._rank_mask, self._renormalize = rank_mask, renormalize
         self.overlapped: jax.Array | None = None  # what `overlap` has given
+        self.num_lost: jax.Array | None = None
+
+    def check(self, group: EpGroup) -> None:
+        """Raises where something that was given is not allowed."""
+        check_nobody_is_overlooked("moe", group, instead="dispatch and combine_with_status")
+        if self._overlap is not None and not callable(self._overlap):
+            raise ValueError(
+                f"overlap is a {type(self._overlap).__name__}; allowed: None, or a function of x"
+            )
+        self._rank_mask = checked_rank_mask(self._rank_mask, group, "moe")
+
+    def weights_of(self, topk_idx: Any, topk_weights: Any, group: EpGroup) -> Any:
+        """The weights with which selections travel; counts those that are lost."""
+        if self._rank_mask is None:
+            return topk_weights
+        _, topk_idx, topk_weights = checked_tokens(
+            self.x, topk_idx, topk_weights, group=group, operation="moe"
+        )
+        assert topk_weights is not None
+        left = left_by(group, topk_idx, self._rank_mask)
+        self.num_lost = num_lost(topk_idx, left)
+        return renormalized(topk_weights, topk_idx, left) if self._renormalize else topk_weights
 
     def __call__(
         self, x: Any, topk_idx: jax.Array, topk_weights: jax.Array, *, group: EpGroup
     ) -> Dispatched:
         """Dispatches `x`, which may be cut off from gradients; `overlap` gets what came."""
+        tokens, mask = (x, topk_idx, topk_weights), self._rank_mask
         if self._overlap is None:
-            return dispatch(x, topk_idx, topk_weights, group=group)
+            return dispatch(*tokens, group=group, rank_mask=mask)
         # Layers that do not depend on each other may be between the halves at once, as XLA likes.
-        flight = begin_dispatch(x, topk_idx, topk_weights, group=group, counts=False)
-        overlapped = as_array(self._overlap(self._x))
+        flight = begin_dispatch(*tokens, group=group, rank_mask=mask, counts=False)
+        overlapped = as_array(self._overlap(self.x))
         shape = (topk_idx.shape[0], group.config.hidden)
         check_array("overlap(x)", overlapped, shape, group.config.dtype, of=", the tokens' rows")
         self.overlapped = overlapped

@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_ep._src.compat import as_array
 from jax_ep._src.limits import DTYPES
+from jax_ep._src.public import set_module
 
 SCALE_BLOCK = 128
 _MAX = 448.0
@@ -24,6 +25,7 @@ _MIN_AMAX = 1e-4
 _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
+@set_module("jax_ep")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedRows:
@@ -62,6 +64,7 @@ class QuantizedRows:
         return _dequantize(known, values, scales)
 
 
+@set_module("jax_ep")
 def quantize(x: jax.Array) -> QuantizedRows:
     """Rows in FP8: every 128 elements are scaled into the range of float8_e4m3fn and rounded.
 

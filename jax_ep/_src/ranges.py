@@ -36,17 +36,22 @@ def _check_low_latency_tokens(config: EpConfig, num_ranks: int) -> None:
     """Raises where heaps would get room for calls that low-latency kernels cannot serve."""
     if not config.low_latency_tokens:
         return
-    bins = num_ranks * config.num_local_experts(num_ranks=num_ranks)
-    bins += num_ranks if config.layout == "rank" else 0
-    most = limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * config.num_topk)
-    if bins > limits.MAX_LOW_LATENCY_BINS:
-        most = 0
+    most = most_low_latency_tokens(config, num_ranks)
     if config.low_latency_tokens > most:
         raise ValueError(
             f"EpConfig.low_latency_tokens is {config.low_latency_tokens}; with {num_ranks} ranks, "
             f"num_topk {config.num_topk} and num_experts {config.num_experts} at most {most} are "
             "supported"
         )
+
+
+def most_low_latency_tokens(config: EpConfig, num_ranks: int) -> int:
+    """The largest `T` of calls that low-latency kernels serve, however many tokens a rank has."""
+    bins = num_ranks * config.num_local_experts(num_ranks=num_ranks)
+    bins += num_ranks if config.layout == "rank" else 0
+    if bins > limits.MAX_LOW_LATENCY_BINS:
+        return 0
+    return limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * config.num_topk)
 
 
 def why_not_on_gpus(config: EpConfig, num_ranks: int) -> str | None:

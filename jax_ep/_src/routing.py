@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jax_ep._src.limits import is_int
 from jax_ep._src.losses import AxisName, load_balance_loss, router_z_loss
+from jax_ep._src.public import set_module
 from jax_ep._src.scores import LEAST_NORMAL, Score, as_logits, normalized, scores_of, show
 
 __all__ = [
@@ -38,6 +39,7 @@ _NO_GRADIENT = (
 )
 
 
+@set_module("jax_ep")
 def route(
     logits: ArrayLike,
     *,
@@ -50,6 +52,7 @@ def route(
     normalize: bool = True,
     epsilon: float = 1e-20,
     scale: float = 1.0,
+    expert_mask: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses every token's experts and their weights.
 
@@ -106,6 +109,11 @@ def route(
             gives weights of 0 with any of them. 1e-20 is the constant of DeepSeek-V3. For the
             softmax it makes no difference to 0, as Mixtral has it: the sum is at least `K / E`.
         scale: what the weights are multiplied by at the end.
+        expert_mask: `[E]` bool, False for experts that no token may choose, such as those of which
+            no rank that takes part has a copy (see `rank_mask` of `dispatch`). Their logits count
+            as -inf, whatever the bias, and their scores as 0 in that of their group. A token that
+            may choose fewer than `K` gets -1 for the rest, with weights of 0. None: all may be
+            chosen.
 
     Returns:
         `topk_idx [T, K]` int32, the largest biased score first, and `topk_weights [T, K]` float32.
@@ -125,15 +133,24 @@ def route(
     if num_topk == 1 and normalize and logits.shape[1] > 1:
         # Python shows it once for each place that calls; that of all layers is one.
         warnings.warn(_NO_GRADIENT, stacklevel=2)
+    may_be = None if expert_mask is None else _as_expert_mask(expert_mask, logits.shape[1])[None, :]
+    if may_be is not None:
+        logits = jnp.where(may_be, logits, -jnp.inf)
     scores = scores_of(logits, score)
     ranked = jax.lax.stop_gradient(scores)
     if bias is not None:
         ranked = ranked + jax.lax.stop_gradient(jnp.asarray(bias).astype(jnp.float32))[None, :]
+    if may_be is not None:
+        ranked = jnp.where(may_be, ranked, -jnp.inf)
     if num_groups is not None and num_topk_groups is not None:
-        ranked = _only_best_groups(ranked, int(num_groups), int(num_topk_groups), group_score)
+        limits = int(num_groups), int(num_topk_groups), group_score
+        ranked = _only_best_groups(ranked, *limits, masked=may_be is not None)
     # Stable: of equal values, top_k puts the lower index first.
-    _, topk_idx = jax.lax.top_k(ranked, num_topk)
+    best, topk_idx = jax.lax.top_k(ranked, num_topk)
     topk_weights = jnp.take_along_axis(scores, topk_idx, axis=-1, mode="promise_in_bounds")
+    if may_be is not None:
+        is_one = ~jnp.isneginf(best)
+        topk_idx, topk_weights = jnp.where(is_one, topk_idx, -1), jnp.where(is_one, topk_weights, 0)
     topk_weights = weights_of(topk_weights, normalize=normalize, epsilon=epsilon, scale=scale)
     return topk_idx.astype(jnp.int32), topk_weights
 
@@ -147,6 +164,7 @@ def weights_of(
     return topk_scores * jnp.asarray(scale, jnp.float32)
 
 
+@set_module("jax_ep")
 def update_bias(bias: ArrayLike, tokens_per_expert: ArrayLike, *, rate: float) -> jax.Array:
     """One step of balancing without an auxiliary loss: `bias + rate * sign(mean load - load)`.
 
@@ -181,14 +199,23 @@ def update_bias(bias: ArrayLike, tokens_per_expert: ArrayLike, *, rate: float) -
 
 
 def _only_best_groups(
-    ranked: jax.Array, num_groups: int, num_topk_groups: int, group_score: GroupScore
+    ranked: jax.Array,
+    num_groups: int,
+    num_topk_groups: int,
+    group_score: GroupScore,
+    *,
+    masked: bool,
 ) -> jax.Array:
     """Minus infinity for the experts outside of a token's best groups."""
     num_tokens, num_experts = ranked.shape
     groups = ranked.reshape(num_tokens, num_groups, num_experts // num_groups)
     counted = 1 if group_score == "max" else min(2, groups.shape[-1])
     best, _ = jax.lax.top_k(groups, counted)
-    _, chosen = jax.lax.top_k(best.sum(axis=-1), num_topk_groups)
+    sums = best.sum(axis=-1)
+    if masked:  # -inf counts as 0 where the group has others
+        of_others = jnp.where(jnp.isneginf(best), 0, best).sum(axis=-1)
+        sums = jnp.where(jnp.isneginf(best[..., 0]), -jnp.inf, of_others)
+    _, chosen = jax.lax.top_k(sums, num_topk_groups)
     every = jnp.arange(num_groups, dtype=chosen.dtype)
     is_chosen = (chosen[:, :, None] == every[None, None, :]).any(axis=1)
     return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(ranked.shape)
@@ -205,6 +232,13 @@ def _check_experts(num_experts: int, num_topk: Any, bias: ArrayLike | None) -> N
         )
     if bias is not None and jnp.shape(bias) != (num_experts,):
         raise ValueError(f"bias has shape {jnp.shape(bias)}; allowed: None or ({num_experts},)")
+
+
+def _as_expert_mask(expert_mask: ArrayLike, num_experts: int) -> jax.Array:
+    mask = jnp.asarray(expert_mask)
+    if mask.shape != (num_experts,) or mask.dtype != np.dtype(bool):
+        raise ValueError(f"expert_mask is {show(mask)}; allowed: None, or bool[{num_experts}]")
+    return jax.lax.stop_gradient(mask)
 
 
 def _check_groups(

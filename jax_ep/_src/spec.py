@@ -2,6 +2,7 @@
 """`OpSpec`: the static parameters of one EP operation, as a backend needs them."""
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class OpSpec:
         fp8_rows: whether they are received as such, with their scales.
         domain_size: `D`, consecutive ranks whose sum is rounded before the sums of the next are
             added.
+        on_timeout: "error", or "mask": operations go on without ranks that do not come, and say
+            which these are.
     """
 
     group_id: int
@@ -45,6 +48,7 @@ class OpSpec:
     fp8_wire: bool
     fp8_rows: bool
     domain_size: int
+    on_timeout: str
 
     @classmethod
     def of(cls, group: EpGroup, *, num_tokens: int) -> "OpSpec":
@@ -65,6 +69,7 @@ class OpSpec:
             fp8_wire=config.wire_dtype is not None,
             fp8_rows=config.recv_dtype is not None,
             domain_size=group.domain_size,
+            on_timeout=group.on_timeout if group.backend == "ffi" else "error",
         )
 
     def for_cotangents(self) -> "OpSpec":
@@ -112,3 +117,14 @@ class OpSpec:
             "expert_alignment": np.int32(self.expert_alignment),
             "layout": np.int32(LAYOUTS.index(self.layout)),
         }
+
+
+def scope_name(operation: str, group: EpGroup) -> str:
+    """What profiles and HLO call an operation of a group: `jax_ep.dispatch/EpGroup_0`."""
+    number = group.name.split()[1]
+    return f"jax_ep.{operation}/EpGroup_{number}"
+
+
+def without_group(scopes: str) -> str:
+    """A stack of names without what `scope_name` says of the group."""
+    return re.sub(r"/EpGroup_\d+", "", scopes)

@@ -2,15 +2,17 @@
 """What operations return: pytrees that cross `jit`, `shard_map`, `scan` and `checkpoint`."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_ep._src.config import EpConfig
+from jax_ep._src.public import set_module
 from jax_ep._src.quantized import QuantizedRows
 
 
+@set_module("jax_ep")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchHandle:
@@ -20,7 +22,8 @@ class DispatchHandle:
     backends may keep more.
 
     Attributes:
-        topk_idx: `[T, K]`, as `dispatch` got it: what is dropped is in it, too.
+        topk_idx: `[T, K]`, as `dispatch` got it: what is dropped is in it, too. What `rank_mask`
+            leaves out is -1.
         slot: `[T, K]`, row of each selection in its destination's receive buffer; -1 where there
             is no selection or the row was dropped.
         row_source: `[C]`, `source rank * T + source token` of each received row; -1 where a row
@@ -33,6 +36,9 @@ class DispatchHandle:
         arrival_slot: `[R, T, min(K, L)]`, only of the `xla` backend: this rank's row of each
             token's selections in ascending order of experts; -1 past the last one.
         arrival_topk: like `arrival_slot`: the selection's position in the token's top-k.
+        rank_mask: `[R]` bool, as `dispatch` got it: the ranks that take part, in what is made of
+            the handle too. None: all do. In a group with `on_timeout` "mask", without those that
+            were missing.
         config: of the group that dispatched.
         num_ranks: of the group that dispatched.
         axis_names: of the group that dispatched.
@@ -45,11 +51,13 @@ class DispatchHandle:
     source_slot: jax.Array | None = None
     arrival_slot: jax.Array | None = None
     arrival_topk: jax.Array | None = None
+    rank_mask: jax.Array | None = None
     config: EpConfig = dataclasses.field(metadata={"static": True})
     num_ranks: int = dataclasses.field(metadata={"static": True})
     axis_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
+@set_module("jax_ep")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dispatched:
@@ -69,15 +77,22 @@ class Dispatched:
             any drop.
         num_dropped: `[]` int32, rows of this rank that found no room in `C` rows.
         handle: for `combine`.
+        missing_ranks: `[R]` bool, in a group with `on_timeout` "mask": the ranks whose tokens this
+            rank did not all get, so that all else is as if their selections, and those of their
+            experts, had been -1. Neither this rank itself nor ranks that `rank_mask` leaves out are
+            among them. Two ranks may miss different ones. None in other groups.
     """
 
-    x: jax.Array | QuantizedRows
+    # Any: QuantizedRows. Which one it is, only the config knows, and no checker: with both of them
+    # named, `ragged_dot(recv.x, ...)` would be an error.
+    x: jax.Array | Any
     weights: jax.Array | None
     topk_idx: jax.Array | None
     group_sizes: jax.Array
     tokens_per_expert: jax.Array
     num_dropped: jax.Array
     handle: DispatchHandle
+    missing_ranks: jax.Array | None = None
 
     @property
     def local_expert(self) -> jax.Array:
@@ -111,6 +126,7 @@ class Routing(NamedTuple):
     num_dropped: jax.Array | None = None
 
 
+@set_module("jax_ep")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchFlight:
@@ -124,6 +140,7 @@ class DispatchFlight:
         topk_idx: `[T, K]` int32; likewise.
         routing: what the backend is given in its place, if anything; likewise.
         topk_weights: `[T, K]` float32, or None; likewise.
+        rank_mask: `[R]` bool, or None; likewise.
         dispatched: the result; of all others, where the first half does it all.
         config: of the group that dispatches.
         num_ranks: of the group that dispatches.
@@ -135,12 +152,14 @@ class DispatchFlight:
     topk_idx: jax.Array | None = None
     routing: Routing | None = None
     topk_weights: jax.Array | None = None
+    rank_mask: jax.Array | None = None
     dispatched: Dispatched | None = None
     config: EpConfig = dataclasses.field(metadata={"static": True})
     num_ranks: int = dataclasses.field(metadata={"static": True})
     axis_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
+@set_module("jax_ep")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CombineFlight:

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,61 +18,22 @@ from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.limits import is_int
 from jax_ep._src.moe import Weigh
 from jax_ep._src.routing import GroupScore, Score, route, update_bias
-from jax_ep._src.sharded.moe import check_token_spec
+from jax_ep._src.sharded.token_split import check_token_spec
 from jax_ep._src.sharded.weights import WeightAxes, check_axes, check_parts
 from jax_ep.flax._params import ArraySpec
+from jax_ep.flax._placed import OTHERS, TABLES
 
 _FLOAT32 = np.dtype(np.float32)
 _DIM_NAMES = ("experts", "hidden", "ffn")
 # What layers have under names of their own.
 _TAKEN = {
-    *("router", "router_bias", "selection_bias", "spec", "update_bias", "with_stats"),
-    *("shared_gate", "shared_up", "shared_down", "shared_expert_gate"),
+    *(*OTHERS, *TABLES),
+    *("placement", "set_placement", "spec", "update_bias", "with_stats"),
     *("tokens_per_expert", "num_dropped", "load_balance_loss", "router_z_loss"),
 }
+Replicas = Literal["stored", "expanded"]
 # Of what a layer's router is, on global arrays: x to logits (or None), topk_idx, topk_weights.
 Router = Callable[[jax.Array], tuple[jax.Array | None, jax.Array, jax.Array]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerStats:
-    """What one call of a layer says about its routing, over all tokens of all devices.
-
-    Attributes:
-        tokens_per_expert: `[E]` int32, selections of each expert, before any drop.
-        num_dropped: `[]` int32, of those the ones that found no room.
-        load_balance_loss: `[]` float32, see `jax_ep.load_balance_loss`. Differentiable. 0 where
-            the call had no logits.
-        router_z_loss: `[]` float32, see `jax_ep.router_z_loss`. Differentiable. 0 where the call
-            had no logits.
-        logits: `[..., E]` float32, the router's, differentiable; None but where they are asked for
-            by `with_stats(..., routing=True)`, and there are any.
-        topk_idx: `[..., K]` int32, the experts chosen, -1 for a token that is masked; None but
-            where it is asked for.
-    """
-
-    tokens_per_expert: jax.Array
-    num_dropped: jax.Array
-    load_balance_loss: jax.Array
-    router_z_loss: jax.Array
-    logits: jax.Array | None = None
-    topk_idx: jax.Array | None = None
-
-    @classmethod
-    def zeros(cls, num_experts: int) -> "LayerStats":
-        """Those of a layer that has not been called."""
-        return cls(
-            tokens_per_expert=jnp.zeros((num_experts,), jnp.int32),
-            num_dropped=jnp.zeros((), jnp.int32),
-            load_balance_loss=jnp.zeros((), jnp.float32),
-            router_z_loss=jnp.zeros((), jnp.float32),
-        )
-
-    def as_dict(self) -> dict[str, jax.Array]:
-        """By name, in the order of the attributes; without those that are None."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +41,8 @@ class LayerSpec:
     """The static parameters of a layer; hashable. See `jax_ep.flax.nnx.MoE` for the fields.
 
     `shared_ffn` is the width of the shared experts, 0 for none; `experts` is never None.
+    `num_logical_experts` is None where experts have no copies, else there is a placement, with
+    tables of width `max_copies`.
     """
 
     group: EpGroup
@@ -107,6 +70,10 @@ class LayerSpec:
     token_spec: PartitionSpec | None = None
     partition_names: tuple[tuple[str, str | None], ...] | None = None
     param_dtype: Any = jnp.float32
+    num_logical_experts: int | None = None
+    max_copies: int = 0
+    replicas: Replicas = "stored"
+    renormalize: bool = False
 
     def __post_init__(self) -> None:
         check_group(self.group, expert_layout_for="MoE")
@@ -114,6 +81,12 @@ class LayerSpec:
         self._set(ffn=int(self.ffn), shared_ffn=self._shared_ffn())
         self._set(experts=self._kind(), weigh=_one_of("weigh", self.weigh, get_args(Weigh)))
         self._check_mesh_axes()
+        _one_of("replicas", self.replicas, get_args(Replicas))
+        if self.replicas == "expanded" and not self.has_placement:
+            raise ValueError(
+                "replicas is 'expanded', and experts have no copies; allowed: 'stored', or a "
+                "placement or num_logical_experts with it"
+            )
         param_dtype = np.dtype(self.param_dtype)
         if not jnp.issubdtype(param_dtype, jnp.floating):
             raise ValueError(f"param_dtype is {param_dtype.name!r}; allowed: a floating point type")
@@ -131,7 +104,7 @@ class LayerSpec:
             name = "selection_bias" if self.selection_bias else "router_bias"
             raise ValueError(f"{name} is True, and router is given; allowed with it: False")
         if self.has_router:
-            logits = jax.ShapeDtypeStruct((1, self.group.config.num_experts), _FLOAT32)
+            logits = jax.ShapeDtypeStruct((1, self.num_routed), _FLOAT32)
             jax.eval_shape(self.route, logits)
 
     def _set(self, **values: Any) -> None:
@@ -201,7 +174,10 @@ class LayerSpec:
             )
 
     def route(
-        self, logits: jax.Array, bias: jax.Array | None = None
+        self,
+        logits: jax.Array,
+        bias: jax.Array | None = None,
+        expert_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """`jax_ep.route` with the layer's options."""
         return route(
@@ -215,6 +191,7 @@ class LayerSpec:
             normalize=self.normalize,
             epsilon=self.epsilon,
             scale=self.scale,
+            expert_mask=expert_mask,
         )
 
     @property
@@ -239,8 +216,20 @@ class LayerSpec:
         return (*(self.data_axes or ()), *self.group.axis_names)
 
     @property
+    def has_placement(self) -> bool:
+        """Whether experts may have copies."""
+        return self.num_logical_experts is not None
+
+    @property
+    def num_routed(self) -> int:
+        """`E`: experts that the router knows."""
+        return self.num_logical_experts or self.group.config.num_experts
+
+    @property
     def num_experts(self) -> int:
-        """Experts that there are weights of: with `pad_experts` more than can be selected."""
+        """Experts that there are weights of: those that can be selected, padding, copies."""
+        if self.replicas == "expanded":
+            return self.num_routed
         return self.group.num_ranks * self.group.num_local_experts
 
     @property
@@ -261,9 +250,9 @@ class LayerSpec:
         hidden, width = config.hidden, self.shared_ffn or 0
         specs: dict[str, ArraySpec] = {}
         if self.has_router:
-            specs["router"] = self._whole((hidden, config.num_experts))
+            specs["router"] = self._whole((hidden, self.num_routed))
             if self.router_bias:
-                specs["router_bias"] = self._whole((config.num_experts,))
+                specs["router_bias"] = self._whole((self.num_routed,))
         specs.update({name: self._array(dims, self.ffn) for name, dims in self.kind.dims().items()})
         if width:
             if isinstance(self.shared_kind, Gated):
@@ -301,12 +290,13 @@ class LayerSpec:
 
     def bias(self) -> ArraySpec:
         """The selection bias."""
-        return self._whole((self.group.config.num_experts,))
+        return self._whole((self.num_routed,))
 
     def stats(self) -> dict[str, ArraySpec]:
         """The fields of `LayerStats` that every call leaves."""
-        num, int32 = self.group.config.num_experts, np.dtype(np.int32)
-        experts = self.axes.entry("experts") if num == self.num_experts else None
+        num, int32 = self.num_routed, np.dtype(np.int32)
+        is_split = not self.has_placement and num == self.num_experts
+        experts = self.axes.entry("experts") if is_split else None
         return {
             "tokens_per_expert": ArraySpec(shape=(num,), dtype=int32, partition=(experts,)),
             "num_dropped": ArraySpec(shape=(), dtype=int32, partition=()),

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ep._src.balancing.arrays import PlacementArrays
+from jax_ep._src.public import set_module
 from jax_ep.flax._sources import LAYOUTS, Source, find_sources
 
 # What the dimensions of a layer's arrays are: experts (with those that pad), all that the router
@@ -42,6 +44,7 @@ class _Target:
     on_default_device: bool = False
 
 
+@set_module("jax_ep.flax")
 def load_experts(
     layer: Any = None,
     *,
@@ -65,6 +68,7 @@ def load_experts(
     shared_expert_gate: Any = None,
     dense_layout: str | None = None,
     pad_experts: bool | int = False,
+    placement: PlacementArrays | None = None,
     dtype: Any = None,
 ) -> dict[str, Any]:
     """Puts the weights of a checkpoint into arrays as `jax_ep.flax`'s layers have them.
@@ -118,6 +122,8 @@ def load_experts(
         pad_experts: whether experts of zeros follow, up to the number that `layer` has, or the
             number of experts that there are then. A layer whose `EpConfig.pad_experts` is True
             does so without being told. The router gets no columns for them.
+        placement: where `replicas` is "stored" in a Linen layer, or without a layer: what is made
+            has an expert for each slot, `[P, ...]`. An NNX layer has its own.
         dtype: of what is returned without a layer; None: as it comes. The router's is float32.
 
     Returns:
@@ -135,7 +141,8 @@ def load_experts(
     params = _params_of(layer)
     if params is not None:
         _check_names(sources, params)
-    sizes, num_experts = _sizes(sources, params, layer, pad_experts)
+    slots = _slots(layer, placement)
+    sizes, num_experts = _sizes(sources, params, layer, pad_experts, slots)
     of = "the rest" if params is None else "the layer"
     for name, source in sources.items():
         in_checkpoint = [num_experts if dim == "L" else _size(sizes, dim) for dim in _DIMS[name]]
@@ -144,7 +151,7 @@ def load_experts(
     for name in tuple(sources):
         source = sources.pop(name)  # so that what it has read may be forgotten
         param = None if params is None else params[name]
-        made[name] = _make(source, _target(name, source, sizes, param, dtype))
+        made[name] = _make(source, _target(name, source, sizes, param, dtype), slots)
         if hasattr(param, "set_value"):
             param.set_value(made[name])
     return made
@@ -211,6 +218,7 @@ def _sizes(
     params: Mapping[str, Any] | None,
     layer: Any,
     pad_experts: bool | int,
+    slots: np.ndarray | None,
 ) -> tuple[dict[str, int], int]:
     """The size of each dimension in the layer, and how many experts the checkpoint should have."""
     known = [] if params is None else [(n, _array(value).shape) for n, value in params.items()]
@@ -221,6 +229,13 @@ def _sizes(
     counts = [source.num_experts for source in sources.values() if source.per_expert]
     if not counts:
         return sizes, 0
+    if slots is not None:
+        sizes["L"] = sizes["L"] if params is not None else len(slots)
+        if sizes["L"] != len(slots):
+            raise ValueError(
+                f"placement has {len(slots)} slots; allowed: {sizes['L']}, as the layer has"
+            )
+        return sizes, int(slots.max()) + 1
     if params is None and pad_experts is not False:
         if isinstance(pad_experts, bool) or pad_experts < counts[0]:
             raise ValueError(
@@ -229,13 +244,28 @@ def _sizes(
             )
         sizes["L"] = pad_experts
         return sizes, counts[0]
-    of_config = getattr(getattr(getattr(layer, "spec", None), "group", None), "config", None)
-    of_router = getattr(of_config, "num_experts", None if params is None else sizes.get("E"))
+    of_router = None if params is None else sizes.get("E")
+    of_router = getattr(getattr(layer, "spec", None), "num_routed", of_router)
     may_pad = pad_experts or of_router == counts[0]
     # What is not padding can be selected, and has to be in the checkpoint.
     if of_router is not None and of_router not in (sizes["L"], counts[0]):
         return sizes, of_router
     return sizes, counts[0] if may_pad and counts[0] < sizes["L"] else sizes["L"]
+
+
+def _slots(layer: Any, placement: PlacementArrays | None) -> np.ndarray | None:
+    """The expert of each slot, -1 where there is none; None: experts come in their order."""
+    spec = getattr(layer, "spec", None)
+    if spec is not None and placement is not None:
+        raise ValueError("placement is given, and the layer has its own; allowed with it: None")
+    if spec is not None and spec.replicas == "stored":
+        placement = layer.placement
+    if placement is not None and not isinstance(placement, PlacementArrays):
+        raise ValueError(
+            f"placement is a {type(placement).__name__}; allowed: None, or the PlacementArrays "
+            "that ExpertPlacement.layer gives"
+        )
+    return None if placement is None else np.asarray(placement.slot_expert)
 
 
 def _size(sizes: Mapping[str, int], dim: str | int) -> int:
@@ -256,7 +286,7 @@ def _target(name: str, source: Source, sizes: Mapping[str, int], param: Any, dty
 # --- arrays ------------------------------------------------------------------------------------
 
 
-def _make(source: Source, target: _Target) -> Any:
+def _make(source: Source, target: _Target, slots: np.ndarray | None) -> Any:
     """The whole array, or the shards of it that this process has."""
     blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
@@ -264,7 +294,7 @@ def _make(source: Source, target: _Target) -> Any:
         # Devices that are alike along other axes of the mesh share a block.
         key = tuple(s.indices(n) for s, n in zip(index, target.shape, strict=True))
         if key not in blocks:
-            blocks[key] = _read_block(source, key, target.dtype)
+            blocks[key] = _read_block(source, key, target.dtype, slots)
         return blocks[key]
 
     if target.sharding is None:
@@ -274,13 +304,17 @@ def _make(source: Source, target: _Target) -> Any:
 
 
 def _read_block(
-    source: Source, key: tuple[tuple[int, int, int], ...], dtype: np.dtype
+    source: Source,
+    key: tuple[tuple[int, int, int], ...],
+    dtype: np.dtype,
+    slots: np.ndarray | None,
 ) -> np.ndarray:
     if not source.per_expert:
         return np.ascontiguousarray(source.read()[tuple(slice(*k) for k in key)], dtype)
     experts, rest = range(*key[0]), tuple(slice(*k) for k in key[1:])
     out = np.zeros((len(experts), *(len(range(*k)) for k in key[1:])), dtype)
-    for row, expert in zip(out, experts, strict=True):
-        if expert < source.shape[0]:
+    for row, number in zip(out, experts, strict=True):
+        expert = number if slots is None else int(slots[number])
+        if 0 <= expert < source.shape[0]:
             row[...] = source.read(expert)[rest]
     return out

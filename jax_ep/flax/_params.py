@@ -60,6 +60,11 @@ class ArraySpec:
         return init_experts
 
 
+def everywhere(array: jax.Array) -> ArraySpec:
+    """Of an array that all devices have."""
+    return ArraySpec(shape=array.shape, dtype=array.dtype, partition=(None,) * array.ndim)
+
+
 def zeros(mesh: jax.sharding.Mesh, spec: ArraySpec) -> jax.Array:
     """An array of zeros on the devices where the layer has it, not on the default one.
 

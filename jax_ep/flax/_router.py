@@ -38,12 +38,16 @@ def logits_of(spec: LayerSpec, params: Mapping[str, jax.Array], tokens: Tokens) 
 
 
 def choose(
-    spec: LayerSpec, logits: jax.Array | None, bias: jax.Array | None, tokens: Tokens
+    spec: LayerSpec,
+    logits: jax.Array | None,
+    bias: jax.Array | None,
+    expert_mask: jax.Array | None,
+    tokens: Tokens,
 ) -> tuple[jax.Array, jax.Array]:
     """`topk_idx`, `topk_weights`: those that came with the tokens, else what the logits say."""
     if "topk_idx" not in tokens:
         assert logits is not None
-        topk_idx, topk_weights = spec.route(logits, bias)
+        topk_idx, topk_weights = spec.route(logits, bias, expert_mask)
     else:
         topk_idx = tokens["topk_idx"]
         if "topk_weights" in tokens:

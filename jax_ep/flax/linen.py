@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_ep._src.balancing.arrays import PlacementArrays
 from jax_ep._src.experts.kinds import Activation, Experts
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.moe import Weigh
 from jax_ep._src.routing import GroupScore, Score
-from jax_ep.flax import _layer, _params
+from jax_ep.flax import _layer, _params, _placed
 from jax_ep.flax._apply import apply
-from jax_ep.flax._layer import LayerStats, Router
+from jax_ep.flax._layer import Replicas, Router
 from jax_ep.flax._params import Initializer
+from jax_ep.flax._stats import LayerStats, Stats
 
-__all__ = ["BIAS", "STATS", "LayerStats", "MoE", "update_bias"]
+__all__ = ["BIAS", "PLACEMENT", "STATS", "LayerStats", "MoE", "set_placement", "update_bias"]
 
 STATS = "moe_stats"
 """Collection of the statistics of a call; apply with `mutable=[STATS]` to get them."""
@@ -26,8 +28,11 @@ STATS = "moe_stats"
 BIAS = "moe_bias"
 """Collection of selection biases, which are not parameters."""
 
+PLACEMENT = "moe_placement"
+"""Collection of the tables that say which copies experts have. Not parameters."""
 
-class PartitionedOnMesh(nn.Partitioned):
+
+class PartitionedOnMesh(nn.Partitioned[jax.Array]):
     """`nn.Partitioned` over a mesh, where names that are no axes of the mesh shard nothing.
 
     Such a name is what `nn.scan` and `nn.vmap` add for the axis along which they stack layers.
@@ -65,6 +70,8 @@ class MoE(nn.Module):
       axis of the group's mesh shards nothing, such as "layers" from
       `nn.scan(metadata_params={nn.PARTITION_NAME: "layers"})`.
     * `BIAS`: `selection_bias`, `[E]` float32; only with `selection_bias=True`. See `update_bias`.
+    * `PLACEMENT`: `slot_expert`, `copies`, `upper`, see `jax_ep.PlacementArrays`; only with a
+      placement. See `set_placement`.
     * `STATS`, sown: `tokens_per_expert`, `num_dropped`, `load_balance_loss`, `router_z_loss`, a
       tuple each with one entry per call, see `LayerStats`. The losses are differentiable.
 
@@ -100,6 +107,13 @@ class MoE(nn.Module):
         param_dtype: of the parameters but the router's, which are float32.
         kernel_init: of one expert's matrices, and of the shared ones.
         router_init: of the router.
+        placement: with which the collection `PLACEMENT` begins, see `jax_ep.flax.nnx.MoE`. In calls
+            that collection counts.
+        num_logical_experts: `E`, where experts have copies. Alone: the placement begins as one for
+            even loads.
+        replicas: "stored" or "expanded": whether there are weights of slots or of experts.
+        renormalize: whether weights make up for selections that are lost, see
+            `jax_ep.flax.nnx.MoE`.
 
     Raises:
         ValueError: an attribute has a value that is not allowed (at `init` and `apply`).
@@ -132,6 +146,10 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
     router_init: Initializer = nn.initializers.lecun_normal()
+    placement: PlacementArrays | None = None
+    num_logical_experts: int | None = None
+    replicas: Replicas = "stored"
+    renormalize: bool = False
 
     def setup(self) -> None:
         """Declares parameters and state."""
@@ -140,7 +158,8 @@ class MoE(nn.Module):
                 f"group has a mesh with axis_types {self.group.mesh.axis_types}; allowed in "
                 "Linen: AxisType.Auto, because nn.Partitioned cannot shard over explicit axes"
             )
-        self.spec = _layer.LayerSpec(
+        self.arrays: PlacementArrays | None = self._placement()
+        self.spec: _layer.LayerSpec = _layer.LayerSpec(
             group=self.group,
             ffn=self.ffn,
             num_shared_experts=self.num_shared_experts,
@@ -166,18 +185,38 @@ class MoE(nn.Module):
             token_spec=self.token_spec,
             partition_names=_layer.as_names(self.partition_names),
             param_dtype=self.param_dtype,
+            replicas=self.replicas,
+            renormalize=self.renormalize,
+            **_placed.sizes_of(self.arrays),
         )
-        params: dict[str, Any] = {}
-        for name, param in self.spec.params().items():
-            init = param.init(self.router_init if name == "router" else self.kernel_init)
-            params[name] = self.param(name, self._boxed(init, param), param.shape, param.dtype)
-        self.weights = params
+        if self.replicas == "expanded":
+            _placed.weight_group(self.spec)  # opened here, where every process comes by
+        params = self.spec.params().items()
+        self.weights: dict[str, Any] = {name: self._param(name, param) for name, param in params}
         mesh, bias = self.group.mesh, self.spec.bias()
-        self.bias = (
+        self.bias: nn.Variable[jax.Array] | None = (
             self.variable(BIAS, "selection_bias", _params.zeros, mesh, bias)
             if self.selection_bias
             else None
         )
+
+    def _placement(self) -> PlacementArrays | None:
+        group = self.group
+        arrays = _placed.initial_placement(group, self.placement, self.num_logical_experts)
+        if arrays is None:
+            return None
+        tables = {}
+        for name, table in _placed.as_tables(arrays).items():
+            spec = _params.everywhere(table)
+            tables[name] = self.variable(
+                PLACEMENT, name, _params.with_sharding, group.mesh, table, spec
+            ).value
+        return _placed.as_arrays(tables, group.num_ranks)
+
+    def _param(self, name: str, param: _params.ArraySpec) -> Any:
+        init = self.router_init if name == "router" else self.kernel_init
+        init = _placed.initializer_of(self.spec, param, init, self.arrays)
+        return self.param(name, self._boxed(init, param), param.shape, param.dtype)
 
     def _boxed(self, init: Initializer, param: _params.ArraySpec) -> Callable[..., Any]:
         """An initializer whose values are where the layer has them, outside of `jit` too."""
@@ -197,6 +236,9 @@ class MoE(nn.Module):
         logits: jax.Array | None = None,
         topk: tuple[jax.Array, jax.Array | None] | None = None,
         router_input: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        rank_mask: jax.Array | None = None,
+        expert_mask: jax.Array | None = None,
     ) -> jax.Array:
         """Runs the layer and sows the statistics of this call into the collection `STATS`.
 
@@ -207,6 +249,9 @@ class MoE(nn.Module):
             logits: `[..., E]`, floating point.
             topk: `(topk_idx [..., K] int32, topk_weights [..., K] float32 or None)`.
             router_input: `[..., H]`, floating point.
+            token_ids: `[...]` int32 or uint32.
+            rank_mask: `[R]` bool, the ranks that take part.
+            expert_mask: `[E]` bool, the experts that may be chosen.
 
         Returns:
             `[..., H]` of `EpConfig.dtype`.
@@ -216,36 +261,51 @@ class MoE(nn.Module):
             EpGroupClosed: the group has been closed.
         """
         out, stats = self.with_stats(
-            x, mask=mask, logits=logits, topk=topk, router_input=router_input
+            x,
+            mask=mask,
+            logits=logits,
+            topk=topk,
+            router_input=router_input,
+            token_ids=token_ids,
+            rank_mask=rank_mask,
+            expert_mask=expert_mask,
         )
         # Variables from init() are passed on to apply(), which would append to what is in there.
         if not self.is_initializing():
-            for name, value in stats.as_dict().items():
-                self.sow(STATS, name, value)
+            for name in self.spec.stats():
+                self.sow(STATS, name, getattr(stats, name))
         return out
 
     def with_stats(
         self,
         x: jax.Array,
         *,
+        stats: Stats = "all",
         routing: bool = False,
         mask: jax.Array | None = None,
         logits: jax.Array | None = None,
         topk: tuple[jax.Array, jax.Array | None] | None = None,
         router_input: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerStats]:
+        token_ids: jax.Array | None = None,
+        rank_mask: jax.Array | None = None,
+        expert_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerStats | None]:
         """Runs the layer and returns the statistics instead of sowing them.
 
         Args:
             x: as in `__call__`.
+            stats: "all", "load" or None, see `jax_ep.flax.nnx.MoE.with_stats`.
             routing: whether the statistics have the logits and the experts of all tokens.
             mask: as in `__call__`.
             logits: as in `__call__`.
             topk: as in `__call__`.
             router_input: as in `__call__`.
+            token_ids: as in `__call__`.
+            rank_mask: as in `__call__`.
+            expert_mask: as in `__call__`.
 
         Returns:
-            What `__call__` returns, and the statistics of this call.
+            What `__call__` returns, and the statistics of this call, or None.
 
         Raises:
             ValueError: as `__call__` does.
@@ -256,12 +316,17 @@ class MoE(nn.Module):
             self.weights,
             None if self.bias is None else self.bias.value,
             x,
+            placement=self.arrays,
             router=self.router,
+            stats=stats,
             routing=routing,
             mask=mask,
             logits=logits,
             topk=topk,
             router_input=router_input,
+            token_ids=token_ids,
+            rank_mask=rank_mask,
+            expert_mask=expert_mask,
         )
 
 
@@ -300,3 +365,28 @@ def update_bias(
             load = sum(loads[1:], loads[0]) if all_calls else loads[-1]
             updated[name] = _layer.updated_bias(value, load, rate)
     return updated
+
+
+def set_placement(tables: Mapping[str, Any], arrays: PlacementArrays) -> dict[str, Any]:
+    """The collection `PLACEMENT` of a layer with another placement.
+
+    Compiled programs go on with it, as it is an operand. With `replicas="stored"` the weights have
+    to move to their slots before the next call, by `jax_ep.move_experts`.
+
+    Args:
+        tables: the layer's part of the collection, `slot_expert`, `copies` and `upper`.
+        arrays: from `ExpertPlacement.layer`, with tables of the same shapes. Of layers that are
+            stacked by `nn.scan`: with a first dimension of layers.
+
+    Returns:
+        What takes the place of `tables`.
+
+    Raises:
+        ValueError: `tables` is something else, or the tables have other shapes.
+    """
+    if set(tables) != set(_placed.TABLES):
+        raise ValueError(
+            f"tables has {sorted(tables)}; allowed: {sorted(_placed.TABLES)}, one layer's part of "
+            f"the collection {PLACEMENT!r}"
+        )
+    return _placed.check_placement(tables, arrays, None)

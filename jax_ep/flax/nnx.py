@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,32 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
+from jax_ep._src.balancing.arrays import PlacementArrays
 from jax_ep._src.experts.kinds import Activation, Experts
 from jax_ep._src.groups.group import EpGroup
 from jax_ep._src.moe import Weigh
 from jax_ep._src.routing import GroupScore, Score
-from jax_ep.flax import _layer, _params
+from jax_ep.flax import _layer, _params, _placed
 from jax_ep.flax._apply import apply
-from jax_ep.flax._layer import LayerStats, Router
+from jax_ep.flax._layer import Replicas, Router
 from jax_ep.flax._params import Initializer
+from jax_ep.flax._stats import LayerStats, Stats
 
-__all__ = ["LayerStats", "MoE", "MoeStat", "SelectionBias"]
+__all__ = ["ExpertMap", "LayerStats", "MoE", "MoeStat", "SelectionBias"]
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()
 
 
-class MoeStat(nnx.Variable):
+class MoeStat(nnx.Variable[jax.Array]):
     """A statistic of the last call of a layer: `nnx.state(model, MoeStat)` has those of a model."""
 
 
-class SelectionBias(nnx.Variable):
+class SelectionBias(nnx.Variable[jax.Array]):
     """`[E]` float32, added to the router's scores when experts are chosen. Not a parameter."""
+
+
+class ExpertMap(nnx.Variable[jax.Array]):
+    """A table of a layer's placement: which copies its experts have. Not a parameter."""
 
 
 class MoE(nnx.Module):
@@ -47,6 +53,14 @@ class MoE(nnx.Module):
     How many rows an expert's device has room for is the group's to say: by default as many as can
     come, with `EpConfig.with_capacity_factor` fewer; what finds no room counts as 0.
 
+    With a `placement` experts have copies: the group's `num_experts` is `P = R * S`, the slots of
+    all ranks, and `E` that of the router, its biases, the losses and the statistics. `replicas`
+    says which weights there are: "stored", for serving: one for each slot, `[P, ...]`; copies begin
+    alike, and training would make them differ. "expanded", for training: one for each expert,
+    `[E, ...]`, copied to the slots in each call, where gradients of copies are added up; the layer
+    makes a group of its own for that, with room on each rank for the largest array of its slots,
+    which is closed with `group`. `R` has to divide `E` then.
+
     Parameters (`nnx.Param`), whose metadata shards them over the group's axes:
 
     * `router`: `[H, E]` float32, replicated; `router_bias`: `[E]` float32, if asked for.
@@ -60,10 +74,30 @@ class MoE(nnx.Module):
     Other variables:
 
     * `selection_bias` (`SelectionBias`): `[E]` float32; only with `selection_bias=True`.
+    * `slot_expert`, `copies`, `upper` (`ExpertMap`): see `jax_ep.PlacementArrays`; only with a
+      placement. Replaced by `set_placement`, which compiles nothing again.
     * `tokens_per_expert`, `num_dropped`, `load_balance_loss`, `router_z_loss` (`MoeStat`): of the
       last call, see `LayerStats`. The losses are differentiable: add them to the objective inside
       of the function that is differentiated.
     """
+
+    if TYPE_CHECKING:  # `__init__` sets them by name, and those of other kinds of experts
+        router: Any  # Param, or what was passed
+        router_bias: nnx.Param[jax.Array]
+        w_gate: nnx.Param[jax.Array]
+        w_up: nnx.Param[jax.Array]
+        w_down: nnx.Param[jax.Array]
+        shared_gate: nnx.Param[jax.Array]
+        shared_up: nnx.Param[jax.Array]
+        shared_down: nnx.Param[jax.Array]
+        shared_expert_gate: nnx.Param[jax.Array]
+        slot_expert: ExpertMap
+        copies: ExpertMap
+        upper: ExpertMap
+        tokens_per_expert: MoeStat
+        num_dropped: MoeStat
+        load_balance_loss: MoeStat
+        router_z_loss: MoeStat
 
     def __init__(
         self,
@@ -95,6 +129,10 @@ class MoE(nnx.Module):
         param_dtype: Any = jnp.float32,
         kernel_init: Initializer = _LECUN_NORMAL,
         router_init: Initializer = _LECUN_NORMAL,
+        placement: PlacementArrays | None = None,
+        num_logical_experts: int | None = None,
+        replicas: Replicas = "stored",
+        renormalize: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         """Makes the layer; sizes that the group's config has come from there.
@@ -142,12 +180,21 @@ class MoE(nnx.Module):
                 converted to `EpConfig.dtype` for every call.
             kernel_init: of one expert's matrices, and of the shared ones.
             router_init: of the router.
+            placement: where experts and their copies are, as `ExpertPlacement.layer` gives it.
+                None: experts have no copies, or with `num_logical_experts` as a placement for even
+                loads says.
+            num_logical_experts: `E`, where there are copies. None: that of the placement.
+            replicas: "stored" or "expanded": whether there are weights of slots or of experts.
+            renormalize: whether the weights of a token of which selections are lost, to a
+                `rank_mask` or because an expert has no copy, are multiplied by the sum of all of
+                them over the sum of those that are left.
             rngs: gives keys from its stream "params".
 
         Raises:
             ValueError: an argument has a value that is not allowed; the message names it.
         """
-        self.spec = _layer.LayerSpec(
+        arrays = _placed.initial_placement(group, placement, num_logical_experts)
+        self.spec: _layer.LayerSpec = _layer.LayerSpec(
             group=group,
             ffn=ffn,
             num_shared_experts=num_shared_experts,
@@ -173,17 +220,28 @@ class MoE(nnx.Module):
             token_spec=token_spec,
             partition_names=_layer.as_names(partition_names),
             param_dtype=param_dtype,
+            replicas=replicas,
+            renormalize=renormalize,
+            **_placed.sizes_of(arrays),
         )
+        if replicas == "expanded":
+            _placed.weight_group(self.spec)  # opened here, where every process comes by
         if router is not None:
             self.router = router
         for name, param in self.spec.params().items():
-            init = param.init(router_init if name == "router" else kernel_init)
+            init = router_init if name == "router" else kernel_init
+            init = _placed.initializer_of(self.spec, param, init, arrays)
             init = self._partitioned(init, param)
             setattr(self, name, nnx.Param(init(rngs.params(), param.shape, param.dtype)))
         bias = self.spec.bias()
-        self.selection_bias = SelectionBias(self._zeros(bias)) if selection_bias else None
+        self.selection_bias: SelectionBias | None = (
+            SelectionBias(self._zeros(bias)) if selection_bias else None
+        )
         for name, stat in self.spec.stats().items():
             setattr(self, name, MoeStat(self._zeros(stat)))
+        if arrays is not None:
+            for name, table in _placed.as_tables(arrays).items():
+                setattr(self, name, ExpertMap(self._everywhere(table)))
 
     def _partitioned(self, init: Initializer, param: _params.ArraySpec) -> Initializer:
         """An initializer whose values are where the layer has them, with metadata that says so."""
@@ -204,6 +262,13 @@ class MoE(nnx.Module):
             init = nnx.with_partitioning(init, array.partition, mesh=mesh)
         return init(array)
 
+    def _everywhere(self, table: jax.Array) -> Any:
+        """The value of a variable that all devices have."""
+        array = _params.everywhere(table)
+        mesh = self.spec.group.mesh
+        init = functools.partial(_params.with_sharding, mesh)
+        return nnx.with_partitioning(init, array.partition, mesh=mesh)(table, array)
+
     def __call__(
         self,
         x: jax.Array,
@@ -212,6 +277,9 @@ class MoE(nnx.Module):
         logits: jax.Array | None = None,
         topk: tuple[jax.Array, jax.Array | None] | None = None,
         router_input: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        rank_mask: jax.Array | None = None,
+        expert_mask: jax.Array | None = None,
     ) -> jax.Array:
         """Runs the layer and keeps the statistics of this call.
 
@@ -225,6 +293,18 @@ class MoE(nnx.Module):
                 place of those that the logits say. With None for the weights: those that the logits
                 give these experts, as when routing is replayed.
             router_input: `[..., H]`, floating point, what the router sees in the place of `x`.
+            token_ids: `[...]` int32 or uint32, what stands for each token where one of an expert's
+                copies is chosen, see `jax_ep.place`: with it a token of a rank goes to the same
+                copies whatever tokens are beside it. Without effect where experts have no copies.
+            rank_mask: `[R]` bool, the ranks of the group that take part, see `jax_ep.dispatch`;
+                None: all. An operand, which may change from call to call. Selections of the others'
+                experts, and of their tokens, are lost; shared experts do not see it. The others may
+                be drained, and not absent: all devices add up the statistics that this method
+                keeps. With `with_stats(..., stats="load")` they may be absent, too, but for what
+                `tensor_axes`, `fsdp_axes` and `replicas="expanded"` exchange.
+            expert_mask: `[E]` bool, False for experts that no token may choose, see
+                `jax_ep.route`, such as those of ranks that are left out; None: all. An operand.
+                Losses see the logits as they are.
 
         Returns:
             `[..., H]` of `EpConfig.dtype`.
@@ -234,21 +314,66 @@ class MoE(nnx.Module):
             EpGroupClosed: the group has been closed.
         """
         # Not by `with_stats`: what nnx.tabulate shows of a public method has to be arrays.
-        out, stats = self._apply(x, mask=mask, logits=logits, topk=topk, router_input=router_input)
-        for name, value in stats.as_dict().items():
-            getattr(self, name).set_value(value)
+        out, stats = self._apply(
+            x,
+            mask=mask,
+            logits=logits,
+            topk=topk,
+            router_input=router_input,
+            token_ids=token_ids,
+            rank_mask=rank_mask,
+            expert_mask=expert_mask,
+        )
+        for name in self.spec.stats():
+            getattr(self, name).set_value(getattr(stats, name))
         return out
+
+    @overload
+    def with_stats(
+        self,
+        x: jax.Array,
+        *,
+        stats: Literal["all", "load"] = ...,
+        routing: bool = ...,
+        mask: jax.Array | None = ...,
+        logits: jax.Array | None = ...,
+        topk: tuple[jax.Array, jax.Array | None] | None = ...,
+        router_input: jax.Array | None = ...,
+        token_ids: jax.Array | None = ...,
+        rank_mask: jax.Array | None = ...,
+        expert_mask: jax.Array | None = ...,
+    ) -> tuple[jax.Array, LayerStats]: ...
+
+    @overload
+    def with_stats(
+        self,
+        x: jax.Array,
+        *,
+        stats: None,
+        routing: bool = ...,
+        mask: jax.Array | None = ...,
+        logits: jax.Array | None = ...,
+        topk: tuple[jax.Array, jax.Array | None] | None = ...,
+        router_input: jax.Array | None = ...,
+        token_ids: jax.Array | None = ...,
+        rank_mask: jax.Array | None = ...,
+        expert_mask: jax.Array | None = ...,
+    ) -> tuple[jax.Array, None]: ...
 
     def with_stats(
         self,
         x: jax.Array,
         *,
+        stats: Stats = "all",
         routing: bool = False,
         mask: jax.Array | None = None,
         logits: jax.Array | None = None,
         topk: tuple[jax.Array, jax.Array | None] | None = None,
         router_input: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerStats]:
+        token_ids: jax.Array | None = None,
+        rank_mask: jax.Array | None = None,
+        expert_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerStats | None]:
         """Runs the layer and returns the statistics; changes no variable.
 
         So it also works in a function that JAX's own `grad`, `checkpoint` or `scan` transforms
@@ -256,29 +381,78 @@ class MoE(nnx.Module):
 
         Args:
             x: as in `__call__`.
+            stats: "all": over all devices, with losses, which takes collectives. "load": what each
+                device knows, without any collective, see `LayerStats`. None: no statistics.
             routing: whether the statistics have the logits and the experts of all tokens, for
                 losses of one's own.
             mask: as in `__call__`.
             logits: as in `__call__`.
             topk: as in `__call__`.
             router_input: as in `__call__`.
+            token_ids: as in `__call__`.
+            rank_mask: as in `__call__`.
+            expert_mask: as in `__call__`.
 
         Returns:
-            What `__call__` returns, and the statistics of this call.
+            What `__call__` returns, and the statistics of this call, or None.
 
         Raises:
             ValueError: as `__call__` does.
             EpGroupClosed: as `__call__` does.
         """
         return self._apply(
-            x, routing=routing, mask=mask, logits=logits, topk=topk, router_input=router_input
+            x,
+            stats=stats,
+            routing=routing,
+            mask=mask,
+            logits=logits,
+            topk=topk,
+            router_input=router_input,
+            token_ids=token_ids,
+            rank_mask=rank_mask,
+            expert_mask=expert_mask,
         )
 
-    def _apply(self, x: jax.Array, **options: Any) -> tuple[jax.Array, LayerStats]:
+    def _apply(self, x: jax.Array, **options: Any) -> tuple[jax.Array, LayerStats | None]:
         params = {name: getattr(self, name).get_value() for name in self.spec.params()}
         bias = None if self.selection_bias is None else self.selection_bias.get_value()
         router: Any = None if self.spec.has_router else self.router
-        return apply(self.spec, params, bias, x, router=router, **options)
+        return apply(self.spec, params, bias, x, placement=self.placement, router=router, **options)
+
+    @property
+    def placement(self) -> PlacementArrays | None:
+        """Where experts and their copies are; None: they have no copies."""
+        if not self.spec.has_placement:
+            return None
+        tables = {name: table.get_value() for name, table in self._tables().items()}
+        return _placed.as_arrays(tables, self.spec.group.num_ranks)
+
+    def set_placement(self, arrays: PlacementArrays) -> None:
+        """Replaces the placement. Compiled programs go on with it, as it is an operand.
+
+        With `replicas="stored"` the weights have to move to their slots before the next call, by
+        `jax_ep.move_experts`; with "expanded" nothing else is to be done.
+
+        Args:
+            arrays: of this layer, from `ExpertPlacement.layer`, with tables of the same shapes. Of
+                layers that are stacked by `nnx.vmap`: with a first dimension of layers.
+
+        Raises:
+            ValueError: the tables have other shapes, or the layer has no placement.
+        """
+        if not self.spec.has_placement:
+            raise ValueError(
+                "placement is None for this MoE; allowed for set_placement: a layer that was made "
+                "with placement or num_logical_experts"
+            )
+        old = {name: table.get_value() for name, table in self._tables().items()}
+        new = _placed.check_placement(old, arrays, self.spec.group.num_ranks)
+        for name, table in self._tables().items():
+            table.set_value(new[name])
+
+    def _tables(self) -> dict[str, ExpertMap]:
+        own: dict[str, Any] = vars(self)  # set by name in __init__
+        return {name: own[name] for name in _placed.TABLES}
 
     def update_bias(self, rate: float, tokens_per_expert: jax.Array | None = None) -> None:
         """One step of balancing without an auxiliary loss, by the load of the last call.

@@ -65,3 +65,7 @@ __all__ = [
     "silu",
     "update_bias",
 ]
+
+# What `help()`, reprs and pickle say, in the place of the private modules.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

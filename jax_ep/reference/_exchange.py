@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from jax_ep.reference._plan import Plan
+from jax_ep.reference._plan import Plan, checked_missing
 from jax_ep.reference._plan import plan as make_plan
 from jax_ep.reference._rounding import (
     QuantizedRows,
@@ -59,6 +59,8 @@ def dispatch(
     expert_alignment: int = 1,
     drop: str = "rows",
     pad_experts: bool = False,
+    rank_mask: ArrayLike | None = None,
+    missing: ArrayLike | None = None,
 ) -> Dispatched:
     """Sends every token to the ranks that host its experts.
 
@@ -76,6 +78,8 @@ def dispatch(
         expert_alignment: see `reference.plan`.
         drop: see `reference.plan`.
         pad_experts: see `reference.plan`.
+        rank_mask: see `reference.plan`. What a rank that takes no part receives is empty.
+        missing: see `reference.plan`.
     """
     plan = make_plan(
         topk_idx,
@@ -86,6 +90,8 @@ def dispatch(
         expert_alignment=expert_alignment,
         drop=drop,
         pad_experts=pad_experts,
+        rank_mask=rank_mask,
+        missing=missing,
     )
     _check_formats(wire_dtype, recv_dtype, x_is_quantized=isinstance(x, QuantizedRows))
     if wire_dtype is None:
@@ -184,6 +190,7 @@ def combine(
     dtype: DTypeLike | None = None,
     exact_bits: bool = True,
     domain_size: int | None = None,
+    missing: ArrayLike | None = None,
 ) -> np.ndarray:
     """Sums every token's rows, times their weights, where the token came from.
 
@@ -197,11 +204,15 @@ def combine(
             by at most `combine_error_bound`.
         domain_size: consecutive ranks whose sum is rounded before it is added to those of the
             others; None: all are one domain.
+        missing: `[R, R]` bool: whether the rank of the row did not get the rows of that of the
+            column, here or in the dispatch: then its sums have nothing of them. None: all got all.
 
     Returns:
         `[R, T, H]`.
     """
     domain_size = _checked_domain_size(plan, domain_size)
+    if missing is not None:
+        plan = _without_missing(plan, missing)
     if not exact_bits:
         return _sum_terms(
             np.asarray(y), plan, weights, domain_size, np.float64, _plain_fma, lambda v: v
@@ -215,6 +226,13 @@ def combine(
         lambda v: round_to(v, rounded).astype(np.float32),
     )  # fmt: skip
     return round_to(out, rounded)
+
+
+def _without_missing(plan: Plan, missing: ArrayLike) -> Plan:
+    missing = checked_missing(missing, plan.topk_idx.shape[0])
+    owner = np.where(plan.topk_idx >= 0, plan.topk_idx // plan.num_local_experts, 0)
+    source = np.arange(len(missing))[:, None, None]
+    return dataclasses.replace(plan, slot=np.where(missing[source, owner], -1, plan.slot))
 
 
 def _checked_domain_size(plan: Plan, domain_size: int | None) -> int:

@@ -80,6 +80,7 @@ def route(
     normalize: bool = True,
     epsilon: float = 1e-20,
     scale: float = 1.0,
+    expert_mask: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses every token's experts and their weights.
 
@@ -96,11 +97,16 @@ def route(
         normalize: divide a token's weights by their sum plus
         epsilon: unless both are 0.
         scale: then multiply them by this.
+        expert_mask: `[E]` bool, the experts that may be chosen; the logits of the others are -inf,
+            and in the score of a group they count as 0. Where there are fewer than `K`, the rest
+            are -1, with weights of 0.
 
     Returns:
         `topk_idx [T, K]` int32, largest biased score first, and `topk_weights [T, K]` float64.
     """
     logits = np.asarray(logits).astype(np.float64)
+    may_be = np.ones(logits.shape[1], bool) if expert_mask is None else np.asarray(expert_mask)
+    logits = np.where(may_be, logits, -np.inf)
     scores = _scores(logits, score)
     num_tokens, num_experts = scores.shape
     topk_idx = np.zeros((num_tokens, num_topk), np.int32)
@@ -109,18 +115,29 @@ def route(
         ranked = scores[token].copy()
         if bias is not None:
             ranked += np.asarray(bias).astype(np.float64)
+        ranked[~may_be] = -np.inf
         if num_groups is not None:
             groups = ranked.reshape(num_groups, num_experts // num_groups)
             counted = {"top2": 2, "max": 1}[group_score]
-            group_scores = np.array([np.sort(group)[-counted:].sum() for group in groups])
+            group_scores = np.array([_group_score(group, counted) for group in groups])
             for group in _largest(group_scores, num_groups)[num_topk_groups:]:
                 groups[group] = -np.inf
-        topk_idx[token] = _largest(ranked, num_topk)
-        weights = scores[token, topk_idx[token]]
+        chosen = np.array(_largest(ranked, num_topk))
+        is_one = ranked[chosen] > -np.inf if expert_mask is not None else chosen >= 0
+        topk_idx[token] = np.where(is_one, chosen, -1)
+        weights = np.where(is_one, scores[token, chosen], 0.0)
         if normalize:
             weights = weights / ((weights.sum() + epsilon) or 1.0)
         topk_weights[token] = weights * scale
     return topk_idx, topk_weights
+
+
+def _group_score(ranked: np.ndarray, counted: int) -> float:
+    """The sum of the largest; -inf for a group of which no expert may be chosen."""
+    largest = np.sort(ranked)[-counted:]
+    if (largest == -np.inf).all():
+        return -np.inf
+    return float(largest[largest > -np.inf].sum())
 
 
 def route_expert_choice(logits: ArrayLike, *, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -230,6 +247,8 @@ def moe(
     recv_capacity: int | None = None,
     capacity_factor: float | None = None,
     expert_alignment: int = 1,
+    rank_mask: ArrayLike | None = None,
+    renormalize: bool = False,
 ) -> np.ndarray:
     """Dispatch, gated FFN of every row, combine; with the drops that the capacity causes.
 
@@ -246,6 +265,9 @@ def moe(
         recv_capacity: see `plan`.
         capacity_factor: see `plan`.
         expert_alignment: see `plan`.
+        rank_mask: see `plan`.
+        renormalize: with a `rank_mask`: multiply a token's remaining weights by the sum of all of
+            its selections' over that of the remaining ones.
 
     Returns:
         `[R, T, H]` float64.
@@ -263,7 +285,10 @@ def moe(
         recv_capacity=recv_capacity,
         capacity_factor=capacity_factor,
         expert_alignment=expert_alignment,
+        rank_mask=rank_mask,
     )
+    if renormalize:
+        topk_weights = _renormalized(topk_weights, np.asarray(topk_idx), recv.plan.topk_idx)
     rows = recv.x
     assert isinstance(rows, np.ndarray)  # as `dtype` says, which no `recv_dtype` overrides here
     y = np.zeros_like(rows)
@@ -275,6 +300,13 @@ def moe(
         # Weighted here, because in layout "rank" a row can be for several experts.
         y[at] += topk_weights[source, token, k] * value
     return combine(y, recv.plan, exact_bits=False)
+
+
+def _renormalized(weights: np.ndarray, asked: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+    """Weights of what remains of the selections that were asked for."""
+    of_all = np.where(asked >= 0, weights, 0.0).sum(axis=-1, keepdims=True)
+    of_rest = np.where(remaining >= 0, weights, 0.0).sum(axis=-1, keepdims=True)
+    return weights * np.where(of_rest == 0, 1.0, of_all / np.where(of_rest == 0, 1.0, of_rest))
 
 
 def moe_dense(

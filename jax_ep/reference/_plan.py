@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,8 +18,8 @@ class Plan:
         layout: "expert" or "rank".
         num_experts: `E`, at most `R * L`; expert `e` is local expert `e % L` of rank `e // L`.
         capacity: `C`.
-        topk_idx: `[R, T, K]` as given.
-        slot: `[R, T, K]` row of a selection at its destination; -1: none, or dropped.
+        topk_idx: `[R, T, K]` as given; -1 where `rank_mask` leaves a selection out.
+        slot: `[R, T, K]` row of a selection at its destination; -1: none, dropped, or not arrived.
         row_source: `[R, C]` source rank * T + source token; -1: the row holds no token.
         row_topk_idx: `[R, C, K]` local expert or -1; None in layout "expert".
         group_sizes: `[R, L]` rows of each expert, padding included; layout "rank": `[R, R]` rows
@@ -54,6 +55,8 @@ def plan(
     expert_alignment: int = 1,
     drop: str = "rows",
     pad_experts: bool = False,
+    rank_mask: ArrayLike | None = None,
+    missing: ArrayLike | None = None,
 ) -> Plan:
     """Gives every selection its row.
 
@@ -68,6 +71,11 @@ def plan(
         drop: "rows": rows past `C` are dropped; "even": each expert keeps its fair share first.
             Layout "expert" only.
         pad_experts: whether experts that nobody selects may follow, up to a multiple of `R`.
+        rank_mask: `[R]` bool, the ranks that take part. Selections of the others, and those of
+            their experts, are -1 in all that follows, `Plan.topk_idx` too. None: all take part.
+        missing: `[R, R]` bool: whether the rank of the row did not get the data of that of the
+            column, whose selections are then -1 for the first, though not in `Plan.topk_idx`.
+            None: all got all.
 
     Raises:
         ValueError: an index is out of range or repeated within a token.
@@ -78,6 +86,20 @@ def plan(
         raise ValueError(f"num_experts is {num_experts}; it must be a multiple of {num_ranks}")
     _check_indices(topk_idx, num_experts)
     num_local = -(-num_experts // num_ranks)
+    if rank_mask is not None:
+        topk_idx = _of_ranks_that_take_part(topk_idx, num_local, rank_mask)
+    if missing is not None:
+        return _of_what_arrives(
+            topk_idx,
+            missing,
+            num_experts=num_experts,
+            layout=layout,
+            recv_capacity=recv_capacity,
+            capacity_factor=capacity_factor,
+            expert_alignment=expert_alignment,
+            drop=drop,
+            pad_experts=pad_experts,
+        )
     if recv_capacity is None:
         rows_per_token = min(num_topk, num_local) if layout == "expert" else 1
         rows = num_ranks * num_tokens * rows_per_token
@@ -96,6 +118,53 @@ def plan(
     if layout == "rank" and expert_alignment == 1:
         return _plan_rank_rows(topk_idx, num_experts, recv_capacity)
     raise ValueError(f"layout {layout!r} with expert_alignment {expert_alignment} is not defined")
+
+
+def _of_ranks_that_take_part(
+    topk_idx: np.ndarray, num_local: int, rank_mask: ArrayLike
+) -> np.ndarray:
+    rank_mask = np.asarray(rank_mask, bool)
+    if rank_mask.shape != topk_idx.shape[:1]:
+        raise ValueError(f"rank_mask has shape {rank_mask.shape}; it must be {topk_idx.shape[:1]}")
+    kept = topk_idx.copy()
+    for rank, token, k in np.argwhere(topk_idx >= 0):
+        if not (rank_mask[rank] and rank_mask[topk_idx[rank, token, k] // num_local]):
+            kept[rank, token, k] = -1
+    return kept
+
+
+def checked_missing(missing: ArrayLike, num_ranks: int) -> np.ndarray:
+    """`missing` as an array.
+
+    Raises:
+        ValueError: it is not `[R, R]`, or a rank misses itself.
+    """
+    missing = np.asarray(missing, bool)
+    if missing.shape != (num_ranks, num_ranks):
+        raise ValueError(f"missing has shape {missing.shape}; it must be {(num_ranks,) * 2}")
+    if missing.diagonal().any():
+        raise ValueError("missing has True on its diagonal; no rank misses itself")
+    return missing
+
+
+def _of_what_arrives(topk_idx: np.ndarray, missing: ArrayLike, **kwargs: Any) -> Plan:
+    """Each rank's rows as in the plan of what it got."""
+    missing = checked_missing(missing, topk_idx.shape[0])
+    of_rank = [
+        plan(np.where(lost[:, None, None], -1, topk_idx), **kwargs)
+        for lost in missing  # by the rank at which rows arrive
+    ]
+    owner = np.where(topk_idx >= 0, topk_idx // of_rank[0].num_local_experts, 0)
+    slots = np.stack([of_one.slot for of_one in of_rank])
+    names = ["row_source", "group_sizes", "tokens_per_expert", "num_dropped"]
+    if kwargs["layout"] == "rank":
+        names.append("row_topk_idx")
+    own: dict[str, Any] = {
+        name: np.stack([getattr(of_one, name)[rank] for rank, of_one in enumerate(of_rank)])
+        for name in names
+    }
+    slot = np.take_along_axis(slots, owner[None], axis=0)[0]
+    return dataclasses.replace(of_rank[0], topk_idx=topk_idx, slot=slot, **own)
 
 
 def _check_indices(topk_idx: np.ndarray, num_experts: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ep_launch import standing
+from ep_launch import emulated_hosts, standing
 from ep_launch.placement import Placement
 from ep_launch.processes import free_port
 
@@ -93,6 +93,7 @@ def run_ranks(
     placement: Placement = Placement.SHARED,
     deadline: float = 240.0,
     each: Callable[[int, list[Any]], None] | None = None,
+    host_ranks: int | None = None,
 ) -> list[RankRun]:
     """Runs the cases, one after another, in the processes of a placement.
 
@@ -105,6 +106,7 @@ def run_ranks(
         deadline: seconds after which processes that are still running are killed, after they have
             printed where they stand.
         each: called with a case's number and the ranks' values as soon as all ranks have them.
+        host_ranks: if so many processes each are to be on hosts in name alone, how many.
 
     Returns:
         What became of each rank, by rank; fails nothing by itself.
@@ -117,7 +119,7 @@ def run_ranks(
     environment |= {standing.VARIABLE: str(standings)}
     tell = _Telling(folder, num_ranks, each)
     processes = [
-        _start([str(folder), *group, str(i)], folder / f"log{i}", environment)
+        _start([str(folder), *group, str(i)], folder / f"log{i}", environment, _host(i, host_ranks))
         for i in range(num_processes)
     ]
     try:
@@ -143,8 +145,12 @@ def run_ranks(
     ]
 
 
+def _host(process: int, host_ranks: int | None) -> list[str]:
+    return [] if host_ranks is None else emulated_hosts.on_host(f"node{process // host_ranks}")
+
+
 def _start(
-    args: list[str], log_path: pathlib.Path, environment: dict[str, str]
+    args: list[str], log_path: pathlib.Path, environment: dict[str, str], before: list[str]
 ) -> subprocess.Popen:
     testing = pathlib.Path(__file__).parents[1]
     variables = {
@@ -156,7 +162,7 @@ def _start(
     }
     with open(log_path, "w") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "ep_launch.rank_main", *args],
+            [*before, sys.executable, "-P", "-m", "ep_launch.rank_main", *args],
             env=os.environ | variables | environment,
             stdin=subprocess.PIPE,
             stdout=log,

@@ -84,6 +84,7 @@ class _Evaluation:
             "glob": self._glob,
             "load": lambda *args, **aliases: names.update(self._load(*args, **aliases)),
             "native": SimpleNamespace(package_name=lambda: self.package),
+            "provider": _Anything().provider,
             "rule": lambda implementation, **_: self._rule(
                 implementation.__name__.strip("_").removesuffix("_impl")
             ),
@@ -102,24 +103,30 @@ class _Evaluation:
         wanted = {**{name: name for name in names}, **aliases}
         if label.startswith("@jax_ep_cuda"):
             return {"HAVE_CUDA": True, "WHY_NO_CUDA": None}
+        if label.startswith("@jax_ep_nvshmem"):
+            return {"WHY_NO_NVSHMEM": None}
         if label.startswith("@"):
             return {name: self._rule(original) for name, original in wanted.items()}
         folder, _, file = label.removeprefix("//").partition(":")
         loaded = self.names_of(ROOT / (folder or "tools/bazel") / file)
         return {name: loaded[original] for name, original in wanted.items()}
 
-    def _glob(self, patterns: list[str], exclude: list[str] = ()) -> list[str]:
+    def _glob(
+        self, patterns: list[str], exclude: list[str] = (), *, allow_empty: bool = True
+    ) -> list[str]:
         folder = ROOT / self.package
 
         def paths(patterns: list[str]) -> set[str]:
             found = {path for pattern in patterns for path in folder.glob(pattern)}
             return {path.relative_to(folder).as_posix() for path in found if path.is_file()}
 
-        return sorted(paths(patterns) - paths(exclude))
+        found = sorted(paths(patterns) - paths(exclude))
+        assert found or allow_empty, f"{self.package}: nothing matches {patterns}"
+        return found
 
 
 class _Anything:
-    """`attr` and `config`: what they are asked for describes a rule, which is of no interest."""
+    """`attr` and `config`, and `provider`: what they describe of a rule is of no interest."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None

@@ -58,6 +58,8 @@ class Sizes:
     scalars: bool = True
     weighted: bool = True
     products: bool = False  # of dispatch
+    masked: bool = False  # the call has a mask of ranks
+    masks: bool = False  # it says which ranks were missing
 
     @property
     def wire_dtype(self) -> str | None:
@@ -132,10 +134,30 @@ def buffers(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
     if operation in HALVES:
         return _buffers_of_half(operation, sizes)
     if operation != "plan_dispatch":
-        return _buffers_of_one(operation, sizes)
+        arrays = _with_mask(_buffers_of_one(operation, sizes), operation, sizes)
+        return _with_missing_ranks(arrays, sizes)
     both = _buffers_of_one("dispatch", sizes) | _buffers_of_one("plan", sizes)
     operands = ("program_rank", "x", "x_scales", "token_scalars", "topk_idx")
-    return {name: both[name] for name in (*operands, *RESULTS[operation])}
+    arrays = {name: both[name] for name in (*operands, *RESULTS[operation])}
+    return _with_missing_ranks(_with_mask(arrays, operation, sizes), sizes)
+
+
+def _with_missing_ranks(arrays: dict[str, np.ndarray], sizes: Sizes) -> dict[str, np.ndarray]:
+    """Where a call says who was missing, it does in its last result; else that is not there."""
+    if not sizes.masks:
+        return arrays
+    return arrays | {"missing_ranks": np.zeros(sizes.num_ranks, np.bool_)}
+
+
+def _with_mask(
+    arrays: dict[str, np.ndarray], operation: str, sizes: Sizes
+) -> dict[str, np.ndarray]:
+    """A mask is the last operand; a call without one has fewer."""
+    if not sizes.masked:
+        return arrays
+    mask = {"rank_mask": np.ones(sizes.num_ranks, np.bool_)}
+    operands = {name: array for name, array in arrays.items() if name not in RESULTS[operation]}
+    return operands | mask | {name: arrays[name] for name in RESULTS[operation]}
 
 
 def _buffers_of_half(operation: str, sizes: Sizes) -> dict[str, np.ndarray]:
@@ -162,7 +184,7 @@ def call(
     **attributes: np.generic,
 ) -> None:
     """Calls a handler; `attributes` replace some of the call's, "ep_..." one of the dictionary."""
-    all_attributes = {**sizes.attributes(group_id), "place": np.int32(0)}
+    all_attributes = {**sizes.attributes(group_id), "call_site": np.int32(0)}
     if "dispatch" in operation:
         all_attributes |= {
             "dtype": np.int32(DTYPES.index(sizes.dtype)),
@@ -177,7 +199,7 @@ def call(
         name.replace("ep_", "ep.", 1) if name.startswith("ep_") else name: value
         for name, value in attributes.items()
     }
-    results = RESULTS[operation]
+    results = (*RESULTS[operation], *(["missing_ranks"] if "missing_ranks" in arrays else []))
     fake.call(
         f"jax_ep_{operation}",
         [array for name, array in arrays.items() if name not in results],

@@ -58,6 +58,7 @@ class FakeCuda:
         layout: int
         low_latency_tokens: int
         num_neighbors: int
+        gathered_domains: int
 
     def heap_bytes(self, shape: HeapShape) -> int:
         element = 4 if shape.dtype == 0 else 2
@@ -108,6 +109,17 @@ class FakeCuda:
         }
         return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]
 
+    def set_launches(self, *, group_id, launches) -> None:
+        self.groups[group_id]["launches"] = launches
+
+    def launch_limits(self) -> dict:
+        return {
+            "num_sms": 24,
+            "low_latency_num_sms": 64,
+            "dispatch_warps": 14,
+            "combine_warps": 16,
+        }
+
     def connect_group(self, group_id, group_index, rank, handles, pes) -> None:
         del pes
         self._called("connect", group_index, rank)
@@ -130,6 +142,13 @@ class FakeCuda:
 
     def statuses(self) -> list[tuple]:
         return self.said
+
+    def give_ups(self) -> list[tuple]:
+        return []
+
+    def tell_give_up(self, group_id, group_index, rank, word) -> bool:
+        self._called("tell_give_up", group_id, group_index, rank, word)
+        return True
 
     def num_groups(self) -> int:
         return len(self.groups)

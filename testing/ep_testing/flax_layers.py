@@ -15,6 +15,10 @@ from jax_ep.flax import linen as ep_linen
 from jax_ep.flax import nnx as ep_nnx
 
 HIDDEN, EXPERTS, TOPK, FFN = 16, 8, 2, 12
+# Of the mesh of `make_group`; slots of each rank, in layers whose experts have copies.
+RANKS, SLOTS = 4, 3
+LOAD = np.array([20, 1, 1, 1, 3, 3, 9, 2])
+EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")
 DEEPSEEK = {
     "score": "sigmoid",
     "selection_bias": True,
@@ -40,6 +44,13 @@ def make_group(mesh=None, axis_name="expert", *, backend=None, **config):
     } | config
     mesh = mesh or make_mesh((2, 4), ("data", "expert"))
     return jax_ep.EpGroup(mesh, axis_name, jax_ep.EpConfig(**config), backend=backend)
+
+
+def plan_of(load=LOAD, *, num_ranks=RANKS, slots_per_rank=SLOTS, **options):
+    """Copies for experts of a load `[E]`, or `[L, E]` of several layers."""
+    return jax_ep.plan_placement(
+        load, num_ranks=num_ranks, slots_per_rank=slots_per_rank, **options
+    )
 
 
 def make_nnx(group, seed=0, **options):

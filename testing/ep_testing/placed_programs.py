@@ -4,6 +4,7 @@
 import logging
 import os
 import pathlib
+import platform
 import time
 from typing import Any
 
@@ -27,6 +28,11 @@ def where(mesh: Mesh) -> dict[str, Any]:
         "mine": [d.id for d in mine],
         "memory": os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
     }
+
+
+def host_name(_: Mesh) -> str:
+    """Of the host that the process says it is on."""
+    return platform.node()
 
 
 def stall(mesh: Mesh, folder: pathlib.Path) -> None:

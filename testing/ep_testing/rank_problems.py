@@ -7,6 +7,7 @@ from ep_launch.ranks import Case
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.rank_cases import case_of
 from ep_testing.rank_programs import exchange, gradients, moe
+from jax_ep._src import limits
 
 FP8 = "float8_e4m3fn"
 
@@ -73,3 +74,17 @@ def problem_cases(num_ranks: int, **changes: Any) -> list[Case]:
         for problem in of_function
         if problem.num_ranks == num_ranks
     ]
+
+
+def low_latency_cases(num_ranks: int, **changes: Any) -> list[Case]:
+    """The same, of groups whose low-latency kernels serve all calls that they can.
+
+    Gradients and odd rows come between.
+    """
+    cases = []
+    for case in problem_cases(num_ranks, **changes):
+        problem = case.kwargs["problem"]
+        most = limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * problem.num_topk)
+        tokens = min(problem.tokens_limit, limits.MAX_LOW_LATENCY_TOKENS, most)
+        cases.append(case_of(case.function, problem.replace(low_latency_tokens=tokens)))
+    return cases

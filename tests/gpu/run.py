@@ -23,7 +23,10 @@ BUILD = ROOT / "build" / "gpu"
 PIECES = {
     "problems": ["test_problems.py"],
     "halves": ["test_halves.py"],
+    "masks": ["test_rank_mask.py"],
+    "models": ["test_models.py"],
     "nodes": ["test_nodes.py"],
+    "network": ["test_network.py"],
     "graphs": ["test_programs.py", "-k", "not soak"],
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
@@ -32,11 +35,21 @@ PIECES = {
     "collectives": ["test_collectives.py"],
 }
 # Placement of ranks -> the pieces that have something to run. The sanitizer's ranks share a GPU in
-# any case; only a rank with a process of its own can be lost; NCCL wants a GPU for each rank.
+# any case, and so do those on hosts in name alone; only a rank with a process of its own can be
+# lost; NCCL wants a GPU for each rank.
 PIECES_OF = {
-    "shared": ["problems", "halves", "nodes", "graphs", "closed", "sanitizer", "failures", "soak"],
-    "own": ["problems", "halves", "nodes", "graphs", "closed", "failures", "collectives", "soak"],
-    "one_process": ["problems", "halves", "nodes", "graphs", "closed", "collectives", "soak"],
+    "shared": [
+        *("problems", "halves", "masks", "models", "nodes", "network", "graphs", "closed"),
+        *("sanitizer", "failures", "soak"),
+    ],
+    "own": [
+        *("problems", "halves", "masks", "models", "nodes", "graphs", "closed", "failures"),
+        *("collectives", "soak"),
+    ],
+    "one_process": [
+        *("problems", "halves", "masks", "models", "nodes", "graphs", "closed", "collectives"),
+        "soak",
+    ],
 }
 
 
@@ -68,13 +81,13 @@ def build() -> None:
     }
     defines = [f"-D{name}={value}" for name, value in arguments.items() if value]
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *defines], check=True)
-    targets = ["_ext", "_cuda", "virtual_ranks", "link_probe"]
+    targets = ["_ext", "_cuda", "virtual_ranks", "link_probe", "lost_owner"]
     # Where NVSHMEM is, kernels for RDMA too.
     help_text = subprocess.run(
         ["cmake", "--build", BUILD, "--target", "help"], check=True, capture_output=True, text=True
     ).stdout
     if "jax_ep_rdma" in help_text:
-        targets.append("jax_ep_rdma")
+        targets += ["jax_ep_rdma", "virtual_nodes"]
     subprocess.run(["cmake", "--build", BUILD, "--parallel", "--target", *targets], check=True)
     for pattern in ("_ext*.so", "_cuda*.so", "csrc/rdma/libjax_ep_rdma.so"):
         for module in BUILD.glob(pattern):
@@ -92,6 +105,8 @@ def run(piece: str, placement: str) -> tuple[int, float]:
         "JAX_EP_VIRTUAL_RANKS": str(next(BUILD.rglob("virtual_ranks"))),
         "PYTHONPATH": str(ROOT),
     }
+    for program in BUILD.rglob("virtual_nodes"):
+        environment["JAX_EP_VIRTUAL_NODES"] = str(program)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-s", "--durations=0", HERE / file]
     done = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False)
     return done.returncode, time.monotonic() - start

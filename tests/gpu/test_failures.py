@@ -8,8 +8,10 @@ do not know why. Only ranks in processes of their own can be lost.
 """
 
 import functools
+import pathlib
 import re
 import signal
+import subprocess
 
 import pytest
 
@@ -27,6 +29,7 @@ NO_GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
 PROBLEM = EpProblem(
     name="turns", num_ranks=4, num_tokens=32, hidden=64, num_topk=4, num_experts=64, dtype="float32"
 )
+LOST_OWNER = pathlib.Path(__file__).parents[2] / "build" / "gpu" / "csrc" / "probe" / "lost_owner"
 VICTIM = 1  # not 0: its process serves the others as JAX's coordinator
 TIMEOUT_S = 4.0
 # Between a deadline and the error: JAX and the kernels of other ranks, which may wait in turn.
@@ -109,3 +112,15 @@ def test_a_new_group_works_in_fresh_processes(num_ranks, mps, on_ranks):
         mps.restart()
     problem = PROBLEMS["masked_half"].replace(num_ranks=num_ranks)
     check_cases(on_ranks, [case_of(exchange, problem)], problem.num_ranks)
+
+
+@pytest.mark.parametrize("end", ["kill", "trap", "exit"])
+def test_what_the_driver_does_when_a_peer_is_lost(end, placement):
+    """Stores into a lost peer's memory do no harm, and the memory is nobody else's meanwhile."""
+    if placement is Placement.SHARED or count_gpus() < 2:
+        pytest.skip("`make nvlink` runs it: a GPU is lost to another")
+    done = subprocess.run(
+        [LOST_OWNER, end], capture_output=True, text=True, timeout=60, check=False
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

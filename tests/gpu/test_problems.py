@@ -6,9 +6,8 @@ import pytest
 from ep_launch.placement import Placement
 from ep_launch.ranks import Case, failure_report, stacked
 from ep_testing import large_shape
-from ep_testing.rank_cases import case_of, check_cases
-from ep_testing.rank_problems import FP8, problem_cases
-from jax_ep._src import limits
+from ep_testing.rank_cases import check_cases
+from ep_testing.rank_problems import FP8, low_latency_cases, problem_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -20,14 +19,7 @@ def test_ranks_get_the_oracles_bits(num_ranks, on_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
 def test_low_latency_kernels_give_the_oracles_bits(num_ranks, on_ranks):
-    """Where they serve a problem; gradients and odd rows come between."""
-    cases = []
-    for case in problem_cases(num_ranks):
-        problem = case.kwargs["problem"]
-        most = limits.MAX_LOW_LATENCY_SELECTIONS // (num_ranks * problem.num_topk)
-        tokens = min(problem.tokens_limit, limits.MAX_LOW_LATENCY_TOKENS, most)
-        cases.append(case_of(case.function, problem.replace(low_latency_tokens=tokens)))
-    check_cases(on_ranks, cases, num_ranks)
+    check_cases(on_ranks, low_latency_cases(num_ranks), num_ranks)
 
 
 @pytest.mark.parametrize("num_ranks", Placement.chosen().numbers_of_ranks())

@@ -22,11 +22,13 @@ class PlanOperands(NamedTuple):
     Attributes:
         program_rank: int32[1], the rank that the program takes its device for. Who meets whom is
             not for a program to say: the device says it, see docs/design/ordering.md.
-        topk_idx: as `dispatch` takes it.
+        topk_idx: as `dispatch` takes it, without what `rank_mask` leaves out.
+        rank_mask: `[R]` bool, the ranks that meet. Absent, it is no operand of a target either.
     """
 
     program_rank: Value
     topk_idx: Value
+    rank_mask: Value | None = None
 
 
 class DispatchOperands(NamedTuple):
@@ -67,10 +69,11 @@ class PlanDispatchOperands(NamedTuple):
     x_scales: Value | None
     token_scalars: Value | None
     topk_idx: Value
+    rank_mask: Value | None = None
 
     def of_plan(self) -> PlanOperands:
         """Those of the plan alone."""
-        return PlanOperands(self.program_rank, self.topk_idx)
+        return PlanOperands(self.program_rank, self.topk_idx, self.rank_mask)
 
     def of_dispatch(self, plan: Plan) -> DispatchOperands:
         """Those of the dispatch, once there is the plan."""
@@ -81,7 +84,7 @@ class PlanDispatchOperands(NamedTuple):
             token_scalars=self.token_scalars,
             row_weights=None,
             y=None,
-            plan=plan._replace(topk_idx=self.topk_idx).unweighted(),
+            plan=plan._replace(topk_idx=self.topk_idx, rank_mask=self.rank_mask).unweighted(),
         )
 
 
@@ -134,7 +137,7 @@ class StartResults(NamedTuple):
 
 
 class PlanResults(NamedTuple):
-    """Of the plan all but `topk_idx`, which is an operand."""
+    """Of the plan all but `topk_idx` and `rank_mask`, which are operands."""
 
     plan: Plan
     counts: Counts
@@ -148,12 +151,15 @@ class DispatchResults(NamedTuple):
         rows_scales: `[C, ceil(H / 128)]` float32, of rows that are received quantized.
         row_scalars: float32.
         row_dots: `[C]` float32, the inner products with the rows of `y`; 0 where no token is.
+        missing_ranks: `[R]` bool, where a dispatch that makes its plan is of a group that goes on
+            without ranks that do not come. Absent, it is no result of a target either.
     """
 
     rows: Value | None = None
     rows_scales: Value | None = None
     row_scalars: Value | None = None
     row_dots: Value | None = None
+    missing_ranks: Value | None = None
 
 
 class PlanDispatchResults(NamedTuple):
@@ -164,12 +170,13 @@ class PlanDispatchResults(NamedTuple):
     rows: Value | None
     rows_scales: Value | None
     row_scalars: Value | None
+    missing_ranks: Value | None = None
 
     @classmethod
     def of(cls, planned: PlanResults, dispatched: DispatchResults) -> "PlanDispatchResults":
         """The results of two operations as those of one."""
-        rows, rows_scales, row_scalars, _ = dispatched  # no products are made
-        return cls(*planned, rows, rows_scales, row_scalars)
+        rows, rows_scales, row_scalars, _, missing_ranks = dispatched  # no products are made
+        return cls(*planned, rows, rows_scales, row_scalars, missing_ranks)
 
     def of_plan(self) -> PlanResults:
         """Those of the plan alone."""
@@ -177,14 +184,20 @@ class PlanDispatchResults(NamedTuple):
 
     def of_dispatch(self) -> DispatchResults:
         """Those of the dispatch alone."""
-        return DispatchResults(self.rows, self.rows_scales, self.row_scalars)
+        return DispatchResults(
+            self.rows, self.rows_scales, self.row_scalars, missing_ranks=self.missing_ranks
+        )
 
 
 class CombineResults(NamedTuple):
-    """`out` `[T, H]` where there is a `y`, `token_scalars` where there are `row_scalars`."""
+    """`out` `[T, H]` where there is a `y`, `token_scalars` where there are `row_scalars`.
+
+    `missing_ranks` as in `DispatchResults`.
+    """
 
     out: Value | None
     token_scalars: Value | None
+    missing_ranks: Value | None = None
 
 
 NO_PLAN = Plan(*[None] * len(Plan._fields))

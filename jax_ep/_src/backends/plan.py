@@ -19,6 +19,7 @@ class Plan(NamedTuple):
     source_slot: Value | None = None
     arrival_slot: Value | None = None
     arrival_topk: Value | None = None
+    rank_mask: Value | None = None
 
     @classmethod
     def of(cls, handle: DispatchHandle) -> "Plan":

@@ -16,14 +16,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._src.api import dispatch
-from jax_ep._src.balancing.placement import PlacementArrays
+from jax_ep._src.balancing.arrays import PlacementArrays, check_ranks
 from jax_ep._src.checks import check_array, check_call, check_group, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.groups.group import EpGroup, kept
+from jax_ep._src.missing import check_nobody_is_overlooked
+from jax_ep._src.public import set_module
 
 _NO_BYTES = ("bool", "int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
+@set_module("jax_ep")
 def expand_experts(weights: Any, arrays: PlacementArrays, *, group: EpGroup) -> Any:
     """The weights of this rank's slots, from those of the logical experts.
 
@@ -77,7 +80,15 @@ def expand_experts(weights: Any, arrays: PlacementArrays, *, group: EpGroup) -> 
     return jax.tree.map(expand, weights)
 
 
-def move_experts(params: Any, *, old: PlacementArrays, new: PlacementArrays, group: EpGroup) -> Any:
+@set_module("jax_ep")
+def move_experts(
+    params: Any,
+    *,
+    old: PlacementArrays,
+    new: PlacementArrays,
+    group: EpGroup,
+    keep_lost: bool = False,
+) -> Any:
     """Weights of slots as another placement has them; outside of `shard_map`, between steps.
 
     Slots that keep their expert keep its weights. Others get a copy from a slot that has had the
@@ -94,6 +105,8 @@ def move_experts(params: Any, *, old: PlacementArrays, new: PlacementArrays, gro
         group: an open `EpGroup` for the weights: `num_experts` is `P`; a slot may be copied to up
             to `num_topk` others; a rank has room (`recv_capacity`) for the rows of the slots that
             change on it. Without an FP8 wire and alignment.
+        keep_lost: whether a slot may keep what it has where `old` has its expert nowhere, as after
+            a rank was lost: `restore_experts` fills it then. False: that is an error.
 
     Returns:
         The pytree of arrays.
@@ -108,6 +121,8 @@ def move_experts(params: Any, *, old: PlacementArrays, new: PlacementArrays, gro
     for name, arrays in (("old", old), ("new", new)):
         _check_arrays(name, arrays, group)
     before, after = np.asarray(old.slot_expert), np.asarray(new.slot_expert)
+    if keep_lost:
+        after = np.where(np.isin(after, before), after, -1)
     wanted = _wanted_slots(before, after, group)
     changed = ((before != after) & (after >= 0)).reshape(group.num_ranks, -1).sum(axis=1).max()
     leaves, tree = jax.tree.flatten(params)
@@ -121,7 +136,8 @@ def move_experts(params: Any, *, old: PlacementArrays, new: PlacementArrays, gro
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
         raise ValueError("params has an array that was donated before; allowed: what was returned")
     sharding = NamedSharding(group.mesh, PartitionSpec(group.axis_names))
-    wanted = jax.device_put(wanted, sharding)
+    # Not `device_put`, which compares the values of all processes by a collective of XLA.
+    wanted = jax.make_array_from_callback(wanted.shape, sharding, wanted.__getitem__)
 
     def move(leaf: Any, rows: int) -> jax.Array:
         key = (move_experts, leaf.shape, leaf.dtype)
@@ -174,7 +190,7 @@ def _wanted_slots(before: np.ndarray, after: np.ndarray, group: EpGroup) -> np.n
         if not len(sources):
             raise ValueError(
                 f"new has expert {after[slot]} in slot {slot}, and old has it nowhere; allowed: "
-                "experts that are in a slot of old"
+                "experts that are in a slot of old, or keep_lost"
             )
         same_rank = sources[sources // per_rank == slot // per_rank]
         wanting.setdefault(int([*same_rank, *sources][0]), []).append(int(slot))
@@ -196,6 +212,7 @@ def _check_arrays(name: str, arrays: Any, group: EpGroup) -> tuple[int, int]:
         raise ValueError(
             f"{name} is a {type(arrays).__name__}; allowed: what ExpertPlacement.layer gives"
         )
+    check_ranks(name, arrays, group.num_ranks)
     slots = group.config.num_experts
     check_array(
         f"{name}.slot_expert", arrays.slot_expert, (slots,), np.dtype(np.int32),
@@ -205,8 +222,9 @@ def _check_arrays(name: str, arrays: Any, group: EpGroup) -> tuple[int, int]:
 
 
 def _check_group(group: Any, operation: str) -> None:
-    """Raises unless rows arrive as they were, and next to each other."""
+    """Raises unless all rows arrive, as they were, and next to each other."""
     check_group(group, expert_layout_for=operation)
+    check_nobody_is_overlooked(operation, group, instead="a group with on_timeout 'error'")
     config = group.config
     if config.wire_dtype is not None or config.expert_alignment != 1:
         raise ValueError(

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`place`: from the experts that a router knows to the slots that dispatch knows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep._src.balancing.placement import PlacementArrays
+from jax_ep._src.balancing.arrays import PlacementArrays, check_placement
 from jax_ep._src.checks import check_array, check_call
-from jax_ep._src.compat import varying_alike
+from jax_ep._src.compat import as_array, varying_alike
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.public import set_module
 
 _TOKEN_IDS = (np.dtype(np.int32), np.dtype(np.uint32))
 
 
+@set_module("jax_ep")
 def place(
     topk_idx: jax.Array,
     arrays: PlacementArrays,
@@ -36,7 +40,7 @@ def place(
         topk_idx: `[T, K]` int32: logical experts, from 0 to E - 1, or -1 for no selection. That
             stays -1; other values, and experts without a copy, become -1.
         arrays: `ExpertPlacement.layer(i)` of a placement with as many slots as the group has
-            experts, `P = num_experts`, the same on all ranks.
+            experts, `P = num_experts`, for as many ranks; the same on all ranks.
         group: an open `EpGroup`.
         token_ids: `[T]` int32 or uint32, what stands for each token in the hash, such as sequence
             number * 65536 + position. None: the row number.
@@ -50,14 +54,18 @@ def place(
         EpGroupClosed: the group has been closed.
     """
     check_call("place", group)
-    _check(topk_idx, arrays, group, token_ids)
+    check_placement("arrays", arrays, group)
+    shape = ("T", group.config.num_topk)
+    check_array("topk_idx", topk_idx, shape, np.dtype(np.int32), of=", K as EpConfig.num_topk")
     num_experts = arrays.copies.shape[0]
     if token_ids is None:
         token_ids = jnp.arange(topk_idx.shape[0], dtype=jnp.uint32)
+    else:
+        token_ids = check_token_ids(token_ids, topk_idx.shape[:1])
     rank = jax.lax.axis_index(group.axis_names).astype(jnp.uint32)
     topk_idx, token_ids, rank, copies, upper = varying_alike(
         jnp.asarray(topk_idx),
-        jnp.asarray(token_ids).astype(jnp.uint32),
+        token_ids.astype(jnp.uint32),
         rank,
         jnp.asarray(arrays.copies),
         jnp.asarray(arrays.upper),
@@ -83,28 +91,10 @@ def _hash(expert: jax.Array, token: jax.Array, rank: jax.Array) -> jax.Array:
     return h ^ (h >> 15)
 
 
-def _check(
-    topk_idx: jax.Array, arrays: PlacementArrays, group: EpGroup, token_ids: jax.Array | None
-) -> None:
-    if not isinstance(arrays, PlacementArrays):
-        raise ValueError(
-            f"arrays is a {type(arrays).__name__}; allowed: a PlacementArrays, as "
-            "ExpertPlacement.layer gives it"
-        )
-    int32 = np.dtype(np.int32)
-    num_slots, num_topk = group.config.num_experts, group.config.num_topk
-    check_array("topk_idx", topk_idx, ("T", num_topk), int32, of=", K as EpConfig.num_topk")
-    check_array(
-        "arrays.slot_expert",
-        arrays.slot_expert,
-        (num_slots,),
-        int32,
-        of=", a slot for each of EpConfig.num_experts",
-    )
-    check_array("arrays.copies", arrays.copies, ("E", "J"), int32)
-    shape = arrays.copies.shape
-    check_array("arrays.upper", arrays.upper, shape, int32, of=", as arrays.copies")
-    if token_ids is not None:
-        dtype = getattr(token_ids, "dtype", None)
-        wanted = dtype if dtype in _TOKEN_IDS else _TOKEN_IDS[0]
-        check_array("token_ids", token_ids, topk_idx.shape[:1], wanted, of=", or uint32")
+def check_token_ids(token_ids: Any, lead: tuple[int, ...]) -> jax.Array:
+    """`token_ids` as an array; raises unless there is one for each token of this shape."""
+    token_ids = as_array(token_ids)
+    dtype = getattr(token_ids, "dtype", None)
+    wanted = dtype if dtype in _TOKEN_IDS else _TOKEN_IDS[0]
+    check_array("token_ids", token_ids, lead, wanted, of=", or uint32")
+    return jnp.asarray(token_ids)

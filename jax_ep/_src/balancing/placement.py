@@ -6,37 +6,24 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_ep._src.balancing import packing, shares
+from jax_ep._src.public import set_module
 
 if TYPE_CHECKING:
-    import jax
+    from jax_ep._src.balancing.arrays import PlacementArrays
 
 _VERSION = 1  # of the file
 _FIELDS = ("slot_expert", "copies", "upper", "alive")
+# Loads above it could add up to infinity.
+_MOST_LOAD = 1e300
 
 
-class PlacementArrays(NamedTuple):
-    """The placement of one layer on devices: a pytree, for `place`.
-
-    It is small, and an operand: a new placement with arrays of the same shapes compiles nothing.
-
-    Attributes:
-        slot_expert: `[P]` int32, the logical expert of each slot, or -1.
-        copies: `[E, J]` int32, the slots of each expert, ascending; -1 behind.
-        upper: `[E, J]` int32, where the share of each copy ends, in 2^-16; that of the last copy
-            65536, -1 behind.
-    """
-
-    slot_expert: "jax.Array"
-    copies: "jax.Array"
-    upper: "jax.Array"
-
-
+@set_module("jax_ep")
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertPlacement:
     """Which expert is in which slot, for each layer. `plan_placement` makes it.
@@ -182,6 +169,23 @@ class ExpertPlacement:
         rank = np.maximum(self.copies, 0) // self.slots_per_rank
         return ((self.copies >= 0) & alive[rank]).sum(axis=2) == 0
 
+    def only_alive(self, alive: ArrayLike) -> "ExpertPlacement":
+        """The same slots but for those of lost ranks, which are empty; copies share evenly.
+
+        What is left when ranks are lost: what `move_experts` moves from, and, until a new plan is
+        in force, where tokens go. Experts without a living copy have none: `lost`.
+
+        Args:
+            alive: `[R]` bool.
+
+        Raises:
+            ValueError: `alive` is something else.
+        """
+        alive = as_alive(alive, self.num_ranks) & self.alive
+        slots = np.where(np.repeat(alive, self.slots_per_rank), self.slot_expert, -1)
+        even = np.zeros((self.num_layers, self.num_experts))
+        return with_shares(slots, even, self.max_copies, alive)
+
     def reshare(self, load: ArrayLike) -> "ExpertPlacement":
         """The same slots with shares for other loads. No weights move.
 
@@ -232,7 +236,7 @@ class ExpertPlacement:
                 raise ValueError(f"{path} is of version {file['version']}; allowed: {_VERSION}")
             return ExpertPlacement(*(file[name] for name in _FIELDS))
 
-    def layer(self, index: int) -> PlacementArrays:
+    def layer(self, index: int) -> "PlacementArrays":
         """The arrays of one layer, as JAX arrays, for `place`.
 
         Args:
@@ -240,8 +244,14 @@ class ExpertPlacement:
         """
         import jax.numpy as jnp  # noqa: PLC0415  nothing else here needs JAX
 
-        arrays = (self.slot_expert[index], self.copies[index], self.upper[index])
-        return PlacementArrays(*(jnp.asarray(array) for array in arrays))
+        from jax_ep._src.balancing.arrays import PlacementArrays  # noqa: PLC0415
+
+        return PlacementArrays(
+            slot_expert=jnp.asarray(self.slot_expert[index]),
+            copies=jnp.asarray(self.copies[index]),
+            upper=jnp.asarray(self.upper[index]),
+            num_ranks=self.num_ranks,
+        )
 
     def _as_load(self, load: ArrayLike) -> np.ndarray:
         return as_load(load, num_layers=self.num_layers, num_experts=self.num_experts)
@@ -325,11 +335,14 @@ def as_load(
         layers, experts = num_layers or "layers", num_experts or "E"
         also = f" or [{experts}]" if num_layers in (None, 1) else ""
         raise ValueError(f"load has shape {given.shape}; allowed: [{layers}, {experts}]{also}")
-    wrong = np.argwhere(~(np.isfinite(array) & (array >= 0)))
+    wrong = np.argwhere(~((array >= 0) & (array <= _MOST_LOAD)))
     if len(wrong):
         index = tuple(wrong[0].tolist())
         where = ", ".join(map(str, index[2 - given.ndim :]))
-        raise ValueError(f"load[{where}] is {array[index]}; allowed: finite numbers of at least 0")
+        raise ValueError(
+            f"load[{where}] is {array[index]}; allowed: finite numbers of at least 0, up to "
+            f"{_MOST_LOAD:g}"
+        )
     return array
 
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from jax_ep._src.balancing import packing
 from jax_ep._src.balancing.placement import ExpertPlacement, as_alive, as_load, with_shares
 from jax_ep._src.limits import INT32_MAX, is_int
+from jax_ep._src.public import set_module
 
 _logger = logging.getLogger("jax_ep")
 
@@ -31,6 +32,7 @@ class _Sizes(NamedTuple):
         return np.arange(len(self.alive)) // (len(self.alive) // self.num_nodes)
 
 
+@set_module("jax_ep")
 def plan_placement(
     load: ArrayLike,
     *,
@@ -130,7 +132,7 @@ def _adapted(
     max_moved: int | None,
 ) -> np.ndarray:
     """`[P]` of one layer, from its loads `[E]` and its previous placement."""
-    node_of_expert = _node_before(previous, layer, sizes)
+    node_of_expert = _node_before(previous, layer, load, sizes)
     before = previous.slot_expert[layer].reshape(len(sizes.alive), -1).astype(np.int64)
     slots = np.where(sizes.alive[:, None], before, -1)
     left = max_moved
@@ -153,24 +155,38 @@ def _hottest_first(load: np.ndarray, node_of_expert: np.ndarray, num_nodes: int)
     return np.argsort(-loads, kind="stable").tolist()
 
 
-def _node_before(previous: ExpertPlacement, layer: int, sizes: _Sizes) -> np.ndarray:
-    """`[E]`, or an error where experts of a group are on several nodes."""
+def _node_before(
+    previous: ExpertPlacement, layer: int, load: np.ndarray, sizes: _Sizes
+) -> np.ndarray:
+    """`[E]`, or an error where experts of a group are on several nodes.
+
+    A group that has no copy left, after ranks were lost, goes where there is room for it: the
+    hottest first, to the node with the least load.
+    """
     if sizes.num_nodes == 1:
         return np.zeros(sizes.num_experts, np.int64)
     copies = previous.copies[layer]
     node = sizes.node_of_rank[np.maximum(copies, 0) // sizes.slots_per_rank]
     node = np.where(copies >= 0, node, -1).reshape(sizes.num_groups, -1)
-    first = node.max(axis=1)
-    per_node = np.bincount(first[first >= 0], minlength=sizes.num_nodes)
-    if (per_node != sizes.num_groups // sizes.num_nodes).any() or (
-        (node >= 0) & (node != first[:, None])
-    ).any():
+    node_of_group = node.max(axis=1)
+    kept, gone = np.flatnonzero(node_of_group >= 0), np.flatnonzero(node_of_group < 0)
+    room = sizes.num_groups // sizes.num_nodes - np.bincount(
+        node_of_group[kept], minlength=sizes.num_nodes
+    )
+    if (room < 0).any() or ((node >= 0) & (node != node_of_group[:, None])).any():
         raise ValueError(
             f"previous has groups of layer {layer} on several nodes, or not as many on each of the "
             f"{sizes.num_nodes} nodes; allowed: a placement planned with the same num_nodes and "
             "num_groups"
         )
-    return np.repeat(first, sizes.num_experts // sizes.num_groups)
+    of_group = load.reshape(sizes.num_groups, -1).sum(axis=1)
+    of_node = np.bincount(node_of_group[kept], of_group[kept], minlength=sizes.num_nodes)
+    for group in gone[np.argsort(-of_group[gone], kind="stable")]:
+        lightest = np.where(room > 0, of_node, np.inf).argmin()
+        node_of_group[group] = lightest
+        room[lightest] -= 1
+        of_node[lightest] += of_group[group]
+    return np.repeat(node_of_group, sizes.num_experts // sizes.num_groups)
 
 
 # --- arguments ---------------------------------------------------------------------------------

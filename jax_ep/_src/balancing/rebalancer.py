@@ -16,6 +16,7 @@ from jax_ep._src.balancing.placement import (
 )
 from jax_ep._src.balancing.planner import plan_placement
 from jax_ep._src.limits import INT32_MAX, is_int
+from jax_ep._src.public import set_module
 
 _logger = logging.getLogger("jax_ep")
 
@@ -28,6 +29,7 @@ class _Step(NamedTuple):
     num_layers: int  # that are changed
 
 
+@set_module("jax_ep")
 class Rebalancer:
     """Decides from the loads of experts when shares change, and when copies move.
 
@@ -85,9 +87,9 @@ class Rebalancer:
             raise ValueError(
                 f"move_above is {move_above}; allowed: at least reshare_above, {reshare_above}"
             )
-        self.every = int(every)
-        self.reshare_above = float(reshare_above)
-        self.move_above = float(move_above)
+        self.every: int = int(every)
+        self.reshare_above: float = float(reshare_above)
+        self.move_above: float = float(move_above)
         self.max_moved = max_moved
         self._nodes = {"num_nodes": num_nodes, "num_groups": num_groups}
         self._num_steps = 0
@@ -100,10 +102,11 @@ class Rebalancer:
     def set_placement(self, placement: ExpertPlacement) -> None:
         """Takes a placement that was planned elsewhere, say after a rank was lost.
 
-        A new window begins: the loads so far are forgotten.
+        A new window begins: the loads so far are forgotten. While the alive ranks of a node have no
+        room for all of its experts, shares change, and no copies move.
         """
-        self.placement = placement
-        self.age_steps = 0
+        self.placement: ExpertPlacement = placement
+        self.age_steps: int = 0
         self._begin_window()
 
     def observe(
@@ -191,12 +194,19 @@ class Rebalancer:
             return _Step("no change", new, 0)
         improve(uneven, only_layers(self.placement, uneven).reshare(load[uneven]))
         hot = np.flatnonzero(now > self.move_above)
-        if len(hot) and self.max_moved != 0:
+        if len(hot) and self.max_moved != 0 and self._has_room():
             improve(hot, self._planned(load, hot))
         num_layers = int((now < before).sum())
         if new.moves(self.placement):
             return _Step("move", new, num_layers)
         return _Step("reshare" if num_layers else "no change", new, num_layers)
+
+    def _has_room(self) -> bool:
+        """Whether a plan can have all experts: a placement of what ranks left may not."""
+        placement, num_nodes = self.placement, self._nodes["num_nodes"]
+        num_alive = placement.alive.reshape(num_nodes, -1).sum(axis=1)
+        num_slots = num_alive * placement.slots_per_rank
+        return bool((num_slots * num_nodes >= placement.num_experts).all())
 
     def _planned(self, load: np.ndarray, layers: np.ndarray) -> ExpertPlacement:
         return plan_placement(

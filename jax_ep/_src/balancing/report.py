@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from jax_ep._src.balancing.load_report import LoadReport
 from jax_ep._src.balancing.placement import ExpertPlacement, as_load
 from jax_ep._src.balancing.planner import plan_placement
 
 _KEY = "load"
+_COUNTS = "counts"  # which a file of `LoadReport.save` has, too
 
 
 def report(
@@ -44,6 +46,27 @@ def without_copies(load: np.ndarray, num_ranks: int) -> np.ndarray:
     of_rank = padded.reshape(len(load), num_ranks, per_rank).sum(axis=2)
     mean = of_rank.mean(axis=1)
     return np.where(mean > 0, of_rank.max(axis=1) / np.where(mean > 0, mean, 1), 1.0)
+
+
+def read_loads(path: str | os.PathLike[str], num_ranks: int | None) -> LoadReport:
+    """What a file says of the loads of experts and ranks.
+
+    Args:
+        path: of `LoadReport.save`, or a file that `report` takes.
+        num_ranks: `R`, for the latter, which says nothing of ranks.
+
+    Raises:
+        ValueError: the file has no loads, or `num_ranks` is None where it is needed.
+        OSError: the file cannot be read.
+    """
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.ndarray):
+        with loaded:
+            if _COUNTS in loaded.files:
+                return LoadReport.read(path)
+    if num_ranks is None:
+        raise ValueError(f"{path} says nothing of ranks; allowed: with --num-ranks")
+    return LoadReport.of_counts(as_load(_read(path))[None], num_ranks)
 
 
 def _read(path: str | os.PathLike[str]) -> np.ndarray:

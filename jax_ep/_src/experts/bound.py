@@ -12,11 +12,13 @@ from jax_ep._src.compat import as_array
 from jax_ep._src.experts.kinds import Activation, Custom, Experts, Gated, GptOss, Ungated
 from jax_ep._src.experts.matrices import Dim, Dims, Matrices, Product, check_matrices, leaf_dims
 from jax_ep._src.groups.group import EpGroup
+from jax_ep._src.public import set_module
 from jax_ep._src.types import Dispatched
 
 _DIMS = get_args(get_args(Dim)[0])
 
 
+@set_module("jax_ep.experts")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertWeights:
@@ -75,6 +77,7 @@ def _ffn_of(weight: Any, dims: Dims, hidden: int) -> int | str:
     return shape[dims.index("ffn")] if fits else "F"
 
 
+@set_module("jax_ep.experts")
 def gated(
     w_gate: Any,
     w_up: Any,
@@ -113,6 +116,7 @@ def gated(
     )
 
 
+@set_module("jax_ep.experts")
 def ungated(
     w_up: Any,
     w_down: Any,
@@ -136,6 +140,7 @@ def ungated(
     return _bound(kind, w_up=w_up, w_down=w_down, bias_up=bias_up, bias_down=bias_down)
 
 
+@set_module("jax_ep.experts")
 def gpt_oss(
     w_gate: Any,
     w_up: Any,
@@ -172,6 +177,7 @@ def gpt_oss(
     )
 
 
+@set_module("jax_ep.experts")
 def custom(
     function: Callable[[Dispatched, dict[str, Any]], jax.Array],
     weights: Mapping[str, Any],

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src.experts.matrices import Dims, Product, add_bias, product_with
 from jax_ep._src.grouped_dot import grouped_dot
+from jax_ep._src.public import set_module
 from jax_ep._src.quantized import QuantizedRows
 from jax_ep._src.types import Dispatched
 
@@ -24,6 +25,7 @@ _UP_BIAS: Dims = ("experts", "ffn")
 _DOWN_BIAS: Dims = ("experts", "hidden")
 
 
+@set_module("jax_ep.experts")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts(abc.ABC):
     """What each expert computes of its rows. Subclass it, frozen, for another kind.
@@ -88,6 +90,7 @@ class _FeedForward(Experts):
         return add_bias(y, weights.get("bias_down"), recv.group_sizes)
 
 
+@set_module("jax_ep.experts")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gated(_FeedForward):
     """`(activation(x @ w_gate + bias_gate) * (x @ w_up + bias_up)) @ w_down + bias_down`.
@@ -119,6 +122,7 @@ class Gated(_FeedForward):
         return self.activation(gate) * up
 
 
+@set_module("jax_ep.experts")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptOss(Gated):
     """The experts of gpt-oss: clamped, with `(up + 1) * gate * sigmoid(alpha * gate)`.
@@ -142,6 +146,7 @@ class GptOss(Gated):
         return (up + 1) * (gate * jax.nn.sigmoid(self.alpha * gate))
 
 
+@set_module("jax_ep.experts")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ungated(_FeedForward):
     """`activation(x @ w_up + bias_up) @ w_down + bias_down`, as in Switch and Nemotron.
@@ -169,6 +174,7 @@ class Ungated(_FeedForward):
 
 
 # `arrays` in the order of the names, so that equal ones are found equal.
+@set_module("jax_ep.experts")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Custom(Experts):
     """A function of the received rows and weights of one's own.

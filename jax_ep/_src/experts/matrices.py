@@ -14,6 +14,7 @@ import numpy as np
 from jax_ep._src.checks import check_array, is_array
 from jax_ep._src.compat import as_array
 from jax_ep._src.grouped_dot import grouped_dot
+from jax_ep._src.public import set_module
 
 # What a dimension of an array of experts is along: it decides how the array is split over a mesh.
 # An int is the size of one that is not split.
@@ -26,6 +27,7 @@ _QUANTIZED = (np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn))
 _FLOAT32 = np.dtype(np.float32)
 
 
+@set_module("jax_ep.experts")
 class Matrices(abc.ABC):
     """What may stand in the place of an array `[L, A, B]` of matrices; a pytree.
 
@@ -61,6 +63,7 @@ class Matrices(abc.ABC):
         """Raises ValueError unless the arrays are those of matrices of this shape."""
 
 
+@set_module("jax_ep.experts")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedMatrices(Matrices):
@@ -81,8 +84,8 @@ class QuantizedMatrices(Matrices):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(L, A, B)`."""
-        return as_array(self.values).shape
+        """`(L, A, B)`; `()` where the values are no array, which `check` refuses by name."""
+        return getattr(as_array(self.values), "shape", ())
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """`[L, A, B]`: the float32 products of values and scales, rounded once to `dtype`."""
@@ -101,6 +104,8 @@ class QuantizedMatrices(Matrices):
 
     def leaf_dims(self, dims: Dims) -> list[Dims]:
         """Scales are split as values are, along what they have more than one of."""
+        if not is_array(as_array(self.scales)) or len(self.scales.shape) != len(self.shape):
+            return [dims] * len(jax.tree.leaves(self))  # which `check` refuses
         # A matrix of one row or column has one scale there, which is split as its values are.
         shared = [
             scales == 1 and size > 1
@@ -131,6 +136,7 @@ class QuantizedMatrices(Matrices):
             )
 
 
+@set_module("jax_ep.experts")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank(Matrices):

@@ -4,12 +4,15 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Literal
 
 from jax_ep._src.errors import EpUnavailable
 from jax_ep._src.groups import cpu, cuda
 from jax_ep._src.groups.interface import BackendGroup, GroupParameters, Offer
 from jax_ep._src.groups.placements import has_local_devices
 from jax_ep._src.groups.xla import XlaGroup
+
+Backend = Literal["ffi", "xla"]
 
 _logger = logging.getLogger("jax_ep")
 
@@ -18,16 +21,17 @@ _PLATFORMS = {"cpu": cpu, "cuda": cuda}
 
 
 def choose_backend(
-    asked: str | None, platform: str, parameters: GroupParameters
-) -> tuple[str, Callable[[str], BackendGroup]]:
+    asked: Backend | None, platform: str, parameters: GroupParameters
+) -> tuple[Backend, Callable[[str], BackendGroup]]:
     """The backend that serves a group, and what makes what it keeps for a group of a name."""
     make_xla = functools.partial(XlaGroup, parameters=parameters)
     if asked == "xla":
         return "xla", make_xla
     offer = _offer(platform, parameters)
-    if asked == "ffi" and offer.why_not is not None:
+    # Collectives of XLA survive no missing rank: who wants that is not given them unasked.
+    if offer.why_not is not None and (asked == "ffi" or parameters.on_timeout == "mask"):
         raise EpUnavailable(f"backend 'ffi' cannot serve this group: {offer.why_not}")
-    backend = "ffi" if offer.why_not is None else "xla"
+    backend: Backend = "ffi" if offer.why_not is None else "xla"
     _log_choice_once(backend, offer.why_not)
     return backend, offer.make if offer.why_not is None else make_xla
 

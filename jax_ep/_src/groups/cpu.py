@@ -2,12 +2,14 @@
 """A group in the compiled module for CPU: ranks are devices of one process and share its memory."""
 
 import functools
+from collections.abc import Sequence
 
 from jax_ep._src.groups import native, notices
 from jax_ep._src.groups.bootstrap import mesh_digest, next_group_id
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.placements import placements
+from jax_ep._src.tuning.launches import Tuning
 
 
 def offer(parameters: GroupParameters) -> Offer:
@@ -30,9 +32,12 @@ class CpuGroup:
         group_id: the group's id in the compiled module.
         heap_bytes: 0, as ranks share an address space.
         domain_size: that of the config, or all ranks.
+        why_no_rank_mask: None.
+        tuning: nothing.
     """
 
     heap_bytes = 0
+    tuning = Tuning()
 
     def __init__(self, name: str, parameters: GroupParameters) -> None:
         """Registers the group.
@@ -50,6 +55,7 @@ class CpuGroup:
         mesh, axis_names = parameters.mesh, parameters.axis_names
         self.group_id = next_group_id(mesh_digest(mesh, axis_names))
         self.domain_size = parameters.domain_size
+        self.why_no_rank_mask = None
         self._module.create_group(
             group_id=self.group_id,
             name=name,
@@ -82,6 +88,12 @@ class CpuGroup:
         """Yes."""
         del num_tokens
         return True
+
+    def give_up_on(self, ranks: Sequence[int], group_indices: Sequence[int]) -> None:
+        """Ends the waits that are for these ranks alone, those to come too."""
+        self._module.give_up_on(
+            group_id=self.group_id, group_indices=list(group_indices), ranks=list(ranks)
+        )
 
     def close(self) -> None:
         """Calls that come later fail."""

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import platform
+import time
 from collections.abc import Sequence
 
 import jax
@@ -21,12 +22,16 @@ from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpUnavailable
 from jax_ep._src.groups import domains, gpu_architectures, native, rdma
 from jax_ep._src.groups.bootstrap import Bootstrap, Message, mesh_digest, next_group_id, num_made
+from jax_ep._src.groups.far_failures import FarFailures
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import GroupParameters, Offer
 from jax_ep._src.groups.kernel_errors import GroupWatch, Watch
 from jax_ep._src.groups.placements import Placement, placements
+from jax_ep._src.groups.stuck_kernels import StuckKernels, aborts
 from jax_ep._src.limits import DTYPES, LAYOUTS
 from jax_ep._src.ranges import why_not_on_gpus
+from jax_ep._src.tuning.launches import Tuning, as_native
+from jax_ep._src.tuning.lookup import agreed, resolve
 
 _logger = logging.getLogger("jax_ep")
 
@@ -46,6 +51,7 @@ class Agreement:
         why_not: why the kernels cannot serve the group, in one of them; None if they can.
         domains: into which the ranks fall.
         hosts: text by process: where it runs.
+        tuning: what this process found, with what the ranks share as rank 0 has it.
     """
 
     bootstrap: Bootstrap
@@ -54,6 +60,7 @@ class Agreement:
     why_not: str | None
     domains: domains.Domains
     hosts: dict[int, str]
+    tuning: Tuning
 
 
 def offer(parameters: GroupParameters) -> Offer:
@@ -72,7 +79,8 @@ def offer(parameters: GroupParameters) -> Offer:
 def why_not(parameters: GroupParameters) -> str | None:
     """Why the kernels cannot serve the group in this process; None if they can."""
     return (
-        native.why_no_cuda()
+        ("with on_timeout 'mask' it serves CPU only" if parameters.on_timeout == "mask" else None)
+        or native.why_no_cuda()
         or why_not_on_gpus(parameters.config, parameters.num_ranks)
         or gpu_architectures.why_not_built_for(parameters.mesh.devices.flat)
     )
@@ -90,6 +98,8 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
     processes = sorted({rank.process for rank in ranks})
     process_index = jax.process_index()
     digest = mesh_digest(mesh, axis_names)
+    kind = mesh.devices.flat[0].device_kind
+    resolved = resolve(parameters.tuning, parameters.config, parameters.num_ranks, kind)
     boot = Bootstrap(digest, processes, process_index, warn_after=warn_after, timeout=timeout)
     with boot.telling_failures("join"):
         nonce = boot.begin()
@@ -98,18 +108,17 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
             "host": host(),
             "where": f"process {process_index} (pid {os.getpid()} on {platform.node()})",
             "config": f"{parameters.config}, warn_after={warn_after:g}, timeout={timeout:g}"
+            + (", on_timeout='mask'" if parameters.on_timeout == "mask" else "")
             + domains.emulation(),
+            "aborts": aborts(),  # here: all are told of a value that is not allowed
             "why_not": local_why_not,
             "why_no_rdma": rdma.why_unavailable(),
+            "low_latency_tokens": resolved.tuning.low_latency_tokens,
+            "untuned": resolved.missing,
         }
         messages = boot.gather("join", own)
         boot.all_have_begun()
-    for process, message in sorted(messages.items()):
-        if message["config"] != own["config"]:
-            raise EpUnavailable(
-                f"process {process} made it with another config: {message['config']}; here it is "
-                f"{own['config']}"
-            )
+    _check_messages(messages, own)
     found, why_not = domains.find_domains(
         parameters, {p: m["host"] for p, m in messages.items()}, ranks
     )
@@ -122,7 +131,27 @@ def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
         or (_why_no_rdma(messages, ranks) if found.use_rdma else None),
         domains=found,
         hosts={process: message["where"] for process, message in messages.items()},
+        tuning=Tuning()  # nothing is tuned between domains
+        if found.size < parameters.num_ranks
+        else agreed(
+            resolved.tuning,
+            parameters.config,
+            parameters.num_ranks,
+            rank_0=messages[ranks[0].process]["low_latency_tokens"],
+        ),
     )
+
+
+def _check_messages(messages: dict[int, Message], own: Message) -> None:
+    """Raises where processes cannot make a group together, or one of them has no table."""
+    for process, message in sorted(messages.items()):
+        if message["config"] != own["config"]:
+            raise EpUnavailable(
+                f"process {process} made it with another config: {message['config']}; here it is "
+                f"{own['config']}"
+            )
+    if untuned := _why_not_all(messages, "untuned"):
+        raise EpUnavailable(f"tuning is 'require', and {untuned}")
 
 
 def _why_not_all(messages: dict[int, Message], key: str) -> str | None:
@@ -147,6 +176,8 @@ class CudaGroup:
         group_id: the group's id in the compiled module.
         heap_bytes: bytes of each rank's heap, and of its network heap.
         domain_size: that of the config, or all ranks; between domains, the ranks of one.
+        why_no_rank_mask: the reason between domains, else None.
+        tuning: what was agreed on.
     """
 
     def __init__(self, name: str, parameters: GroupParameters, agreement: Agreement) -> None:
@@ -171,10 +202,15 @@ class CudaGroup:
         of_domain, self._use_rdma = agreement.domains
         spans_domains = of_domain < parameters.num_ranks
         self.domain_size = of_domain if spans_domains else parameters.domain_size
+        self._has_halves = not spans_domains
+        # A rank that does not take part would cut off its rail.
+        self.why_no_rank_mask = "its ranks are in several domains" if spans_domains else None
+        self.tuning = agreement.tuning
         sizes = _heap_shape(parameters.config, parameters.num_ranks)
+        if self.tuning.low_latency_tokens is not None:
+            sizes["low_latency_tokens"] = self.tuning.low_latency_tokens
         if spans_domains:
-            # There are no low-latency kernels between domains: the others serve all calls.
-            sizes |= {"num_neighbors": of_domain, "low_latency_tokens": 0}
+            sizes["num_neighbors"] = of_domain
         heap = self._module.HeapShape(**sizes)
         self._heap = heap
         self.heap_bytes: int = self._module.heap_bytes(heap)
@@ -185,18 +221,44 @@ class CudaGroup:
             self._open(agreement.nonce, heap)
         except EpUnavailable as e:
             raise EpUnavailable(f"backend 'ffi' cannot serve {name}: {e}") from e
+        places = {(r.group_index, r.rank): agreement.hosts[r.process] for r in ranks}
+        far = self._far_failures(places) if spans_domains else None
         self._watch = _watch()
         self._watch.add(
             GroupWatch(
                 name,
                 warn_after=parameters.warn_after,
                 timeout=parameters.timeout,
-                places={(r.group_index, r.rank): agreement.hosts[r.process] for r in ranks},
+                places=places,
                 store=self._bootstrap.store,
                 prefix=self._bootstrap.prefix,
+                far=far,
+                stuck=self._stuck_kernels(places, far) if far and self._use_rdma else None,
             )
         )
         _open_groups[self] = None
+
+    def _far_failures(self, places: dict[tuple[int, int], str]) -> FarFailures:
+        return FarFailures(
+            self._name,
+            places=places,
+            local=[(rank.group_index, rank.rank) for rank in self._local_ranks],
+            store=self._bootstrap.store,
+            prefix=self._bootstrap.prefix,
+            tell=functools.partial(self._module.tell_give_up, self.group_id),
+        )
+
+    def _stuck_kernels(self, places: dict[tuple[int, int], str], far: FarFailures) -> StuckKernels:
+        return StuckKernels(
+            self._name,
+            timeout=self._parameters.timeout,
+            domain_size=self.domain_size,
+            places=places,
+            far=far,
+            unread=functools.partial(self._module.unread_by, self.group_id),
+            word=self._module.stuck_word,
+            aborts=aborts(),
+        )
 
     def _open(self, nonce: int, heap: object) -> None:
         boot = self._bootstrap
@@ -212,6 +274,8 @@ class CudaGroup:
                     pes = rdma.join(boot, jax.process_index(), network_bytes, device)
                 handles = self._create(nonce, heap)
                 undo.callback(self._forget)
+                if self.tuning.launches:
+                    self.set_launches(self.tuning)
             if self._use_rdma:
                 with boot.telling_failures("created", "handles", "connected", "disconnected"):
                     # What can fail in one process alone lies behind all of them.
@@ -280,9 +344,13 @@ class CudaGroup:
         except RuntimeError as e:  # after a kernel gave up, CUDA refuses everything
             _logger.error("%s: cannot unmap its peers' memory: %s", self._name, e)
             why_not = str(e)
+        limit_left = limit
         if self._use_rdma:
+            # Waits for the same processes as what follows: once is enough.
+            begin = time.monotonic()
             rdma.release(self._bootstrap, self.group_id, limit, why_not)
-        missing = self._bootstrap.leave("disconnected", limit)
+            limit_left = max(limit - (time.monotonic() - begin), 0.0)
+        missing = self._bootstrap.leave("disconnected", limit_left)
         if missing:
             _logger.warning(
                 "%s: closed without process(es) %s, which did not close it within %g s and may "
@@ -302,19 +370,33 @@ class CudaGroup:
         """Whom the ranks of this process wait for."""
         return self._watch.health(self._name)
 
+    def set_launches(self, tuning: Tuning) -> None:
+        """Takes other launches from now on, in this process; for measuring them."""
+        launches = [as_native(launch) for launch in tuning.launches]
+        try:
+            self._module.set_launches(group_id=self.group_id, launches=launches)
+        except ValueError as e:
+            raise EpUnavailable(str(e)) from e
+
     def dispatches_in_halves(self, num_tokens: int, *, quantized: bool) -> bool:
-        """Those that the low-latency kernels serve."""
+        """Those that the low-latency kernels serve, within one domain."""
         fp8_rows = self._parameters.config.recv_dtype is not None
-        return self._module.dispatch_is_low_latency(
+        return self._has_halves and self._module.dispatch_is_low_latency(
             self._heap, num_tokens=num_tokens, fp8_x=quantized, fp8_rows=fp8_rows
         )
 
     def combines_in_halves(self, num_tokens: int) -> bool:
-        """Those that the low-latency kernels serve."""
-        return self._module.combine_is_low_latency(
+        """Those that the low-latency kernels serve, within one domain."""
+        return self._has_halves and self._module.combine_is_low_latency(
             self._heap,
             num_tokens=num_tokens,
             domain_size=self.domain_size,
+        )
+
+    def give_up_on(self, ranks: Sequence[int], group_indices: Sequence[int]) -> None:
+        """Ends the waits of this process's ranks that are for these ranks."""
+        self._module.give_up_on(
+            group_id=self.group_id, group_indices=list(group_indices), ranks=list(ranks)
         )
 
     def close(self, limit: float = _CLOSE_S, kernels_limit: float = math.inf) -> None:
@@ -364,6 +446,7 @@ def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:
         "layout": LAYOUTS.index(config.layout),
         "low_latency_tokens": config.low_latency_tokens or 0,
         "num_neighbors": 0,
+        "gathered_domains": domains.gathered_domains(num_ranks),
     }
 
 

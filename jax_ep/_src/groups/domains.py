@@ -3,7 +3,8 @@
 
 Between domains there is a network. So that what several hosts do can be tried on one,
 `JAX_EP_NODE_RANKS=2` makes a domain of every two ranks of a host; mapped memory joins them, or with
-`JAX_EP_NODE_TRANSPORT=rdma`, NVSHMEM (docs/guide/multi_node.md).
+`JAX_EP_NODE_TRANSPORT=rdma`, NVSHMEM (docs/guide/multi_node.md). `JAX_EP_NODE_PLAN` chooses the
+kind of plan, which else depends on how many domains there are.
 """
 
 import os
@@ -16,7 +17,9 @@ from jax_ep._src.groups.placements import Placement
 SIZE_VARIABLE = "JAX_EP_NODE_RANKS"
 TRANSPORT_VARIABLE = "JAX_EP_NODE_TRANSPORT"
 MAX_DOMAIN_RANKS = 32  # kMaxDomainRanks of the kernels
+PLAN_VARIABLE = "JAX_EP_NODE_PLAN"
 _TRANSPORTS = ("loopback", "rdma")
+_PLANS = ("auto", "routing", "counts")
 
 
 class Domains(NamedTuple):
@@ -32,13 +35,25 @@ class Domains(NamedTuple):
 
 
 def emulation() -> str:
-    """What the two variables say, for who compares processes; empty if they are not set.
+    """What the variables say, for who compares processes; empty if they are not set.
 
     Raises:
         ValueError: a value that is not allowed.
     """
-    size, transport = _emulated_size(), _emulated_transport()
-    return "" if size is None else f", {SIZE_VARIABLE}={size}, {TRANSPORT_VARIABLE}={transport}"
+    size, transport, plan = _emulated_size(), _emulated_transport(), _plan()
+    text = "" if plan == _PLANS[0] else f", {PLAN_VARIABLE}={plan}"
+    if size is not None:
+        text += f", {SIZE_VARIABLE}={size}, {TRANSPORT_VARIABLE}={transport}"
+    return text
+
+
+def gathered_domains(num_ranks: int) -> int:
+    """Among how many domains at most plans gather the routing of all ranks; 0: the kernels choose.
+
+    Raises:
+        ValueError: a value of `JAX_EP_NODE_PLAN` that is not allowed.
+    """
+    return {"auto": 0, "routing": num_ranks, "counts": 1}[_plan()]
 
 
 def _emulated_size() -> int | None:
@@ -59,6 +74,13 @@ def _emulated_transport() -> str:
             f"{TRANSPORT_VARIABLE} is {transport!r}; allowed: {', '.join(_TRANSPORTS)}"
         )
     return transport
+
+
+def _plan() -> str:
+    plan = os.environ.get(PLAN_VARIABLE, "") or _PLANS[0]
+    if plan not in _PLANS:
+        raise ValueError(f"{PLAN_VARIABLE} is {plan!r}; allowed: {', '.join(_PLANS)}")
+    return plan
 
 
 def find_domains(

@@ -3,27 +3,36 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import numbers
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.errors import EpGroupClosed
-from jax_ep._src.groups.backend_choice import choose_backend
+from jax_ep._src.groups.backend_choice import Backend, choose_backend
 from jax_ep._src.groups.deadlines import default_timeout
 from jax_ep._src.groups.health import EpHealth
 from jax_ep._src.groups.interface import BackendGroup, GroupParameters
+from jax_ep._src.limits import is_int
+from jax_ep._src.public import set_module
 from jax_ep._src.ranges import check_num_ranks
+from jax_ep._src.tuning import lookup
+from jax_ep._src.tuning.launches import Tuning
+from jax_ep._src.tuning.lookup import TuningArgument
 
+_logger = logging.getLogger("jax_ep")
 _BACKENDS = ("ffi", "xla")
+OnTimeout = Literal["error", "mask"]
 
 
+@set_module("jax_ep")
 class EpGroup:
     """The ranks along one or several axes of a mesh, and the formats of their exchange.
 
@@ -44,6 +53,7 @@ class EpGroup:
         platform: of the mesh's devices: "cpu", "cuda" or another.
         warn_after: seconds after which a rank that has not come is logged.
         timeout: seconds after which a rank that has not come is given up.
+        on_timeout: "error" or "mask": what happens then.
         num_ranks: `R`.
         num_local_experts: `L`, experts of each rank; with `EpConfig.pad_experts` the last ranks'
             may be some that nobody selects.
@@ -51,6 +61,8 @@ class EpGroup:
             of a host if the ranks are on several.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows. 0 on the CPU,
             where ranks share an address space, and with the `xla` backend.
+        tuning: the `Tuning` that is in use; empty where nothing is tuned, as on CPU. Its
+            `low_latency_tokens` is None where the config has a number of its own.
     """
 
     def __init__(
@@ -59,9 +71,11 @@ class EpGroup:
         axis_name: str | Sequence[str],
         config: EpConfig,
         *,
-        backend: str | None = None,
+        backend: Backend | None = None,
         warn_after: float | None = None,
         timeout: float | None = None,
+        on_timeout: OnTimeout = "error",
+        tuning: TuningArgument = None,
     ) -> None:
         """Makes a group. Call it outside `jit`, in every process of the mesh.
 
@@ -79,22 +93,45 @@ class EpGroup:
                 for one of its own collectives for 40; 1800 on GPUs, where a rank that gives up
                 costs its process. `math.inf`: never. On GPUs it is also how long processes wait
                 for each other when the group is made. Backend `ffi` only.
+            on_timeout: "error": when a rank has not come for `timeout`, the others fail. "mask":
+                they go on without it, and `Dispatched.missing_ranks` and `combine_with_status` say
+                so; exchanges are in one piece then, and have no gradient. Backend `ffi` on CPU
+                only; with `xla`, which has to be asked for, nobody is ever missing. See
+                docs/guide/rank_masks.md.
+            tuning: how kernels on GPUs are launched, and up to how many tokens the low-latency ones
+                serve calls, where `EpConfig` leaves that open. It has no effect on the numbers, nor
+                elsewhere. None: as tables of measurements say, if there are any for this kind of
+                GPU and these sizes (docs/guide/tuning.md says where they are looked for). "off": as
+                the model says. "require": as None, but all calls must be in a table. A path: that
+                table before the others. A `Tuning`: as it says.
 
         Raises:
-            ValueError: a bad argument, or a config that does not fit the number of ranks.
-            EpUnavailable: the backend that was asked for cannot serve; on GPUs also: memory is
-                short, or a process did not come. The message says why.
+            ValueError: a bad argument, or a config that does not fit the number of ranks, or no
+                table where `tuning` says.
+            EpUnavailable: the backend that was asked for cannot serve, or with `on_timeout="mask"`
+                `ffi` cannot and `xla` was not asked for; on GPUs also: memory is
+                short, a process did not come, or with `tuning="require"` there is no table for
+                the group. The message says why.
         """
-        self.axis_name = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-        self.axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        self.axis_name: str | tuple[str, ...] = (
+            axis_name if isinstance(axis_name, str) else tuple(axis_name)
+        )
+        self.axis_names: tuple[str, ...] = (
+            (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        )
         _check_arguments(mesh, self.axis_names, config, backend)
+        _check_on_timeout(on_timeout, config)
+        lookup.check(tuning)
         self.mesh = mesh
         self.config = config
-        self.platform = _platform(mesh)
+        self.platform: str = _platform(mesh)
+        self.warn_after: float
+        self.timeout: float
+        self.on_timeout: OnTimeout = on_timeout
         self.warn_after, self.timeout = _deadlines(self.platform, warn_after, timeout)
-        self.num_ranks = math.prod(mesh.shape[name] for name in self.axis_names)
+        self.num_ranks: int = math.prod(mesh.shape[name] for name in self.axis_names)
         check_num_ranks(config, self.num_ranks, self.axis_name)
-        self.num_local_experts = config.num_local_experts(num_ranks=self.num_ranks)
+        self.num_local_experts: int = config.num_local_experts(num_ranks=self.num_ranks)
         parameters = GroupParameters(
             mesh=mesh,
             axis_names=self.axis_names,
@@ -102,18 +139,25 @@ class EpGroup:
             num_ranks=self.num_ranks,
             warn_after=self.warn_after,
             timeout=self.timeout,
+            tuning=tuning,
+            on_timeout=on_timeout,
         )
+        self.backend: Backend
         self.backend, make = choose_backend(backend, self.platform, parameters)
-        self.name = (
+        self.name: str = (
             f"EpGroup {next(_serial_numbers)} (axis {self.axis_name!r}, {self.num_ranks} ranks)"
         )
-        self._closed = False
+        self._closed = False  # no more calls
+        self._ended = False  # nothing of it runs any more
         self._lock = threading.Lock()
         self._kept: dict[Hashable, Any] = {}
         self._backend_group = make(self.name)
-        self.group_id = self._backend_group.group_id
-        self.heap_bytes = self._backend_group.heap_bytes
-        self.domain_size = self._backend_group.domain_size
+        self.group_id: int = self._backend_group.group_id
+        self.heap_bytes: int = self._backend_group.heap_bytes
+        self.domain_size: int = self._backend_group.domain_size
+        self.tuning: Tuning = self._backend_group.tuning
+        if self.tuning != Tuning():
+            _logger.info("%s: %s", self.name, self.tuning)
 
     def close(self) -> None:
         """Frees what the group holds. Using it afterwards is an error; closing twice is not.
@@ -128,9 +172,14 @@ class EpGroup:
             if self._closed:
                 return
             self._closed = True
+            own_groups = [value for value in self._kept.values() if isinstance(value, EpGroup)]
             self._kept.clear()
+        for group in own_groups:
+            group.close()
         if self.group_id >= 0:
+            # Which may wait for a rank: until then `health` and `give_up_on` are of use.
             _wait_for_results(set(self.mesh.devices.flat))
+        self._ended = True
         self._backend_group.close()
 
     def health(self) -> EpHealth:
@@ -138,7 +187,45 @@ class EpGroup:
 
         Never waits itself, and may be called from any thread. Says nothing of the `xla` backend.
         """
-        return EpHealth() if self._closed else self._backend_group.health()
+        return EpHealth() if self._ended else self._backend_group.health()
+
+    def give_up_on(self, ranks: Iterable[int], *, group_index: int | None = None) -> None:
+        """Ends the waits for ranks that will not come, and lets nobody wait for them again.
+
+        For whoever learns that a process is gone before `timeout` has passed. A rank that is there
+        before the others take part all the same; one that would have come within `timeout` is
+        missing, too. It holds for as long as the group lives. May be called from any thread, and
+        again, also while `close` waits.
+
+        Args:
+            ranks: positions along the group's axes.
+            group_index: position of their EP group along the mesh's other axes; None: of all.
+
+        Raises:
+            ValueError: no such ranks, or `on_timeout` is "error".
+            EpGroupClosed: the group has been closed, and nothing of it runs any more.
+        """
+        if self._ended:
+            self.check_open()
+        if self.on_timeout != "mask":
+            raise ValueError(
+                "give_up_on is called, and EpGroup.on_timeout is 'error'; allowed: a group with "
+                "on_timeout 'mask'"
+            )
+        ranks = list(ranks)
+        num_groups = self.mesh.size // self.num_ranks
+        if not all(is_int(rank, 0, self.num_ranks - 1) for rank in ranks):
+            raise ValueError(f"ranks is {ranks}; allowed: ints from 0 to {self.num_ranks - 1}")
+        if group_index is not None and not is_int(group_index, 0, num_groups - 1):
+            raise ValueError(
+                f"group_index is {group_index!r}; allowed: None, or an int from 0 to "
+                f"{num_groups - 1}"
+            )
+        groups = range(num_groups) if group_index is None else [group_index]
+        _logger.warning("%s: given up on rank(s) %s", self.name, ",".join(map(str, ranks)))
+        self._backend_group.give_up_on(
+            [int(rank) for rank in ranks], [int(index) for index in groups]
+        )
 
     @property
     def closed(self) -> bool:
@@ -180,7 +267,9 @@ class EpGroup:
     def __repr__(self) -> str:
         return (
             f"EpGroup(axis_name={self.axis_name!r}, num_ranks={self.num_ranks}, "
-            f"backend={self.backend!r}, config={self.config}"
+            f"backend={self.backend!r}, "
+            + (f"on_timeout={self.on_timeout!r}, " if self.on_timeout != "error" else "")
+            + f"config={self.config}"
             f"{', closed' if self._closed else ''})"
         )
 
@@ -194,7 +283,8 @@ def kept(group: EpGroup, key: Hashable, make: Callable[[], Any]) -> Any:
     """What `make()` gives, made once for each key and kept until the group is closed.
 
     For jitted functions that know the group: JAX keeps static arguments, and what was compiled
-    for them, as long as the function lives, so one of a module would keep all groups.
+    for them, as long as the function lives, so one of a module would keep all groups. Or for a
+    group that this one needs, which is closed with it.
 
     Raises:
         EpGroupClosed: the group has been closed.
@@ -236,6 +326,16 @@ def _check_arguments(
         raise ValueError(
             "an EpGroup is made inside jit, once for each compilation; allowed: outside of it, in "
             "a variable that the jitted function closes over"
+        )
+
+
+def _check_on_timeout(on_timeout: Any, config: EpConfig) -> None:
+    if on_timeout not in ("error", "mask"):
+        raise ValueError(f"on_timeout is {on_timeout!r}; allowed: 'error', 'mask'")
+    if on_timeout == "mask" and config.drop == "even":
+        raise ValueError(
+            "on_timeout is 'mask', and EpConfig.drop is 'even', for which all ranks gather counts; "
+            "allowed with 'mask': drop 'rows'"
         )
 
 

@@ -3,7 +3,10 @@
 
 import dataclasses
 
+from jax_ep._src.public import set_module
 
+
+@set_module("jax_ep")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpHealth:
     """What a group's ranks of this process wait for at one moment; of several waits, the longest.
@@ -31,5 +34,5 @@ class EpHealth:
 
     @property
     def ok(self) -> bool:
-        """Whether nobody waits and no rank has given up."""
+        """Whether nobody waits and no rank has given up; ranks wait a moment in every exchange."""
         return not self.waiting_for and self.aborted is None

@@ -5,13 +5,15 @@ A module of a platform has `offer(parameters) -> Offer`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
 
 from jax_ep._src.config import EpConfig
 from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.tuning.launches import Tuning
+from jax_ep._src.tuning.lookup import TuningArgument
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class GroupParameters:
     num_ranks: int
     warn_after: float
     timeout: float
+    tuning: TuningArgument = None
+    on_timeout: str = "error"
 
     @property
     def domain_size(self) -> int:
@@ -38,11 +42,15 @@ class BackendGroup(Protocol):
         group_id: by which the compiled module knows it; -1 where there is none.
         heap_bytes: bytes of GPU memory that each rank holds for its peers' rows.
         domain_size: `D`, consecutive ranks whose sum `combine` rounds before it adds the next.
+        why_no_rank_mask: why calls cannot leave ranks out; None if they can.
+        tuning: what it uses instead of the model's choices.
     """
 
     group_id: int
     heap_bytes: int
     domain_size: int
+    why_no_rank_mask: str | None
+    tuning: Tuning
 
     def health(self) -> EpHealth:
         """Whom the ranks of this process wait for."""
@@ -54,6 +62,10 @@ class BackendGroup(Protocol):
 
     def combines_in_halves(self, num_tokens: int) -> bool:
         """The same of a combine."""
+        ...
+
+    def give_up_on(self, ranks: Sequence[int], group_indices: Sequence[int]) -> None:
+        """From now on nobody waits for these ranks, where `on_timeout` is "mask"."""
         ...
 
     def close(self) -> None:

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jax_ep._src.groups.far_failures import FarFailures, GiveUp
 from jax_ep._src.groups.health import EpHealth
+from jax_ep._src.groups.stuck_kernels import Running, StuckKernels
 
 _logger = logging.getLogger("jax_ep")
 _PERIOD_S = 0.1
@@ -49,6 +51,8 @@ class GroupWatch:
         places: text by (group_index, rank): where the rank's process is.
         store: JAX's coordination client, if the group has several processes; None else.
         prefix: of the group's keys in the store.
+        far: tells ranks of other domains, if there are any.
+        stuck: finds kernels that do not come back from the network, if NVSHMEM joins domains.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class GroupWatch:
         places: dict[tuple[int, int], str],
         store: Any = None,
         prefix: str = "",
+        far: FarFailures | None = None,
+        stuck: StuckKernels | None = None,
     ) -> None:
         """A group that has said nothing yet."""
         self.name = name
@@ -68,6 +74,8 @@ class GroupWatch:
         self.places = places
         self.store = store
         self.prefix = prefix
+        self.far = far
+        self.stuck = stuck
         self._errors: set[tuple[int, int]] = set()  # (group_index, rank), logged
         self._warned: dict[tuple[int, int, int], tuple[int, float]] = {}  # -> exchange, seconds
         self._first_seen: dict[RankWait, float] = {}
@@ -232,8 +240,14 @@ class Watch:
     def look(self) -> None:
         """Logs what is new."""
         with self._lock:
+            give_ups = self._give_ups()
             for group, statuses in self._statuses():
+                if group.far is not None:
+                    waits = any(not wait.ended for wait in _waits_of(statuses))
+                    own = give_ups.get(group.name, [])
+                    group.far.look(own, waits=waits, last=self._stop.is_set())
                 group.log(statuses)
+            self._look_for_stuck()
 
     def health(self, name: str) -> EpHealth:
         """Of one group."""
@@ -254,6 +268,27 @@ class Watch:
             by_name.setdefault(status[0], []).append(status)
         groups = dict(self._groups)
         return [(groups[name], by_name[name]) for name in by_name if name in groups]
+
+    def _give_ups(self) -> dict[str, list[tuple[int, GiveUp]]]:
+        """Of groups with several domains, by name."""
+        if all(group.far is None for group in dict(self._groups).values()):
+            return {}
+        by_name: dict[str, list[tuple[int, GiveUp]]] = {}
+        for name, group_index, rank, by, blamed, word in self._module.give_ups():
+            by_name.setdefault(name, []).append((rank, GiveUp(group_index, by, blamed, word)))
+        return by_name
+
+    def _look_for_stuck(self) -> None:
+        """Of groups that NVSHMEM joins; also those of which no kernel has said anything."""
+        watched = {n: g.stuck for n, g in dict(self._groups).items() if g.stuck is not None}
+        if not watched:
+            return
+        statuses = {group.name: of for group, of in self._statuses()}
+        by_name: dict[str, list[Running]] = {}
+        for name, *kernel in self._module.running():
+            by_name.setdefault(name, []).append(Running(*kernel))
+        for name, stuck in watched.items():
+            stuck.look(by_name.get(name, ()), statuses.get(name, ()))
 
     def _run(self) -> None:
         stopping = False

@@ -337,7 +337,25 @@ def _leave() -> None:
     if job is None:
         return
     try:
-        if job.bootstrap.end_together("gone", _EXIT_S, _why_unusable):
-            native.load_cuda().rdma_finalize(device=job.device)
-    except (EpUnavailable, RuntimeError, jax.errors.JaxRuntimeError):
+        if not job.bootstrap.end_together("gone", _EXIT_S, _why_unusable):
+            return
+    except (EpUnavailable, jax.errors.JaxRuntimeError):
+        _logger.exception("NVSHMEM was not finalized as this process ends")
+        return
+    thread = threading.Thread(
+        target=_finalize, args=(job,), name="jax_ep: finalize NVSHMEM", daemon=True
+    )
+    thread.start()
+    thread.join(_EXIT_S)
+    if thread.is_alive():  # for a process that has died since
+        _logger.error(
+            "NVSHMEM was not finalized within %g s as this process ends, which ends without it",
+            _EXIT_S,
+        )
+
+
+def _finalize(job: _Job) -> None:
+    try:
+        native.load_cuda().rdma_finalize(device=job.device)
+    except RuntimeError:
         _logger.exception("NVSHMEM was not finalized as this process ends")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sharded_moe`: `moe_with_experts` on global arrays."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -12,16 +12,22 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_ep._src import compat
+from jax_ep._src.balancing.arrays import PlacementArrays, check_placement
+from jax_ep._src.balancing.place import check_token_ids
 from jax_ep._src.checks import check_array, check_group, is_array
 from jax_ep._src.experts.bound import ExpertWeights
+from jax_ep._src.experts.matrices import Dims
 from jax_ep._src.groups.group import EpGroup, kept
 from jax_ep._src.moe import MoeStats, Overlap, Weigh, moe_with_experts
+from jax_ep._src.public import set_module
+from jax_ep._src.rank_mask import checked_rank_mask, num_lost
+from jax_ep._src.sharded.selections import over_tokens, sent_selections, stats_of_mesh
 from jax_ep._src.sharded.token_split import (
     Tokens,
     TokenSplit,
     gather_tokens,
-    partition_dims,
     run_on_tokens,
+    split_by_spec,
     sum_of_parts,
 )
 from jax_ep._src.sharded.weights import (
@@ -48,6 +54,10 @@ def sharded_moe(
     fsdp_axes: Axes = ...,
     mask: jax.Array | None = ...,
     weigh: Weigh = ...,
+    placement: PlacementArrays | None = ...,
+    token_ids: jax.Array | None = ...,
+    rank_mask: jax.Array | None = ...,
+    renormalize: bool = ...,
     with_stats: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -65,10 +75,15 @@ def sharded_moe(
     fsdp_axes: Axes = ...,
     mask: jax.Array | None = ...,
     weigh: Weigh = ...,
+    placement: PlacementArrays | None = ...,
+    token_ids: jax.Array | None = ...,
+    rank_mask: jax.Array | None = ...,
+    renormalize: bool = ...,
     with_stats: Literal[True],
 ) -> tuple[jax.Array, MoeStats]: ...
 
 
+@set_module("jax_ep")
 def sharded_moe(
     x: jax.Array,
     topk_idx: jax.Array,
@@ -81,6 +96,10 @@ def sharded_moe(
     fsdp_axes: Axes = (),
     mask: jax.Array | None = None,
     weigh: Weigh = "output",
+    placement: PlacementArrays | None = None,
+    token_ids: jax.Array | None = None,
+    rank_mask: jax.Array | None = None,
+    renormalize: bool = False,
     with_stats: bool = False,
 ) -> jax.Array | tuple[jax.Array, MoeStats]:
     """`moe_with_experts` on global arrays: opens `jax.shard_map` over the group's mesh itself.
@@ -103,22 +122,34 @@ def sharded_moe(
 
     Args:
         x: `[..., H]` of `config.dtype`.
-        topk_idx: `[..., K]` int32, as `dispatch` takes it.
+        topk_idx: `[..., K]` int32, as `dispatch` takes it; with a `placement` as `place` does.
         topk_weights: `[..., K]` float32.
         experts: of all ranks, from `jax_ep.experts`: arrays `[E, ...]`, with
-            `EpConfig.pad_experts` also `[R * L, ...]`.
+            `EpConfig.pad_experts` also `[R * L, ...]`; with a `placement` those of its slots.
         group: an open `EpGroup` whose config has layout "expert".
         token_spec: of `x`: mesh axes for each of its dimensions but the last.
         tensor_axes: mesh axes over which `F` is split.
         fsdp_axes: mesh axes over which `H` of the weights is split; axes that split tokens.
         mask: `[...]` bool: False where a token goes to no expert, such as padding; None: all go.
         weigh: as `moe_with_experts` takes it.
+        placement: where copies of experts are, as `ExpertPlacement.layer` gives it, whose slots
+            are the group's experts: each device calls `place` for its tokens. An operand: another
+            one with tables of the same shapes compiles nothing. None: no copies.
+        token_ids: `[...]` int32 or uint32, as `place` takes it: with it a token of a rank goes to
+            the same copies whatever tokens are beside it. Without effect where there is no
+            `placement`.
+        rank_mask: `[R]` bool, the ranks of each group that take part, as `dispatch` takes it; or
+            None. The others are drained, and not lost: what is gathered and reduced here, and the
+            statistics, are collectives of all devices.
+        renormalize: as `moe_with_experts` takes it; selections of experts that have no copy in
+            `placement` count as left out, too.
         with_stats: whether to return what the experts were asked for, too.
 
     Returns:
         `[..., H]` of `config.dtype`, split as `token_spec` says (on explicit axes but along a
         dimension that does not divide, which is gathered). With `with_stats`: a tuple of
-        this and a `MoeStats` of the whole mesh, with `tokens_per_expert` `[R * L]`.
+        this and a `MoeStats` of the whole mesh, with `tokens_per_expert` `[R * L]`, by slot where
+        there is a placement. `num_lost` then counts selections of experts without a copy as well.
 
     Raises:
         ValueError: an argument does not fit the group's config or mesh; the message names it. Or
@@ -129,7 +160,7 @@ def sharded_moe(
     group.check_open()
     check_context(group.mesh, "sharded_moe")
     x, topk_idx, topk_weights = (compat.as_array(a) for a in (x, topk_idx, topk_weights))
-    _check_tokens(group, x, topk_idx, topk_weights, mask)
+    tokens = _checked_tokens(group, x, topk_idx, topk_weights, mask=mask, token_ids=token_ids)
     if not isinstance(experts, ExpertWeights):
         raise ValueError(
             f"experts is a {type(experts).__name__}; allowed: what jax_ep.experts.gated, ungated, "
@@ -143,12 +174,16 @@ def sharded_moe(
     fsdp_axes = check_axes(group.mesh, "fsdp_axes", fsdp_axes, (*group.axis_names, *tensor_axes))
     check_fsdp_axes(fsdp_axes, split)
     axes = WeightAxes(mesh=group.mesh, experts=group.axis_names, ffn=tensor_axes, hidden=fsdp_axes)
-    tokens = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
-    if mask is not None:
-        tokens["mask"] = jnp.asarray(mask)
-    key = (sharded_moe, split, axes, weigh)
-    run = kept(group, key, lambda: jax.jit(functools.partial(_run, group, split, axes, weigh)))
-    out, stats = run(tokens, experts)
+    if placement is not None:
+        check_placement("placement", placement, group)
+    replicated = {
+        "placement": placement,
+        "rank_mask": checked_rank_mask(rank_mask, group, "sharded_moe"),
+    }
+    options = {"weigh": weigh, "renormalize": bool(renormalize)}
+    key = (sharded_moe, split, axes, *options.values())
+    run = kept(group, key, lambda: jax.jit(functools.partial(_run, group, split, axes, **options)))
+    out, stats = run(tokens, experts, replicated)
     return (out, stats) if with_stats else out
 
 
@@ -156,40 +191,67 @@ def _run(
     group: EpGroup,
     split: TokenSplit,
     axes: WeightAxes,
-    weigh: Weigh,
     tokens: Tokens,
     experts: ExpertWeights,
+    replicated: dict[str, Any],
+    **options: Any,
 ) -> tuple[jax.Array, MoeStats]:
-    dims = experts.leaf_dims()
-
-    def body(tokens: Tokens, experts: ExpertWeights) -> tuple[Tokens, MoeStats]:
-        idx = tokens["topk_idx"]
-        if "mask" in tokens:
-            idx = jnp.where(tokens["mask"][:, None], idx, -1)
-        out, stats = moe_in_parts(
-            group,
-            split,
-            axes,
-            (tokens["x"], idx, tokens["topk_weights"]),
-            gather_experts(axes, experts, dims),
-            weigh=weigh,
-        )
-        return {"out": out}, stats
-
-    stats_specs = MoeStats(
+    may_lose = any(value is not None for value in replicated.values())
+    stats_specs: Any = MoeStats(
         tokens_per_expert=axes.partition(("experts",)),  # type: ignore[arg-type]
         num_dropped=PartitionSpec(),  # type: ignore[arg-type]
+        num_lost=PartitionSpec() if may_lose else None,  # type: ignore[arg-type]
     )
     out, stats = run_on_tokens(
-        body,
+        functools.partial(_on_device, group, split, axes, experts.leaf_dims(), options),
         split,
         tokens,
-        experts,
-        weight_specs=expert_specs(axes, experts),
+        (experts, replicated),
+        weight_specs=(
+            expert_specs(axes, experts),
+            jax.tree.map(lambda _: PartitionSpec(), replicated),
+        ),
         stats_specs=stats_specs,
         fills={"topk_idx": -1, "mask": False},
     )
     return out["out"], stats
+
+
+def _on_device(
+    group: EpGroup,
+    split: TokenSplit,
+    axes: WeightAxes,
+    dims: Sequence[Dims],
+    options: dict[str, Any],
+    tokens: Tokens,
+    weights: tuple[ExpertWeights, dict[str, Any]],
+) -> tuple[Tokens, MoeStats]:
+    experts, replicated = weights
+    idx = tokens["topk_idx"]
+    if "mask" in tokens:
+        idx = jnp.where(tokens["mask"][:, None], idx, -1)
+    sent, topk_weights = sent_selections(
+        group,
+        idx,
+        tokens["topk_weights"],
+        token_ids=tokens.get("token_ids"),
+        renormalize=options["renormalize"],
+        **replicated,
+    )
+    out, stats = moe_in_parts(
+        group,
+        split,
+        axes,
+        (tokens["x"], sent, topk_weights),
+        gather_experts(axes, experts, dims),
+        weigh=options["weigh"],
+        rank_mask=replicated["rank_mask"],
+    )
+    stats, _ = stats_of_mesh(group, split, stats)
+    if any(value is not None for value in replicated.values()):
+        (lost,) = over_tokens(split, num_lost(idx, sent))
+        stats = dataclasses.replace(stats, num_lost=lost)
+    return {"out": out}, stats
 
 
 def moe_in_parts(
@@ -201,6 +263,7 @@ def moe_in_parts(
     *,
     weigh: Weigh,
     overlap: Overlap | None = None,
+    rank_mask: jax.Array | None = None,
 ) -> tuple[jax.Array, MoeStats]:
     """Inside of `shard_map`: `moe_with_experts` with the parts of experts along the tensor axes.
 
@@ -212,9 +275,10 @@ def moe_in_parts(
         experts: what `gather_experts` gives.
         weigh: as `moe_with_experts` takes it.
         overlap: as `moe_with_experts` takes it, of parts along the tensor axes, too.
+        rank_mask: as `moe_with_experts` takes it.
 
     Returns:
-        This device's `[T, H]`, and statistics of the whole mesh.
+        This device's `[T, H]`, and statistics.
     """
     x, topk_idx, topk_weights = gather_tokens(split, *tokens)
     # Before the exchange: gradients are then added up by token, not by received row.
@@ -227,88 +291,10 @@ def moe_in_parts(
         group=group,
         weigh=weigh,
         overlap=overlap,
+        rank_mask=rank_mask,
         with_stats=True,
     )
-    return sum_of_parts(split, out, axes.ffn), _global_stats(group, split, stats)
-
-
-def _global_stats(group: EpGroup, split: TokenSplit, stats: MoeStats) -> MoeStats:
-    """Inside of `shard_map`: those of all devices that work on other tokens."""
-    data_axes = tuple(name for name in split.axes if name not in group.axis_names)
-    # Counts of no tokens are constants, which vary over no axis and could not be summed over any.
-    tokens_per_expert, num_dropped = compat.as_varying(
-        frozenset(split.axes), stats.tokens_per_expert, stats.num_dropped
-    )
-    # Along other axes devices count the same tokens, which JAX cannot know.
-    seen = compat.varying_axes(tokens_per_expert, num_dropped) - frozenset(split.axes)
-    if copies := tuple(name for name in split.mesh.axis_names if name in seen):
-        is_first = jax.lax.axis_index(copies) == 0
-        counts = compat.as_varying(seen, tokens_per_expert, num_dropped)
-        tokens_per_expert, num_dropped = (
-            jax.lax.psum(jnp.where(is_first, count, 0), copies) for count in counts
-        )
-    if data_axes:
-        tokens_per_expert = jax.lax.psum(tokens_per_expert, data_axes)
-    return MoeStats(
-        tokens_per_expert=tokens_per_expert, num_dropped=jax.lax.psum(num_dropped, split.axes)
-    )
-
-
-def split_by_spec(
-    group: EpGroup,
-    token_spec: Any,
-    shape: tuple[int, ...],
-    tensor_axes: tuple[str, ...],
-    other_axes: tuple[str, ...] = (),
-) -> TokenSplit:
-    """How `token_spec` splits tokens of a shape; `other_axes` split them, too, if it does not.
-
-    Raises:
-        ValueError: it names something else than axes of the mesh for these dimensions, or leaves
-            more tokens to a device than the group is made for.
-    """
-    mesh = group.mesh
-    named = check_token_spec(mesh, token_spec)
-    if any(token_spec[len(shape) :]):
-        raise ValueError(
-            f"token_spec is {token_spec}, and x has {len(shape) + 1} dimensions; allowed: axes for "
-            "all but the last"
-        )
-    dims = partition_dims(token_spec, len(shape))
-    wanted = (*other_axes, *group.axis_names)
-    split = TokenSplit(
-        mesh=mesh,
-        shape=shape,
-        dims=dims,
-        others=tuple(name for name in wanted if name not in named),
-        gathered=tuple(name for name in named if name in tensor_axes),
-    )
-    check_tokens_per_rank(group, split)
-    return split
-
-
-def check_token_spec(mesh: Mesh, token_spec: Any) -> tuple[str, ...]:
-    """The axes that it names; raises unless they are distinct ones of the mesh."""
-    if not isinstance(token_spec, PartitionSpec):
-        raise ValueError(f"token_spec is {token_spec!r}; allowed: a jax.sharding.PartitionSpec")
-    named = tuple(name for names in partition_dims(token_spec, len(token_spec)) for name in names)
-    if len(set(named)) != len(named) or not set(named) <= set(mesh.axis_names):
-        raise ValueError(
-            f"token_spec is {token_spec}; allowed: distinct axes of the mesh, {mesh.axis_names}"
-        )
-    return named
-
-
-def check_tokens_per_rank(group: EpGroup, split: TokenSplit) -> None:
-    """Raises where a device has more tokens than the group is made for."""
-    most = group.config.max_tokens_per_rank
-    if split.tokens_per_rank > most:
-        devices = math.prod(split.mesh.shape[name] for name in split.axes)
-        raise ValueError(
-            f"x has {math.prod(split.shape)} tokens, {split.tokens_per_rank} on each of {devices} "
-            f"devices (axes {split.axes}); allowed: up to EpConfig.max_tokens_per_rank on each, "
-            f"which is {most}"
-        )
+    return sum_of_parts(split, out, axes.ffn), stats
 
 
 def check_fsdp_axes(fsdp_axes: tuple[str, ...], split: TokenSplit) -> None:
@@ -342,7 +328,10 @@ def _show_mesh(mesh: Mesh | jax.sharding.AbstractMesh) -> str:
     return "(" + ", ".join(f"{name}: {size} {kind.name}" for name, size, kind in axes) + ")"
 
 
-def _check_tokens(group: EpGroup, x: Any, topk_idx: Any, topk_weights: Any, mask: Any) -> None:
+def _checked_tokens(
+    group: EpGroup, x: Any, topk_idx: Any, topk_weights: Any, *, mask: Any, token_ids: Any
+) -> Tokens:
+    """By name, what there is; raises where it does not fit."""
     config = group.config
     if not is_array(x) or x.ndim < 2 or x.shape[-1] != config.hidden or x.dtype != config.dtype:
         got = f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
@@ -351,8 +340,14 @@ def _check_tokens(group: EpGroup, x: Any, topk_idx: Any, topk_weights: Any, mask
     lead = x.shape[:-1]
     check_array("topk_idx", topk_idx, (*lead, config.num_topk), np.dtype(np.int32))
     check_array("topk_weights", topk_weights, (*lead, config.num_topk), np.dtype(np.float32))
+    tokens = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
     if mask is not None:
-        check_array("mask", compat.as_array(mask), lead, np.dtype(bool))
+        mask = compat.as_array(mask)
+        check_array("mask", mask, lead, np.dtype(bool))
+        tokens["mask"] = jnp.asarray(mask)
+    if token_ids is not None:
+        tokens["token_ids"] = check_token_ids(token_ids, lead)
+    return tokens
 
 
 def _padded(group: EpGroup, experts: ExpertWeights) -> ExpertWeights:

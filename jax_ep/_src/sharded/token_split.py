@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_ep._src import compat
+from jax_ep._src.groups.group import EpGroup
 
 # By name: arrays whose first dimensions are the tokens'.
 Tokens = dict[str, jax.Array]
@@ -87,6 +88,63 @@ class TokenSplit:
 
     def _count(self, names: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[name] for name in names)
+
+
+def split_by_spec(
+    group: EpGroup,
+    token_spec: Any,
+    shape: tuple[int, ...],
+    tensor_axes: tuple[str, ...],
+    other_axes: tuple[str, ...] = (),
+) -> TokenSplit:
+    """How `token_spec` splits tokens of a shape; `other_axes` split them, too, if it does not.
+
+    Raises:
+        ValueError: it names something else than axes of the mesh for these dimensions, or leaves
+            more tokens to a device than the group is made for.
+    """
+    mesh = group.mesh
+    named = check_token_spec(mesh, token_spec)
+    if any(token_spec[len(shape) :]):
+        raise ValueError(
+            f"token_spec is {token_spec}, and x has {len(shape) + 1} dimensions; allowed: axes for "
+            "all but the last"
+        )
+    dims = partition_dims(token_spec, len(shape))
+    wanted = (*other_axes, *group.axis_names)
+    split = TokenSplit(
+        mesh=mesh,
+        shape=shape,
+        dims=dims,
+        others=tuple(name for name in wanted if name not in named),
+        gathered=tuple(name for name in named if name in tensor_axes),
+    )
+    check_tokens_per_rank(group, split)
+    return split
+
+
+def check_token_spec(mesh: Mesh, token_spec: Any) -> tuple[str, ...]:
+    """The axes that it names; raises unless they are distinct ones of the mesh."""
+    if not isinstance(token_spec, PartitionSpec):
+        raise ValueError(f"token_spec is {token_spec!r}; allowed: a jax.sharding.PartitionSpec")
+    named = tuple(name for names in partition_dims(token_spec, len(token_spec)) for name in names)
+    if len(set(named)) != len(named) or not set(named) <= set(mesh.axis_names):
+        raise ValueError(
+            f"token_spec is {token_spec}; allowed: distinct axes of the mesh, {mesh.axis_names}"
+        )
+    return named
+
+
+def check_tokens_per_rank(group: EpGroup, split: TokenSplit) -> None:
+    """Raises where a device has more tokens than the group is made for."""
+    most = group.config.max_tokens_per_rank
+    if split.tokens_per_rank > most:
+        devices = math.prod(split.mesh.shape[name] for name in split.axes)
+        raise ValueError(
+            f"x has {math.prod(split.shape)} tokens, {split.tokens_per_rank} on each of {devices} "
+            f"devices (axes {split.axes}); allowed: up to EpConfig.max_tokens_per_rank on each, "
+            f"which is {most}"
+        )
 
 
 Body = Callable[[Tokens, Any], tuple[Tokens, Any]]

@@ -20,16 +20,16 @@ TOLERANCE = 1e-5
 """Of float32 sums of at most some hundred terms, relative to the largest element."""
 
 
-def make_group(name: str, mesh: jax.sharding.Mesh, axis_name: Any = "expert") -> jax_ep.EpGroup:
-    """A group for the block of this name."""
+def make_group(name: str, mesh: jax.sharding.Mesh) -> jax_ep.EpGroup:
+    """A group over the axis "expert" for the block of this name."""
     config = jax_ep.EpConfig(
         num_experts=EXPERTS,
         num_topk=ports.PORTS[name].block.TOPK,
         hidden=HIDDEN,
-        max_tokens_per_rank=BATCH * SEQUENCE // 4,
+        max_tokens_per_rank=BATCH * SEQUENCE // mesh.shape["expert"],
         dtype=jnp.float32,
     )
-    return jax_ep.EpGroup(mesh, axis_name, config)
+    return jax_ep.EpGroup(mesh, "expert", config)
 
 
 # --- a block by functions of jax_ep ------------------------------------------------------------

@@ -168,10 +168,8 @@ def _dispatch_transpose(
             operands.plan.row_source,
             None,
         )
-    x_bar, token_scalars_bar = combine_linear(
-        spec, operands.program_rank, rows_bar, bars.row_scalars, operands.plan
-    )
-    operands_bar = DispatchOperands(None, x_bar, None, token_scalars_bar, None, None, NO_PLAN)
+    sums = combine_linear(spec, operands.program_rank, rows_bar, bars.row_scalars, operands.plan)
+    operands_bar = DispatchOperands(None, sums.out, None, sums.token_scalars, None, None, NO_PLAN)
     return cotangents_of(tree, primals, operands_bar)
 
 

@@ -30,6 +30,7 @@ from jax_ep._src.backends.ffi.primitives import (
 from jax_ep._src.backends.operands import (
     CombineDoneOperands,
     CombineOperands,
+    CombineResults,
     DispatchDoneOperands,
     DispatchResults,
     PlanDispatchOperands,
@@ -53,37 +54,52 @@ def _program_rank(spec: OpSpec) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def plan_dispatch(
-    spec: OpSpec, x: Rows, topk_idx: jax.Array, token_scalars: jax.Array | None
+    spec: OpSpec,
+    x: Rows,
+    topk_idx: jax.Array,
+    token_scalars: jax.Array | None,
+    rank_mask: jax.Array | None,
 ) -> tuple[Plan, Counts, DispatchResults]:
     """Works out every selection's row, and sends rows and, where given, a scalar per selection."""
-    values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
-    operands = PlanDispatchOperands(_program_rank(spec), values, scales, token_scalars, topk_idx)
-    if compat.varying_axes(*operands.of_plan()) == compat.varying_axes(*jax.tree.leaves(operands)):
+    operands = _operands_of_both(spec, x, topk_idx, token_scalars, rank_mask)
+    whole = spec.on_timeout == "mask"  # who is missing is missing in both
+    if whole or _varying_axes(operands.of_plan()) == _varying_axes(operands):
         results = bind(plan_dispatch_p, _varying_alike(operands), spec=spec)
     else:  # the plan varies over fewer mesh axes than what travels
         planned = bind(plan_p, _varying_alike(operands.of_plan()), spec=spec)
         dispatched = _varying_alike(operands.of_dispatch(planned.plan))
         results = PlanDispatchResults.of(planned, bind(dispatch_p, dispatched, spec=spec))
-    return results.plan._replace(topk_idx=topk_idx), results.counts, results.of_dispatch()
+    plan = results.plan._replace(topk_idx=topk_idx, rank_mask=rank_mask)
+    return plan, results.counts, results.of_dispatch()
 
 
-def _sent_in_halves(
-    spec: OpSpec, x: Rows, topk_idx: jax.Array, token_scalars: jax.Array | None
+def _varying_axes(operands: Any) -> frozenset[str]:
+    return compat.varying_axes(*jax.tree.leaves(operands))
+
+
+def _operands_of_both(
+    spec: OpSpec,
+    x: Rows,
+    topk_idx: jax.Array,
+    token_scalars: jax.Array | None,
+    rank_mask: jax.Array | None,
 ) -> PlanDispatchOperands:
     values, scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, None)
-    return PlanDispatchOperands(_program_rank(spec), values, scales, token_scalars, topk_idx)
+    rank = _program_rank(spec)
+    return PlanDispatchOperands(rank, values, scales, token_scalars, topk_idx, rank_mask)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 5), inline=True)
 def plan_dispatch_start(
     spec: OpSpec,
     x: Rows,
     topk_idx: jax.Array,
     token_scalars: jax.Array | None,
+    rank_mask: jax.Array | None,
     counts: bool,
 ) -> jax.Array:
     """The first half of `plan_dispatch`, of a call that has halves; returns the ticket."""
-    operands = _varying_alike(_sent_in_halves(spec, x, topk_idx, token_scalars))
+    operands = _varying_alike(_operands_of_both(spec, x, topk_idx, token_scalars, rank_mask))
     return bind(dispatch_start_p, operands, spec=spec, counts=counts).ticket
 
 
@@ -95,16 +111,18 @@ def plan_dispatch_done(
     x: Rows,
     topk_idx: jax.Array,
     token_scalars: jax.Array | None,
+    rank_mask: jax.Array | None,
 ) -> tuple[Plan, Counts, DispatchResults]:
     """The second half, of the same operands. It comes after the arrays in `after`."""
-    sent = _sent_in_halves(spec, x, topk_idx, token_scalars)
+    sent = _operands_of_both(spec, x, topk_idx, token_scalars, rank_mask)
     operands = _varying_alike(DispatchDoneOperands(sent, ticket, after))
     results: PlanDispatchResults = bind(dispatch_done_p, operands, spec=spec)
     planned = results.of_plan()
-    if compat.varying_axes(*sent.of_plan()) != compat.varying_axes(*jax.tree.leaves(operands)):
+    if _varying_axes(sent.of_plan()) != _varying_axes(operands):
         # The same plan once more, which varies over fewer mesh axes, as that of `plan_dispatch`.
         planned = bind(plan_p, _varying_alike(sent.of_plan()), spec=spec)
-    return planned.plan._replace(topk_idx=topk_idx), planned.counts, results.of_dispatch()
+    plan = planned.plan._replace(topk_idx=topk_idx, rank_mask=rank_mask)
+    return plan, planned.counts, results.of_dispatch()
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -120,12 +138,17 @@ def dispatch_tangents(
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
-    """Sums every token's rows, times their weights where given."""
+def combine(
+    spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, jax.Array | None]:
+    """Sums every token's rows, times their weights where given; and says who was missing."""
     operands = _varying_alike(
         CombineOperands(_program_rank(spec), y, weights, row_scalars=None, plan=plan)
     )
-    return bind(combine_p, operands, spec=spec).out
+    results: CombineResults = bind(combine_p, operands, spec=spec)
+    out: jax.Array | None = results.out
+    assert out is not None
+    return out, results.missing_ranks
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -42,7 +42,7 @@ from jax_ep._src.backends.plan import Counts, Plan
 from jax_ep._src.batching import one_by_one
 from jax_ep._src.limits import DTYPES, WIRE_DTYPES
 from jax_ep._src.quantized import num_scales
-from jax_ep._src.spec import OpSpec
+from jax_ep._src.spec import OpSpec, without_group
 
 _INT32 = np.dtype(np.int32)
 _FLOAT32 = np.dtype(np.float32)
@@ -127,16 +127,22 @@ def _dispatch_results(spec: OpSpec, operands: DispatchOperands) -> DispatchResul
 def _plan_dispatch_results(spec: OpSpec, operands: PlanDispatchOperands) -> PlanDispatchResults:
     planned = _plan_results(spec, operands.of_plan())
     dispatched = _dispatch_results(spec, operands.of_dispatch(planned.plan))
+    dispatched = dispatched._replace(missing_ranks=_missing_ranks(spec))
     return PlanDispatchResults.of(planned, dispatched)
 
 
+def _missing_ranks(spec: OpSpec) -> Any:
+    masks = spec.on_timeout == "mask"
+    return jax.ShapeDtypeStruct((spec.num_ranks,), np.dtype(bool)) if masks else None
+
+
 def _combine_results(spec: OpSpec, operands: CombineOperands) -> CombineResults:
-    del spec
     y, scalars = operands.y, operands.row_scalars
     num_tokens, num_topk = operands.plan.slot.shape
     return CombineResults(
         out=None if y is None else jax.ShapeDtypeStruct((num_tokens, y.shape[1]), y.dtype),
         token_scalars=None if scalars is None else _float32((num_tokens, num_topk)),
+        missing_ranks=_missing_ranks(spec),
     )
 
 
@@ -178,7 +184,10 @@ def _abstract(
 # Operands that are there for another platform, another backend, or for differentiation only.
 _OF_XLA = {"arrival_slot", "arrival_topk"}
 _UNUSED_BY_COMBINE = {"row_source", "row_topk_idx", "source_slot"}
-_STAGED = {"x", "x_scales", "token_scalars", "topk_idx", "y", "weights", "row_scalars", "slot"}
+_STAGED = {
+    *("x", "x_scales", "token_scalars", "topk_idx", "y", "weights", "row_scalars", "slot"),
+    "rank_mask",
+}
 _UNUSED = {
     "cpu": {
         plan_p: set(),
@@ -203,7 +212,7 @@ _UNUSED = {
     },
 }
 # Of a `Plan`, what no target gives.
-_NO_RESULTS = {"topk_idx"}
+_NO_RESULTS = {"topk_idx", "rank_mask"}
 
 
 def _stand_in(name: str, spec: OpSpec, topk_idx: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -242,12 +251,16 @@ def _lower(
         name: absent(name) if aval is None else aval
         for name, aval in by_name(avals).items()
         if name not in _UNUSED[platform][primitive] | _OF_XLA
+        # A call without a mask is compiled to what it was before there were masks.
+        and not (name == "rank_mask" and aval is None)
     }
     results = by_name(_RESULTS[primitive](spec, avals))
     avals_out = {
         name: absent(name) if result is None else compat.like(topk_idx, result.shape, result.dtype)
         for name, result in results.items()
         if name not in _NO_RESULTS | _OF_XLA
+        # Likewise a call of a group in which a missing rank is an error.
+        and not (name == "missing_ranks" and result is None)
     }
     # A first half gives another ticket in every call, which XLA is told by a side effect: else it
     # takes equal calls for one, and moves one out of a loop in which its operands do not vary.
@@ -269,7 +282,7 @@ def _lower(
 def _attributes(ctx: Any, primitive: Primitive, platform: str, spec: OpSpec) -> dict[str, Any]:
     attributes: dict[str, Any] = {"ep": spec.ffi_attributes()}
     if platform == "cuda":
-        attributes["place"] = np.int32(_call_site(ctx))
+        attributes["call_site"] = np.int32(_call_site(ctx))
         if primitive is dispatch_start_p:  # no result says so
             attributes["recv_capacity"] = np.int64(spec.recv_capacity)
     reads_rows = (dispatch_p, plan_dispatch_p, dispatch_done_p)
@@ -290,9 +303,13 @@ def _call_site(ctx: Any) -> int:
     """A hash of the call site, by which ranks notice that theirs differ.
 
     From the stack of names (layers, transformations) under which it was traced: the same in all
-    processes that trace the same program, and mostly another for another layer.
+    processes that trace the same program, and mostly another for another layer. The number of the
+    group has no part in it: a process may have made groups of its own before.
+
+    JAX caches what it lowers, and lowers without names for the cache: then it is the hash of no
+    names, and calls that are alike in all sizes are taken for one.
     """
-    return zlib.crc32(str(ctx.name_stack).encode()) & 0x7FFFFFFF
+    return zlib.crc32(without_group(str(ctx.name_stack)).encode()) & 0x7FFFFFFF
 
 
 def _outside_shard_map(*args: Any, name: str, **params: Any) -> Any:

@@ -3,7 +3,8 @@
 
 Where its plan is enough, where a whole batch has one plan, and where the routing is known and what
 travels is not (`jax.linear_transpose`). Not in reverse mode: its tangents are a `dispatch_p` over
-the plan (`differentiation.py`), which is not made again.
+the plan (`differentiation.py`), which is not made again. Nor in a group that goes on without ranks
+that do not come: both halves must miss the same ones.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def plan_dispatch_batched(
     operands: PlanDispatchOperands = jax.tree.unflatten(tree, args)
     marked = [_NOT_MAPPED if dim is None else dim for dim in dims]
     dims_of: PlanDispatchOperands = jax.tree.unflatten(tree, marked)
-    if any(dim != _NOT_MAPPED for dim in dims_of.of_plan()):
+    mapped = any(dim != _NOT_MAPPED for dim in jax.tree.leaves(dims_of.of_plan()))
+    if mapped or spec.on_timeout == "mask":
         return one_by_one(plan_dispatch_p, args, dims, tree=tree, spec=spec)
     planned = bind(plan_p, operands.of_plan(), spec=spec)
     dims_of_plan = jax.tree.map(lambda _: _NOT_MAPPED, planned)
@@ -65,7 +67,7 @@ def _without_dead_code(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]
     avals = jax.tree.unflatten(tree, [var.aval for var in eqn.invars])
     results = results_tree(plan_dispatch_p, avals, spec)
     used_of: PlanDispatchResults = jax.tree.unflatten(results, used)
-    if any(jax.tree.leaves(used_of.of_dispatch())):
+    if spec.on_timeout == "mask" or any(jax.tree.leaves(used_of.of_dispatch())):
         return [True] * len(eqn.invars), eqn
     outs: PlanDispatchResults = jax.tree.unflatten(results, eqn.outvars)
     operands: PlanDispatchOperands = jax.tree.unflatten(tree, eqn.invars)
@@ -76,19 +78,21 @@ def _without_dead_code(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]
         outvars=jax.tree.leaves(outs.of_plan()),
         params={"tree": plan_tree, "spec": spec},
     )
-    needed = jax.tree.map(lambda _: False, avals)._replace(program_rank=True, topk_idx=True)
+    routing = jax.tree.map(lambda _: True, operands.of_plan())
+    needed = jax.tree.map(lambda _: False, avals)._replace(**routing._asdict())
     return jax.tree.leaves(needed), plan_eqn
 
 
 def _partially_known(trace: Any, *tracers: Any, tree: Any, spec: OpSpec) -> list[Any]:
     """The plan is known as soon as the routing is."""
     operands: PlanDispatchOperands = jax.tree.unflatten(tree, tracers)
-    routing = operands.of_plan()
-    if all(t.is_known() for t in tracers) or not all(t.is_known() for t in routing):
+    routing = jax.tree.leaves(operands.of_plan())
+    apart = all(t.is_known() for t in routing) and not all(t.is_known() for t in tracers)
+    if not apart or spec.on_timeout == "mask":
         return trace.default_process_primitive(
             plan_dispatch_p, tracers, {"tree": tree, "spec": spec}
         )
-    known = PlanOperands(*(t.pval.get_known() for t in routing))
+    known: PlanOperands = jax.tree.map(lambda t: t.pval.get_known(), operands.of_plan())
     planned = bind(plan_p, known, spec=spec)
     leaves, dispatch_tree = jax.tree.flatten(operands.of_dispatch(planned.plan))
     outs = trace.default_process_primitive(

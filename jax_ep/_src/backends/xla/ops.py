@@ -49,12 +49,17 @@ def dispatch(spec: OpSpec, x: Rows, token_scalars: jax.Array | None, plan: Plan)
 
 
 def plan_dispatch(
-    spec: OpSpec, x: Rows, topk_idx: jax.Array, token_scalars: jax.Array | None
+    spec: OpSpec,
+    x: Rows,
+    topk_idx: jax.Array,
+    token_scalars: jax.Array | None,
+    rank_mask: jax.Array | None,
 ) -> tuple[Plan, Counts, DispatchResults]:
-    """Both, one after the other."""
+    """Both, one after the other. The collectives are of all ranks, whatever the mask."""
     made, counts = plan(spec, topk_idx)
     made = named(made)  # by which gradients travel, too
-    return made, counts, dispatch(spec, x, token_scalars, made)
+    received = dispatch(spec, x, token_scalars, made)
+    return made._replace(rank_mask=rank_mask), counts, received
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,11 +73,16 @@ def dispatch_tangents(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def combine(spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan) -> jax.Array:
-    """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them on those."""
+def combine(
+    spec: OpSpec, y: jax.Array, weights: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, None]:
+    """Sums rows by (token, rank), returns the sums to the tokens' ranks and sums them on those.
+
+    Nobody is missing.
+    """
     if weights is not None:
-        return primitives.combine(spec, _varying(spec, CombineOperands(y, weights, plan)))
+        return primitives.combine(spec, _varying(spec, CombineOperands(y, weights, plan))), None
     operands = _varying(spec, ExchangeOperands(y, None, None, plan))
     out = exchange(spec, operands, is_dispatch=False).rows
     assert out is not None
-    return out
+    return out, None
