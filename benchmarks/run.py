@@ -5,6 +5,10 @@ What is compared is checked first. An option says where the ranks are, as for th
 `cpu`, on 8 CPU devices; `shared`, all on one GPU, as processes under MPS; `own`, each on a GPU of
 its own; `one_process`, likewise, but in one process. docs/measurements/benchmarks.md says what is
 measured, and how.
+
+    python benchmarks/run.py --copies --placement own --ranks 2 --tokens 4096,1024 --json OUT
+
+measures experts under Zipf routing instead, with and without copies of popular ones.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import pathlib
 import sys
 from typing import Any
 
-from ep_bench import on_host, on_own_gpus, on_shared_gpu, plot, report
+from ep_bench import copies_on_own_gpus, on_host, on_own_gpus, on_shared_gpu, plot, report
 
 PROGRAMS = {
     "cpu": on_host,
@@ -25,7 +29,7 @@ PROGRAMS = {
 # Option -> the placements that it is for; others are for all.
 ONLY_FOR = {
     **dict.fromkeys(("cases", "dtypes", "pairs", "backend", "no_memory"), ("cpu",)),
-    **dict.fromkeys(("ranks", "tokens"), ("own", "one_process")),
+    **dict.fromkeys(("ranks", "tokens", "copies", "ffn"), ("own", "one_process")),
     **dict.fromkeys(("full", "commit", "plot"), ("shared", "own", "one_process")),
     "virtual_ranks": ("shared",),
     "link_probe": ("own", "one_process"),
@@ -60,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=int, help="own GPUs; default: as many as there are, up to 8"
     )
     parser.add_argument("--tokens", help="own GPUs: of each rank, comma-separated; default: all")
+    parser.add_argument(
+        "--copies", action="store_true", help="own GPUs: measure copies of popular experts instead"
+    )
+    parser.add_argument("--ffn", type=int, help="copies: inner size of an expert; default: 2048")
     parser.add_argument("--commit", help="GPUs: of the sources, where git is not there to ask")
     parser.add_argument(
         "--report",
@@ -92,8 +100,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, option) and args.placement not in placements:
             name = option.replace("_", "-")
             parser.error(f"--{name} is not for placement {args.placement}")
+    if args.ffn and not args.copies:
+        parser.error("--ffn is for --copies alone")
+    args.program = copies_on_own_gpus if args.copies else PROGRAMS[args.placement]
     try:
-        PROGRAMS[args.placement].check(args)
+        args.program.check(args)
     except ValueError as e:
         parser.error(str(e))
     return args
@@ -106,7 +117,7 @@ def main() -> None:
     if args.report:
         found = report.merged([json.loads(path.read_text()) for path in args.report])
     else:
-        found = PROGRAMS[args.placement].measure(args)
+        found = args.program.measure(args)
     print(report.to_text(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + os.linesep)

@@ -37,9 +37,8 @@ def microseconds(seconds: float) -> str:
 
 
 def time_cell(spread: Mapping[str, float]) -> str:
-    """Median and percentiles, in microseconds."""
-    median, low, high = (microseconds(spread[name]) for name in ("median", "p10", "p90"))
-    return f"{median} ({low}-{high})"
+    """The median, in microseconds; `plot` shows the spread."""
+    return microseconds(spread["median"])
 
 
 def label(case: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ep_bench import (
@@ -51,18 +51,27 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: something is wrong with them; the message has the option.
     """
+    check_ranks(args, TOKENS, SMOKE_TOKENS, 256)
+
+
+def check_ranks(
+    args: argparse.Namespace, default_tokens: Sequence[int], smoke_tokens: int, num_experts: int
+) -> None:
+    """The same for other programs: which tokens they measure, and how many experts there are."""
     if args.smoke and (args.placement != "one_process" or args.ranks or args.tokens):
         raise ValueError("--smoke has its own ranks and tokens, and placement one_process")
     args.placement = Placement(args.placement)
-    tokens = args.tokens or ",".join(map(str, TOKENS))
+    tokens = args.tokens or ",".join(map(str, default_tokens))
     try:
-        args.tokens = [SMOKE_TOKENS] if args.smoke else [int(t) for t in tokens.split(",")]
+        args.tokens = [smoke_tokens] if args.smoke else [int(t) for t in tokens.split(",")]
     except ValueError:
         raise ValueError(f"--tokens is {tokens}; allowed: numbers, comma-separated") from None
     if args.ranks is None:
         args.ranks = SMOKE_RANKS if args.smoke else min(8, count_gpus())
-    if args.ranks < 2 or 256 % args.ranks:
-        raise ValueError(f"{args.ranks} ranks; allowed: 2 or more, and a divisor of 256")
+    if min(args.tokens) < 1:
+        raise ValueError(f"--tokens is {min(args.tokens)}; allowed: 1 or more")
+    if args.ranks < 2 or num_experts % args.ranks:
+        raise ValueError(f"{args.ranks} ranks; allowed: 2 or more, and a divisor of {num_experts}")
 
 
 def compared_in(case: GpuCase) -> list[str]:

@@ -264,9 +264,9 @@ def parts(found: Found, tablefmt: str) -> list[tuple[str, str]]:
             probe_table(found, tablefmt),
         ),
         (
-            "Microseconds of one operation under jit, the slowest rank, median (10th-90th "
-            "percentile); and GB/s that a rank gets, logical and on the wire, with the latter's "
-            "share of the fastest copies between ranks:",
+            "Microseconds of one operation under jit, the slowest rank, median; and GB/s that "
+            "a rank gets, logical and on the wire, with the latter's share of the fastest copies "
+            "between ranks:",
             operation_table(found, tablefmt),
         ),
         (

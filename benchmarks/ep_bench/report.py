@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ep_bench import host_tables, own_gpu_tables, shared_gpu_tables
+from ep_bench import expert_copies, host_tables, own_gpu_tables, shared_gpu_tables
 from ep_bench.cells import Found
 from marked_part import replaced
 
@@ -46,6 +46,8 @@ def _text(found: Found, tablefmt: str) -> str:
 
 def to_text(found: Found) -> str:
     """Everything, for the terminal."""
+    if "lines" in found:  # of copies of experts
+        return expert_copies.to_text(found["lines"])
     return _text(found, "simple")
 
 

@@ -199,9 +199,8 @@ def parts(found: Found, tablefmt: str) -> list[tuple[str, str]]:
     """Titles and tables."""
     return [
         (
-            f"Microseconds of one operation under jit, the slowest rank, median (10th-90th "
-            f"percentile); H {HIDDEN}, K {NUM_TOPK}, E {NUM_EXPERTS}, uniform routing unless the "
-            "line says otherwise:",
+            f"Microseconds of one operation under jit, the slowest rank, median; H {HIDDEN}, "
+            f"K {NUM_TOPK}, E {NUM_EXPERTS}, uniform routing unless the line says otherwise:",
             time_table(found, tablefmt),
         ),
         (
