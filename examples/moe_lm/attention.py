@@ -25,7 +25,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int) -> jax.Arra
     positions = jnp.arange(q.shape[1])
     q, k, v = (_split(a, num_heads) for a in (q, k, v))
     out = jax.nn.dot_product_attention(
-        _rotate(q, positions), _rotate(k, positions), v, is_causal=True
+        rotate(q, positions), rotate(k, positions), v, is_causal=True
     )
     return out.reshape(*out.shape[:2], -1)
 
@@ -63,15 +63,13 @@ class Memory:
         q, k, v = (_split(a, num_heads) for a in (q, k, v))
         at = (0, self._start, 0, 0)
         self.cache = KvCache(
-            jax.lax.dynamic_update_slice(self.cache.keys, _rotate(k, positions), at),
+            jax.lax.dynamic_update_slice(self.cache.keys, rotate(k, positions), at),
             jax.lax.dynamic_update_slice(self.cache.values, v, at),
         )
         seen = jnp.arange(self.cache.keys.shape[1])[None, :]
         last = positions[:, None]
         mask = (seen <= last) & (seen > last - self._window)
-        out = jax.nn.dot_product_attention(
-            _rotate(q, positions), *self.cache, mask=mask[None, None]
-        )
+        out = jax.nn.dot_product_attention(rotate(q, positions), *self.cache, mask=mask[None, None])
         return out.reshape(*out.shape[:2], -1)
 
 
@@ -80,11 +78,17 @@ def _split(a: jax.Array, num_heads: int) -> jax.Array:
     return a.reshape(batch, seq_len, num_heads, hidden // num_heads)
 
 
-def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of `[B, S, heads, D]`."""
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+    Args:
+        x: `[B, S, heads, D]`.
+        positions: `[S]`, or `[B, S]` where rows are at positions of their own.
+    """
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]
-    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    positions = jnp.atleast_2d(positions).astype(jnp.float32)
+    angle = positions[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
