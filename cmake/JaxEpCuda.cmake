@@ -61,6 +61,7 @@ if(NOT _nvcc)
   elseif(NOT JAX_EP_CUDA STREQUAL "AUTO")
     message(FATAL_ERROR "jax_ep: JAX_EP_CUDA=${JAX_EP_CUDA}, but no nvcc is found. ${_how}.")
   endif()
+  # pip shows this with -v only: jax_ep/_src/groups/native.py says it again at the first use.
   message(WARNING "jax_ep: no nvcc is found, so this build is for CPU only. ${_how}. "
     "JAX_EP_CUDA=OFF silences this.")
   return()

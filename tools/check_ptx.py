@@ -33,7 +33,11 @@ SOURCES = (
         )
     ),
     *("low_latency/dispatch", "low_latency/combine"),
-    *(f"internode/loopback_{name}" for name in ("plan", "dispatch", "combine")),
+    *("low_latency/masking_dispatch", "low_latency/masking_combine"),
+    *(
+        f"internode/loopback_{name}"
+        for name in ("plan", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+    ),
 )
 # What of csrc/kernels/CMakeLists.txt makes another program; and the PTX that wheels have.
 FLAGS = ("-std=c++20", "--expt-relaxed-constexpr", "-fmad=false", "-O3", "-arch=compute_90")

@@ -3,12 +3,14 @@
 
 A build in isolation gets them with its build requirements. This is for builds without isolation,
 in an environment whose own jaxlib may be newer. If so, it downloads the pinned one, takes the
-headers and leaves the rest.
+headers and leaves the rest. For a Python that has no such release, it prints where those of the
+installed jaxlib are, and says what a module that is built on them loads on.
 
     python tools/ffi_headers.py CACHE_FOLDER
 """
 
 import importlib.metadata
+import operator
 import pathlib
 import re
 import shutil
@@ -21,24 +23,42 @@ import zipfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def pinned_version() -> str:
-    """Returns the version of jaxlib that pyproject.toml builds on."""
+def pinned_version(python: tuple[int, int]) -> str | None:
+    """Returns the version of jaxlib that pyproject.toml builds on; None if it pins none."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    compare = {"<": operator.lt, "==": operator.eq}
+    pin = re.compile(r"jaxlib==([\w.]+); python_version (<|==) '(\d+)\.(\d+)'")
     for requirement in pyproject["build-system"]["requires"]:
-        if match := re.fullmatch(r"jaxlib==([\w.]+)", requirement):
-            return match.group(1)
-    raise SystemExit("pyproject.toml: build-system.requires pins no jaxlib")
+        if match := pin.fullmatch(requirement):
+            version, relation, major, minor = match.groups()
+            if compare[relation](python, (int(major), int(minor))):
+                return version
+    return None
 
 
-def installed_headers(version: str) -> pathlib.Path | None:
-    """Returns the headers of this environment's jaxlib if it is that version."""
+def installed_headers(version: str | None) -> pathlib.Path | None:
+    """Returns the headers of this environment's jaxlib if it is that version; None: of any."""
     try:
         jaxlib = importlib.metadata.distribution("jaxlib")
     except importlib.metadata.PackageNotFoundError:
         return None
-    if jaxlib.version != version:
+    if version is not None and jaxlib.version != version:
         return None
     return pathlib.Path(str(jaxlib.locate_file("jaxlib/include")))
+
+
+def unpinned_headers(python: tuple[int, int]) -> pathlib.Path:
+    """Returns the headers of the installed jaxlib, and says what they are good for."""
+    folder = installed_headers(None)
+    if folder is None:
+        raise SystemExit("jax_ep: this Python has no jaxlib, whose headers the build needs")
+    release = importlib.metadata.version("jaxlib")
+    print(
+        f"jax_ep: pyproject.toml pins no jaxlib for Python {python[0]}.{python[1]}: building on "
+        f"the headers of jaxlib {release}, which is installed; what is built loads on it and newer",
+        file=sys.stderr,
+    )
+    return folder
 
 
 def downloaded_headers(version: str, cache: pathlib.Path) -> pathlib.Path:
@@ -65,9 +85,13 @@ def main() -> None:
     """Prints the folder."""
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    version = pinned_version()
+    python = (sys.version_info.major, sys.version_info.minor)
+    version = pinned_version(python)
     cache = pathlib.Path(sys.argv[1]).resolve()
-    print(installed_headers(version) or downloaded_headers(version, cache))
+    if version is None:
+        print(unpinned_headers(python))
+    else:
+        print(installed_headers(version) or downloaded_headers(version, cache))
 
 
 if __name__ == "__main__":

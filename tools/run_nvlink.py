@@ -57,6 +57,10 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         folder = str(out / f"moe_lm_{mesh}")
         return ["examples/train_moe_lm.py", "--platform", "cuda", "--mesh", mesh, "--out", folder]
 
+    def serve() -> list[str]:
+        options = ["--platform", "cuda", "--mesh", f"1x{ranks}", "--processes", str(ranks)]
+        return ["examples/serve_moe_lm.py", "bench", *options, "--out", str(out / "serving")]
+
     def bench(placement: str, tokens: int) -> list[str]:
         sizes = ["--ranks", str(ranks), "--tokens", str(tokens), "--placement", placement]
         files = ["--link-probe", LINK_PROBE, "--json", str(bench_json(placement, tokens))]
@@ -65,18 +69,24 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
     def bench_json(placement: str, tokens: int) -> pathlib.Path:
         return out / f"{placement}_{tokens}.json"
 
+    sizes = ["--placement", "own", "--ranks", str(ranks)]
+    copies = ["--copies", *sizes, "--json", str(out / "copies" / "copies.json")]
     lines = ["--ranks", str(ranks), "--json", str(out / "kernels" / "lines.json")]
     return {
         "own": tests("own", "problems", "collectives"),
         "bench-4096": bench("own", 4096),
         "kernels": ["benchmarks/predict.py", "--measure", BUILT, *lines],
-        "own-programs": tests("own", "graphs", "halves", "soak"),
+        "copies": ["benchmarks/run.py", *copies],
+        "own-programs": tests("own", "graphs", "halves", "masks", "soak"),
         "one-process": tests("one_process", "problems", "collectives"),
+        "models": tests("own", "models"),
+        "one-process-models": tests("one_process", "models"),
         "nodes": tests("own", "nodes"),
         "one-process-nodes": tests("one_process", "nodes"),
-        "one-process-programs": tests("one_process", "graphs", "halves", "soak"),
+        "one-process-programs": tests("one_process", "graphs", "halves", "masks", "soak"),
         "example": train(1),
         **({"example-two-axes": train(2)} if ranks > 2 else {}),
+        "serve": serve(),
         "own-failures": tests("own", "failures", "closed"),
         "one-process-closed": tests("one_process", "closed"),
         **{f"bench-{tokens}": bench("own", tokens) for tokens in (128, 16, 1, 1024, 8192)},

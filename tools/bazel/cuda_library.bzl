@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuda_library: C++ with kernels, compiled by nvcc, one action for each file."""
+"""cuda_library, cuda_shared_library: C++ with kernels, by nvcc, one action for each file."""
 
 load("@jax_ep_cuda//:defs.bzl", "WHY_NO_CUDA")
+load("@jax_ep_nvshmem//:defs.bzl", "WHY_NO_NVSHMEM")
 load("@rules_cc//cc:find_cc_toolchain.bzl", "find_cc_toolchain", "use_cc_toolchain")
 load("@rules_cc//cc/common:cc_common.bzl", "cc_common")
 load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
-load(":cuda.bzl", "NEEDS_CUDA")
+load(":cuda.bzl", "NEEDS_CUDA", "NEEDS_RDMA")
 
-# CMake's JAX_EP_CUDA_ARCHS, which says why these; -real is machine code, -virtual is PTX.
+_ArchitecturesInfo = provider("Of cuda_architectures.", fields = {"names": "a list of strings"})
+
+# The default: CMake's JAX_EP_CUDA_ARCHS, which says why these; -real is machine code, -virtual is PTX.
 CUDA_ARCHITECTURES = [
     "90-real",
     "100-real",
@@ -30,19 +33,40 @@ def _gencode(architecture):
     code = {"real": "sm_", "virtual": "compute_"}[kind] + number
     return "-gencode=arch=compute_{},code={}".format(number, code)
 
+def _cuda_architectures_impl(ctx):
+    names = ctx.build_setting_value
+    for name in names:
+        number, _, kind = name.partition("-")
+        if not number or kind not in ["real", "virtual"]:
+            fail("jax_ep: --{} has '{}'; expected NUMBER-real or NUMBER-virtual, such as {}".format(
+                ctx.label,
+                name,
+                ", ".join(CUDA_ARCHITECTURES),
+            ))
+
+    # For the module that says what it was built for.
+    define = "JAX_EP_CUDA_ARCHITECTURES=\"{}\"".format(", ".join(names))
+    context = cc_common.create_compilation_context(defines = depset([define]))
+    return [_ArchitecturesInfo(names = names), CcInfo(compilation_context = context)]
+
+# A flag of the command line: what cuda_library compiles for.
+cuda_architectures = rule(
+    implementation = _cuda_architectures_impl,
+    build_setting = config.string_list(flag = True),
+)
+
 def _include_flags(context):
     flags = ["-I" + d for d in context.quote_includes.to_list() + context.includes.to_list()]
     return flags + ["-isystem=" + d for d in context.system_includes.to_list()]
 
-def _compile(ctx, cc_toolchain, src, context):
+def _compile(ctx, cc_toolchain, src, context, flags):
     # Of files with one name in two folders, an archive would keep one.
     name = src.owner.name.replace("/", "_")
     obj = ctx.actions.declare_file("_cuda/{}/{}.pic.o".format(ctx.label.name, name))
-    flags = _COPTS + [_gencode(a) for a in CUDA_ARCHITECTURES]
     ctx.actions.run(
         executable = ctx.files._nvcc[0],
-        arguments = ["-ccbin", cc_toolchain.compiler_executable] + flags + ctx.attr.copts +
-                    _include_flags(context) + ["-c", src.path, "-o", obj.path],
+        arguments = ["-ccbin", cc_toolchain.compiler_executable] + _COPTS + flags +
+                    ctx.attr.copts + _include_flags(context) + ["-c", src.path, "-o", obj.path],
         inputs = depset(
             [src] + ctx.files.hdrs,
             transitive = [context.headers, cc_toolchain.all_files],
@@ -55,13 +79,17 @@ def _compile(ctx, cc_toolchain, src, context):
     )
     return obj
 
-def _cuda_library_impl(ctx):
+def _checked(ctx):
     if WHY_NO_CUDA:
         fail("jax_ep: --{}=true, but {}".format(Label("//:cuda"), WHY_NO_CUDA))
+    return cc_common.merge_cc_infos(cc_infos = [d[CcInfo] for d in ctx.attr.deps])
+
+def _cuda_library_impl(ctx):
+    info = _checked(ctx)
     cc_toolchain = find_cc_toolchain(ctx)
-    info = cc_common.merge_cc_infos(cc_infos = [d[CcInfo] for d in ctx.attr.deps])
     context = info.compilation_context
-    objects = [_compile(ctx, cc_toolchain, src, context) for src in ctx.files.srcs]
+    flags = [_gencode(a) for a in ctx.attr._architectures[_ArchitecturesInfo].names]
+    objects = [_compile(ctx, cc_toolchain, src, context, flags) for src in ctx.files.srcs]
     linking_context, _ = cc_common.create_linking_context_from_compilation_outputs(
         actions = ctx.actions,
         name = ctx.label.name,
@@ -89,28 +117,118 @@ def _cuda_library_impl(ctx):
         ),
     ]
 
+_ATTRS = {
+    "copts": attr.string_list(),
+    "deps": attr.label_list(providers = [CcInfo]),
+    "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
+    "srcs": attr.label_list(allow_files = [".cu"]),
+    "_architectures": attr.label(default = Label("//:cuda_architectures")),
+    "_cc_toolchain": attr.label(default = Label("@rules_cc//cc:current_cc_toolchain")),
+    "_nvcc": attr.label(default = Label("@jax_ep_cuda//:nvcc"), cfg = "exec"),
+    "_toolkit": attr.label(default = Label("@jax_ep_cuda//:toolkit"), cfg = "exec"),
+}
+
 _cuda_library = rule(
     implementation = _cuda_library_impl,
-    attrs = {
-        "copts": attr.string_list(),
-        "deps": attr.label_list(providers = [CcInfo]),
-        "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
-        "srcs": attr.label_list(allow_files = [".cu"]),
-        "_cc_toolchain": attr.label(default = Label("@rules_cc//cc:current_cc_toolchain")),
-        "_nvcc": attr.label(default = Label("@jax_ep_cuda//:nvcc"), cfg = "exec"),
-        "_toolkit": attr.label(default = Label("@jax_ep_cuda//:toolkit"), cfg = "exec"),
-    },
+    attrs = _ATTRS,
     fragments = ["cpp"],
     toolchains = use_cc_toolchain(),
 )
 
+def _libraries(info):
+    """Returns (static libraries, dynamic ones, flags of the linker), each in order."""
+    static, dynamic, flags = [], [], []
+    for linked in info.linking_context.linker_inputs.to_list():
+        for library in linked.libraries:
+            archive = library.pic_static_library or library.static_library
+            if archive:
+                static.append(archive)
+            else:
+                dynamic.append(library.dynamic_library)
+        flags += linked.user_link_flags
+    return static, dynamic, flags
+
+def _link(ctx, cc_toolchain, arguments, inputs, output):
+    ctx.actions.run(
+        executable = ctx.files._nvcc[0],
+        arguments = ["-ccbin", cc_toolchain.compiler_executable, "-cudadevrt=none"] + arguments +
+                    ["-o", output.path],
+        inputs = depset(inputs, transitive = [cc_toolchain.all_files]),
+        tools = ctx.files._toolkit,
+        outputs = [output],
+        mnemonic = "NvccLink",
+        progress_message = "Linking " + output.short_path,
+        use_default_shell_env = True,
+    )
+
+def _cuda_shared_library_impl(ctx):
+    if WHY_NO_NVSHMEM:
+        fail("jax_ep: --{}=true, but {}".format(Label("//:rdma"), WHY_NO_NVSHMEM))
+    info = _checked(ctx)
+    cc_toolchain = find_cc_toolchain(ctx)
+
+    # Device code is linked here, by nvcc, with that of the libraries; PTX cannot be.
+    names = ctx.attr._architectures[_ArchitecturesInfo].names
+    gencode = [_gencode(a) for a in names if a.endswith("-real")]
+    if not gencode:
+        fail("jax_ep: {} needs an architecture that ends in -real; --{} has {}".format(
+            ctx.label,
+            ctx.attr._architectures.label,
+            ", ".join(names),
+        ))
+    objects = [
+        _compile(ctx, cc_toolchain, src, info.compilation_context, gencode + ["-rdc=true"])
+        for src in ctx.files.srcs
+    ]
+    static, dynamic, flags = _libraries(info)
+    device = ctx.actions.declare_file("_cuda/{}/device_code.o".format(ctx.label.name))
+    paths = [f.path for f in objects + static]
+    _link(
+        ctx,
+        cc_toolchain,
+        ["-dlink", "-Xcompiler=-fPIC"] + gencode + paths,
+        objects + static,
+        device,
+    )
+    library = ctx.actions.declare_file(ctx.label.name)
+
+    # nvcc does not take a name that ends in .so.3 for one of a library; the linker does.
+    flags = [f.path for f in dynamic] + flags + ctx.attr.linkopts
+    _link(
+        ctx,
+        cc_toolchain,
+        ["-shared", "-cudart=none", device.path] + paths + ["-Xlinker=" + f for f in flags],
+        [device] + objects + static + dynamic,
+        library,
+    )
+    return [DefaultInfo(files = depset([library]))]
+
+_cuda_shared_library = rule(
+    implementation = _cuda_shared_library_impl,
+    attrs = dict(_ATTRS, linkopts = attr.string_list()),
+    fragments = ["cpp"],
+    toolchains = use_cc_toolchain(),
+)
+
+def _copts(own):
+    return own + select({
+        "//:werror_true": ["-Werror=all-warnings"],
+        "//conditions:default": [],
+    })
+
 def cuda_library(name, copts = [], **kwargs):
     _cuda_library(
         name = name,
-        copts = copts + select({
-            "//:werror_true": ["-Werror=all-warnings"],
-            "//conditions:default": [],
-        }),
+        copts = _copts(copts),
         target_compatible_with = NEEDS_CUDA,
+        **kwargs
+    )
+
+def cuda_shared_library(name, copts = [], **kwargs):
+    """Device code of its own, linked with that of NVSHMEM; `name` is the file's."""
+    _cuda_shared_library(
+        name = name,
+        copts = _copts(copts),
+        target_compatible_with = NEEDS_RDMA,
         **kwargs
     )

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """local_cuda and local_nvshmem: what this machine has of CUDA, which may be nothing."""
 
-load(":locate.bzl", "ENVIRON", "LOAD_NOT_FOUND", "link_not_found", "locate", "not_found")
+load(
+    ":locate.bzl",
+    "ENVIRON",
+    "HOW_TO_LOOK_AGAIN",
+    "locate",
+)
 
 _MINIMUM = 13
 
@@ -33,6 +38,13 @@ cc_library(
     includes = ["cuda/include"],
 )
 
+# Without the rest, for what is compiled on the fake runtime.
+cc_library(
+    name = "nvtx",
+    hdrs = glob(["cuda/include/nvtx3/**"], allow_empty = True),
+    strip_include_prefix = "cuda/include",
+)
+
 cc_library(
     name = "cudart_static",
     srcs = glob(["cuda/lib/libcudart_static.a"], allow_empty = True),
@@ -53,8 +65,8 @@ WHY_NO_CUDA = {why_not}
 """
 
 _HOW = ("Install a CUDA {minimum} toolkit, or NVIDIA's compiler into {python} (pip install the " +
-        "five nvidia-* wheels that jax_ep's pyproject.toml names). --{flag}=false builds for " +
-        "CPU only.")
+        "six nvidia-* wheels that jax_ep's pyproject.toml names). {again} --{flag}=false builds " +
+        "for CPU only.")
 
 def _candidates(rctx, found):
     """Yields what may be nvcc, in the order of cmake/JaxEpCuda.cmake."""
@@ -86,6 +98,7 @@ def _release(rctx, nvcc):
 def _choose(rctx, found):
     """Returns (nvcc, None), or (None, the sentence that says why there is none)."""
     how = _HOW.format(
+        again = HOW_TO_LOOK_AGAIN,
         flag = Label("//:cuda"),
         minimum = _MINIMUM,
         python = found.get("python", "a Python"),
@@ -132,33 +145,46 @@ load("@rules_cc//cc:cc_library.bzl", "cc_library")
 
 cc_library(
     name = "nvshmem",
-    srcs = [
-        "nvshmem/lib/libnvshmem_device.a",
-        "nvshmem/lib/libnvshmem_host.so.3",
-    ],
-    hdrs = glob(["nvshmem/include/**"]),
+    srcs = glob(
+        [
+            "nvshmem/lib/libnvshmem_device.a",
+            "nvshmem/lib/libnvshmem_host.so.3",
+        ],
+        allow_empty = True,
+    ),
+    hdrs = glob(["nvshmem/include/**"], allow_empty = True),
     includes = ["nvshmem/include"],
     visibility = ["//visibility:public"],
 )
 """
 
+_NVSHMEM_DEFS = """\
+\"\"\"Why this machine has no NVSHMEM, or None.\"\"\"
+
+WHY_NO_NVSHMEM = {}
+"""
+
 def _local_nvshmem_impl(rctx):
     found = locate(rctx)
-    if found.get("nvshmem"):
-        rctx.symlink(found["nvshmem"], "nvshmem")
-        rctx.file("BUILD.bazel", _NVSHMEM)
+    home = rctx.os.environ.get("NVSHMEM_HOME") or found.get("nvshmem")
+    why_not = None
+    library = "lib/libnvshmem_device.a"
+    if home and rctx.path(home + "/" + library).exists:
+        rctx.symlink(home, "nvshmem")
+    elif home:
+        why_not = "NVSHMEM_HOME is {}, which has no {}.".format(home, library)
+    elif found.get("problem"):
+        why_not = found["problem"]
     else:
-        link_not_found(rctx)
-        rctx.file("BUILD.bazel", LOAD_NOT_FOUND + not_found(
-            "nvshmem",
-            found.get("problem") or found["python"] + " has no NVSHMEM. Install it there (pip " +
-                                    "install nvidia-nvshmem-cu13).",
-        ))
+        why_not = ("{} has no NVSHMEM. Install it there (pip install nvidia-nvshmem-cu13), or set " +
+                   "NVSHMEM_HOME. {}").format(found["python"], HOW_TO_LOOK_AGAIN)
+    rctx.file("BUILD.bazel", _NVSHMEM)
+    rctx.file("defs.bzl", _NVSHMEM_DEFS.format(repr(why_not)))
 
 local_nvshmem = repository_rule(
     implementation = _local_nvshmem_impl,
     configure = True,
-    doc = "NVSHMEM of the interpreter's packages; no target of jax_ep uses it yet.",
+    doc = "NVSHMEM, of $NVSHMEM_HOME or of the interpreter's packages.",
     environ = ENVIRON,
     local = True,
 )

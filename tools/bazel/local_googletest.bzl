@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """local_googletest: GoogleTest, compiled from the sources that CMake's build takes too."""
 
-load(":locate.bzl", "ENVIRON", "interpreter")
+load(":locate.bzl", "ENVIRON", "HOW_TO_LOOK_AGAIN", "interpreter")
 
 # As cmake/JaxEpGoogleTest.cmake compiles it. The second of the includes is for its own sources.
 _BUILD = """\
@@ -44,7 +44,7 @@ cc_library(
 def _local_googletest_impl(rctx):
     python, problem = interpreter(rctx)
     if problem:
-        fail("jax_ep: " + problem)
+        fail("jax_ep: {} {}".format(problem, HOW_TO_LOOK_AGAIN))
     tool = rctx.path(Label("//tools:googletest.py"))
     result = rctx.execute([python, tool, rctx.path("downloaded")])
     if result.return_code:

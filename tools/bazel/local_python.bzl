@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """local_python: the surrounding interpreter, and what is compiled from its packages."""
 
-load(":locate.bzl", "ENVIRON", "HOW_TO_CHOOSE", "LOAD_NOT_FOUND", "link_not_found", "locate", "not_found")
+load(
+    ":locate.bzl",
+    "ENVIRON",
+    "HOW_TO_CHOOSE",
+    "HOW_TO_LOOK_AGAIN",
+    "LOAD_NOT_FOUND",
+    "link_not_found",
+    "locate",
+    "not_found",
+)
 
 _LOADS = """\
 load("@rules_cc//cc:cc_library.bzl", "cc_library")
@@ -103,7 +112,7 @@ _TARGETS = {
 def _local_python_impl(rctx):
     found = locate(rctx)
     if "problem" in found:
-        fail("jax_ep: " + found["problem"])
+        fail("jax_ep: {} {}".format(found["problem"], HOW_TO_LOOK_AGAIN))
     build = LOAD_NOT_FOUND + _LOADS + _INTERPRETER.format(python = found["python"])
     for name, (text, problem) in _TARGETS.items():
         if found[name]:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the repository rules share: they ask the surrounding interpreter what it has."""
 
-# After a change in what is installed, without a change in these: bazel sync --configure, or
-# bazel fetch --configure --force in newer releases.
+# After a change in what is installed, without a change in these: HOW_TO_LOOK_AGAIN.
 ENVIRON = [
     "CUDACXX",
     "CUDA_HOME",
     "CUDA_PATH",
+    "NVSHMEM_HOME",
     "PATH",
     "PYTHONPATH",
     "PYTHON_BIN_PATH",
@@ -14,6 +14,10 @@ ENVIRON = [
 ]
 
 HOW_TO_CHOOSE = "set PYTHON_BIN_PATH to an interpreter that has it"
+
+# Of what these find, Bazel keeps what it has once found, also that there was nothing.
+HOW_TO_LOOK_AGAIN = ("Then run `bazel sync --configure` (with a MODULE.bazel: `bazel fetch " +
+                     "--configure --force`), or Bazel does not look again.")
 
 def interpreter(rctx):
     """Finds the surrounding interpreter.
@@ -62,4 +66,4 @@ not_found(
     message = {},
     visibility = ["//visibility:public"],
 )
-""".format(name, repr(message))
+""".format(name, repr("{} {}".format(message, HOW_TO_LOOK_AGAIN)))

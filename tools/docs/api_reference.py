@@ -24,7 +24,8 @@ SECTIONS = (
             "jax_ep._src.config": ("EpConfig",),
             "jax_ep._src.groups.group": ("EpGroup",),
             "jax_ep._src.groups.health": ("EpHealth",),
-            "jax_ep._src.api": ("dispatch", "combine"),
+            "jax_ep._src.api": ("dispatch", "combine", "combine_with_status"),
+            "jax_ep._src.missing": ("lost_selections",),
             "jax_ep._src.halves": (
                 "dispatch_start",
                 "dispatch_done",
@@ -47,10 +48,15 @@ SECTIONS = (
             "jax_ep._src.moe": ("moe", "moe_with_experts", "MoeStats"),
             "jax_ep._src.sharded.moe": ("sharded_moe",),
             "jax_ep._src.balancing.planner": ("plan_placement",),
-            "jax_ep._src.balancing.placement": ("ExpertPlacement", "PlacementArrays"),
+            "jax_ep._src.balancing.placement": ("ExpertPlacement",),
+            "jax_ep._src.balancing.arrays": ("PlacementArrays",),
             "jax_ep._src.balancing.place": ("place",),
             "jax_ep._src.balancing.copies": ("expand_experts", "move_experts"),
+            "jax_ep._src.balancing.restore": ("restore_experts",),
             "jax_ep._src.balancing.rebalancer": ("Rebalancer",),
+            "jax_ep._src.balancing.load_window": ("LoadWindow",),
+            "jax_ep._src.balancing.load_report": ("LoadReport",),
+            "jax_ep._src.tuning.launches": ("Tuning", "TunedLaunch"),
             "jax_ep._src.errors": ("EpUnavailable", "EpGroupClosed"),
         },
     ),
@@ -68,15 +74,37 @@ SECTIONS = (
             "jax_ep._src.experts.matrices": ("Matrices", "QuantizedMatrices", "LowRank"),
         },
     ),
-    ("jax_ep.flax", {"jax_ep.flax._load": ("load_experts",)}),
+    (
+        "jax_ep.plot",
+        {"jax_ep._src.balancing.load_plots": ("heat_map", "ranks", "before_after")},
+    ),
+    (
+        "jax_ep.serving",
+        {"jax_ep._src.service": ("start_service", "join_service", "CoordinationService")},
+    ),
+    (
+        "jax_ep.flax",
+        {
+            "jax_ep.flax._load": ("load_experts",),
+            "jax_ep.flax._placed": ("stored_from_logical",),
+        },
+    ),
     (
         "jax_ep.flax.nnx",
         {
-            "jax_ep.flax.nnx": ("MoE", "MoeStat", "SelectionBias"),
-            "jax_ep.flax._layer": ("LayerStats",),
+            "jax_ep.flax.nnx": ("MoE", "MoeStat", "SelectionBias", "ExpertMap"),
+            "jax_ep.flax._stats": ("LayerStats",),
         },
     ),
-    ("jax_ep.flax.linen", {"jax_ep.flax.linen": ("MoE", "update_bias", "STATS", "BIAS")}),
+    (
+        "jax_ep.flax.linen",
+        {
+            "jax_ep.flax.linen": (
+                *("MoE", "update_bias", "set_placement"),
+                *("STATS", "BIAS", "PLACEMENT"),
+            )
+        },
+    ),
     (
         "jax_ep.reference",
         {

@@ -28,6 +28,7 @@ _FIRST_OWN = re.compile(r"kFirstOwnRegion = static_cast<int32_t>\(Region::k(\w+)
 _LETTERS = {
     "ranks": "R",
     "neighbors": "R",
+    "gathered": "R",
     "tokens": "max_tokens",
     "topk": "K",
     "layout.row_stride": "row_stride",

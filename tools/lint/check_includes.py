@@ -36,7 +36,7 @@ ALLOWED = {
         *CUDA,
     ),
     "csrc/kernels/tests": ("csrc/", "gtest/", *CUDA),
-    "csrc/probe": ("csrc/device/", *CUDA),
+    "csrc/probe": ("csrc/device/", "sys/", *CUDA),
     "csrc/rdma": (
         "csrc/device/",
         "csrc/kernels/internode/",
@@ -45,12 +45,13 @@ ALLOWED = {
         "nvshmem",
         *CUDA,
     ),
+    "csrc/rdma/tests": ("csrc/", "sys/", *CUDA),
     "csrc/runtime": ("csrc/core/", "csrc/launch/", "csrc/runtime/", "csrc/tuning/", *CUDA),
-    "csrc/runtime/tests": ("csrc/", "gtest/", "sys/", *CUDA),
+    "csrc/runtime/tests": ("csrc/", "gtest/", "sys/", "nvtx3/", *CUDA),
     "csrc/sim": ("csrc/core/", "csrc/device/", "csrc/sim/", "sanitizer/", "sys/"),
     "csrc/sim/tests": ("csrc/", "gtest/"),
     "csrc/testing": ("csrc/",),
-    "xla_ffi": ("csrc/", "xla_ffi/", "xla/ffi/api/", "nanobind/", *CUDA),
+    "xla_ffi": ("csrc/", "xla_ffi/", "xla/ffi/api/", "nanobind/", "nvtx3/", *CUDA),
     "xla_ffi/cpu": ("csrc/core/", "csrc/cpu/", "xla_ffi/", "xla/ffi/api/", "nanobind/"),
 }
 
