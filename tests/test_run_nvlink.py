@@ -59,8 +59,8 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
             measured.append(dict(zip(args[::2], args[1::2], strict=True)))
     assert len(tested) == len(set(tested))
     needed = (
-        *("problems", "halves", "masks", "models", "nodes", "graphs", "closed", "collectives"),
-        "soak",
+        *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
+        *("nodes-low-latency", "graphs", "closed", "collectives", "soak"),
     )
     assert set(tested) == {("own", "failures")} | {
         (placement, piece) for placement in ("own", "one_process") for piece in needed

@@ -72,6 +72,7 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
     sizes = ["--placement", "own", "--ranks", str(ranks)]
     copies = ["--copies", *sizes, "--json", str(out / "copies" / "copies.json")]
     lines = ["--ranks", str(ranks), "--json", str(out / "kernels" / "lines.json")]
+    nodes = ("nodes", "nodes-by-counts", "nodes-low-latency")
     return {
         "own": tests("own", "problems", "collectives"),
         "bench-4096": bench("own", 4096),
@@ -81,8 +82,8 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         "one-process": tests("one_process", "problems", "collectives"),
         "models": tests("own", "models"),
         "one-process-models": tests("one_process", "models"),
-        "nodes": tests("own", "nodes"),
-        "one-process-nodes": tests("one_process", "nodes"),
+        "nodes": tests("own", *nodes),
+        "one-process-nodes": tests("one_process", *nodes),
         "one-process-programs": tests("one_process", "graphs", "halves", "masks", "soak"),
         "example": train(1),
         **({"example-two-axes": train(2)} if ranks > 2 else {}),

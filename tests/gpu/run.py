@@ -25,11 +25,14 @@ PIECES = {
     "halves": ["test_halves.py"],
     "masks": ["test_rank_mask.py"],
     "models": ["test_models.py"],
-    "nodes": ["test_nodes.py"],
+    "nodes": ["test_nodes.py", "-k", "not plans_by_counts and not low_latency_kernels"],
+    "nodes-by-counts": ["test_nodes.py", "-k", "plans_by_counts"],
+    "nodes-low-latency": ["test_nodes.py", "-k", "low_latency_kernels"],
     "network": ["test_network.py"],
     "graphs": ["test_programs.py", "-k", "not soak"],
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
+    "profiles": ["test_profiles.py"],
     "closed": ["test_closed.py"],
     "soak": ["test_programs.py", "-k", "soak"],
     "collectives": ["test_collectives.py"],
@@ -39,16 +42,17 @@ PIECES = {
 # lost; NCCL wants a GPU for each rank.
 PIECES_OF = {
     "shared": [
-        *("problems", "halves", "masks", "models", "nodes", "network", "graphs", "closed"),
-        *("sanitizer", "failures", "soak"),
+        *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
+        *("nodes-low-latency", "network", "graphs", "profiles", "closed", "sanitizer"),
+        *("failures", "soak"),
     ],
     "own": [
-        *("problems", "halves", "masks", "models", "nodes", "graphs", "closed", "failures"),
-        *("collectives", "soak"),
+        *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
+        *("nodes-low-latency", "graphs", "closed", "failures", "collectives", "soak"),
     ],
     "one_process": [
-        *("problems", "halves", "masks", "models", "nodes", "graphs", "closed", "collectives"),
-        "soak",
+        *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
+        *("nodes-low-latency", "graphs", "closed", "collectives", "soak"),
     ],
 }
 
@@ -81,7 +85,7 @@ def build() -> None:
     }
     defines = [f"-D{name}={value}" for name, value in arguments.items() if value]
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *defines], check=True)
-    targets = ["_ext", "_cuda", "virtual_ranks", "link_probe", "lost_owner"]
+    targets = ["_ext", "_cuda", "virtual_ranks", "link_probe", "lost_owner", "jax_ep_nvtx_log"]
     # Where NVSHMEM is, kernels for RDMA too.
     help_text = subprocess.run(
         ["cmake", "--build", BUILD, "--target", "help"], check=True, capture_output=True, text=True
@@ -107,6 +111,8 @@ def run(piece: str, placement: str) -> tuple[int, float]:
     }
     for program in BUILD.rglob("virtual_nodes"):
         environment["JAX_EP_VIRTUAL_NODES"] = str(program)
+    for library in BUILD.rglob("libjax_ep_nvtx_log.so"):
+        environment["JAX_EP_NVTX_LOG_LIBRARY"] = str(library)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-s", "--durations=0", HERE / file]
     done = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False)
     return done.returncode, time.monotonic() - start
