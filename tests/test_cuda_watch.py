@@ -22,9 +22,11 @@ def _group(**changes) -> GroupWatch:
     return GroupWatch("EpGroup 7", **known | changes)
 
 
-def _wait(rank, peer, seconds, *, ended=False, exchange=9, op="dispatch") -> tuple:
+def _wait(
+    rank, peer, seconds, *, ended=False, given_up=False, exchange=9, op="dispatch"
+) -> tuple:
     """A wait as a status has it."""
-    return (peer, op, f"the rows of rank {peer}", exchange, seconds, ended)
+    return (peer, op, f"the rows of rank {peer}", exchange, seconds, ended, given_up)
 
 
 def _status(rank, *waits, error=None, name="EpGroup 7") -> tuple:
@@ -61,6 +63,21 @@ def test_a_wait_is_logged_from_warn_after_on_and_once_for_each_report(caplog):
     assert _log(group, came, caplog=caplog) == []
     # The next long wait for the same rank is another exchange's.
     assert len(_log(group, _status(2, _wait(2, 3, 2.0, exchange=12)), caplog=caplog)) == 1
+
+
+def test_a_rank_that_is_left_out_has_not_come(caplog):
+    group = _group()
+    _log(group, _status(2, _wait(2, 3, 2.0)), caplog=caplog)
+    without = _status(2, _wait(2, 3, 4.0, ended=True, given_up=True))
+    assert _log(group, without, caplog=caplog) == [
+        (
+            "WARNING",
+            "EpGroup 7, group_index 0: rank 2 goes on without rank 3, for which it has waited more "
+            "than 4 s in dispatch (exchange 9)",
+        )
+    ]
+    assert _log(group, without, caplog=caplog) == []
+    assert group.health([without]) == jax_ep.EpHealth()
 
 
 def test_short_waits_and_infinite_patience_are_not_logged(caplog):

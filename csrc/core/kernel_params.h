@@ -34,8 +34,8 @@ struct RankView {
   // same on all ranks that take part; a rank that does not leaves empty results.
   const uint8_t* rank_mask = nullptr;
   int32_t chunk_target = kChunkTarget;  // see chunk_tokens; the same on all ranks
-  // In host memory that the device reads: by rank, a bit where who may be missing is not to be
-  // waited for any longer. Null: there is none.
+  // In host memory that the device reads, of a group that goes on without who does not come: by
+  // rank, a bit where it is not to be waited for any longer. Null: a group that ends then.
   const uint64_t* given_up = nullptr;
 };
 

@@ -163,18 +163,21 @@ struct LongWait {
   uint32_t op;
   uint32_t tag;
   uint32_t level;  // from 1 on
-  bool ended;      // what was waited for has come
+  bool ended;      // what was waited for has come, or it is not waited for any longer:
+  bool given_up = false;
 };
 constexpr uint64_t pack(const LongWait& wait) {
   return uint64_t{wait.epoch} | uint64_t{wait.op & 0xFF} << 32 | uint64_t{wait.tag & 0x1F} << 40 |
-         uint64_t{wait.level & 0xFF} << 48 | uint64_t{wait.ended} << 56 | uint64_t{1} << 63;
+         uint64_t{wait.level & 0xFF} << 48 | uint64_t{wait.ended} << 56 |
+         uint64_t{wait.given_up} << 57 | uint64_t{1} << 63;
 }
 constexpr LongWait unpack_long_wait(uint64_t word) {
   return {.epoch = static_cast<uint32_t>(word),
           .op = static_cast<uint32_t>(word >> 32 & 0xFF),
           .tag = static_cast<uint32_t>(word >> 40 & 0x1F),
           .level = static_cast<uint32_t>(word >> 48 & 0xFF),
-          .ended = (word >> 56 & 1) != 0};
+          .ended = (word >> 56 & 1) != 0,
+          .given_up = (word >> 57 & 1) != 0};
 }
 
 // What a kernel between domains stores for its host when it begins, and when it ends, one word for

@@ -57,8 +57,9 @@ JAX_EP_DEVICE void write_record(
   const Ptr<u32> record = as<u32>(Ptr<ErrorRecord>{view.error});
   // The first of the threads that give up writes; the others give it time to.
   if (fetch_add_acq_rel<Scope::kGpu>(control(view, Control::kFailed), 1) == 0) {
-    // Who was told by a peer need not tell the others: they have been told too.
-    if (tag != WaitTag::kPeerGaveUp) {
+    // Who was told by a peer need not tell the others: they have been told too. And where the others
+    // go on without this rank, they need not end: they find it missing.
+    if (tag != WaitTag::kPeerGaveUp && view.given_up == nullptr) {
       const u32 word = pack(Aborted{.by = static_cast<u32>(view.rank),
                                     .blamed = static_cast<u32>(peer),
                                     .tag = static_cast<u32>(tag),
@@ -90,14 +91,16 @@ JAX_EP_DEVICE void write_record(
 JAX_EP_DEVICE void report_long_wait(const RankView& view,
                                     const WaitContext& context,
                                     u32 level,
-                                    bool ended) {
+                                    bool ended,
+                                    bool given_up = false) {
   // Several threads may wait for a peer, and say the same: one word, so that none is torn.
   st_relaxed<Scope::kSys>(Ptr<u64>{view.long_waits} + context.peer,
                           pack(LongWait{.epoch = context.expected,
                                         .op = static_cast<u32>(context.op),
                                         .tag = static_cast<u32>(context.tag),
                                         .level = level,
-                                        .ended = ended}));
+                                        .ended = ended,
+                                        .given_up = given_up}));
 }
 
 // Does not return if a peer has given up, or the group is closed: there is no more to wait for.

@@ -77,7 +77,7 @@ Status RankContext::create(const RankConfig& config, RankContext& context) {
   made.view_.control = made.words_.control();
   made.view_.error = made.words_.error_on_device();
   made.view_.long_waits = made.words_.long_waits_on_device();
-  made.view_.given_up = made.words_.given_up_on_device();
+  if (config.group.masks_missing_ranks) made.view_.given_up = made.words_.given_up_on_device();
   made.view_.report_ns = to_wait_ns(report_s);
   made.view_.timeout_ns = to_wait_ns(config.group.timeout_s);
   made.view_.rank = config.local.rank;

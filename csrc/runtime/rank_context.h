@@ -31,6 +31,7 @@ struct GroupSettings {
   int32_t tail_num_sms;  // -1: all that idle
   HeapShape heap;
   DomainLink link = DomainLink::kMappedMemory;  // if the heap's ranks are in several domains
+  bool masks_missing_ranks = false;  // it goes on without who does not come, where kernels can
 
   [[nodiscard]] bool uses_rdma() const { return heap.spans_domains() && link == DomainLink::kRdma; }
 };

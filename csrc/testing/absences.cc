@@ -11,6 +11,7 @@
 
 #include "csrc/device/peers.h"
 #include "csrc/device/primitives.h"
+#include "csrc/device/wait.h"
 #include "csrc/testing/simulated_group.h"
 
 namespace jax_ep {
@@ -47,6 +48,7 @@ class Problems {
   Problem& combine(const Without& without, uint64_t missing) {
     return find({without, missing}, [&](Problem& problem) {
       for (int32_t rank = 0; rank < options_.shape.num_ranks; ++rank) {
+        empty_rows(problem.cluster.rank(rank), without.torn);
         std::vector<std::byte>& y = problem.cluster.rank(rank).y;
         if (has(missing, rank)) std::fill(y.begin(), y.end(), std::byte{0});
       }
@@ -69,9 +71,14 @@ class Problems {
     return *problem;
   }
 
-  // Those with tokens of `sources` hold none.
+  // Those with tokens of `sources` hold none, and selections of their experts have none.
   void empty_rows(RankBuffers& buffers, uint64_t sources) const {
     const EpShape& shape = options_.shape;
+    for (size_t i = 0; i < buffers.slot.size(); ++i) {
+      const int32_t expert = buffers.topk_idx[i];
+      if (expert < 0 || expert >= shape.num_experts) continue;
+      if (has(sources, expert / shape.num_local_experts())) buffers.slot[i] = -1;
+    }
     const auto clear = [](auto& values, int64_t row, int64_t count, auto value) {
       if (values.empty()) return;
       std::fill_n(values.begin() + row * count, count, value);
@@ -100,15 +107,22 @@ class StoryRun {
         num_ranks_(story.options.shape.num_ranks),
         problems_(story.options, is_masked(story)),
         group_(machine, heap_shape(story), kChunkTarget, 0, "group"),
-        without_(static_cast<size_t>(num_ranks_)) {
-    if (story.first_epoch != 0) group_.set_epoch(story.first_epoch);
+        without_(static_cast<size_t>(num_ranks_)),
+        carried_(static_cast<size_t>(num_ranks_)),
+        ended_(static_cast<size_t>(num_ranks_), story.first_epoch) {
+    if (story.first_epoch != 0) {
+      group_.set_epoch(story.first_epoch);
+      for (int32_t rank = 0; rank < num_ranks_; ++rank) {
+        group_.set_peers_ended(rank, story.last_all_ended);
+      }
+    }
     outcome_.missing.assign(
         story.ops.size(),
         std::vector<uint64_t>(static_cast<size_t>(num_ranks_), AbsenceOutcome::kNotReached));
   }
 
   static bool is_masked(const AbsenceStory& story) {
-    return std::any_of(
+    return story.carries_missing || std::any_of(
         story.left_out.begin(), story.left_out.end(), [](uint64_t ranks) { return ranks != 0; });
   }
   static HeapShape heap_shape(const AbsenceStory& story) {
@@ -152,7 +166,8 @@ class StoryRun {
  private:
   [[nodiscard]] uint64_t mask_of(int32_t rank, size_t exchange) const {
     const uint64_t out = story_.left_out.empty() ? 0 : story_.left_out[exchange];
-    return has(out, rank) ? 0 : out;
+    const bool carries = story_.carries_missing && story_.ops[exchange] == OpKind::kCombine;
+    return (has(out, rank) ? 0 : out) | (carries ? carried_[static_cast<size_t>(rank)] : 0);
   }
 
   // False: the rank does not come any more.
@@ -172,13 +187,22 @@ class StoryRun {
           });
           break;
         case Absence::Kind::kBeats: append_heartbeats(rank, amount); return false;
+        case Absence::Kind::kGivesUp: break;
       }
     }
     return true;
   }
 
+  [[nodiscard]] bool gives_up(int32_t rank, size_t exchange) const {
+    return std::any_of(
+        story_.absences.begin(), story_.absences.end(), [&](const Absence& absence) {
+          return absence.kind == Absence::Kind::kGivesUp && absence.rank == rank &&
+                 absence.exchange == static_cast<int32_t>(exchange);
+        });
+  }
+
   void append_heartbeats(int32_t rank, uint64_t leaps) {
-    machine_.launch(static_cast<uint32_t>(rank), 0, {}, [view = group_.view(rank), leaps] {
+    machine_.launch(static_cast<uint32_t>(rank), 0, {}, [view = group_.masking_view(rank), leaps] {
       if (dev::thread_id() != 0) return;
       for (uint64_t leap = 1; leap <= leaps; ++leap) {
         while (dev::now_ns() < leap * kLeap) dev::spin_pause("the next heartbeat");
@@ -199,18 +223,21 @@ class StoryRun {
     const RankArrays& arrays = *arrays_.back();
     const auto missing = std::span(reinterpret_cast<uint8_t*>(memory + arrays.bytes()), size_t{256})
                              .first(static_cast<size_t>(num_ranks_));
-    machine_.host_call(r, 0, [this, r, rank, kind, memory, missing, &arrays] {
+    machine_.host_call(r, 0, [this, r, rank, kind, exchange, memory, missing, &arrays] {
       SimulatedMemory device(machine_, rank);
       if (kind == OpKind::kPlanDispatch) {
         machine_.poison(r, memory, arrays.bytes());
         arrays.upload(device);
+      } else {
+        arrays.replace_mask(device, mask_of(rank, exchange));
       }
       for (const std::span<std::byte> result : arrays.results_of(kind)) {
         machine_.poison(r, result.data(), result.size());
       }
       machine_.poison(r, missing.data(), missing.size());
+      if (gives_up(rank, exchange)) arrays.replace_rank(device, (rank + 1) % num_ranks_);
     });
-    RankView view = group_.view(rank);
+    RankView view = group_.masking_view(rank);
     const int32_t patience = story_.patience.empty() ? AbsenceStory::kPatience
                                                      : story_.patience[static_cast<size_t>(rank)];
     view.timeout_ns = static_cast<uint64_t>(patience) * kLeap + kLeap / 2;
@@ -248,9 +275,34 @@ class StoryRun {
     outcome_.missing[exchange][static_cast<size_t>(rank)] = found;
     const uint64_t mask = mask_of(rank, exchange);
     if ((found & (mask | kOne << rank)) != 0) return "it misses itself, or who is left out";
+    if (std::string wrong = check_words(rank); !wrong.empty()) return wrong;
+    if (story_.ops[exchange] == OpKind::kPlanDispatch) carried_[static_cast<size_t>(rank)] = found;
     return story_.ops[exchange] == OpKind::kPlanDispatch
                ? check_dispatch(rank, mask, found, device, memory)
                : check_combine(rank, mask, found, device, memory);
+  }
+
+  // What a kernel leaves for the host, and for the next one.
+  std::string check_words(int32_t rank) {
+    ended_[static_cast<size_t>(rank)] = group_.epoch(rank, Channel::kLowLatency);
+    const uint32_t ended = group_.peers_ended(rank, Channel::kLowLatency);
+    const uint32_t own = ended_[static_cast<size_t>(rank)];
+    if (clears_bank(own) && own - ended > kOldestEnded) {
+      return "in exchange " + std::to_string(own) + " it still has it from exchange " +
+             std::to_string(ended) + " that all have ended";
+    }
+    for (int32_t other = 0; other < num_ranks_; ++other) {
+      if (!dev::has_reached(ended_[static_cast<size_t>(other)], ended)) {
+        return "it takes exchange " + std::to_string(ended) + " for ended by rank " +
+               std::to_string(other);
+      }
+      const LongWait wait = group_.long_wait(rank, other);
+      if (wait.level != 0 && !wait.ended) {
+        return "it has said that it waits for rank " + std::to_string(other) + ", and not that it "
+               "does not any longer";
+      }
+    }
+    return {};
   }
 
   // Each missing rank is missing as a whole, or its rows alone are.
@@ -278,7 +330,7 @@ class StoryRun {
     for (int32_t other = 0; other < num_ranks_; ++other) {
       if (has(mask | found | without.ranks, other)) continue;
       // Ranks that do not agree have rows in other places.
-      if (without_[static_cast<size_t>(other)] != without || without.torn != 0) return {};
+      if (without_[static_cast<size_t>(other)] != without) return {};
     }
     const RankArrays expected(problems_.combine(without, mask | found), rank, memory);
     return expected.check_combine(device);
@@ -291,7 +343,10 @@ class StoryRun {
   Problems problems_;
   SimulatedGroup group_;
   std::vector<std::unique_ptr<RankArrays>> arrays_;
-  std::vector<Without> without_;  // by rank, of its last dispatch
+  // By rank, of its last dispatch: what it made of it, and whom it missed.
+  std::vector<Without> without_;
+  std::vector<uint64_t> carried_;
+  std::vector<uint32_t> ended_;  // by rank, the last exchange: it says so in the next one
 };
 
 }  // namespace
@@ -305,6 +360,10 @@ AbsenceOutcome run_story(const AbsenceStory& story, uint64_t seed) {
   config.shared_bytes = SimulatedGroup::max_shared_bytes();
   config.granule_bytes = 1;  // missing_ranks
   config.max_leaps = 100;
+  config.survive_traps =
+      std::any_of(story.absences.begin(), story.absences.end(), [](const Absence& absence) {
+        return absence.kind == Absence::Kind::kGivesUp;
+      });
   config.memory_bytes = StoryRun::memory_bytes(story);
   sim::Machine machine(config);
   machine.reset(seed);
@@ -312,6 +371,8 @@ AbsenceOutcome run_story(const AbsenceStory& story, uint64_t seed) {
   StoryRun run(machine, story, outcome);
   run.append();
   outcome.report = machine.run();
+  outcome.ended =
+      config.survive_traps ? outcome.report.kind == "trap" : outcome.report.ok();
   for (const Absence& absence : story.absences) {
     outcome.killed = outcome.killed || machine.was_killed(static_cast<uint32_t>(absence.rank));
   }

@@ -20,6 +20,7 @@ struct Absence {
     kKilled,  // ends in it, just before its `amount`-th store to others
     kLate,    // comes to it, and to later ones, when time has leapt `amount` times
     kBeats,   // does not come any more, but sends heartbeats in each of so many leaps
+    kGivesUp,  // comes with an error of its program, and ends
   };
   int32_t rank;
   int32_t exchange;  // from 0
@@ -33,6 +34,8 @@ struct AbsenceStory {
   // Ranks, as bits, that all others' masks leave out, by exchange; empty: none in any. They
   // themselves know nothing of that.
   std::vector<uint64_t> left_out = {};
+  // A rank's combines also leave out whom it has missed in its last dispatch, as handles say.
+  bool carries_missing = false;
   std::vector<Absence> absences = {};
   // The hosts of the ranks in `told` say of those in `given_up` that they need not be waited for.
   uint64_t told = 0;
@@ -40,6 +43,7 @@ struct AbsenceStory {
   // By rank, leaps of time within the timeout; empty: kPatience.
   std::vector<int32_t> patience = {};
   uint32_t first_epoch = 0;
+  uint32_t last_all_ended = 0;  // with it: the last exchange that ranks have seen all end
   uint32_t blocks = 2;
 
   static constexpr int32_t kPatience = 3;
@@ -47,6 +51,7 @@ struct AbsenceStory {
 
 struct AbsenceOutcome {
   sim::Report report;
+  bool ended = false;  // all kernels, but for those of who has been killed or has given up
   bool killed = false;  // who was to be
   // By exchange and rank, as bits whom it found missing; kNotReached: its kernel did not end.
   std::vector<std::vector<uint64_t>> missing;

@@ -223,6 +223,14 @@ void RankArrays::replace_rank(DeviceMemory& memory, int32_t said) const {
   memory.write(arrays_.program_rank.data(), &said, sizeof said);
 }
 
+void RankArrays::replace_mask(DeviceMemory& memory, uint64_t left_out) const {
+  std::vector<uint8_t> mask;
+  for (size_t rank = 0; rank < arrays_.rank_mask.size(); ++rank) {
+    mask.push_back((left_out >> rank & 1) == 0 ? 1 : 0);
+  }
+  if (!mask.empty()) memory.write(arrays_.rank_mask.data(), mask.data(), mask.size());
+}
+
 void RankArrays::replace_handle(DeviceMemory& memory, uint32_t seed) const {
   std::mt19937 random(1000 * options().seed + seed);
   const EpShape& shape = options().shape;

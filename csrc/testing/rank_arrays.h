@@ -63,6 +63,8 @@ class RankArrays {
   // Writes a handle that no plan made: zeros, as a carry starts with, repetitions, holes, or
   // anything.
   void replace_handle(DeviceMemory& memory, uint32_t seed) const;
+  // Has the mask leave out these ranks, as bits, where there is one.
+  void replace_mask(DeviceMemory& memory, uint64_t left_out) const;
 
   [[nodiscard]] PlanParams plan(const RankView& view) const { return arrays_.plan(view); }
   [[nodiscard]] DispatchParams dispatch(const RankView& view) const {

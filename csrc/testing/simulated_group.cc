@@ -127,16 +127,19 @@ void SimulatedGroup::set_epoch(uint32_t epoch) {
       machine_.write(
           r, control(rank, control_index(channel, ChannelControl::kEpoch)), &epoch, sizeof epoch);
     }
-    for (const ChannelControl seen :
-         {ChannelControl::kPeersEnded, ChannelControl::kPeersEndedSeen}) {
-      const int32_t index = control_index(Channel::kLowLatency, seen);
-      machine_.write(r, control(rank, index), &epoch, sizeof epoch);
-    }
+    set_peers_ended(rank, epoch);
     const int32_t num_words = num_ranks_ * static_cast<int32_t>(kNumChannels);
     for (int32_t i = 0; i < num_words; ++i) {
       machine_.write(
           r, heap(rank) + layout_.at(Region::kAcknowledged) + 4 * i, &epoch, sizeof epoch);
     }
+  }
+}
+
+void SimulatedGroup::set_peers_ended(int32_t rank, uint32_t epoch) {
+  for (const ChannelControl seen : {ChannelControl::kPeersEnded, ChannelControl::kPeersEndedSeen}) {
+    const int32_t index = control_index(Channel::kLowLatency, seen);
+    machine_.write(static_cast<uint32_t>(rank), control(rank, index), &epoch, sizeof epoch);
   }
 }
 
@@ -204,6 +207,11 @@ RankView SimulatedGroup::view(int32_t rank) const {
   view.rank = rank;
   view.num_ranks = num_ranks_;
   view.chunk_target = chunk_target_;
+  return view;
+}
+
+RankView SimulatedGroup::masking_view(int32_t rank) const {
+  RankView view = this->view(rank);
   view.given_up = reinterpret_cast<uint64_t*>(words(rank) + kGivenUpAt);
   return view;
 }
@@ -225,6 +233,15 @@ uint32_t SimulatedGroup::epoch(int32_t rank, Channel channel) {
   uint32_t epoch = 0;
   machine_.read(static_cast<uint32_t>(rank),
                 control(rank, control_index(channel, ChannelControl::kEpoch)),
+                &epoch,
+                sizeof epoch);
+  return epoch;
+}
+
+uint32_t SimulatedGroup::peers_ended(int32_t rank, Channel channel) {
+  uint32_t epoch = 0;
+  machine_.read(static_cast<uint32_t>(rank),
+                control(rank, control_index(channel, ChannelControl::kPeersEndedSeen)),
                 &epoch,
                 sizeof epoch);
   return epoch;

@@ -90,11 +90,17 @@ class SimulatedGroup {
   void fill_staging(int32_t rank);
 
   [[nodiscard]] RankView view(int32_t rank) const;
+  // Of a group that goes on without who does not come.
+  [[nodiscard]] RankView masking_view(int32_t rank) const;
   [[nodiscard]] ErrorRecord error(int32_t rank);
   // Of which epoch the rank was told last that a source has sent all; 0: of none.
   [[nodiscard]] uint32_t sent(int32_t rank, int32_t source);
   // Of a channel, as the rank counts its exchanges.
   [[nodiscard]] uint32_t epoch(int32_t rank, Channel channel);
+  // Which of them all its peers have ended, as the rank's last kernel has seen.
+  [[nodiscard]] uint32_t peers_ended(int32_t rank, Channel channel);
+  // Has it seen all end this one, and none since.
+  void set_peers_ended(int32_t rank, uint32_t epoch);
   // What the rank reported last of its waits for a peer; level 0: nothing.
   [[nodiscard]] LongWait long_wait(int32_t rank, int32_t peer);
 

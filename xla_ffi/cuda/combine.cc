@@ -26,7 +26,9 @@ ffi::Error combine(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op));
   JAX_EP_FAIL_IF_ERROR(check_domain_size(call.heap(), op));
   const bool is_low_latency = fits_low_latency(call.rank->view().layout, op, call.spans_domains());
-  JAX_EP_FAIL_IF_ERROR(check_missing_ranks(op.missing_ranks, is_low_latency, call.spans_domains()));
+  if (!is_low_latency || call.spans_domains()) {
+    JAX_EP_FAIL_IF_ERROR(say_nobody_is_missing(call, op.missing_ranks));
+  }
   if (is_low_latency) {
     return launch_low_latency(call, arguments, launch_low_latency_combine);
   }

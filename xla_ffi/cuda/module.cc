@@ -141,8 +141,8 @@ bool close_group(int64_t id, bool leave_heaps) {
   return CudaGroupRegistry::instance().close(id);
 }
 
-// peer, operation, what is waited for, exchange, seconds, whether it has ended
-using WaitTuple = std::tuple<int32_t, std::string, std::string, uint32_t, double, bool>;
+// peer, operation, what is waited for, exchange, seconds, whether it has ended, and that without it
+using WaitTuple = std::tuple<int32_t, std::string, std::string, uint32_t, double, bool, bool>;
 using StatusTuple =
     std::tuple<std::string, int32_t, int32_t, std::optional<std::string>, std::vector<WaitTuple>>;
 
@@ -160,7 +160,8 @@ std::vector<StatusTuple> statuses() {
                          awaited_text(static_cast<WaitTag>(of.wait.tag), of.wait.op, peer),
                          of.wait.epoch,
                          waited_s(owner.report_s, of.wait.level),
-                         of.wait.ended);
+                         of.wait.ended,
+                         of.wait.given_up);
     }
     result.emplace_back(
         owner.group_name, owner.group_index, owner.rank, std::move(error), std::move(waits));
@@ -269,6 +270,7 @@ std::vector<nb::bytes> create_group(
     int32_t tail_num_sms,
     const HeapShape& heap,
     bool rdma,
+    bool masks_missing_ranks,
     const std::vector<std::tuple<int32_t, int32_t, int32_t>>& ranks) {
   CudaGroupConfig config{.group = {.name = std::move(name),
                                    .nonce = nonce,
@@ -277,7 +279,8 @@ std::vector<nb::bytes> create_group(
                                    .max_num_sms = max_num_sms,
                                    .tail_num_sms = tail_num_sms,
                                    .heap = heap,
-                                   .link = rdma ? DomainLink::kRdma : DomainLink::kMappedMemory},
+                                   .link = rdma ? DomainLink::kRdma : DomainLink::kMappedMemory,
+                                   .masks_missing_ranks = masks_missing_ranks},
                          .ranks = {}};
   for (const auto& [device, group_index, rank] : ranks) {
     config.ranks.push_back({.device = device, .group_index = group_index, .rank = rank});
@@ -308,10 +311,12 @@ void define_groups(nb::module_& m) {
       nb::arg("tail_num_sms"),
       nb::arg("heap"),
       nb::arg("rdma"),
+      nb::arg("masks_missing_ranks"),
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
       "loads the kernels; `rdma`: those that reach other domains by RDMA, for which it has been\n"
-      "initialized, instead of mapped memory. Returns the ranks' handles, for their peers. The id "
+      "initialized, instead of mapped memory; `masks_missing_ranks`: the low-latency kernels go on\n"
+      "without who does not come, and who gives up does not end the others. Returns the ranks' handles, for their peers. The id "
       "is the caller's "
       "choice.");
   m.def(
@@ -355,7 +360,8 @@ void define_groups(nb::module_& m) {
       &statuses,
       "(group name, group index, rank, error or None, waits) of each rank of this process of\n"
       "which a kernel has said something, also where the group has been closed. A wait is (peer,\n"
-      "operation, what is waited for, exchange, seconds, whether it has ended). Never waits.");
+      "operation, what is waited for, exchange, seconds, whether it has ended, whether without what\n"
+      "was waited for). Never waits.");
   m.def(
       "num_groups", [] { return CudaGroupRegistry::instance().size(); }, "Groups registered now.");
 }

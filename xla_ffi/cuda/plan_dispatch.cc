@@ -29,8 +29,9 @@ ffi::Error plan_dispatch(cudaStream_t stream,
   JAX_EP_FAIL_IF_ERROR(check_rows(call.heap(), op.dispatch));
   const int64_t row_bytes = row_bytes_of(op);
   const bool is_low_latency = fits_low_latency(call.rank->view().layout, op);
-  JAX_EP_FAIL_IF_ERROR(
-      check_missing_ranks(op.dispatch.missing_ranks, is_low_latency, call.spans_domains()));
+  if (!is_low_latency || call.spans_domains()) {
+    JAX_EP_FAIL_IF_ERROR(say_nobody_is_missing(call, op.dispatch.missing_ranks));
+  }
   if (is_low_latency) {
     return launch_low_latency(call, arguments, launch_low_latency_dispatch);
   }

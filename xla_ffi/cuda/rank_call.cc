@@ -34,13 +34,16 @@ Status check_rows(const HeapShape& heap, const CombineOp& op) {
   return check_rows_aligned("out", op.out, op.shape.num_tokens, row_bytes);
 }
 
-Status check_missing_ranks(const uint8_t* missing_ranks, bool is_low_latency, bool spans_domains) {
-  if (missing_ranks == nullptr || (is_low_latency && !spans_domains)) return {};
-  return Status::invalid_argument(
-      std::string("on_timeout is \"mask\", and the call ") +
-      (spans_domains ? "spans several domains; allowed: one domain"
-                     : "is none of the low-latency kernels'; allowed: calls of at most "
-                       "low_latency_tokens tokens that they take"));
+Status say_nobody_is_missing(const RankCall& call, uint8_t* missing_ranks) {
+  if (missing_ranks == nullptr) return {};
+  if (call.spans_domains()) {
+    return Status::invalid_argument(
+        "on_timeout is \"mask\", and the group spans several domains; allowed: one domain");
+  }
+  const DeviceGuard guard(call.device);
+  JAX_EP_RETURN_IF_ERROR(guard.status());
+  const auto ranks = static_cast<size_t>(call.heap().num_ranks);
+  return JAX_EP_CUDA_STATUS(cudaMemsetAsync(missing_ranks, 0, ranks, call.stream));
 }
 
 Status check_domain_size(const HeapShape& heap, const CombineOp& op) {

@@ -54,9 +54,9 @@ Status find_rank(const EpAttrs& attrs, OpKind op, const EpShape& shape, RankCall
 Status check_rows(const HeapShape& heap, const DispatchOp& op);
 Status check_rows(const HeapShape& heap, const CombineOp& op);
 
-// InvalidArgument where a call says which ranks were missing, and is not one of the low-latency
-// kernels within one domain.
-Status check_missing_ranks(const uint8_t* missing_ranks, bool is_low_latency, bool spans_domains);
+// Of a call that is to say which ranks were missing, and not one of the low-latency kernels: says
+// that nobody was, for a rank that does not come ends the call. InvalidArgument between domains.
+Status say_nobody_is_missing(const RankCall& call, uint8_t* missing_ranks);
 
 // InvalidArgument unless a combine sums as a group that spans domains does.
 Status check_domain_size(const HeapShape& heap, const CombineOp& op);

@@ -101,6 +101,12 @@ TEST(LongWait, SurvivesItsWord) {
   EXPECT_EQ(got.tag, 9U);
   EXPECT_EQ(got.level, 32U);
   EXPECT_TRUE(got.ended);
+  EXPECT_FALSE(got.given_up);
+  LongWait gave_up = wait;
+  gave_up.given_up = true;
+  const LongWait without = unpack_long_wait(pack(gave_up));
+  EXPECT_TRUE(without.ended);
+  EXPECT_TRUE(without.given_up);
   EXPECT_NE(pack(LongWait{}), 0U);
 }
 

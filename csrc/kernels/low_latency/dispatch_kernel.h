@@ -128,7 +128,7 @@ class LowLatencyDispatchKernel {
   }
 
   // All lanes of the last warp, of masking kernels. Of who was given up when its routing counted
-  // some rows may have come: none of them stays.
+  // some rows may have come: none of them stays. Nor do the rows that it would have of this rank.
   JAX_EP_DEVICE void mend() {
     const MissingRanks missing(exchange_);
     const Plan plan(plan_, op_.dispatch, far_);
@@ -137,6 +137,7 @@ class LowLatencyDispatchKernel {
     for (i32 source = 0; source < plan_.num_ranks; ++source) {
       if (missing.verdict(source) != Verdict::kTorn) continue;
       plan.empty_rows_of(source, [&rows](i64 row) { rows.clear(row, true); });
+      plan.empty_slots_at(source);
     }
   }
 

@@ -153,8 +153,11 @@ class ExchangeHalf {
     if (clears_bank(exchange.epoch())) clear_bank(exchange);
     if (lane_id() != 0) return;
     st(flight(view, exchange.epoch()), 0);
-    st(control(view, Channel::kLowLatency, ChannelControl::kPeersEnded),
-       ld(control(view, Channel::kLowLatency, ChannelControl::kPeersEndedSeen)));
+    const auto seen = control(view, Channel::kLowLatency, ChannelControl::kPeersEndedSeen);
+    // Where some rank never takes part, what has been seen stays, and would be ahead in the end.
+    const u32 oldest = exchange.epoch() - kOldestEnded;
+    if (clears_bank(exchange.epoch()) && !has_reached(ld(seen), oldest)) st(seen, oldest);
+    st(control(view, Channel::kLowLatency, ChannelControl::kPeersEnded), ld(seen));
   }
   JAX_EP_DEVICE void leave_open(const Exchange& exchange) const {
     st(flight(exchange.view(), exchange.epoch()), open_flight(exchange.call_tag()));

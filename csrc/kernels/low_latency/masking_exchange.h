@@ -92,7 +92,9 @@ class MaskingExchange : public ExchangeHalf {
       // ACQUIRE(acknowledged): the peer's reads come before what the next kernels store.
       const u32 ended =
           ld_acquire<Scope::kSys>(acknowledged(view, Channel::kLowLatency, view.rank, peer));
-      behind = begun - ended > behind ? begun - ended : behind;
+      // A peer that went on without this rank is ahead.
+      const u32 exchanges = has_reached(ended, begun) ? 0 : begun - ended;
+      behind = exchanges > behind ? exchanges : behind;
     });
     const bool any_missing = warp_ballot(!all_came) != 0;
     behind =

@@ -79,7 +79,7 @@ class Patience {
         heard_at_(start_) {}
 
   // Now and then between two polls. True: poll once more, and then give up.
-  JAX_EP_DEVICE bool is_over() {
+  JAX_EP_DEVICE bool is_over(u32 polls) {
     end_if_told(view_, context_);
     const u32 now = heartbeat_tick(now_ns());
     beat(now);
@@ -94,11 +94,13 @@ class Patience {
     if (context_.peer == view_.rank) return false;
     const i64 timeout = ticks(view_.timeout_ns);
     return static_cast<i32>(now - heard_at_) > timeout || waited / kMostTimeouts > timeout ||
-           MissingRanks(view_, epoch_).is_given_up(context_.peer) || host_gives_up() || masks_us();
+           MissingRanks(view_, epoch_).is_given_up(context_.peer) || masks_us() ||
+           // Its word is far away: who waits for a moment alone does not fetch it.
+           (polls > 1 && host_gives_up());
   }
 
-  JAX_EP_DEVICE void end() const {
-    if (level() != 0) report_long_wait(view_, context_, level(), true);
+  JAX_EP_DEVICE void end(bool given_up = false) const {
+    if (level() != 0) report_long_wait(view_, context_, level(), true, given_up);
   }
 
  private:
@@ -158,14 +160,15 @@ JAX_EP_DEVICE bool try_until(const Exchange& exchange,
     seen = ld_relaxed<Scope::kSys>(word);
     if (done(seen)) {
       seen = ld_acquire<Scope::kSys>(word);
+      over = false;
       break;
     }
-    if (over) return false;
-    if (is_time_to_look(polls)) over = patience.is_over();
+    if (over) break;
+    if (is_time_to_look(polls)) over = patience.is_over(polls);
     if (!over) spin_pause(what);
   }
-  patience.end();
-  return true;
+  patience.end(over);
+  return !over;
 }
 
 // Waits for a packet of an exchange. False: the rank has been given up, and it is missing.
@@ -174,13 +177,15 @@ JAX_EP_DEVICE bool try_packet(
   const u32 flag = packet_flag(epoch);
   Patience patience(view, epoch, {WaitTag::kPacket, op, source, epoch, token});
   bool over = false;
-  for (u32 polls = 1; ld_packet({from}).flag != flag; ++polls) {
-    if (over) return false;
-    if (is_time_to_look(polls)) over = patience.is_over();
+  for (u32 polls = 1;; ++polls) {
+    const bool came = ld_packet({from}).flag == flag;
+    if (came || over) {
+      patience.end(!came);
+      return came;
+    }
+    if (is_time_to_look(polls)) over = patience.is_over(polls);
     if (!over) spin_pause("packets");
   }
-  patience.end();
-  return true;
 }
 // The same as a call.
 JAX_EP_COLD bool call_try_packet(

@@ -131,6 +131,16 @@ class RoutingPlan {
     }
   }
 
+  // All lanes of a warp, once the plan is made: selections of the rank's experts have no row, so
+  // that no combine waits for its sums.
+  JAX_EP_DEVICE void empty_slots_at(i32 rank) const {
+    for (i32 i = static_cast<i32>(lane_id()); i < c_.num_tokens * c_.num_topk; i += kWarpSize) {
+      const i32 expert = ld(Ptr<const i32>{c_.op.topk_idx} + i);
+      if (!c_.is_expert(expert) || owner_of(expert, c_.num_local) != rank) continue;
+      st(Ptr<i32>{c_.op.slot} + i, -1);
+    }
+  }
+
  private:
   // ceil_div in 32 bits, which takes a fourth of the instructions.
   JAX_EP_DEVICE static i32 quotient_up(i32 a, i32 b) { return (a + b - 1) / b; }

@@ -120,8 +120,13 @@ TEST_F(CudaGroupTest, HasAnEpGroupForEachIndex) {
   EXPECT_EQ(ranks[2].view().heap[1], ranks[2].handle().base);
 }
 
+TEST_F(CudaGroupTest, AsksTheHostWhomNotToWaitForOnlyIfItGoesOn) {
+  EXPECT_EQ(connected(group_config(2))->ranks()[0].view().given_up, nullptr);
+}
+
 TEST_F(CudaGroupTest, TellsKernelsOfAnEpGroupWhomNotToWaitFor) {
   CudaGroupConfig config = group_config(2);
+  config.group.masks_missing_ranks = true;
   config.ranks.push_back({.device = 2, .group_index = 1, .rank = 1});
   config.ranks.push_back({.device = 3, .group_index = 1, .rank = 0});
   const std::unique_ptr<CudaGroup> group = connected(config);

@@ -39,6 +39,7 @@ class RankWait(NamedTuple):
     exchange: int
     seconds: float
     ended: bool
+    given_up: bool  # it has ended, and the rank has not come
 
 
 class GroupWatch:
@@ -100,6 +101,14 @@ class GroupWatch:
             key = (wait.group_index, wait.rank, wait.peer)
             if wait.ended and self._warned.get(key, (None, 0))[0] == wait.exchange:
                 del self._warned[key]
+                if wait.given_up:
+                    _logger.warning(
+                        "%s, group_index %d: rank %d goes on without rank %d, for which it has "
+                        "waited more than %g s in %s (exchange %d)",
+                        self.name, wait.group_index, wait.rank, wait.peer, wait.seconds,
+                        wait.operation, wait.exchange,
+                    )  # fmt: skip
+                    continue
                 _logger.info(
                     "%s, group_index %d: rank %d came, after more than %g s that rank %d waited "
                     "for it in %s",
