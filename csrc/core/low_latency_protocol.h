@@ -58,8 +58,8 @@ inline constexpr uint32_t kClearBankEvery = 1U << 24;
 constexpr bool clears_bank(uint32_t epoch) {
   return epoch >= kClearBankEvery && epoch % kClearBankEvery < uint32_t{kLowLatencyBanks};
 }
-// Then what a rank has seen its peers end is renewed, too, if it is older than this. It is longer ago
-// than anybody asks for, and will not be ahead of an epoch before it is renewed again.
+// Then what a rank has seen its peers end is renewed, too, if it is older than this. It is longer
+// ago than anybody asks for, and will not be ahead of an epoch before it is renewed again.
 inline constexpr uint32_t kOldestEnded = 1U << 30;
 
 // --- ranks that do not come ----------------------------------------------------------------------

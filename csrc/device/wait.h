@@ -57,8 +57,8 @@ JAX_EP_DEVICE void write_record(
   const Ptr<u32> record = as<u32>(Ptr<ErrorRecord>{view.error});
   // The first of the threads that give up writes; the others give it time to.
   if (fetch_add_acq_rel<Scope::kGpu>(control(view, Control::kFailed), 1) == 0) {
-    // Who was told by a peer need not tell the others: they have been told too. And where the others
-    // go on without this rank, they need not end: they find it missing.
+    // Who was told by a peer need not tell the others: they have been told too. And where the
+    // others go on without this rank, they need not end: they find it missing.
     if (tag != WaitTag::kPeerGaveUp && view.given_up == nullptr) {
       const u32 word = pack(Aborted{.by = static_cast<u32>(view.rank),
                                     .blamed = static_cast<u32>(peer),

@@ -170,8 +170,8 @@ Told killed(uint64_t seed, OpKind last) {
           }};
 }
 
-// It ends in the dispatch whose handle a combine then has: nobody waits for its sums once more, also
-// where its routing had come, and whoever agrees on it has the same sums.
+// It ends in the dispatch whose handle a combine then has: nobody waits for its sums once more,
+// also where its routing had come, and whoever agrees on it has the same sums.
 Told killed_before_a_combine(uint64_t seed) {
   Told told = killed(seed, kPlanDispatch);
   AbsenceStory& story = told.story;

@@ -122,8 +122,9 @@ class StoryRun {
   }
 
   static bool is_masked(const AbsenceStory& story) {
-    return story.carries_missing || std::any_of(
-        story.left_out.begin(), story.left_out.end(), [](uint64_t ranks) { return ranks != 0; });
+    return story.carries_missing || std::any_of(story.left_out.begin(),
+                                                story.left_out.end(),
+                                                [](uint64_t ranks) { return ranks != 0; });
   }
   static HeapShape heap_shape(const AbsenceStory& story) {
     const EpShape& shape = story.options.shape;
@@ -194,11 +195,10 @@ class StoryRun {
   }
 
   [[nodiscard]] bool gives_up(int32_t rank, size_t exchange) const {
-    return std::any_of(
-        story_.absences.begin(), story_.absences.end(), [&](const Absence& absence) {
-          return absence.kind == Absence::Kind::kGivesUp && absence.rank == rank &&
-                 absence.exchange == static_cast<int32_t>(exchange);
-        });
+    return std::any_of(story_.absences.begin(), story_.absences.end(), [&](const Absence& absence) {
+      return absence.kind == Absence::Kind::kGivesUp && absence.rank == rank &&
+             absence.exchange == static_cast<int32_t>(exchange);
+    });
   }
 
   void append_heartbeats(int32_t rank, uint64_t leaps) {
@@ -298,7 +298,8 @@ class StoryRun {
       }
       const LongWait wait = group_.long_wait(rank, other);
       if (wait.level != 0 && !wait.ended) {
-        return "it has said that it waits for rank " + std::to_string(other) + ", and not that it "
+        return "it has said that it waits for rank " + std::to_string(other) +
+               ", and not that it "
                "does not any longer";
       }
     }
@@ -371,8 +372,7 @@ AbsenceOutcome run_story(const AbsenceStory& story, uint64_t seed) {
   StoryRun run(machine, story, outcome);
   run.append();
   outcome.report = machine.run();
-  outcome.ended =
-      config.survive_traps ? outcome.report.kind == "trap" : outcome.report.ok();
+  outcome.ended = config.survive_traps ? outcome.report.kind == "trap" : outcome.report.ok();
   for (const Absence& absence : story.absences) {
     outcome.killed = outcome.killed || machine.was_killed(static_cast<uint32_t>(absence.rank));
   }

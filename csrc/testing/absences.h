@@ -16,10 +16,10 @@ namespace jax_ep {
 
 struct Absence {
   enum class Kind {
-    kAway,    // does not come to the exchange, nor to later ones
-    kKilled,  // ends in it, just before its `amount`-th store to others
-    kLate,    // comes to it, and to later ones, when time has leapt `amount` times
-    kBeats,   // does not come any more, but sends heartbeats in each of so many leaps
+    kAway,     // does not come to the exchange, nor to later ones
+    kKilled,   // ends in it, just before its `amount`-th store to others
+    kLate,     // comes to it, and to later ones, when time has leapt `amount` times
+    kBeats,    // does not come any more, but sends heartbeats in each of so many leaps
     kGivesUp,  // comes with an error of its program, and ends
   };
   int32_t rank;
@@ -51,7 +51,7 @@ struct AbsenceStory {
 
 struct AbsenceOutcome {
   sim::Report report;
-  bool ended = false;  // all kernels, but for those of who has been killed or has given up
+  bool ended = false;   // all kernels, but for those of who has been killed or has given up
   bool killed = false;  // who was to be
   // By exchange and rank, as bits whom it found missing; kNotReached: its kernel did not end.
   std::vector<std::vector<uint64_t>> missing;

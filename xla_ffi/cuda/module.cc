@@ -315,8 +315,10 @@ void define_groups(nb::module_& m) {
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
       "loads the kernels; `rdma`: those that reach other domains by RDMA, for which it has been\n"
-      "initialized, instead of mapped memory; `masks_missing_ranks`: the low-latency kernels go on\n"
-      "without who does not come, and who gives up does not end the others. Returns the ranks' handles, for their peers. The id "
+      "initialized, instead of mapped memory; `masks_missing_ranks`: the low-latency kernels go "
+      "on\n"
+      "without who does not come, and who gives up does not end the others. Returns the ranks' "
+      "handles, for their peers. The id "
       "is the caller's "
       "choice.");
   m.def(
@@ -360,7 +362,8 @@ void define_groups(nb::module_& m) {
       &statuses,
       "(group name, group index, rank, error or None, waits) of each rank of this process of\n"
       "which a kernel has said something, also where the group has been closed. A wait is (peer,\n"
-      "operation, what is waited for, exchange, seconds, whether it has ended, whether without what\n"
+      "operation, what is waited for, exchange, seconds, whether it has ended, whether without "
+      "what\n"
       "was waited for). Never waits.");
   m.def(
       "num_groups", [] { return CudaGroupRegistry::instance().size(); }, "Groups registered now.");
