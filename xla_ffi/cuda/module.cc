@@ -315,12 +315,9 @@ void define_groups(nb::module_& m) {
       nb::arg("ranks"),
       "Allocates the heaps of this process's ranks, (device ordinal, group index, rank) each, and\n"
       "loads the kernels; `rdma`: those that reach other domains by RDMA, for which it has been\n"
-      "initialized, instead of mapped memory; `masks_missing_ranks`: the low-latency kernels go "
-      "on\n"
-      "without who does not come, and who gives up does not end the others. Returns the ranks' "
-      "handles, for their peers. The id "
-      "is the caller's "
-      "choice.");
+      "initialized, instead of mapped memory; `masks_missing_ranks`: the low-latency kernels go\n"
+      "on without who does not come, and who gives up does not end the others. Returns the ranks'\n"
+      "handles, for their peers. The id is the caller's choice.");
   m.def(
       "connect_group",
       &connect_group,
