@@ -45,10 +45,13 @@ def key_of_kernels(command: list[str], source: pathlib.Path) -> str | None:
         return None
     digest = hashlib.sha256(_program(command))
     written = {i + 1 for i, argument in enumerate(command) if argument in WRITTEN}
-    for i, argument in enumerate(command[1:], 1):
-        if argument in CHANGE_NOTHING:
-            continue
-        digest.update(b"\0" + (b"" if i in written else argument.replace(str(root), "").encode()))
+    same = [
+        argument.replace(str(root), "")
+        for i, argument in enumerate(command[1:], 1)
+        if i not in written and argument not in CHANGE_NOTHING
+    ]
+    # CMake's versions have them in another order.
+    digest.update("\0".join(sorted(same)).encode())
     for path in sorted((root / "csrc").rglob("*")):
         if path.suffix in {".cu", ".cuh", ".h"}:
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -72,7 +75,7 @@ def key_of_cpp(command: list[str], source: pathlib.Path) -> str | None:
     if done.returncode != 0:
         return None
     parts = [hashlib.sha256(part).digest() for part in (_program(command), done.stdout)]
-    return hashlib.sha256(b"".join(parts) + "\0".join(does).encode()).hexdigest()
+    return hashlib.sha256(b"".join(parts) + "\0".join(sorted(does)).encode()).hexdigest()
 
 
 def main() -> int:

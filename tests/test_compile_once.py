@@ -60,6 +60,15 @@ def test_flags_that_change_nothing_are_the_same(compile_in):
     assert compile_in("other") == (0, 1)
 
 
+@pytest.mark.parametrize("compiles", ["compile_in", "compile_cpp_in"])
+def test_flags_in_another_order_are_the_same(compiles, request):
+    """CMake 3.25 says the language's standard behind other flags, and CMake 4.4 before them."""
+    run = request.getfixturevalue(compiles)
+    flags = ["-O3", "-std=c++20"]
+    assert run("one", flags=flags) == (0, 1)
+    assert run("other", flags=flags[::-1]) == (0, 1)
+
+
 @pytest.mark.parametrize("change", [{"header": "int b;"}, {"flags": ["-DNDEBUG"]}])
 def test_other_headers_or_flags_are_compiled(change, compile_in):
     assert compile_in("one") == (0, 1)
