@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import re
 import types
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from ep_testing import halves
+from ep_testing import fake_cuda, halves
 from ep_testing.hlo import operands
 from ep_testing.missing_ranks import (
     PROBLEM,
@@ -21,10 +22,10 @@ from ep_testing.missing_ranks import (
     run_without,
 )
 from ep_testing.programs import make_group, make_mesh, over_ranks
-from jax_ep._src.groups import cuda, native
+from jax_ep._src.groups import native
 from jax_ep._src.groups.cpu import CpuGroup
 from jax_ep._src.groups.cuda import CudaGroup
-from jax_ep._src.groups.interface import GroupParameters
+from jax_ep._src.groups.group import backend_group
 
 
 def test_lost_selections_by_hand():
@@ -249,17 +250,87 @@ def test_a_group_that_cannot_go_on_is_not_given_one_that_fails(monkeypatch):
         assert group.on_timeout == "mask"
 
 
-def test_groups_on_gpus_are_refused():
-    parameters = GroupParameters(
-        mesh=make_mesh((8,), ("expert",)),
-        axis_names=("expert",),
-        config=jax_ep.EpConfig(**PROBLEM.config_kwargs()),
-        num_ranks=8,
-        warn_after=1.0,
-        timeout=2.0,
-        on_timeout="mask",
-    )
-    assert cuda.why_not(parameters) == "with on_timeout 'mask' it serves CPU only"
+# --- on GPUs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return fake_cuda.install(monkeypatch)
+
+
+def _on_gpus(**config):
+    sizes = {"num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4}
+    arguments = {k: config.pop(k) for k in ("on_timeout", "tuning", "backend") if k in config}
+    made = jax_ep.EpConfig(**{**sizes, **config})
+    mesh = make_mesh((4,), ("expert",))
+    return jax_ep.EpGroup(mesh, "expert", made, **{"on_timeout": "mask", **arguments})
+
+
+@pytest.mark.parametrize("on_timeout", ["error", "mask"])
+def test_the_module_for_gpus_is_told_whether_ranks_may_be_missing(on_timeout, fake):
+    with _on_gpus(low_latency_tokens=4, on_timeout=on_timeout) as group:
+        assert group.backend == "ffi"
+        assert fake.groups[group.group_id]["masks"] == (on_timeout == "mask")
+        # The kernels that say who was missing are in one piece.
+        halves = backend_group(group).dispatches_in_halves(4, quantized=False)
+        assert halves == backend_group(group).combines_in_halves(4) == (on_timeout == "error")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "serve no calls: EpConfig.low_latency_tokens is None; allowed: at least 1"),
+        ({"low_latency_tokens": 0}, "EpConfig.low_latency_tokens is 0; allowed: at least 1"),
+        (
+            {"low_latency_tokens": 4, "domain_size": 2},
+            "do not serve calls of 4 tokens of this config: rows must be a multiple of 16 bytes in "
+            "all formats, and EpConfig.domain_size None, 1 or the number of ranks",
+        ),
+    ],
+)
+def test_groups_on_gpus_whose_calls_cannot_miss_ranks_are_refused(config, message, fake):
+    for backend in (None, "ffi"):
+        with pytest.raises(jax_ep.EpUnavailable, match=re.escape(message)):
+            _on_gpus(**config, backend=backend)
+    assert not fake.log
+    with _on_gpus(**config, on_timeout="error") as group:
+        assert group.backend == "ffi"
+
+
+def test_the_dispatches_of_a_group_on_gpus_must_be_able_to_miss_ranks(fake, monkeypatch):
+    asked = []
+
+    def refuses(shape, **call):
+        asked.append((shape.low_latency_tokens, call))
+        return False
+
+    monkeypatch.setattr(fake, "dispatch_is_low_latency", refuses)
+    message = "do not serve calls of 3 tokens of this config: rows must be a multiple of 16 bytes"
+    fp8 = {"wire_dtype": "float8_e4m3fn", "recv_dtype": "float8_e4m3fn"}
+    with pytest.raises(jax_ep.EpUnavailable, match=message):
+        _on_gpus(low_latency_tokens=3, **fp8)
+    assert asked == [(3, {"num_tokens": 3, "fp8_x": False, "fp8_rows": True})]
+
+
+def test_groups_on_gpus_that_span_domains_are_refused(fake, monkeypatch):
+    monkeypatch.setenv("JAX_EP_NODE_RANKS", "2")
+    message = "with on_timeout 'mask' its ranks must be in one domain, as those of one host are, "
+    with pytest.raises(jax_ep.EpUnavailable, match=message + "and these are in domains of 2"):
+        _on_gpus(low_latency_tokens=4)
+    assert not fake.log
+
+
+def test_tuning_may_say_which_calls_can_miss_ranks(fake):
+    """What the config leaves open, and nothing else; no more tokens than the group has."""
+    tuning = jax_ep.Tuning(low_latency_tokens=100)
+    with _on_gpus(tuning=tuning) as group:
+        held = fake.groups[group.group_id]
+        assert (held["masks"], held["heap"].low_latency_tokens) == (True, 4)
+    for config, said in (({"low_latency_tokens": 0}, tuning), ({}, jax_ep.Tuning()), ({}, "off")):
+        with pytest.raises(jax_ep.EpUnavailable, match=r"low_latency_tokens is .*; allowed: at"):
+            _on_gpus(tuning=said, **config)
+    with pytest.raises(jax_ep.EpUnavailable, match="low_latency_tokens is 0; allowed: at least 1"):
+        _on_gpus(tuning=jax_ep.Tuning(low_latency_tokens=0))
 
 
 @pytest.mark.parametrize("kind", [CpuGroup, CudaGroup])

@@ -240,7 +240,8 @@ def combine_with_status(
     Returns:
         `[T, H]` of `config.dtype`, without the rows of ranks that were missing in the dispatch or
         here. And `[R]` bool: the ranks whose rows this rank did not all get in this exchange, those
-        that `Dispatched.missing_ranks` has not among them.
+        that `Dispatched.missing_ranks` has not among them. On GPUs, nobody in calls of more than
+        `low_latency_tokens` tokens.
 
     Raises:
         ValueError: as `combine`; or it is traced to be differentiated in a group with `on_timeout`

@@ -80,7 +80,8 @@ class Dispatched:
         missing_ranks: `[R]` bool, in a group with `on_timeout` "mask": the ranks whose tokens this
             rank did not all get, so that all else is as if their selections, and those of their
             experts, had been -1. Neither this rank itself nor ranks that `rank_mask` leaves out are
-            among them. Two ranks may miss different ones. None in other groups.
+            among them. Two ranks may miss different ones. On GPUs, calls of more than
+            `low_latency_tokens` tokens miss nobody. None in other groups.
     """
 
     # Any: QuantizedRows. Which one it is, only the config knows, and no checker: with both of them

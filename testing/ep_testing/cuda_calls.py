@@ -221,16 +221,18 @@ def refusal(*args: Any, **kwargs: Any) -> str:
 def groups_of_two(**defaults: Any) -> Iterator[Callable[..., jax_ep.EpGroup]]:
     """Makes groups of two ranks, on devices 0 and 1, and closes them at the end.
 
-    `defaults` are fields of the config; so are the arguments of what it yields, but for `timeout`.
+    `defaults` are fields of the config; so are the arguments of what it yields, but for `timeout`
+    and `on_timeout`.
     """
     made: list[jax_ep.EpGroup] = []
     sizes = {
         "num_experts": 8, "num_topk": 2, "hidden": 16, "max_tokens_per_rank": 4, "dtype": "float32",
     }  # fmt: skip
 
-    def make(timeout: float = 60.0, **config: Any) -> jax_ep.EpGroup:
+    def make(timeout: float = 60.0, on_timeout: str = "error", **config: Any) -> jax_ep.EpGroup:
         config = jax_ep.EpConfig(**{**sizes, **defaults, **config})
-        made.append(jax_ep.EpGroup(make_mesh((2,), ("expert",)), "expert", config, timeout=timeout))
+        mesh = make_mesh((2,), ("expert",))
+        made.append(jax_ep.EpGroup(mesh, "expert", config, timeout=timeout, on_timeout=on_timeout))
         return made[-1]
 
     yield make

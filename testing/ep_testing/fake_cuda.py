@@ -93,6 +93,7 @@ class FakeCuda:
         tail_num_sms,
         heap,
         rdma,
+        masks_missing_ranks,
         ranks,
     ) -> list[bytes]:
         self._called("create", max_num_sms, tail_num_sms)
@@ -105,6 +106,7 @@ class FakeCuda:
             "num_ranks": heap.num_ranks,
             "heap": heap,
             "rdma": rdma,
+            "masks": masks_missing_ranks,
             "mapped": {},
         }
         return [json.dumps([nonce, *place[1:]]).encode() for place in ranks]

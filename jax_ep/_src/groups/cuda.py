@@ -15,6 +15,7 @@ import pathlib
 import platform
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -71,7 +72,7 @@ def offer(parameters: GroupParameters) -> Offer:
     """
     agreement = agree(parameters, why_not(parameters))
     return Offer(
-        why_not=agreement.why_not,
+        why_not=agreement.why_not or _why_not_masking(parameters, agreement),
         make=functools.partial(CudaGroup, parameters=parameters, agreement=agreement),
     )
 
@@ -79,11 +80,46 @@ def offer(parameters: GroupParameters) -> Offer:
 def why_not(parameters: GroupParameters) -> str | None:
     """Why the kernels cannot serve the group in this process; None if they can."""
     return (
-        ("with on_timeout 'mask' it serves CPU only" if parameters.on_timeout == "mask" else None)
-        or native.why_no_cuda()
+        native.why_no_cuda()
         or why_not_on_gpus(parameters.config, parameters.num_ranks)
         or gpu_architectures.why_not_built_for(parameters.mesh.devices.flat)
     )
+
+
+def _why_not_masking(parameters: GroupParameters, agreement: Agreement) -> str | None:
+    """Why the group cannot go on without ranks that do not come; None if it can, or need not.
+
+    The same in all processes: of what they have agreed on.
+    """
+    if parameters.on_timeout != "mask":
+        return None
+    config, num_ranks = parameters.config, parameters.num_ranks
+    if agreement.domains.size < num_ranks:
+        return (
+            "with on_timeout 'mask' its ranks must be in one domain, as those of one host are, and "
+            f"these are in domains of {agreement.domains.size}"
+        )
+    tokens = agreement.tuning.low_latency_tokens  # None where the config has a number
+    if tokens is None:
+        tokens = config.low_latency_tokens
+    if not tokens:
+        return (
+            "with on_timeout 'mask' the low-latency kernels go on without missing ranks, and they "
+            f"serve no calls: EpConfig.low_latency_tokens is {tokens}; allowed: at least 1"
+        )
+    module, heap = native.load_cuda(), _heap(parameters, agreement)
+    fp8_rows = config.recv_dtype is not None
+    if not module.dispatch_is_low_latency(
+        heap, num_tokens=tokens, fp8_x=False, fp8_rows=fp8_rows
+    ) or not module.combine_is_low_latency(
+        heap, num_tokens=tokens, domain_size=parameters.domain_size
+    ):
+        return (
+            "with on_timeout 'mask' the low-latency kernels go on without missing ranks, and they "
+            f"do not serve calls of {tokens} tokens of this config: rows must be a multiple of 16 "
+            "bytes in all formats, and EpConfig.domain_size None, 1 or the number of ranks"
+        )
+    return None
 
 
 def agree(parameters: GroupParameters, local_why_not: str | None) -> Agreement:
@@ -202,16 +238,12 @@ class CudaGroup:
         of_domain, self._use_rdma = agreement.domains
         spans_domains = of_domain < parameters.num_ranks
         self.domain_size = of_domain if spans_domains else parameters.domain_size
-        self._has_halves = not spans_domains
+        # The kernels that go on without missing ranks are in one piece.
+        self._has_halves = not spans_domains and parameters.on_timeout == "error"
         # A rank that does not take part would cut off its rail.
         self.why_no_rank_mask = "its ranks are in several domains" if spans_domains else None
         self.tuning = agreement.tuning
-        sizes = _heap_shape(parameters.config, parameters.num_ranks)
-        if self.tuning.low_latency_tokens is not None:
-            sizes["low_latency_tokens"] = self.tuning.low_latency_tokens
-        if spans_domains:
-            sizes["num_neighbors"] = of_domain
-        heap = self._module.HeapShape(**sizes)
+        heap = _heap(parameters, agreement)
         self._heap = heap
         self.heap_bytes: int = self._module.heap_bytes(heap)
         self.group_id = agreement.group_id
@@ -307,6 +339,7 @@ class CudaGroup:
                 tail_num_sms=-1 if config.tail_num_sms is None else config.tail_num_sms,
                 heap=heap,
                 rdma=self._use_rdma,
+                masks_missing_ranks=self._parameters.on_timeout == "mask",
                 ranks=[(p.device_ordinal, p.group_index, p.rank) for p in self._local_ranks],
             )
         except (RuntimeError, MemoryError, ValueError) as e:
@@ -379,14 +412,14 @@ class CudaGroup:
             raise EpUnavailable(str(e)) from e
 
     def dispatches_in_halves(self, num_tokens: int, *, quantized: bool) -> bool:
-        """Those that the low-latency kernels serve, within one domain."""
+        """Those that the low-latency kernels serve in one domain, unless they may miss ranks."""
         fp8_rows = self._parameters.config.recv_dtype is not None
         return self._has_halves and self._module.dispatch_is_low_latency(
             self._heap, num_tokens=num_tokens, fp8_x=quantized, fp8_rows=fp8_rows
         )
 
     def combines_in_halves(self, num_tokens: int) -> bool:
-        """Those that the low-latency kernels serve, within one domain."""
+        """Those that the low-latency kernels serve in one domain, unless they may miss ranks."""
         return self._has_halves and self._module.combine_is_low_latency(
             self._heap,
             num_tokens=num_tokens,
@@ -431,6 +464,16 @@ def _close_open_groups() -> None:
             group.close(limit=_EXIT_S, kernels_limit=_EXIT_S)
         except Exception:
             _logger.exception("%s: not closed as this process ends", group._name)
+
+
+def _heap(parameters: GroupParameters, agreement: Agreement) -> Any:
+    """The compiled module's `HeapShape` of a group."""
+    sizes = _heap_shape(parameters.config, parameters.num_ranks)
+    if agreement.tuning.low_latency_tokens is not None:
+        sizes["low_latency_tokens"] = agreement.tuning.low_latency_tokens
+    if agreement.domains.size < parameters.num_ranks:
+        sizes["num_neighbors"] = agreement.domains.size
+    return native.load_cuda().HeapShape(**sizes)
 
 
 def _heap_shape(config: EpConfig, num_ranks: int) -> dict[str, int]:

@@ -95,9 +95,10 @@ class EpGroup:
                 for each other when the group is made. Backend `ffi` only.
             on_timeout: "error": when a rank has not come for `timeout`, the others fail. "mask":
                 they go on without it, and `Dispatched.missing_ranks` and `combine_with_status` say
-                so; exchanges are in one piece then, and have no gradient. Backend `ffi` on CPU
-                only; with `xla`, which has to be asked for, nobody is ever missing. See
-                docs/guide/rank_masks.md.
+                so; exchanges are in one piece then, and have no gradient. Backend `ffi`; on GPUs in
+                one domain, and in calls of at most `config.low_latency_tokens` tokens: larger ones
+                fail as with "error". With `xla`, which has to be asked for, nobody is ever missing.
+                See docs/guide/rank_masks.md.
             tuning: how kernels on GPUs are launched, and up to how many tokens the low-latency ones
                 serve calls, where `EpConfig` leaves that open. It has no effect on the numbers, nor
                 elsewhere. None: as tables of measurements say, if there are any for this kind of
