@@ -16,7 +16,7 @@ import pytest
 from ep_launch import ranks
 from ep_launch.placement import VARIABLE, Placement
 from ep_launch.ranks import Case, failure_report, run_ranks, stacked
-from ep_testing import halves, program_files
+from ep_testing import halves, masking_checks, masking_ranks, program_files
 from ep_testing.placed_programs import fail_on, stall_but_on, where
 from ep_testing.problems import PROBLEMS, EpProblem
 from ep_testing.programs import make_mesh
@@ -82,6 +82,57 @@ def test_one_process_runs_the_cases_of_the_gpu_tests(run):
     masks = np.array([[True] * 4, [False] * 4, [True, False, True, True]])
     cases += [case_of(masked_calls, problems[0], masks=masks)]
     check_cases(functools.partial(run, placement=Placement.ONE_PROCESS), cases, 4)
+
+
+# Of fewer ranks and a shorter row than on GPUs.
+MISSING = EpProblem(
+    name="missing", num_ranks=3, num_tokens=4, num_topk=3, num_experts=12, hidden=64,
+    low_latency_tokens=4,
+)  # fmt: skip
+
+
+def test_ranks_go_on_without_one_that_makes_no_calls(run):
+    """What the tests on GPUs do when they kill it, and what they check."""
+    victim, timeout = 1, 2.0
+    lost = {"victim": victim, "timeout": timeout}
+    told = {"victim": victim, "timeout": 60.0, "after": 0.5}
+    cases = [
+        case_of(masking_ranks.nobody, MISSING, on_timeout="mask", timeout=60.0),
+        case_of(masking_ranks.nobody, MISSING, on_timeout="error", timeout=60.0),
+        case_of(masking_ranks.killed, MISSING, **lost),
+        case_of(masking_ranks.given_up, MISSING, **told),
+        case_of(masking_ranks.late, MISSING, **lost),
+    ]
+    runs = run(cases, num_ranks=3, placement=Placement.ONE_PROCESS)
+    assert failure_report(runs, cases) is None, failure_report(runs, cases)
+    masking, failing, killed, given_up, late = (stacked(runs, i) for i in range(len(cases)))
+    masking_checks.check_nobody(MISSING, masking, failing)
+    masking_checks.check_killed(MISSING, killed, victim, timeout)
+    masking_checks.check_given_up(MISSING, given_up, victim, 60.0, 0.5)
+    masking_checks.check_late(MISSING, late, victim, timeout)
+    killed["left"][1]["outs"][1][0][2, 3, 5] += 1
+    with pytest.raises(AssertionError, match="weighted"):
+        masking_checks.check_killed(MISSING, killed, victim, timeout)
+
+
+def test_a_rank_is_lost_in_a_loop_of_steps(run):
+    problem = MISSING.replace(num_ranks=2, num_experts=8)
+    kwargs = {"victim": 1, "timeout": 2.0}
+    case = case_of(masking_ranks.killed_in_kernels, problem, **kwargs, delay=0.1)
+    runs = run([case], num_ranks=2, placement=Placement.ONE_PROCESS)
+    assert failure_report(runs, [case]) is None, failure_report(runs, [case])
+    value = stacked(runs, 0)
+    check = functools.partial(masking_checks.check_killed_in_kernels, problem, value, 1, 2.0)
+    assert check() == ("missing", "there", "there")
+    received, (weighted, _), _ = value["found"][0]["outs"]
+    row = int(np.argmax(received.handle.row_source[0] >= 0))
+    for array, at in ((received.x, (0, row, 3)), (weighted, (0, 2, 3))):
+        kept = array[at]
+        array[at] = kept + 1
+        with pytest.raises(AssertionError):
+            check()
+        array[at] = kept
+    check()
 
 
 @pytest.mark.parametrize("how", ["cond", "switch"])

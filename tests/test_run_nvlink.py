@@ -62,7 +62,7 @@ def test_each_program_takes_its_piece(num_gpus, tmp_path, monkeypatch):
         *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
         *("nodes-low-latency", "graphs", "closed", "collectives", "soak"),
     )
-    assert set(tested) == {("own", "failures")} | {
+    assert set(tested) == {("own", "failures"), ("own", "missing")} | {
         (placement, piece) for placement in ("own", "one_process") for piece in needed
     }
     assert {int(m["--ranks"]) for m in measured} == {ranks}

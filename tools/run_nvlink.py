@@ -89,6 +89,7 @@ def pieces(num_gpus: int, out: pathlib.Path) -> Pieces:
         **({"example-two-axes": train(2)} if ranks > 2 else {}),
         "serve": serve(),
         "own-failures": tests("own", "failures", "closed"),
+        "own-missing": tests("own", "missing"),
         "one-process-closed": tests("one_process", "closed"),
         **{f"bench-{tokens}": bench("own", tokens) for tokens in (128, 16, 1, 1024, 8192)},
         "bench-one-process": bench("one_process", 4096),

@@ -79,16 +79,30 @@ def run_without(
 
 
 def check(
-    problem: EpProblem, outs: Any, here: np.ndarray, rank_mask: np.ndarray | None = None
+    problem: EpProblem,
+    outs: Any,
+    here: np.ndarray,
+    rank_mask: np.ndarray | None = None,
+    *,
+    of: np.ndarray | None = None,
 ) -> None:
-    """That the ranks which are here have what the oracle says, bit by bit."""
+    """That the ranks which are here have what the oracle says, bit by bit.
+
+    Args:
+        problem: that was solved.
+        outs: of `round_trip`, of all ranks.
+        here: the ranks that came.
+        rank_mask: that they had.
+        of: the ranks whose results are looked at; None: those that came.
+    """
+    looked_at = here if of is None else of
     received, (weighted, lost), (unweighted, _) = outs
     missing = missing_of(here, rank_mask)
     want = reference.dispatch(
         problem.x, problem.topk_idx, problem.topk_weights, **problem.dispatch_kwargs(),
         rank_mask=rank_mask, missing=missing,
     )  # fmt: skip
-    np.testing.assert_array_equal(received.missing_ranks[here], missing[here])
+    np.testing.assert_array_equal(received.missing_ranks[looked_at], missing[looked_at])
     assert not lost.any()  # they are left out of the combine
     names = ("weights", "topk_idx", "group_sizes", "tokens_per_expert", "num_dropped")
     pairs = [(name, getattr(received, name), getattr(want, name)) for name in names]
@@ -106,5 +120,5 @@ def check(
         if wanted is None:
             assert got is None
             continue
-        got, wanted = np.asarray(got)[here], np.asarray(wanted)[here]
+        got, wanted = np.asarray(got)[looked_at], np.asarray(wanted)[looked_at]
         np.testing.assert_array_equal(assertions.bits(got), assertions.bits(wanted), name)

@@ -32,6 +32,7 @@ PIECES = {
     "graphs": ["test_programs.py", "-k", "not soak"],
     "sanitizer": ["test_sanitizer.py"],
     "failures": ["test_failures.py"],
+    "missing": ["test_missing_ranks.py"],
     "profiles": ["test_profiles.py"],
     "closed": ["test_closed.py"],
     "soak": ["test_programs.py", "-k", "soak"],
@@ -44,11 +45,11 @@ PIECES_OF = {
     "shared": [
         *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
         *("nodes-low-latency", "network", "graphs", "profiles", "closed", "sanitizer"),
-        *("failures", "soak"),
+        *("failures", "missing", "soak"),
     ],
     "own": [
         *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
-        *("nodes-low-latency", "graphs", "closed", "failures", "collectives", "soak"),
+        *("nodes-low-latency", "graphs", "closed", "failures", "missing", "collectives", "soak"),
     ],
     "one_process": [
         *("problems", "halves", "masks", "models", "nodes", "nodes-by-counts"),
