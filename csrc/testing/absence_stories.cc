@@ -206,6 +206,23 @@ Told gives_up(uint64_t seed) {
           }};
 }
 
+// It is in another call for once, because a step of its program has ended in the middle.
+Told in_another_call(uint64_t seed) {
+  AbsenceStory story =
+      story_of(seed, {kPlanDispatch, seed % 2 == 0 ? kPlanDispatch : kCombine, kPlanDispatch});
+  story.absences = {{.rank = kIt, .exchange = 1, .kind = Kind::kElse}};
+  return {"in another call", story, [](const AbsenceOutcome& outcome) {
+            std::string error;
+            for (size_t i = 0; i < 3 && error.empty(); ++i) {
+              const bool is_apart = i == 1;
+              error = judge_both(outcome, i, is_apart ? kItAlone : 0, is_apart ? kItAlone : 0);
+              const uint64_t by_it = is_apart ? 3 : 0;
+              if (error.empty()) error = judge_missing(outcome, i, kIt, by_it, by_it);
+            }
+            return error.empty() ? judge_leaps(outcome, 0, 0) : error;
+          }};
+}
+
 // One goes on without two others, which then come and take their time with each other: who is far
 // ahead says nothing of what they have read.
 Told one_goes_ahead(uint64_t seed) {
@@ -361,6 +378,7 @@ std::string run_stories(uint64_t seed) {
                           killed(seed, kCombine),
                           killed_before_a_combine(seed),
                           gives_up(seed),
+                          in_another_call(seed),
                           one_goes_ahead(seed),
                           just_too_late(seed, kPlanDispatch),
                           just_too_late(seed, kCombine),

@@ -188,15 +188,16 @@ class StoryRun {
           });
           break;
         case Absence::Kind::kBeats: append_heartbeats(rank, amount); return false;
-        case Absence::Kind::kGivesUp: break;
+        case Absence::Kind::kGivesUp:
+        case Absence::Kind::kElse: break;
       }
     }
     return true;
   }
 
-  [[nodiscard]] bool gives_up(int32_t rank, size_t exchange) const {
+  [[nodiscard]] bool comes(int32_t rank, size_t exchange, Absence::Kind kind) const {
     return std::any_of(story_.absences.begin(), story_.absences.end(), [&](const Absence& absence) {
-      return absence.kind == Absence::Kind::kGivesUp && absence.rank == rank &&
+      return absence.kind == kind && absence.rank == rank &&
              absence.exchange == static_cast<int32_t>(exchange);
     });
   }
@@ -235,13 +236,15 @@ class StoryRun {
         machine_.poison(r, result.data(), result.size());
       }
       machine_.poison(r, missing.data(), missing.size());
-      if (gives_up(rank, exchange)) arrays.replace_rank(device, (rank + 1) % num_ranks_);
+      if (comes(rank, exchange, Absence::Kind::kGivesUp))
+        arrays.replace_rank(device, (rank + 1) % num_ranks_);
     });
     RankView view = group_.masking_view(rank);
     const int32_t patience = story_.patience.empty() ? AbsenceStory::kPatience
                                                      : story_.patience[static_cast<size_t>(rank)];
     view.timeout_ns = static_cast<uint64_t>(patience) * kLeap + kLeap / 2;
-    const SimulatedLaunch launch{.blocks = story_.blocks};
+    const bool is_other = comes(rank, exchange, Absence::Kind::kElse);
+    const SimulatedLaunch launch{.blocks = story_.blocks, .call_site = is_other ? 1U : 0U};
     if (kind == OpKind::kPlanDispatch) {
       PlanDispatchParams params = arrays.plan_dispatch(view);
       params.op.dispatch.missing_ranks = missing.data();

@@ -21,6 +21,7 @@ struct Absence {
     kLate,     // comes to it, and to later ones, when time has leapt `amount` times
     kBeats,    // does not come any more, but sends heartbeats in each of so many leaps
     kGivesUp,  // comes with an error of its program, and ends
+    kElse,     // comes with another call, of which the others know nothing
   };
   int32_t rank;
   int32_t exchange;  // from 0

@@ -55,7 +55,8 @@ pytestmark = [
 ]
 
 
-def _seen(flags: str) -> tuple[str, str, dict[str, list[str]]]:
+def _pushed(flags: str) -> tuple[str, str, dict[str, list[str]]]:
+    """The group's name, its backend, and by number of tokens the ranges that were begun."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, LIBRARY],
         env={
@@ -69,23 +70,29 @@ def _seen(flags: str) -> tuple[str, str, dict[str, list[str]]]:
         timeout=100,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    name, backend, seen = json.loads(done.stdout.splitlines()[-1])
+    # XLA has ranges of its own, in its domain, around ours.
+    ours = {
+        tokens: [
+            words[3]
+            for line in lines
+            if (words := line.split(" ", 3))[2] == "jax_ep" and words[0] == "push"
+        ]
+        for tokens, lines in seen.items()
+    }
+    return name, backend, ours
 
 
 def test_each_call_has_a_range_with_its_groups_name():
-    name, backend, seen = _seen("--xla_gpu_enable_command_buffer=")
+    name, backend, seen = _pushed("--xla_gpu_enable_command_buffer=")
     assert backend == "ffi"
-    calls = [
-        line
-        for operation in ("plan_dispatch", "combine")
-        for line in (f"push 0 jax_ep jax_ep.{operation}[{name}]", "pop 0 jax_ep ")
-    ]
+    calls = [f"jax_ep.{operation}[{name}]" for operation in ("plan_dispatch", "combine")]
     assert seen == {"8": 3 * calls, "4": 3 * calls}
 
 
 def test_where_a_graph_is_launched_no_handler_is_called():
     graphs = "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
-    name, _, seen = _seen(graphs)
-    for lines in seen.values():
-        assert len(lines) < 3 * 4, lines
-        assert all(name in line for line in lines if line.startswith("push"))
+    name, _, seen = _pushed(graphs)
+    for ranges in seen.values():
+        assert len(ranges) < 3 * 2, ranges
+        assert all(name in text for text in ranges)

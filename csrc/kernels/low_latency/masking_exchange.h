@@ -99,8 +99,13 @@ class MaskingExchange : public ExchangeHalf {
     const bool any_missing = warp_ballot(!all_came) != 0;
     behind =
         warp_shfl(inclusive_sum(behind, [](u32 a, u32 b) { return a > b ? a : b; }), kWarpSize - 1);
+    bool all_take_part = true;  // a mask may leave out nobody
+    for (i32 rank = static_cast<i32>(lane_id()); rank < view.num_ranks; rank += kWarpSize) {
+      all_take_part = all_take_part && is_active(view, rank);
+    }
+    all_take_part = warp_ballot(!all_take_part) == 0;
     // Of those that have not come, or take no part, nothing is known.
-    if (lane_id() != 0 || any_missing || !all_active(view)) return;
+    if (lane_id() != 0 || any_missing || !all_take_part) return;
     st(control(view, Channel::kLowLatency, ChannelControl::kPeersEndedSeen), begun - behind);
   }
 
@@ -132,7 +137,8 @@ class MaskingExchange : public ExchangeHalf {
   }
 
  private:
-  // One lane: whether the peer has begun the exchange, with the same call.
+  // One lane: whether the peer has begun the exchange, with the same call. Who is in another one,
+  // of a program that has ended in the middle of a step, has sent nothing for this one.
   JAX_EP_DEVICE static bool try_arrived(const Exchange& exchange, i32 peer) {
     const RankView& view = exchange.view();
     const i32 flag = flag_idx(exchange);
@@ -146,11 +152,7 @@ class MaskingExchange : public ExchangeHalf {
         {WaitTag::kArrived, exchange.op(), peer, epoch, static_cast<u32>(flag)},
         "arrived",
         seen);
-    if (came && seen != exchange.own_flag()) {
-      Exchange::give_up_with_other(
-          view, exchange.op(), peer, static_cast<u32>(flag), epoch, exchange.own_flag(), seen);
-    }
-    return came;
+    return came && seen == exchange.own_flag();
   }
 };
 

@@ -76,6 +76,8 @@ MISSING_RANK_MUTANTS = [
     _mutant("missing: who is left out does not look", MISSING, " || masks_us()", ""),
     _mutant("missing: who gives up ends the others", "csrc/device/wait.h",
             " && view.given_up == nullptr", ""),
+    _mutant("missing: any call of a rank will do", EXCHANGE,
+            "return came && seen == exchange.own_flag();", "return came;"),
     _mutant("missing: a wait that was given up stays the last", MISSING, "patience.end(!came);",
             "if (came) patience.end();"),
     _mutant("missing: a wait for a word that was given up stays the last", MISSING,

@@ -180,8 +180,10 @@ class EpGroup:
         if self.group_id >= 0:
             # Which may wait for a rank: until then `health` and `give_up_on` are of use.
             _wait_for_results(set(self.mesh.devices.flat))
-        self._ended = True
-        self._backend_group.close()
+        try:
+            self._backend_group.close()  # on GPUs it waits for kernels, which may wait for a rank
+        finally:
+            self._ended = True
 
     def health(self) -> EpHealth:
         """Whom the ranks of this process wait for now, and since when.
@@ -224,9 +226,13 @@ class EpGroup:
             )
         groups = range(num_groups) if group_index is None else [group_index]
         _logger.warning("%s: given up on rank(s) %s", self.name, ",".join(map(str, ranks)))
-        self._backend_group.give_up_on(
-            [int(rank) for rank in ranks], [int(index) for index in groups]
-        )
+        try:
+            self._backend_group.give_up_on(
+                [int(rank) for rank in ranks], [int(index) for index in groups]
+            )
+        except (RuntimeError, ValueError):
+            self.check_open()  # it has been closed meanwhile
+            raise
 
     @property
     def closed(self) -> bool:
