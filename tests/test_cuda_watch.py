@@ -22,9 +22,7 @@ def _group(**changes) -> GroupWatch:
     return GroupWatch("EpGroup 7", **known | changes)
 
 
-def _wait(
-    rank, peer, seconds, *, ended=False, given_up=False, exchange=9, op="dispatch"
-) -> tuple:
+def _wait(rank, peer, seconds, *, ended=False, given_up=False, exchange=9, op="dispatch") -> tuple:
     """A wait as a status has it."""
     return (peer, op, f"the rows of rank {peer}", exchange, seconds, ended, given_up)
 
