@@ -159,7 +159,8 @@ HIGH_THROUGHPUT_MUTANTS = [
            "fetch_add_acq_rel<Scope::kGpu>(count, 1) + 1 == num_main()",
            "fetch_add_acq_rel<Scope::kGpu>(count, 1) + 2 >= num_main()"),
     # --- what goes wrong -----------------------------------------------------------------------------
-    Mutant("peers are not told", WAIT, "if (tag != WaitTag::kPeerGaveUp) {", "if (false) {",
+    Mutant("peers are not told", WAIT,
+           "if (tag != WaitTag::kPeerGaveUp && view.given_up == nullptr) {", "if (false) {",
            mishaps=True),
     Mutant("one peer is not told", WAIT, "put_aborted(view, other, word);",
            "if (other + 1 < view.num_ranks) put_aborted(view, other, word);", mishaps=True),
