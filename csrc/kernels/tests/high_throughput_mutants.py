@@ -378,7 +378,7 @@ HIGH_THROUGHPUT_MUTANTS = [
            "st(control(view_, channel_, ChannelControl::kReceiveTickets), 0);", ""),
     # --- the tail ----------------------------------------------------------------------------------
     Mutant("acknowledged before the tail has read", EXCHANGE,
-           "num_main() + static_cast<u32>(blocks_.num_tail)", "num_main()"),
+           "num_main() + static_cast<u32>(blocks_.num_tail)", "num_main()", in_plan_dispatch=True),
     Mutant("the tail sends", DISPATCH, "if (!in_tail && warp_id()", "if (warp_id()"),
     Mutant("the tail has places", EXCHANGE, "in_tail() || warp_id()", "warp_id()"),
     Mutant("the tail does not wait for what has been sent", RECEIVER, "if (lane_id() == 0) c_.exchange",
