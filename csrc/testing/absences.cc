@@ -278,18 +278,22 @@ class StoryRun {
     outcome_.missing[exchange][static_cast<size_t>(rank)] = found;
     const uint64_t mask = mask_of(rank, exchange);
     if ((found & (mask | kOne << rank)) != 0) return "it misses itself, or who is left out";
-    if (std::string wrong = check_words(rank); !wrong.empty()) return wrong;
+    if (std::string wrong = check_words(rank, mask | found); !wrong.empty()) return wrong;
     if (story_.ops[exchange] == OpKind::kPlanDispatch) carried_[static_cast<size_t>(rank)] = found;
     return story_.ops[exchange] == OpKind::kPlanDispatch
                ? check_dispatch(rank, mask, found, device, memory)
                : check_combine(rank, mask, found, device, memory);
   }
 
-  // What a kernel leaves for the host, and for the next one.
-  std::string check_words(int32_t rank) {
+  // What a kernel leaves for the host, and for the next one. `without`: whom it has not met.
+  std::string check_words(int32_t rank, uint64_t without) {
     ended_[static_cast<size_t>(rank)] = group_.epoch(rank, Channel::kLowLatency);
     const uint32_t ended = group_.peers_ended(rank, Channel::kLowLatency);
     const uint32_t own = ended_[static_cast<size_t>(rank)];
+    if (without == 0 && own - ended > 1) {  // so that the next ones need not look for themselves
+      return "it has met all, and has it from exchange " + std::to_string(ended) +
+             " that all have ended";
+    }
     if (clears_bank(own) && own - ended > kOldestEnded) {
       return "in exchange " + std::to_string(own) + " it still has it from exchange " +
              std::to_string(ended) + " that all have ended";

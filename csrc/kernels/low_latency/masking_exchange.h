@@ -137,8 +137,8 @@ class MaskingExchange : public ExchangeHalf {
   }
 
  private:
-  // One lane: whether the peer has begun the exchange, with the same call. Who is in another one,
-  // of a program that has ended in the middle of a step, has sent nothing for this one.
+  // One lane: whether the peer has begun the exchange, with the same call. What comes from another
+  // one, of a program that has ended in the middle of a step, is not meant for this one.
   JAX_EP_DEVICE static bool try_arrived(const Exchange& exchange, i32 peer) {
     const RankView& view = exchange.view();
     const i32 flag = flag_idx(exchange);

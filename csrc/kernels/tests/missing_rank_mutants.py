@@ -95,6 +95,8 @@ MISSING_RANK_MUTANTS = [
             "any_missing || ", ""),
     _mutant("missing: what all have ended is never renewed", LOW_LATENCY + "low_latency_exchange.h",
             "!has_reached(ld(seen), oldest)", "false"),
+    _mutant("missing: a mask that leaves out nobody may leave out somebody", EXCHANGE,
+            "warp_ballot(!all_take_part) == 0", "all_active(view)"),
     _mutant("missing: who is ahead counts as behind", EXCHANGE,
             "has_reached(ended, begun) ? 0 : begun - ended", "begun - ended"),
     _mutant("missing: who has not read is sent to", EXCHANGE,
